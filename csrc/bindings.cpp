@@ -1,0 +1,123 @@
+// The only file that knows Python: function table, exception translation, build_info(). Every tensor arrives as an
+// address; Python allocates all outputs and keeps all tensors alive for the duration of a call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "parallel.h"
+#include "preference.h"
+#include "token_logps.h"
+
+namespace py = pybind11;
+using namespace fastpref;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+LogitRows logit_rows(uintptr_t data, int dtype, int64_t outer, int64_t inner, int64_t outer_stride,
+                     int64_t inner_stride, int64_t vocab) {
+  check(dtype >= 0 && dtype <= 2, "dtype code must be 0 (float32), 1 (bfloat16) or 2 (float16), got " +
+                                      std::to_string(dtype));
+  return {pointer<void>(data), static_cast<DType>(dtype), outer, inner, outer_stride, inner_stride, vocab};
+}
+
+TokenLogpsForward forward_args(const LogitRows& logits, const LogitTransform& transform, uintptr_t labels,
+                               int64_t ignore_index, uintptr_t logps, uintptr_t lse, uintptr_t stats) {
+  return {logits,       transform, pointer<const int64_t>(labels), ignore_index, pointer<float>(logps),
+          pointer<float>(lse), pointer<float>(stats)};
+}
+
+TokenLogpsBackward backward_args(const LogitRows& logits, const LogitTransform& transform, uintptr_t labels,
+                                 int64_t ignore_index, uintptr_t logps, uintptr_t lse, uintptr_t grad,
+                                 const LogitRows& out) {
+  return {logits,
+          transform,
+          pointer<const int64_t>(labels),
+          ignore_index,
+          pointer<const float>(logps),
+          pointer<const float>(lse),
+          pointer<const float>(grad),
+          out};
+}
+
+std::map<std::string, std::string> build_info() {
+  return {{"version", FASTPREF_VERSION},
+          {"compiler", __VERSION__},
+          {"simd", simd_level_name(simd_level())},
+          {"threads", parallel_runtime()},
+#ifdef FASTPREF_WITH_CUDA
+          {"cuda", FASTPREF_CUDA_VERSION},
+          {"cuda_architectures", FASTPREF_CUDA_ARCHS},
+#endif
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
+
+  py::class_<LogitRows>(m, "LogitRows").def(py::init(&logit_rows));
+  py::class_<LogitTransform>(m, "LogitTransform").def(py::init([](double multiplier, double tanh_scale) {
+    return LogitTransform{static_cast<float>(multiplier), static_cast<float>(tanh_scale)};
+  }));
+  py::class_<LogisticFamily>(m, "LogisticFamily")
+      .def(py::init([](double beta, double a, double b, double c, double m0, double m1, double offset, bool drop) {
+        return LogisticFamily{beta, a, b, c, m0, m1, offset, drop};
+      }));
+  py::class_<TokenLogpsForward>(m, "TokenLogpsForward").def(py::init(&forward_args));
+  py::class_<TokenLogpsBackward>(m, "TokenLogpsBackward").def(py::init(&backward_args));
+
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("token_logps_fwd_cpu", &token_logps_fwd_cpu, release());
+  m.def("token_logps_bwd_cpu", &token_logps_bwd_cpu, release());
+  m.def(
+      "preference_fwd_cpu",
+      [](const TokenLogpsForward& policy, const TokenLogpsForward* reference, uintptr_t ref_token_logps,
+         uintptr_t ref_logps, uintptr_t cu_seqlens, int64_t pairs, int64_t tokens_per_sequence, uintptr_t rating_gap,
+         const LogisticFamily& family, uintptr_t logps, uintptr_t logratios, uintptr_t lengths, uintptr_t losses,
+         uintptr_t coefficients, int threads) {
+        preference_fwd_cpu({policy, reference ? *reference : TokenLogpsForward{}, pointer<const float>(ref_token_logps),
+                            pointer<const float>(ref_logps), pointer<const int64_t>(cu_seqlens), pairs,
+                            tokens_per_sequence, pointer<const float>(rating_gap), family, pointer<float>(logps),
+                            pointer<float>(logratios), pointer<int64_t>(lengths), pointer<float>(losses),
+                            pointer<float>(coefficients)},
+                           threads);
+      },
+      release());
+  m.def(
+      "preference_bwd_cpu",
+      [](const TokenLogpsBackward& tokens, uintptr_t token_grad, uintptr_t cu_seqlens, int64_t pairs,
+         int64_t tokens_per_sequence, uintptr_t coefficients, uintptr_t grad_losses, int threads) {
+        preference_bwd_cpu({tokens, pointer<float>(token_grad), pointer<const int64_t>(cu_seqlens), pairs,
+                            tokens_per_sequence, pointer<const float>(coefficients), pointer<const float>(grad_losses)},
+                           threads);
+      },
+      release());
+#ifdef FASTPREF_WITH_CUDA
+  m.def(
+      "token_logps_fwd_cuda",
+      [](const TokenLogpsForward& args, int device, uintptr_t stream) {
+        token_logps_fwd_cuda(args, device, pointer<void>(stream));
+      },
+      release());
+  m.def(
+      "token_logps_bwd_cuda",
+      [](const TokenLogpsBackward& args, int device, uintptr_t stream) {
+        token_logps_bwd_cuda(args, device, pointer<void>(stream));
+      },
+      release());
+#endif
+  m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) { advise_huge_pages(pointer<void>(data), bytes); });
+  m.def("simd_level", [] { return simd_level_name(simd_level()); });
+  m.def("set_simd_level", [](const std::string& level) { set_simd_level(level.c_str()); });
+  m.def("build_info", &build_info);
+}

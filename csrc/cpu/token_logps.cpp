@@ -1,0 +1,354 @@
+// Log-probabilities of labels on the CPU: one read of the logits forward, one read and one write backward.
+// The sum runs against a floating reference instead of the maximum: a block is summed against the reference at hand
+// while its own maximum is taken, and only a block that rises 2^40 above it is read again (from L1).
+#include "token_logps.h"
+
+#include "simd.h"
+
+namespace fastpref::FASTPREF_SIMD {
+namespace {
+
+constexpr double ln2 = 0.693147180559945309417;
+constexpr double log2e = 1.44269504088896340736;
+constexpr int64_t block_columns = 2048;    // 4 to 8 KiB: two blocks stay in L1
+constexpr int prefetch_bytes = 1024;       // the hardware prefetcher stops at page ends, this does not
+constexpr float rebase_threshold = 40.0f;  // squares of 2^t, summed over any vocabulary, must stay finite
+
+template <class T>
+inline T negative_infinity();
+template <>
+inline float negative_infinity<float>() {
+  return -__builtin_inff();
+}
+template <>
+inline bf16 negative_infinity<bf16>() {
+  return {0xff80};
+}
+template <>
+inline f16 negative_infinity<f16>() {
+  return {0xfc00};
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+inline float to_float(f16 x) {
+  f16 padded[2 * W] = {x};
+  return load(padded).a[0];
+}
+
+template <class T>
+inline void prefetch(const T* p) {
+  for (int byte = 0; byte < int(2 * W * sizeof(T)); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + prefetch_bytes + byte);
+}
+
+// Sums over columns in base 2 against a reference: t = v * log2e * multiplier - c, with c = fl(reference * log2e * multiplier).
+struct Sums {
+  double exp = 0, exp_t = 0, exp_squared = 0, value = 0;  // of 2^t, 2^t * t, 4^t, v
+  float top = -__builtin_inff();                          // max v
+  float reference = 0, c = 0;
+  bool started = false;  // a finite reference was found
+
+  void rebase(float new_reference, float k) {
+    const float new_c = new_reference * k;
+    const double shift = double(c) - double(new_c);
+    if (exp != 0) {
+      const double factor = __builtin_exp2(shift);
+      exp_t = (exp_t + shift * exp) * factor;
+      exp *= factor;
+      exp_squared *= factor * factor;
+    }
+    reference = new_reference;
+    c = new_c;
+    started = true;
+  }
+};
+
+template <bool SOFTCAP>
+inline Pair transformed(Pair x, float tanh_scale) {
+  if constexpr (SOFTCAP) return {tanh(x.a * tanh_scale), tanh(x.b * tanh_scale)};
+  return x;
+}
+
+template <class T, bool SOFTCAP>
+inline float block_max(const T* x, int64_t n, float tanh_scale) {
+  Vf top = splat(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    const Pair v = load(x + i);
+    top = vmax(vmax(top, v.a), v.b);
+  }
+  float m = hmax(top);
+  for (; i < n; i++) {
+    const float v = to_float(x[i]);
+    m = v > m ? v : m;
+  }
+  if constexpr (SOFTCAP) m = tanh(splat(m * tanh_scale))[0];  // monotonic
+  return m;
+}
+
+template <class T, bool SOFTCAP, bool STATS>
+void add_block(const T* x, int64_t n, float k, float tanh_scale, Sums& sums) {
+  if (!sums.started) {
+    const float m = block_max<T, SOFTCAP>(x, n, tanh_scale);
+    if (m > -__builtin_inff()) sums.rebase(m, k);
+  }
+  Vf exp_a{}, exp_b{}, exp_t{}, squared{}, value{};
+  Vf top_a = splat(-__builtin_inff()), top_b = top_a;
+  const float c = sums.c;
+  const auto add = [&](Pair v, Vi in_a, Vi in_b) {
+    const Vf t_a = v.a * k - c, t_b = v.b * k - c;
+    const Vf zero{};
+    const Vf e_a = in_a ? exp2(t_a) : zero, e_b = in_b ? exp2(t_b) : zero;
+    top_a = vmax(top_a, in_a ? v.a : top_a);
+    top_b = vmax(top_b, in_b ? v.b : top_b);
+    exp_a += e_a;
+    exp_b += e_b;
+    if constexpr (STATS) {
+      exp_t += e_a * vmax(splat(-200.0f), t_a) + e_b * vmax(splat(-200.0f), t_b);  // 0 * -inf counts as 0
+      squared += e_a * e_a + e_b * e_b;
+      value += (in_a ? v.a : zero) + (in_b ? v.b : zero);
+    }
+  };
+  const Vi all = Vi{} - 1;
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    prefetch(x + i);
+    add(transformed<SOFTCAP>(load(x + i), tanh_scale), all, all);
+  }
+  if (i < n) {
+    T tail[2 * W];
+    for (int j = 0; j < 2 * W; j++) tail[j] = i + j < n ? x[i + j] : negative_infinity<T>();
+    const int32_t left = static_cast<int32_t>(n - i);
+    add(transformed<SOFTCAP>(load(tail), tanh_scale), column<T>(0) < left, column<T>(1) < left);
+  }
+  const float top = hmax(vmax(top_a, top_b));
+  if (top * k - c > rebase_threshold) {
+    sums.rebase(top, k);
+    return add_block<T, SOFTCAP, STATS>(x, n, k, tanh_scale, sums);
+  }
+  sums.top = top > sums.top ? top : sums.top;
+  sums.exp += hsum(exp_a + exp_b);
+  if constexpr (STATS) {
+    sums.exp_t += hsum(exp_t);
+    sums.exp_squared += hsum(squared);
+    sums.value += hsum(value);
+  }
+}
+
+template <class T, bool SOFTCAP, bool STATS>
+void forward_row(const TokenLogpsForward& args, int64_t row, int64_t label) {
+  const LogitRows& logits = args.logits;
+  const T* x = static_cast<const T*>(logits.data) + logits.offset(row);
+  const double multiplier = args.transform.multiplier;
+  const float k = static_cast<float>(multiplier * log2e);
+  const float tanh_scale = args.transform.tanh_scale;
+
+  Sums sums;  // without the target column
+  for (int64_t i = 0; i < label; i += block_columns)
+    add_block<T, SOFTCAP, STATS>(x + i, i + block_columns < label ? block_columns : label - i, k, tanh_scale, sums);
+  for (int64_t i = label + 1; i < logits.vocab; i += block_columns)
+    add_block<T, SOFTCAP, STATS>(x + i, i + block_columns < logits.vocab ? block_columns : logits.vocab - i, k,
+                                 tanh_scale, sums);
+
+  const double target = SOFTCAP ? __builtin_tanh(double(to_float(x[label])) * tanh_scale) : to_float(x[label]);
+  // c is the rounded product reference * k: the difference goes back into the sum
+  const double log_sum =
+      ln2 * (__builtin_log2(sums.exp) + (double(sums.c) - double(sums.reference) * double(k)));  // relative to reference
+  const double d = multiplier * (sums.reference - target) + log_sum;
+  args.logps[row] =
+      static_cast<float>(d > 0 ? -(d + __builtin_log1p(__builtin_exp(-d))) : 0.0 - __builtin_log1p(__builtin_exp(d)));
+
+  const double top = target > sums.reference ? target : sums.reference;
+  const double log_all = __builtin_log(__builtin_exp(log_sum + multiplier * (sums.reference - top)) +
+                                       __builtin_exp(multiplier * (target - top)));
+  const float hi = static_cast<float>(top + log_all / multiplier);
+  args.lse[row] = hi;
+  args.lse[logits.rows() + row] =
+      hi - hi == 0 ? static_cast<float>(multiplier * (top - double(hi)) + log_all) : 0.0f;
+
+  if constexpr (STATS) {
+    const double target_t = target * double(k);
+    if (target_t > sums.c) sums.rebase(static_cast<float>(target), k);
+    const double t = target_t - sums.c, e = __builtin_exp2(t);
+    const double exp = sums.exp + e;
+    const double exp_t = sums.exp_t + (e > 0 ? e * t : 0.0);
+    const int64_t rows = logits.rows();
+    args.stats[row] = static_cast<float>(ln2 * (__builtin_log2(exp) - exp_t / exp));
+    args.stats[rows + row] =
+        static_cast<float>(ln2 * (__builtin_log2(sums.exp_squared + e * e) - 2 * __builtin_log2(exp)));
+    args.stats[2 * rows + row] = static_cast<float>(multiplier * (sums.value + target) / logits.vocab);
+    args.stats[3 * rows + row] = target >= sums.top ? 1.0f : 0.0f;
+  }
+}
+
+template <class T, bool SOFTCAP, bool STATS>
+void forward_rows(const TokenLogpsForward& args, int64_t begin, int64_t end) {
+  const int64_t rows = args.logits.rows();
+  for (int64_t row = begin; row < end; row++) {
+    const int64_t label = args.labels[row];
+    if (label != args.ignore_index) {
+      forward_row<T, SOFTCAP, STATS>(args, row, label);
+      continue;
+    }
+    args.logps[row] = args.lse[row] = args.lse[rows + row] = 0;
+    if constexpr (STATS)
+      for (int s = 0; s < 4; s++) args.stats[s * rows + row] = 0;
+  }
+}
+
+template <class T, bool SOFTCAP, bool STREAM>
+void backward_columns(const T* x, T* out, int64_t n, float k, float c, float g, float tanh_scale) {
+  const auto gradient = [&](Vf v) {
+    Vf p = exp2(v * k - c) * g;
+    if constexpr (SOFTCAP) p *= 1.0f - v * v;
+    return p;
+  };
+  int64_t i = 0;
+  const auto some = [&](int64_t count) {  // fewer than 2 W columns, through the stack
+    T tail[2 * W];
+    for (int j = 0; j < 2 * W; j++) tail[j] = j < count ? x[i + j] : negative_infinity<T>();
+    const Pair v = transformed<SOFTCAP>(load(tail), tanh_scale);
+    store<false>(tail, {gradient(v.a), gradient(v.b)});
+    std::memcpy(out + i, tail, count * sizeof(T));
+    i += count;
+  };
+  if constexpr (STREAM) {
+    const int64_t misaligned = reinterpret_cast<uintptr_t>(out) % (W * 4);
+    const int64_t head = misaligned ? (W * 4 - misaligned) / int64_t(sizeof(T)) : 0;
+    if (head) some(head < n ? head : n);
+  }
+  for (; i + 2 * W <= n; i += 2 * W) {
+    prefetch(x + i);
+    const Pair v = transformed<SOFTCAP>(load(x + i), tanh_scale);
+    store<STREAM>(out + i, {gradient(v.a), gradient(v.b)});
+  }
+  if (i < n) some(n - i);
+}
+
+template <class T, bool SOFTCAP, bool STREAM>
+void backward_rows(const TokenLogpsBackward& args, int64_t begin, int64_t end) {
+  const LogitRows &logits = args.logits, &out_rows = args.out;
+  const float tanh_scale = args.transform.tanh_scale;
+  const double multiplier = args.transform.multiplier;
+  const float k = static_cast<float>(multiplier * log2e);
+  for (int64_t row = begin; row < end; row++) {
+    const T* x = static_cast<const T*>(logits.data) + logits.offset(row);
+    T* out = static_cast<T*>(out_rows.data) + out_rows.offset(row);
+    const int64_t label = args.labels[row];
+    const float grad = args.grad[row], hi = args.lse[row];
+    // no gradient, and a finite sum says that no column was NaN: nothing to read
+    if (label == args.ignore_index || (grad == 0 && hi - hi == 0)) {
+      std::memset(static_cast<void*>(out), 0, logits.vocab * sizeof(T));
+      continue;
+    }
+    const float x_target = to_float(x[label]);  // before it may be overwritten
+    const double exponent = double(hi) * double(k) + args.lse[logits.rows() + row] * log2e;
+    const float c = static_cast<float>(exponent);
+    const double g = double(grad) * args.transform.slope();
+    backward_columns<T, SOFTCAP, STREAM>(x, out, logits.vocab, k, c,
+                                         static_cast<float>(-g * __builtin_exp2(double(c) - exponent)), tanh_scale);
+    // 1 - p of the target, exact for confident tokens where the difference would cancel
+    double target = -__builtin_expm1(double(args.logps[row])) * g;
+    if constexpr (SOFTCAP) {
+      const double v = __builtin_tanh(double(x_target) * tanh_scale);
+      target *= 1 - v * v;
+    }
+    T packed[2 * W];
+    store<false>(packed, {splat(static_cast<float>(target)), splat(static_cast<float>(target))});
+    out[label] = packed[0];
+  }
+  if constexpr (STREAM) stream_fence();
+}
+
+template <class T>
+void forward_dtype(const TokenLogpsForward& args, int64_t begin, int64_t end) {
+  if (args.transform.tanh_scale != 0)
+    args.stats ? forward_rows<T, true, true>(args, begin, end) : forward_rows<T, true, false>(args, begin, end);
+  else
+    args.stats ? forward_rows<T, false, true>(args, begin, end) : forward_rows<T, false, false>(args, begin, end);
+}
+
+template <class T>
+void backward_dtype(const TokenLogpsBackward& args, int64_t begin, int64_t end) {
+  const bool fresh = args.out.data != args.logits.data;
+  if (args.transform.tanh_scale != 0)
+    fresh ? backward_rows<T, true, true>(args, begin, end) : backward_rows<T, true, false>(args, begin, end);
+  else
+    fresh ? backward_rows<T, false, true>(args, begin, end) : backward_rows<T, false, false>(args, begin, end);
+}
+
+}  // namespace
+
+void token_logps_fwd_rows(const TokenLogpsForward& args, int64_t begin, int64_t end) {
+  switch (args.logits.dtype) {
+    case DType::f32:
+      return forward_dtype<float>(args, begin, end);
+    case DType::bf16:
+      return forward_dtype<bf16>(args, begin, end);
+    case DType::f16:
+      return forward_dtype<f16>(args, begin, end);
+  }
+}
+
+void token_logps_bwd_rows(const TokenLogpsBackward& args, int64_t begin, int64_t end) {
+  switch (args.logits.dtype) {
+    case DType::f32:
+      return backward_dtype<float>(args, begin, end);
+    case DType::bf16:
+      return backward_dtype<bf16>(args, begin, end);
+    case DType::f16:
+      return backward_dtype<f16>(args, begin, end);
+  }
+}
+
+}  // namespace fastpref::FASTPREF_SIMD
+
+#ifdef FASTPREF_SIMD_baseline  // the entry points, once
+
+#include "check.h"
+#include "dispatch.h"
+
+namespace fastpref {
+
+FASTPREF_DISPATCH(token_logps_fwd_rows, TokenLogpsForward)
+FASTPREF_DISPATCH(token_logps_bwd_rows, TokenLogpsBackward)
+
+namespace {
+
+void check_labels(const LogitRows& logits, const int64_t* labels, int64_t ignore_index) {
+  for (int64_t row = 0; row < logits.rows(); row++)
+    check((labels[row] >= 0 && labels[row] < logits.vocab) || labels[row] == ignore_index,
+          "labels must lie in [0, " + std::to_string(logits.vocab) + ") or equal ignore_index=" +
+              std::to_string(ignore_index) + ", got " + std::to_string(labels[row]) + " at position " +
+              std::to_string(row));
+}
+
+int64_t rows_per_chunk(const LogitRows& logits) {  // about 64 Ki columns: long enough to amortise handing it out
+  return logits.vocab >= 65536 ? 1 : 65536 / (logits.vocab > 0 ? logits.vocab : 1);
+}
+
+}  // namespace
+
+void token_logps_fwd_cpu(const TokenLogpsForward& args, int threads) {
+  check_labels(args.logits, args.labels, args.ignore_index);
+  const SimdLevel level = simd_level();
+  parallel_for(args.logits.rows(), rows_per_chunk(args.logits), threads,
+               [&](int64_t begin, int64_t end) { token_logps_fwd_rows(level, args, begin, end); });
+}
+
+void token_logps_bwd_cpu(const TokenLogpsBackward& args, int threads) {
+  check_labels(args.logits, args.labels, args.ignore_index);  // the caller may have changed them since the forward
+  const SimdLevel level = simd_level();
+  parallel_for(args.logits.rows(), rows_per_chunk(args.logits), threads,
+               [&](int64_t begin, int64_t end) { token_logps_bwd_rows(level, args, begin, end); });
+}
+
+}  // namespace fastpref
+
+#endif

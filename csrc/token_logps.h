@@ -1,0 +1,59 @@
+// Per-token log-probabilities of given labels from logits, and the gradient back to the logits.
+//
+// z = multiplier * v, with v = x (no softcap) or v = tanh(x * tanh_scale); the multiplier folds scale, softcap and
+// temperature. The forward keeps lse = log sum_v exp(z_v) as a pair in the domain of v:
+//   lse = multiplier * lse_hi + lse_lo,
+// so that p_v = exp(multiplier * (v - lse_hi) - lse_lo) stays exact when all logits share a large offset.
+#pragma once
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace fastpref {
+
+struct LogitRows {  // row (i, j) begins at data + i * outer_stride + j * inner_stride (elements); columns are contiguous
+  void* data;
+  DType dtype;
+  int64_t outer, inner;
+  int64_t outer_stride, inner_stride;
+  int64_t vocab;
+  int64_t rows() const { return outer * inner; }
+  int64_t offset(int64_t row) const { return row / inner * outer_stride + row % inner * inner_stride; }
+};
+
+struct LogitTransform {
+  float multiplier;  // scale / temperature, or softcap / temperature
+  float tanh_scale;  // scale / softcap; 0: no softcap
+  float slope() const { return tanh_scale != 0 ? multiplier * tanh_scale : multiplier; }  // dz/dx at v = 0
+};
+
+struct TokenLogpsForward {
+  LogitRows logits;
+  LogitTransform transform;
+  const int64_t* labels;  // [rows]
+  int64_t ignore_index;
+  float* logps;  // [rows], 0 where ignored
+  float* lse;    // [2, rows]: hi, lo; 0 where ignored
+  float* stats;  // [4, rows]: entropy, log sum p^2, mean logit, top-1 hit; or nullptr
+};
+
+struct TokenLogpsBackward {
+  LogitRows logits;
+  LogitTransform transform;
+  const int64_t* labels;
+  int64_t ignore_index;
+  const float* logps;  // [rows]
+  const float* lse;    // [2, rows]
+  const float* grad;   // [rows]: gradient of the loss by each log-prob
+  LogitRows out;       // same dtype and shape as logits; may be the same memory
+};
+
+// CPU. A label outside [0, vocab) that is not ignore_index throws std::invalid_argument.
+void token_logps_fwd_cpu(const TokenLogpsForward& args, int threads);
+void token_logps_bwd_cpu(const TokenLogpsBackward& args, int threads);
+
+// CUDA, on `stream` of `device`. An invalid label gives NaN and reads nothing out of bounds.
+void token_logps_fwd_cuda(const TokenLogpsForward& args, int device, void* stream);
+void token_logps_bwd_cuda(const TokenLogpsBackward& args, int device, void* stream);
+
+}  // namespace fastpref

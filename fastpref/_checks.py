@@ -1,0 +1,67 @@
+"""Argument checks. Every message names the argument, what was expected and what came."""
+
+import torch
+from torch import Tensor
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def logits(name: str, value) -> None:
+    tensor(name, value)
+    if value.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    if value.dim() < 1:
+        raise ValueError(f"{name} must have shape [..., vocab], got a scalar")
+    if value.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least one column, got shape {list(value.shape)}")
+
+
+def labels(value, logits: Tensor) -> None:
+    tensor("labels", value)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {value.dtype}")
+    if value.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must have shape {list(logits.shape[:-1])} to match logits {list(logits.shape)}, "
+            f"got {list(value.shape)}"
+        )
+    same_device("labels", value, "logits", logits)
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on {other.device} like {other_name}, got {value.device}")
+
+
+def vector(name: str, value, length: int, what: str, like: Tensor) -> None:
+    """value is a floating-point tensor of shape [length], on like's device."""
+    tensor(name, value)
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    if value.dim() != 1 or value.shape[0] != length:
+        raise ValueError(f"{name} must have shape [{length}] ({what}), got {list(value.shape)}")
+    same_device(name, value, "logits", like)
+
+
+def positive(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a positive float, got {type(value).__name__}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def transform(temperature, softcap, scale) -> None:
+    positive("temperature", temperature)
+    positive("scale", scale)
+    if softcap is not None:
+        positive("softcap", softcap)
+
+
+def ignore_index(value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")

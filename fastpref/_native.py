@@ -1,0 +1,93 @@
+"""The native core, or the reason why there is none; and what this build can do."""
+
+import os
+
+import torch
+
+try:
+    from fastpref import _core
+
+    _missing = None
+except ImportError as error:
+    _core = None
+    _missing = str(error)
+    if os.environ.get("FASTPREF_EXPECT_NATIVE") == "1":
+        raise
+
+if _core is None:
+
+    class CudaError(RuntimeError):
+        """A CUDA call of the native core failed."""
+else:
+    CudaError = _core.CudaError
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/dtype.h
+HUGE_OUTPUT_BYTES = 4 << 20
+
+
+def cpu_missing() -> str | None:
+    """Why native CPU kernels cannot be used, or None."""
+    if _core is None:
+        return f"this installation has no native core ({_missing}); reinstall fastpref with a C++ compiler"
+    return None
+
+
+def cuda_missing() -> str | None:
+    """Why native CUDA kernels cannot be used, or None."""
+    if _core is None:
+        return cpu_missing()
+    if not hasattr(_core, "token_logps_fwd_cuda"):
+        return "the native core was built without CUDA; reinstall with a CUDA compiler and FASTPREF_CUDA=ON"
+    return None
+
+
+def empty_output(like: torch.Tensor) -> torch.Tensor:
+    """Contiguous, uninitialised memory of like's shape, dtype and device, on huge pages where it is large."""
+    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    if out.device.type == "cpu" and _core is not None and out.nbytes >= HUGE_OUTPUT_BYTES:
+        _core.advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
+def set_simd_level(level: str) -> None:
+    """Forces the instruction set of the CPU kernels: "baseline", "avx2", "avx512", or "auto" for the best there is.
+
+    The environment variable FASTPREF_SIMD does the same at import. Raises ValueError for a level that this build or
+    this processor does not have.
+    """
+    if _core is None:
+        raise RuntimeError(cpu_missing())
+    _core.set_simd_level(level)
+
+
+def build_info() -> dict:
+    """What was built, what was found, and which backend serves which op on which device, or why none does."""
+    from fastpref import __version__
+    from fastpref import token_logps as _  # noqa: F401  (the op's module is what the next line looks at)
+    from fastpref._library import OPS
+
+    native = _core.build_info() if _core is not None else None
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError as error:
+        triton_version = f"not available: {error}"
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "native": native if native is not None else cpu_missing(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible to torch",
+        "backends": {
+            op: {
+                device: {backend: reason(device) or "available" for backend, reason in backends.items()}
+                for device in ("cpu", "cuda")
+            }
+            for op, backends in OPS.items()
+        },
+    }
+
+
+if _core is not None and "FASTPREF_SIMD" in os.environ:
+    set_simd_level(os.environ["FASTPREF_SIMD"])
