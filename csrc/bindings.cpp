@@ -24,15 +24,20 @@ T* pointer(uintptr_t address) {
 
 LogitRows logit_rows(uintptr_t data, int dtype, int64_t outer, int64_t inner, int64_t outer_stride,
                      int64_t inner_stride, int64_t vocab) {
-  check(dtype >= 0 && dtype <= 2, "dtype code must be 0 (float32), 1 (bfloat16) or 2 (float16), got " +
-                                      std::to_string(dtype));
+  check(dtype >= 0 && dtype <= 2,
+        "dtype code must be 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(dtype));
   return {pointer<void>(data), static_cast<DType>(dtype), outer, inner, outer_stride, inner_stride, vocab};
 }
 
 TokenLogpsForward forward_args(const LogitRows& logits, const LogitTransform& transform, uintptr_t labels,
                                int64_t ignore_index, uintptr_t logps, uintptr_t lse, uintptr_t stats) {
-  return {logits,       transform, pointer<const int64_t>(labels), ignore_index, pointer<float>(logps),
-          pointer<float>(lse), pointer<float>(stats)};
+  return {logits,
+          transform,
+          pointer<const int64_t>(labels),
+          ignore_index,
+          pointer<float>(logps),
+          pointer<float>(lse),
+          pointer<float>(stats)};
 }
 
 TokenLogpsBackward backward_args(const LogitRows& logits, const LogitTransform& transform, uintptr_t labels,
@@ -49,13 +54,11 @@ TokenLogpsBackward backward_args(const LogitRows& logits, const LogitTransform& 
 }
 
 std::map<std::string, std::string> build_info() {
-  return {{"version", FASTPREF_VERSION},
-          {"compiler", __VERSION__},
-          {"simd", simd_level_name(simd_level())},
-          {"threads", parallel_runtime()},
+  return {
+      {"version", FASTPREF_VERSION},           {"compiler", __VERSION__},
+      {"simd", simd_level_name(simd_level())}, {"threads", parallel_runtime()},
 #ifdef FASTPREF_WITH_CUDA
-          {"cuda", FASTPREF_CUDA_VERSION},
-          {"cuda_architectures", FASTPREF_CUDA_ARCHS},
+      {"cuda", FASTPREF_CUDA_VERSION},         {"cuda_architectures", FASTPREF_CUDA_ARCHS},
 #endif
   };
 }
@@ -85,12 +88,12 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
          uintptr_t ref_logps, uintptr_t cu_seqlens, int64_t pairs, int64_t tokens_per_sequence, uintptr_t rating_gap,
          const LogisticFamily& family, uintptr_t logps, uintptr_t logratios, uintptr_t lengths, uintptr_t losses,
          uintptr_t coefficients, int threads) {
-        preference_fwd_cpu({policy, reference ? *reference : TokenLogpsForward{}, pointer<const float>(ref_token_logps),
-                            pointer<const float>(ref_logps), pointer<const int64_t>(cu_seqlens), pairs,
-                            tokens_per_sequence, pointer<const float>(rating_gap), family, pointer<float>(logps),
-                            pointer<float>(logratios), pointer<int64_t>(lengths), pointer<float>(losses),
-                            pointer<float>(coefficients)},
-                           threads);
+        preference_fwd_cpu(
+            {policy, reference ? *reference : TokenLogpsForward{}, pointer<const float>(ref_token_logps),
+             pointer<const float>(ref_logps), pointer<const int64_t>(cu_seqlens), pairs, tokens_per_sequence,
+             pointer<const float>(rating_gap), family, pointer<float>(logps), pointer<float>(logratios),
+             pointer<int64_t>(lengths), pointer<float>(losses), pointer<float>(coefficients)},
+            threads);
       },
       release());
   m.def(

@@ -155,8 +155,8 @@ void set_simd_level(const char* name) {
     if (wanted != simd_level_name(level)) continue;
     if (!supported(level))
       throw std::invalid_argument("simd level '" + wanted + "' is not " +
-                                  (built(level) ? "supported by this processor" : "in this build") + "; the best here is '" +
-                                  simd_level_name(best_level()) + "'");
+                                  (built(level) ? "supported by this processor" : "in this build") +
+                                  "; the best here is '" + simd_level_name(best_level()) + "'");
     current_level() = level;
     return;
   }

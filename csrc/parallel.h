@@ -20,8 +20,9 @@ void parallel_for(int64_t count, int64_t chunk, int threads, const F& f) {
 const char* parallel_runtime();
 
 enum class SimdLevel : int { baseline = 0, avx2 = 1, avx512 = 2 };
-SimdLevel simd_level();                     // the level in use
-void set_simd_level(const char* name);      // "auto" or a level; throws std::invalid_argument if built without it or unsupported
+SimdLevel simd_level();  // the level in use
+void set_simd_level(
+    const char* name);  // "auto" or a level; throws std::invalid_argument if built without it or unsupported
 const char* simd_level_name(SimdLevel level);
 
 // Asks for huge pages under a fresh output before its first touch: page faults cost more than the kernels do.

@@ -14,12 +14,12 @@ struct LogisticFamily {
 
 struct PreferenceForward {
   TokenLogpsForward policy;
-  TokenLogpsForward reference;       // logits.data == nullptr: no live reference
-  const float* ref_token_logps;      // [rows] or nullptr
-  const float* ref_logps;            // [2 pairs] or nullptr
-  const int64_t* cu_seqlens;         // [2 pairs + 1], or nullptr: sequences of tokens_per_sequence rows
+  TokenLogpsForward reference;   // logits.data == nullptr: no live reference
+  const float* ref_token_logps;  // [rows] or nullptr
+  const float* ref_logps;        // [2 pairs] or nullptr
+  const int64_t* cu_seqlens;     // [2 pairs + 1], or nullptr: sequences of tokens_per_sequence rows
   int64_t pairs, tokens_per_sequence;
-  const float* rating_gap;           // [pairs] or nullptr
+  const float* rating_gap;  // [pairs] or nullptr
   LogisticFamily family;
   float* logps;         // [2 pairs] sums of log-probs; the first half of the sequences is chosen, the second rejected
   float* logratios;     // [2 pairs] sums of per-token policy - reference
@@ -29,12 +29,12 @@ struct PreferenceForward {
 };
 
 struct PreferenceBackward {
-  TokenLogpsBackward tokens;     // tokens.grad is written here: [rows]
-  float* token_grad;             // [rows] workspace behind tokens.grad
+  TokenLogpsBackward tokens;  // tokens.grad is written here: [rows]
+  float* token_grad;          // [rows] workspace behind tokens.grad
   const int64_t* cu_seqlens;
   int64_t pairs, tokens_per_sequence;
-  const float* coefficients;     // [2 pairs]
-  const float* grad_losses;      // [pairs]
+  const float* coefficients;  // [2 pairs]
+  const float* grad_losses;   // [pairs]
 };
 
 void preference_fwd_cpu(const PreferenceForward& args, int threads);

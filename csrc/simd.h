@@ -178,20 +178,24 @@ inline void store(f16* p, Pair v) {
   store_vector<STREAM>(p, (Vf)pack(p, v));
 }
 
-// 2^t for t <= 126, to 2e-7 relative; exactly 0 below -126 and NaN for NaN. Round-to-integer by the magic constant
-// 1.5 * 2^23, whose low bits then hold the biased exponent.
-inline Vf exp2(Vf t) {
-  constexpr float magic = 12582912.0f + 127.0f;
-  const Vf shifted = t + magic;
-  const Vf f = t - (shifted - magic);  // [-1/2, 1/2]
-  Vf p = splat(1.326472615e-03f);  // minimax of 2^f with p(0) = 1, degree 5: 1.1e-7 relative
-  p = p * f + 9.671512991e-03f;
-  p = p * f + 5.550733581e-02f;
-  p = p * f + 2.402224243e-01f;
-  p = p * f + 6.931470037e-01f;
-  p = p * f + 1.0f;
+// Round to integer by adding 1.5 * 2^23 (+ 127), whose low bits then hold the biased exponent of 2^n.
+constexpr float round_to_exponent = 12582912.0f + 127.0f;
+
+// e^z for z <= 87, to 1e-7 relative with no mean error. The reduction z - n ln 2 is in two steps, of
+// which the first is exact, with or without fused multiply-add. Exactly 0 below -87; NaN for NaN.
+inline Vf exp(Vf z) {
+  const Vf shifted = z * 1.44269504f + round_to_exponent;
+  const Vf n = shifted - round_to_exponent;
+  const Vf r = (z - n * 0.693359375f) + n * 2.12194440e-4f;  // [-ln 2 / 2, ln 2 / 2]
+  Vf p = splat(1.381316106e-03f);                            // minimax of (e^r - 1 - r) / r^2
+  p = p * r + 8.369410411e-03f;
+  p = p * r + 4.166845605e-02f;
+  p = p * r + 1.666651517e-01f;
+  p = p * r + 4.999999404e-01f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
   p *= (Vf)((Vi)shifted << 23);
-  return t < -126.0f ? Vf{} : p;
+  return z < -87.0f ? Vf{} : p;
 }
 
 // Odd polynomial near 0, where 1 - 2 / (e^2y + 1) would cancel (Cephes' split at 0.625).
@@ -205,7 +209,7 @@ inline Vf tanh(Vf y) {
   const Vf small = p * square * y + y;
   const Vf magnitude = y < 0.0f ? -y : y;
   const Vf bounded = magnitude > 20.0f ? splat(20.0f) : magnitude;  // NaN stays: the comparison is false
-  Vf large = 1.0f - 2.0f / (exp2(bounded * 2.885390082f) + 1.0f);
+  Vf large = 1.0f - 2.0f / (exp(bounded * 2.0f) + 1.0f);
   large = y < 0.0f ? -large : large;
   return magnitude < 0.625f ? small : large;
 }

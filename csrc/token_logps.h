@@ -11,7 +11,8 @@
 
 namespace fastpref {
 
-struct LogitRows {  // row (i, j) begins at data + i * outer_stride + j * inner_stride (elements); columns are contiguous
+struct LogitRows {  // row (i, j) begins at data + i * outer_stride + j * inner_stride (elements); columns are
+                    // contiguous
   void* data;
   DType dtype;
   int64_t outer, inner;

@@ -1,4 +1,4 @@
-"""Operators of the `fastpref` namespace: schema, implementation and fake, and the choice of a backend on real tensors."""
+"""Operators of the `fastpref` namespace: schema, implementation, fake, and the choice of a backend on real tensors."""
 
 import os
 import warnings

@@ -14,9 +14,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpref import _checks, _library, _native
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # _library.triton_reason tells whoever asks for it
+    triton = None
 
 STATS = ("entropy", "log_sum_p2", "mean_logit", "top1")
 _REFERENCE_BYTES = 64 << 20  # the reference works through the rows in float64 blocks of this size
@@ -36,6 +41,13 @@ class TokenStats(NamedTuple):
 
 
 # ---- reference: the specification ----
+
+
+def _multiplier_and_tanh_scale(temperature, softcap, scale) -> tuple[float, float]:
+    """z = multiplier * v with v = x, or tanh(x * tanh_scale): the transform as the kernels take it."""
+    if softcap is None:
+        return scale / temperature, 0.0
+    return softcap / temperature, scale / softcap
 
 
 def _transformed(logits: Tensor, temperature: float, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -61,6 +73,7 @@ def token_logps_ref(
     ignored = labels == ignore_index
     target = labels.masked_fill(ignored, 0).unsqueeze(-1)
     others = z.scatter(-1, target, -torch.inf).logsumexp(-1)
+    others = torch.where(z.amax(-1) == torch.inf, torch.nan, others)  # as log_softmax has it
     logps = torch.nn.functional.logsigmoid(z.gather(-1, target).squeeze(-1) - others)
     return torch.where(ignored, 0.0, logps)
 
@@ -93,7 +106,7 @@ def _reference_fwd(rows, labels, temperature, softcap, scale, ignore_index, stat
     lse = torch.empty(2, *labels.shape, dtype=dtype, device=rows.device)
     values = torch.empty(4 if stats else 0, *labels.shape, dtype=torch.float32, device=rows.device)
     options = {"temperature": temperature, "softcap": softcap, "scale": scale}
-    multiplier = (scale if softcap is None else softcap) / temperature
+    multiplier, _ = _multiplier_and_tanh_scale(temperature, softcap, scale)
     for block in _reference_blocks(rows):
         y = labels[block]
         skip = y == ignore_index
@@ -119,7 +132,7 @@ def _reference_fwd(rows, labels, temperature, softcap, scale, ignore_index, stat
 
 def _reference_bwd(grad, rows, labels, logps, lse, temperature, softcap, scale, ignore_index, out):
     labels, _ = _reference_labels(labels, rows.shape[-1], ignore_index)
-    multiplier = (scale if softcap is None else softcap) / temperature
+    multiplier, _ = _multiplier_and_tanh_scale(temperature, softcap, scale)
     for block in _reference_blocks(rows):
         y = labels[block]
         skip = (y == ignore_index).unsqueeze(-1)
@@ -131,14 +144,378 @@ def _reference_bwd(grad, rows, labels, logps, lse, temperature, softcap, scale, 
         out[block] = torch.where(skip, 0.0, gradient).to(out.dtype)
 
 
+# ---- Triton: NVIDIA and AMD, a program per row ----
+
+if triton is not None:
+    _LOG2E = tl.constexpr(1.4426950408889634)
+    _LOG2E_LO = tl.constexpr(1.4426950408889634 - 1.44269502162933349609375)  # what fp32 drops of it
+    _LN2 = tl.constexpr(0.6931471805599453)
+    _INF = tl.constexpr(float("inf"))
+    _NAN = tl.constexpr(float("nan"))
+    _LOADS = tl.constexpr(2)  # 16-byte loads per thread and step; with 4, 16-bit rows need over 64 registers
+
+    @triton.jit
+    def _log1p(x):
+        # x in [0, 1]. log(1 + x) loses x in the rounding of 1 + x; 2 atanh(x / (2 + x)) keeps the relative accuracy.
+        s = x / (x + 2.0)
+        q = s * s
+        r = 0.14285714286 + q * (0.11111111111 + q * (0.09090909091 + q * 0.07692307692))
+        r = 0.33333333333 + q * (0.2 + q * r)
+        return 2.0 * (s + s * q * r)
+
+    @triton.jit
+    def _expm1(x):
+        # x <= 0. exp(x) - 1 cancels near 0, where the target's gradient of a confident token lives.
+        r = 0.0083333333333 + x * (0.0013888888889 + x * (0.00019841269841 + x * 0.000024801587302))
+        r = 0.16666666667 + x * (0.041666666667 + x * r)
+        return tl.where(x > -0.5, x + x * x * (0.5 + x * r), tl.exp2(x * _LOG2E) - 1.0)
+
+    @triton.jit
+    def _tanh(y):
+        # tl has no tanh. The odd polynomial keeps the relative accuracy that 1 - 2 / (e^(2|y|) + 1) loses near 0.
+        a = tl.abs(y)
+        q = y * y
+        r = 0.13331956 + q * (-0.053786494 + q * (0.020804758 + q * -0.005905162))
+        near = a + a * q * (-0.333332992 + q * r)
+        far = 1.0 - 2.0 / (tl.exp2(a * (2.0 * _LOG2E)) + 1.0)
+        t = tl.where(a < 0.6, near, far)
+        return tl.where(y < 0.0, -t, t)
+
+    @triton.jit
+    def _transform(x, tanh_scale, HAS_SOFTCAP: tl.constexpr):
+        v = x.to(tl.float32)
+        if HAS_SOFTCAP:
+            v = _tanh(v * tanh_scale)
+        return v
+
+    @triton.jit
+    def _finite_or_zero(top):  # what to subtract when the maximum is -inf: -inf - -inf would be NaN
+        return tl.where(top == -_INF, 0.0, top)
+
+    @triton.jit
+    def _row_parts(row_ptr, V, BLOCK_V: tl.constexpr):
+        # Rows begin at any address (odd vocabularies, sliced logits). The body [head, head + body) begins on a 16-byte
+        # boundary and is a whole number of 16-byte vectors; fewer than VEC columns remain on either side of it.
+        ITEM_BYTES: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
+        VEC: tl.constexpr = 16 // ITEM_BYTES
+        LANES: tl.constexpr = BLOCK_V // (_LOADS * VEC)
+        head = ((-row_ptr.to(tl.int64)) & 15).to(tl.int32) // ITEM_BYTES
+        body = tl.maximum(V - head, 0) // VEC * VEC
+        # a tile [LOADS, LANES, VEC]: reducing over the first and the last axis stays inside a thread
+        lane = tl.arange(0, LANES)
+        cols = tl.arange(0, _LOADS)[:, None, None] * (LANES * VEC) + lane[None, :, None] * VEC
+        cols += tl.arange(0, VEC)[None, None, :]
+        # the columns outside the body, one per lane: lanes [0, VEC) those before it, [VEC, 2 VEC) those after it
+        edge_cols = tl.where(lane < VEC, lane, head + body + lane - VEC)
+        edge_mask = (lane < 2 * VEC) & (edge_cols < tl.where(lane < VEC, tl.minimum(head, V), V))
+        return head, body, cols, edge_cols, edge_mask
+
+    @triton.jit
+    def _fold(v, top, total, exp_t, squared, k, HAS_STATS: tl.constexpr):
+        # v: [LOADS, LANES, VEC]; the running values are [LANES] and relative to top: total = sum 2^(k (v - top)), ...
+        new_top = tl.maximum(top, tl.max(tl.max(v, 2), 0))
+        ref = _finite_or_zero(new_top)
+        decay = tl.exp2((top - ref) * k)
+        t = v - ref[None, :, None]
+        e = tl.exp2(t * k)
+        if HAS_STATS:
+            # a selected, not multiplied, zero: 0 * -inf
+            moved = exp_t + total * (_finite_or_zero(top) - ref)
+            exp_t = tl.where(decay > 0.0, decay * moved, 0.0) + tl.sum(tl.sum(tl.where(e > 0.0, e * t, 0.0), 2), 0)
+            squared = squared * decay * decay + tl.sum(tl.sum(e * e, 2), 0)
+        total = total * decay + tl.sum(tl.sum(e, 2), 0)
+        return new_top, total, exp_t, squared
+
+    @triton.jit
+    def _probability(v, hi, lo, k, k_lo):
+        # exp(multiplier (v - hi) - lo), with k + k_lo = multiplier log2(e). An fp32 exponent of -30 is off by 1e-6: its
+        # rounding is put back as a factor.
+        t = tl.maximum(v - hi, -200.0 / k)  # 2^-200 is 0; -inf would turn the residual into NaN
+        a = t * k
+        residual = tl.fma(t, k_lo, tl.fma(t, k, -a))
+        e = tl.exp2(a)
+        return tl.fma(e, residual * _LN2 - lo, e)
+
+    _FWD_INTS = ["inner", "outer_stride", "inner_stride", "V", "ignore_index"]
+
+    @triton.jit(do_not_specialize=_FWD_INTS)
+    def _token_logps_fwd_kernel(
+        x_ptr,  # [outer, inner, V], columns contiguous
+        labels_ptr,  # [rows] int64
+        logps_ptr,  # [rows] fp32
+        lse_ptr,  # [2, rows] fp32: hi, lo
+        stats_ptr,  # [4, rows] fp32
+        inner,
+        outer_stride,
+        inner_stride,
+        V,
+        ignore_index,
+        multiplier,
+        tanh_scale,
+        HAS_SOFTCAP: tl.constexpr,
+        HAS_STATS: tl.constexpr,
+        BLOCK_V: tl.constexpr,
+    ):
+        row = tl.program_id(0)
+        rows = tl.num_programs(0).to(tl.int64)
+        multiplier = tl.cast(multiplier, tl.float32)  # fp64 under torch.compile before torch 2.15
+        tanh_scale = tl.cast(tanh_scale, tl.float32)
+        k = multiplier * _LOG2E
+        label = tl.load(labels_ptr + row)
+        ignored = label == ignore_index
+        valid = (label >= 0) & (label < V) & (label != ignore_index)
+        # a row that must not be read has no columns
+        width = tl.where(valid, V, 0)
+        target_col = tl.where(valid, label, 0).to(tl.int32)
+        x_row = x_ptr + (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+        head, body, cols, edge_cols, edge_mask = _row_parts(x_row, width, BLOCK_V)
+        x_body = tl.multiple_of(x_row + head, 16)
+
+        target = _transform(tl.load(x_row + target_col, mask=valid, other=0.0), tanh_scale, HAS_SOFTCAP)
+        x = _transform(tl.load(x_row + edge_cols, mask=edge_mask, other=0.0), tanh_scale, HAS_SOFTCAP)
+        # Each lane keeps its own maximum and sums, without the target column, to the end of the row: no barrier per block.
+        top = tl.where(edge_mask & (edge_cols != target_col), x, -_INF)
+        total = tl.exp2((top - _finite_or_zero(top)) * k)
+        exp_t = tl.zeros_like(total)
+        squared = total
+        value = tl.where(edge_mask, x, 0.0)
+
+        target_col -= head
+        full = body // BLOCK_V * BLOCK_V
+        for start in range(0, full, BLOCK_V):
+            v = _transform(tl.load(x_body + (start + cols)), tanh_scale, HAS_SOFTCAP)
+            if HAS_STATS:
+                value += tl.sum(tl.sum(v, 2), 0)
+            if (target_col >= start) & (target_col < start + BLOCK_V):  # one block per row pays for the comparison
+                v = tl.where(cols == target_col - start, -_INF, v)
+            top, total, exp_t, squared = _fold(v, top, total, exp_t, squared, k, HAS_STATS)
+        if full < body:
+            mask = cols < body - full
+            v = _transform(tl.load(x_body + (full + cols), mask=mask, other=0.0), tanh_scale, HAS_SOFTCAP)
+            if HAS_STATS:
+                value += tl.sum(tl.sum(v, 2), 0)
+            v = tl.where(mask & (cols != target_col - full), v, -_INF)
+            top, total, exp_t, squared = _fold(v, top, total, exp_t, squared, k, HAS_STATS)
+
+        row_top = tl.max(top, 0)  # over all columns but the target
+        ref = _finite_or_zero(row_top)
+        decay = tl.exp2((top - ref) * k)
+        if HAS_STATS:
+            moved = exp_t + total * (_finite_or_zero(top) - ref)
+            exp_t = tl.sum(tl.where(decay > 0.0, decay * moved, 0.0), 0)
+            squared = tl.sum(squared * decay * decay, 0)
+            value = tl.sum(value, 0)
+        total = tl.sum(total * decay, 0)
+
+        # logp = -softplus(d), d = log sum_{v != y} exp(z_v) - z_y
+        d = multiplier * (ref - target) + tl.log(total)
+        d = tl.where(target == _INF, _NAN, d)
+        logp = 0.0 - (tl.maximum(d, 0.0) + _log1p(tl.exp2(-tl.abs(d) * _LOG2E)))
+        logp = tl.where(d == d, logp, _NAN)
+
+        # all columns, relative to the maximum of all
+        all_top = tl.maximum(row_top, target)
+        all_ref = _finite_or_zero(all_top)
+        decay = tl.exp2((row_top - all_ref) * k)
+        t = target - all_ref
+        e = tl.exp2(t * k)
+        all_total = total * decay + e
+        log_total = tl.log(all_total)
+        # hi + error = all_top + quotient exactly (two-sum)
+        quotient = log_total / multiplier
+        hi = all_top + quotient
+        back = hi - all_top
+        error = (all_top - (hi - back)) + (quotient - back)
+        lo = multiplier * error + (log_total - multiplier * quotient)
+        lo = tl.where(tl.abs(hi) < _INF, lo, 0.0)
+
+        blank = tl.where(ignored, 0.0, _NAN)
+        tl.store(logps_ptr + row, tl.where(valid, logp, blank))
+        tl.store(lse_ptr + row, tl.where(valid, hi, blank))
+        tl.store(lse_ptr + rows + row, tl.where(valid, lo, blank))
+        if HAS_STATS:
+            moved = exp_t + total * (ref - all_ref)
+            exp_t = tl.where(decay > 0.0, decay * moved, 0.0) + tl.where(e > 0.0, e * t, 0.0)
+            squared = squared * decay * decay + e * e
+            entropy = log_total - multiplier * (exp_t / all_total)
+            log_sum_p2 = tl.log(squared) - 2.0 * log_total
+            mean = multiplier * (value / V)
+            hit = tl.where(target >= row_top, 1.0, 0.0)
+            tl.store(stats_ptr + row, tl.where(valid, entropy, blank))
+            tl.store(stats_ptr + rows + row, tl.where(valid, log_sum_p2, blank))
+            tl.store(stats_ptr + 2 * rows + row, tl.where(valid, mean, blank))
+            tl.store(stats_ptr + 3 * rows + row, tl.where(valid, hit, blank))
+
+    _BWD_INTS = ["inner", "outer_stride", "inner_stride", "out_outer_stride", "out_inner_stride", "V", "ignore_index"]
+
+    @triton.jit(do_not_specialize=_BWD_INTS)
+    def _token_logps_bwd_kernel(
+        grad_ptr,  # [rows] fp32
+        x_ptr,  # [outer, inner, V], columns contiguous
+        labels_ptr,  # [rows] int64
+        logps_ptr,  # [rows] fp32
+        lse_ptr,  # [2, rows] fp32: hi, lo
+        out_ptr,  # [outer, inner, V], columns contiguous; may be x_ptr
+        inner,
+        outer_stride,
+        inner_stride,
+        out_outer_stride,
+        out_inner_stride,
+        V,
+        ignore_index,
+        multiplier,
+        tanh_scale,
+        HAS_SOFTCAP: tl.constexpr,
+        SAME_PHASE: tl.constexpr,  # rows of out lie as those of x do, modulo 16 bytes
+        BLOCK_V: tl.constexpr,
+    ):
+        rows = tl.num_programs(0).to(tl.int64)
+        row = tl.num_programs(0) - 1 - tl.program_id(0)  # last row first: the forward left it in L2
+        multiplier = tl.cast(multiplier, tl.float32)
+        tanh_scale = tl.cast(tanh_scale, tl.float32)
+        k = multiplier * _LOG2E
+        outer_index = (row // inner).to(tl.int64)
+        inner_index = (row % inner).to(tl.int64)
+        x_row = x_ptr + outer_index * outer_stride + inner_index * inner_stride
+        out_row = out_ptr + outer_index * out_outer_stride + inner_index * out_inner_stride
+        label = tl.load(labels_ptr + row)
+        grad = tl.load(grad_ptr + row)
+        hi = tl.load(lse_ptr + row)
+        head, body, cols, edge_cols, edge_mask = _row_parts(x_row, V, BLOCK_V)
+        x_body = tl.multiple_of(x_row + head, 16)
+        out_body = out_row + head
+        if SAME_PHASE:
+            out_body = tl.multiple_of(out_body, 16)
+
+        # a zero gradient, and a finite sum says that no column is NaN: nothing to read
+        if (label == ignore_index) | ((grad == 0.0) & (tl.abs(hi) < _INF)):
+            zeros = tl.zeros(cols.shape, out_ptr.dtype.element_ty)
+            for start in range(0, body, BLOCK_V):
+                tl.store(out_body + (start + cols), zeros, mask=cols < body - start)
+            tl.store(out_row + edge_cols, tl.zeros(edge_cols.shape, out_ptr.dtype.element_ty), mask=edge_mask)
+        else:
+            lo = tl.load(lse_ptr + rows + row) + (hi - hi)  # NaN where hi is not finite
+            k_lo = tl.fma(multiplier, _LOG2E, -k) + multiplier * _LOG2E_LO
+            scale = grad * multiplier
+            if HAS_SOFTCAP:
+                scale *= tanh_scale
+            # -(1 - p) of the target, exact for confident tokens where the difference would cancel
+            minus_rest = _expm1(tl.load(logps_ptr + row))
+            target_col = (label - head).to(tl.int32)
+            full = body // BLOCK_V * BLOCK_V
+            for start in range(0, full, BLOCK_V):
+                v = _transform(tl.load(x_body + (start + cols)), tanh_scale, HAS_SOFTCAP)
+                p = _probability(v, hi, lo, k, k_lo)
+                if (target_col >= start) & (target_col < start + BLOCK_V):
+                    p = tl.where(cols == target_col - start, minus_rest, p)
+                if HAS_SOFTCAP:
+                    p *= 1.0 - v * v
+                tl.store(out_body + (start + cols), (p * -scale).to(out_ptr.dtype.element_ty))
+            if full < body:
+                mask = cols < body - full
+                v = _transform(tl.load(x_body + (full + cols), mask=mask, other=0.0), tanh_scale, HAS_SOFTCAP)
+                p = _probability(v, hi, lo, k, k_lo)
+                p = tl.where(cols == target_col - full, minus_rest, p)
+                if HAS_SOFTCAP:
+                    p *= 1.0 - v * v
+                tl.store(out_body + (full + cols), (p * -scale).to(out_ptr.dtype.element_ty), mask=mask)
+            v = _transform(tl.load(x_row + edge_cols, mask=edge_mask, other=0.0), tanh_scale, HAS_SOFTCAP)
+            p = _probability(v, hi, lo, k, k_lo)
+            p = tl.where(edge_cols == label, minus_rest, p)
+            if HAS_SOFTCAP:
+                p *= 1.0 - v * v
+            tl.store(out_row + edge_cols, (p * -scale).to(out_ptr.dtype.element_ty), mask=edge_mask)
+
+
+# (bytes up to which a rung serves rows, threads). A block is 32 bytes per thread, so short rows get few threads; every
+# row is a program of its own, so more than 256 threads would gain nothing.
+_LADDER = ((2048, 32), (16384, 128), (None, 256))
+
+
+def _launch_options(V: int, item_bytes: int, warp_size: int) -> dict:
+    threads = max(next(t for limit, t in _LADDER if limit is None or V * item_bytes <= limit), warp_size)
+    return {
+        "BLOCK_V": threads * 16 * _LOADS.value // item_bytes,
+        "num_warps": threads // warp_size,
+        "num_stages": 1,
+        "enable_fp_fusion": True,  # the default changes to off in Triton 3.10
+    }
+
+
+def _warp_size(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).warp_size if torch.version.hip else 32
+
+
+def _triton_fwd(rows, labels, temperature, softcap, scale, ignore_index, stats):
+    outputs = _fwd_outputs(rows, labels, stats)
+    logps, lse, values = outputs
+    if rows.numel() == 0:
+        return outputs
+    multiplier, tanh_scale = _multiplier_and_tanh_scale(temperature, softcap, scale)
+    with torch.cuda.device_of(rows):
+        _token_logps_fwd_kernel[(labels.numel(),)](
+            rows,
+            labels,
+            logps,
+            lse,
+            values if stats else lse,
+            rows.shape[1],
+            rows.stride(0),
+            rows.stride(1),
+            rows.shape[2],
+            ignore_index,
+            multiplier,
+            tanh_scale,
+            HAS_SOFTCAP=tanh_scale != 0,
+            HAS_STATS=stats,
+            **_launch_options(rows.shape[2], rows.element_size(), _warp_size(rows)),
+        )
+    return outputs
+
+
+def _triton_bwd(grad, rows, labels, logps, lse, temperature, softcap, scale, ignore_index, out):
+    if rows.numel() == 0:
+        return
+    multiplier, tanh_scale = _multiplier_and_tanh_scale(temperature, softcap, scale)
+    item_bytes = rows.element_size()
+    distance = [out.data_ptr() - rows.data_ptr()]
+    distance += [(out.stride(i) - rows.stride(i)) * item_bytes for i in (0, 1) if rows.shape[i] > 1]
+    with torch.cuda.device_of(rows):
+        _token_logps_bwd_kernel[(labels.numel(),)](
+            grad,
+            rows,
+            labels,
+            logps,
+            lse,
+            out,
+            rows.shape[1],
+            rows.stride(0),
+            rows.stride(1),
+            out.stride(0),
+            out.stride(1),
+            rows.shape[2],
+            ignore_index,
+            multiplier,
+            tanh_scale,
+            HAS_SOFTCAP=tanh_scale != 0,
+            SAME_PHASE=all(d % 16 == 0 for d in distance),
+            **_launch_options(rows.shape[2], item_bytes, _warp_size(rows)),
+        )
+
+
+def _fwd_outputs(rows, labels, stats) -> tuple[Tensor, Tensor, Tensor]:
+    """logps [...], lse [2, ...] and stats [4 or 0, ...] of labels' shape, float32."""
+    return tuple(
+        torch.empty(*lead, *labels.shape, dtype=torch.float32, device=rows.device)
+        for lead in ((), (2,), (4 if stats else 0,))
+    )
+
+
 # ---- native ----
 
 
 def _native_args(rows, labels, temperature, softcap, scale):
-    core = _native._core
-    transform = core.LogitTransform(
-        (scale if softcap is None else softcap) / temperature, 0.0 if softcap is None else scale / softcap
-    )
+    transform = _native._core.LogitTransform(*_multiplier_and_tanh_scale(temperature, softcap, scale))
     return _native_rows(rows), transform, labels.data_ptr()
 
 
@@ -151,9 +528,7 @@ def _native_rows(rows: Tensor):
 
 def _native_fwd_args(rows, labels, temperature, softcap, scale, ignore_index, stats):
     """Outputs, and the call that fills them."""
-    logps = torch.empty(labels.shape, dtype=torch.float32, device=rows.device)
-    lse = torch.empty(2, *labels.shape, dtype=torch.float32, device=rows.device)
-    values = torch.empty(4 if stats else 0, *labels.shape, dtype=torch.float32, device=rows.device)
+    logps, lse, values = outputs = _fwd_outputs(rows, labels, stats)
     args = _native._core.TokenLogpsForward(
         *_native_args(rows, labels, temperature, softcap, scale),
         ignore_index,
@@ -161,7 +536,7 @@ def _native_fwd_args(rows, labels, temperature, softcap, scale, ignore_index, st
         lse.data_ptr(),
         values.data_ptr() if stats else 0,
     )
-    return (logps, lse, values), args
+    return outputs, args
 
 
 def _native_fwd(rows, labels, temperature, softcap, scale, ignore_index, stats):
@@ -173,8 +548,8 @@ def _native_fwd(rows, labels, temperature, softcap, scale, ignore_index, stats):
     return outputs
 
 
-def _native_bwd(grad, rows, labels, logps, lse, temperature, softcap, scale, ignore_index, out):
-    args = _native._core.TokenLogpsBackward(
+def _native_bwd_args(grad, rows, labels, logps, lse, temperature, softcap, scale, ignore_index, out):
+    return _native._core.TokenLogpsBackward(
         *_native_args(rows, labels, temperature, softcap, scale),
         ignore_index,
         logps.data_ptr(),
@@ -182,6 +557,10 @@ def _native_bwd(grad, rows, labels, logps, lse, temperature, softcap, scale, ign
         grad.data_ptr(),
         _native_rows(out),
     )
+
+
+def _native_bwd(grad, rows, *args):
+    args = _native_bwd_args(grad, rows, *args)
     if rows.device.type == "cuda":
         _native._core.token_logps_bwd_cuda(args, rows.device.index, _stream(rows))
     else:
@@ -222,7 +601,7 @@ def _fwd(logits, labels, temperature, softcap, scale, ignore_index, stats, backe
     chosen = _choose(logits, backend)
     rows = as_rows(logits)
     flat = labels.reshape(rows.shape[:2]).contiguous()
-    run = {"reference": _reference_fwd, "native": _native_fwd}[chosen]
+    run = {"reference": _reference_fwd, "native": _native_fwd, "triton": _triton_fwd}[chosen]
     logps, lse, values = run(rows, flat, temperature, softcap, scale, ignore_index, stats)
     shape = labels.shape
     return logps.view(shape), lse.view(2, *shape), values.view(values.shape[0], *shape)
@@ -241,7 +620,7 @@ def _fwd_fake(logits, labels, temperature, softcap, scale, ignore_index, stats, 
 def _bwd_into(out, grad, logits, labels, logps, lse, temperature, softcap, scale, ignore_index, backend):
     rows = as_rows(logits)
     shape = rows.shape[:2]
-    run = {"reference": _reference_bwd, "native": _native_bwd}[_choose(logits, backend)]
+    run = {"reference": _reference_bwd, "native": _native_bwd, "triton": _triton_bwd}[_choose(logits, backend)]
     run(
         grad.reshape(shape).contiguous(),
         rows,
@@ -293,7 +672,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, labels, *options, stats, inplace, backend = inputs
+        logits, labels, *options, _stats, inplace, backend = inputs
         logps, lse, values = output
         ctx.mark_non_differentiable(lse, values)
         ctx.set_materialize_grads(False)
@@ -302,28 +681,53 @@ class _TokenLogps(torch.autograd.Function):
         ctx.inplace = inplace
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, grad_lse, grad_values):
         if grad is None:
             return (None,) * 9
-        return gradient(ctx, grad), *(None,) * 8
+
+        def run(op, logits, *saved):
+            return op(grad, logits, *saved, *ctx.args)
+
+        return logits_gradient(ctx, token_logps_bwd, token_logps_bwd_, run), *(None,) * 8
 
 
-def gradient(ctx, grad: Tensor) -> Tensor:
-    """The logits' gradient; with ctx.inplace it takes the logits' memory, and their version says so."""
-    if not ctx.inplace:
-        logits, *saved = ctx.saved_tensors
-        return token_logps_bwd(grad, logits, *saved, *ctx.args)
+def logits_gradient(ctx, bwd, bwd_, run) -> Tensor:
+    """run(op, *saved) by `bwd`; or, with ctx.inplace, by `bwd_` into the logits' own memory, bumping their version."""
     if ctx.inplace == "done":
         raise RuntimeError(
             "inplace_backward=True has overwritten the logits with their gradient; "
             "a second backward through them needs inplace_backward=False"
         )
-    ctx.inplace = "done"
     logits, *saved = ctx.saved_tensors
-    logits = logits.detach()
-    token_logps_bwd_(grad, logits, *saved, *ctx.args)
-    return logits
+    with torch.no_grad():
+        if ctx.inplace:
+            ctx.inplace = "done"
+            gradient = logits.detach()
+            run(bwd_, gradient, *saved)
+            torch.autograd.graph.increment_version(logits)  # an operator's Python implementation does not
+        else:
+            gradient = run(bwd, logits, *saved)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        return _Once.apply(gradient, logits)
+    return gradient
+
+
+class _Once(torch.autograd.Function):
+    """A gradient whose own backward raises. Left detached, it would drop a gradient penalty without a word."""
+
+    @staticmethod
+    def forward(gradient, logits):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(
+            "double backward is not supported: token_logps and preference_loss have no second derivative"
+        )
 
 
 # ---- public ----
@@ -337,11 +741,28 @@ def shifted(labels: Tensor, ignore_index: int) -> Tensor:
 def check_inplace(logits: Tensor) -> None:
     if logits.is_leaf and logits.requires_grad:
         raise ValueError("inplace_backward=True overwrites logits, which must not be a leaf that requires grad")
-    if logits.stride(-1) != 1 or any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True)):
+    strides = zip(logits.shape, logits.stride(), strict=True)
+    one_memory = logits.stride(-1) == 1 and all(size <= 1 or stride for size, stride in strides)
+    if one_memory and logits.dim() > 3:
+        try:
+            logits.view(-1, *logits.shape[-2:])
+        except RuntimeError:
+            one_memory = False
+    if not one_memory:
         raise ValueError(
-            f"inplace_backward=True needs logits with contiguous columns and no expanded dimension, got strides "
-            f"{logits.stride()} for shape {list(logits.shape)}"
+            "inplace_backward=True needs logits with contiguous columns, no expanded dimension and leading dimensions "
+            f"that can be viewed as two, got strides {logits.stride()} for shape {list(logits.shape)}"
         )
+
+
+def check_options(logits, temperature, softcap, scale, ignore_index, inplace_backward, stats, backend) -> None:
+    _checks.transform(temperature, softcap, scale)
+    _checks.ignore_index(ignore_index)
+    _library.check_backend("token_logps", backend)
+    if isinstance(stats, str) or not set(stats) <= set(STATS):
+        raise ValueError(f"stats must be a tuple of names out of {STATS}, got {stats!r}")
+    if inplace_backward:
+        check_inplace(logits)
 
 
 def token_logps(
@@ -384,13 +805,7 @@ def token_logps(
     """
     _checks.logits("logits", logits)
     _checks.labels(labels, logits)
-    _checks.transform(temperature, softcap, scale)
-    _checks.ignore_index(ignore_index)
-    _library.check_backend("token_logps", backend)
-    if isinstance(stats, str) or not set(stats) <= set(STATS):
-        raise ValueError(f"stats must be a tuple of names out of {STATS}, got {stats!r}")
-    if inplace_backward:
-        check_inplace(logits)
+    check_options(logits, temperature, softcap, scale, ignore_index, inplace_backward, stats, backend)
     labels = labels.long()
     if shift:
         if labels.dim() == 0:

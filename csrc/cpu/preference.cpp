@@ -1,4 +1,5 @@
-// The pair epilogue on the CPU: a few vectors of the length of the batch, in double, between one gather and one scatter.
+// The pair epilogue on the CPU: a few vectors of the length of the batch, in double, between one gather and one
+// scatter.
 #include "preference.h"
 
 #include <cmath>

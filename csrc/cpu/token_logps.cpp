@@ -1,6 +1,6 @@
 // Log-probabilities of labels on the CPU: one read of the logits forward, one read and one write backward.
 // The sum runs against a floating reference instead of the maximum: a block is summed against the reference at hand
-// while its own maximum is taken, and only a block that rises 2^40 above it is read again (from L1).
+// while its own maximum is taken, and only a block that rises above it is read again (from L1).
 #include "token_logps.h"
 
 #include "simd.h"
@@ -8,26 +8,9 @@
 namespace fastpref::FASTPREF_SIMD {
 namespace {
 
-constexpr double ln2 = 0.693147180559945309417;
-constexpr double log2e = 1.44269504088896340736;
 constexpr int64_t block_columns = 2048;    // 4 to 8 KiB: two blocks stay in L1
 constexpr int prefetch_bytes = 1024;       // the hardware prefetcher stops at page ends, this does not
-constexpr float rebase_threshold = 40.0f;  // squares of 2^t, summed over any vocabulary, must stay finite
-
-template <class T>
-inline T negative_infinity();
-template <>
-inline float negative_infinity<float>() {
-  return -__builtin_inff();
-}
-template <>
-inline bf16 negative_infinity<bf16>() {
-  return {0xff80};
-}
-template <>
-inline f16 negative_infinity<f16>() {
-  return {0xfc00};
-}
+constexpr float rebase_threshold = 1.0f;  // further above the reference, v - reference loses bits that v had
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
@@ -47,24 +30,23 @@ inline void prefetch(const T* p) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + prefetch_bytes + byte);
 }
 
-// Sums over columns in base 2 against a reference: t = v * log2e * multiplier - c, with c = fl(reference * log2e * multiplier).
+// Sums over columns against a reference: t = (v - reference) * multiplier. The difference comes first: with large
+// logits of any common offset it is exact, where the product would already be rounded.
 struct Sums {
-  double exp = 0, exp_t = 0, exp_squared = 0, value = 0;  // of 2^t, 2^t * t, 4^t, v
+  double exp = 0, exp_t = 0, exp_squared = 0, value = 0;  // of e^t, e^t * t, e^2t, v
   float top = -__builtin_inff();                          // max v
-  float reference = 0, c = 0;
+  float reference = 0;
   bool started = false;  // a finite reference was found
 
-  void rebase(float new_reference, float k) {
-    const float new_c = new_reference * k;
-    const double shift = double(c) - double(new_c);
+  void rebase(float new_reference, float multiplier) {
     if (exp != 0) {
-      const double factor = __builtin_exp2(shift);
-      exp_t = (exp_t + shift * exp) * factor;
+      const double shift = (double(reference) - double(new_reference)) * multiplier;
+      const double factor = __builtin_exp(shift);
+      exp_t = factor > 0 ? (exp_t + shift * exp) * factor : 0.0;
       exp *= factor;
       exp_squared *= factor * factor;
     }
     reference = new_reference;
-    c = new_c;
     started = true;
   }
 };
@@ -93,44 +75,47 @@ inline float block_max(const T* x, int64_t n, float tanh_scale) {
 }
 
 template <class T, bool SOFTCAP, bool STATS>
-void add_block(const T* x, int64_t n, float k, float tanh_scale, Sums& sums) {
+void add_block(const T* x, int64_t n, float multiplier, float tanh_scale, Sums& sums) {
   if (!sums.started) {
     const float m = block_max<T, SOFTCAP>(x, n, tanh_scale);
-    if (m > -__builtin_inff()) sums.rebase(m, k);
+    if (m > -__builtin_inff()) sums.rebase(m, multiplier);
   }
   Vf exp_a{}, exp_b{}, exp_t{}, squared{}, value{};
   Vf top_a = splat(-__builtin_inff()), top_b = top_a;
-  const float c = sums.c;
-  const auto add = [&](Pair v, Vi in_a, Vi in_b) {
-    const Vf t_a = v.a * k - c, t_b = v.b * k - c;
-    const Vf zero{};
-    const Vf e_a = in_a ? exp2(t_a) : zero, e_b = in_b ? exp2(t_b) : zero;
-    top_a = vmax(top_a, in_a ? v.a : top_a);
-    top_b = vmax(top_b, in_b ? v.b : top_b);
+  const float reference = sums.reference;
+  const auto add = [&](Pair v) {
+    const Vf t_a = (v.a - reference) * multiplier, t_b = (v.b - reference) * multiplier;
+    const Vf e_a = exp(t_a), e_b = exp(t_b);
+    top_a = vmax(top_a, v.a);
+    top_b = vmax(top_b, v.b);
     exp_a += e_a;
     exp_b += e_b;
     if constexpr (STATS) {
       exp_t += e_a * vmax(splat(-200.0f), t_a) + e_b * vmax(splat(-200.0f), t_b);  // 0 * -inf counts as 0
       squared += e_a * e_a + e_b * e_b;
-      value += (in_a ? v.a : zero) + (in_b ? v.b : zero);
     }
   };
-  const Vi all = Vi{} - 1;
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
     prefetch(x + i);
-    add(transformed<SOFTCAP>(load(x + i), tanh_scale), all, all);
+    const Pair v = transformed<SOFTCAP>(load(x + i), tanh_scale);
+    add(v);
+    if constexpr (STATS) value += v.a + v.b;
   }
   if (i < n) {
-    T tail[2 * W];
-    for (int j = 0; j < 2 * W; j++) tail[j] = i + j < n ? x[i + j] : negative_infinity<T>();
+    T tail[2 * W] = {};
+    std::memcpy(static_cast<void*>(tail), x + i, (n - i) * sizeof(T));
+    const Pair v = transformed<SOFTCAP>(load(tail), tanh_scale);
     const int32_t left = static_cast<int32_t>(n - i);
-    add(transformed<SOFTCAP>(load(tail), tanh_scale), column<T>(0) < left, column<T>(1) < left);
+    const Vi in_a = column<T>(0) < left, in_b = column<T>(1) < left;
+    const Vf outside = splat(-__builtin_inff()), zero{};
+    add({in_a ? v.a : outside, in_b ? v.b : outside});
+    if constexpr (STATS) value += (in_a ? v.a : zero) + (in_b ? v.b : zero);
   }
   const float top = hmax(vmax(top_a, top_b));
-  if (top * k - c > rebase_threshold) {
-    sums.rebase(top, k);
-    return add_block<T, SOFTCAP, STATS>(x, n, k, tanh_scale, sums);
+  if ((top - reference) * multiplier > rebase_threshold) {
+    sums.rebase(top, multiplier);
+    return add_block<T, SOFTCAP, STATS>(x, n, multiplier, tanh_scale, sums);
   }
   sums.top = top > sums.top ? top : sums.top;
   sums.exp += hsum(exp_a + exp_b);
@@ -145,22 +130,20 @@ template <class T, bool SOFTCAP, bool STATS>
 void forward_row(const TokenLogpsForward& args, int64_t row, int64_t label) {
   const LogitRows& logits = args.logits;
   const T* x = static_cast<const T*>(logits.data) + logits.offset(row);
-  const double multiplier = args.transform.multiplier;
-  const float k = static_cast<float>(multiplier * log2e);
-  const float tanh_scale = args.transform.tanh_scale;
+  const float multiplier = args.transform.multiplier, tanh_scale = args.transform.tanh_scale;
 
   Sums sums;  // without the target column
-  for (int64_t i = 0; i < label; i += block_columns)
-    add_block<T, SOFTCAP, STATS>(x + i, i + block_columns < label ? block_columns : label - i, k, tanh_scale, sums);
-  for (int64_t i = label + 1; i < logits.vocab; i += block_columns)
-    add_block<T, SOFTCAP, STATS>(x + i, i + block_columns < logits.vocab ? block_columns : logits.vocab - i, k,
-                                 tanh_scale, sums);
+  const auto add = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += block_columns)
+      add_block<T, SOFTCAP, STATS>(x + i, end - i < block_columns ? end - i : block_columns, multiplier, tanh_scale,
+                                   sums);
+  };
+  add(0, label);
+  add(label + 1, logits.vocab);
 
   const double target = SOFTCAP ? __builtin_tanh(double(to_float(x[label])) * tanh_scale) : to_float(x[label]);
-  // c is the rounded product reference * k: the difference goes back into the sum
-  const double log_sum =
-      ln2 * (__builtin_log2(sums.exp) + (double(sums.c) - double(sums.reference) * double(k)));  // relative to reference
-  const double d = multiplier * (sums.reference - target) + log_sum;
+  const double log_sum = __builtin_log(sums.exp);  // relative to the reference
+  const double d = multiplier * (double(sums.reference) - target) + log_sum;
   args.logps[row] =
       static_cast<float>(d > 0 ? -(d + __builtin_log1p(__builtin_exp(-d))) : 0.0 - __builtin_log1p(__builtin_exp(d)));
 
@@ -169,19 +152,16 @@ void forward_row(const TokenLogpsForward& args, int64_t row, int64_t label) {
                                        __builtin_exp(multiplier * (target - top)));
   const float hi = static_cast<float>(top + log_all / multiplier);
   args.lse[row] = hi;
-  args.lse[logits.rows() + row] =
-      hi - hi == 0 ? static_cast<float>(multiplier * (top - double(hi)) + log_all) : 0.0f;
+  args.lse[logits.rows() + row] = hi - hi == 0 ? static_cast<float>(multiplier * (top - double(hi)) + log_all) : 0.0f;
 
   if constexpr (STATS) {
-    const double target_t = target * double(k);
-    if (target_t > sums.c) sums.rebase(static_cast<float>(target), k);
-    const double t = target_t - sums.c, e = __builtin_exp2(t);
+    if (target > sums.reference) sums.rebase(static_cast<float>(target), multiplier);
+    const double t = (target - sums.reference) * multiplier, e = __builtin_exp(t);
     const double exp = sums.exp + e;
     const double exp_t = sums.exp_t + (e > 0 ? e * t : 0.0);
     const int64_t rows = logits.rows();
-    args.stats[row] = static_cast<float>(ln2 * (__builtin_log2(exp) - exp_t / exp));
-    args.stats[rows + row] =
-        static_cast<float>(ln2 * (__builtin_log2(sums.exp_squared + e * e) - 2 * __builtin_log2(exp)));
+    args.stats[row] = static_cast<float>(__builtin_log(exp) - exp_t / exp);
+    args.stats[rows + row] = static_cast<float>(__builtin_log(sums.exp_squared + e * e) - 2 * __builtin_log(exp));
     args.stats[2 * rows + row] = static_cast<float>(multiplier * (sums.value + target) / logits.vocab);
     args.stats[3 * rows + row] = target >= sums.top ? 1.0f : 0.0f;
   }
@@ -203,16 +183,16 @@ void forward_rows(const TokenLogpsForward& args, int64_t begin, int64_t end) {
 }
 
 template <class T, bool SOFTCAP, bool STREAM>
-void backward_columns(const T* x, T* out, int64_t n, float k, float c, float g, float tanh_scale) {
+void backward_columns(const T* x, T* out, int64_t n, float multiplier, float lse_hi, float g, float tanh_scale) {
   const auto gradient = [&](Vf v) {
-    Vf p = exp2(v * k - c) * g;
+    Vf p = exp((v - lse_hi) * multiplier) * g;
     if constexpr (SOFTCAP) p *= 1.0f - v * v;
     return p;
   };
   int64_t i = 0;
   const auto some = [&](int64_t count) {  // fewer than 2 W columns, through the stack
-    T tail[2 * W];
-    for (int j = 0; j < 2 * W; j++) tail[j] = j < count ? x[i + j] : negative_infinity<T>();
+    T tail[2 * W] = {};
+    std::memcpy(static_cast<void*>(tail), x + i, count * sizeof(T));
     const Pair v = transformed<SOFTCAP>(load(tail), tanh_scale);
     store<false>(tail, {gradient(v.a), gradient(v.b)});
     std::memcpy(out + i, tail, count * sizeof(T));
@@ -235,8 +215,6 @@ template <class T, bool SOFTCAP, bool STREAM>
 void backward_rows(const TokenLogpsBackward& args, int64_t begin, int64_t end) {
   const LogitRows &logits = args.logits, &out_rows = args.out;
   const float tanh_scale = args.transform.tanh_scale;
-  const double multiplier = args.transform.multiplier;
-  const float k = static_cast<float>(multiplier * log2e);
   for (int64_t row = begin; row < end; row++) {
     const T* x = static_cast<const T*>(logits.data) + logits.offset(row);
     T* out = static_cast<T*>(out_rows.data) + out_rows.offset(row);
@@ -248,11 +226,10 @@ void backward_rows(const TokenLogpsBackward& args, int64_t begin, int64_t end) {
       continue;
     }
     const float x_target = to_float(x[label]);  // before it may be overwritten
-    const double exponent = double(hi) * double(k) + args.lse[logits.rows() + row] * log2e;
-    const float c = static_cast<float>(exponent);
     const double g = double(grad) * args.transform.slope();
-    backward_columns<T, SOFTCAP, STREAM>(x, out, logits.vocab, k, c,
-                                         static_cast<float>(-g * __builtin_exp2(double(c) - exponent)), tanh_scale);
+    const double others = -g * __builtin_exp(-double(args.lse[logits.rows() + row]));
+    backward_columns<T, SOFTCAP, STREAM>(x, out, logits.vocab, args.transform.multiplier, hi,
+                                         static_cast<float>(others), tanh_scale);
     // 1 - p of the target, exact for confident tokens where the difference would cancel
     double target = -__builtin_expm1(double(args.logps[row])) * g;
     if constexpr (SOFTCAP) {
@@ -324,9 +301,9 @@ namespace {
 void check_labels(const LogitRows& logits, const int64_t* labels, int64_t ignore_index) {
   for (int64_t row = 0; row < logits.rows(); row++)
     check((labels[row] >= 0 && labels[row] < logits.vocab) || labels[row] == ignore_index,
-          "labels must lie in [0, " + std::to_string(logits.vocab) + ") or equal ignore_index=" +
-              std::to_string(ignore_index) + ", got " + std::to_string(labels[row]) + " at position " +
-              std::to_string(row));
+          "labels must lie in [0, " + std::to_string(logits.vocab) +
+              ") or equal ignore_index=" + std::to_string(ignore_index) + ", got " + std::to_string(labels[row]) +
+              " at position " + std::to_string(row));
 }
 
 int64_t rows_per_chunk(const LogitRows& logits) {  // about 64 Ki columns: long enough to amortise handing it out

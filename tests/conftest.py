@@ -1,0 +1,144 @@
+"""Seeds, poisoned memory, and the backends every kernel test runs on."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+# Without a GPU the Triton kernels run under the interpreter, which must be chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import fastpref
+import fastpref.token_logps  # registers the op
+from fastpref import _library, _native
+
+SEED = int(os.environ.get("FASTPREF_TEST_SEED", time.time_ns() % 2**31))
+
+
+def pytest_report_header(config):
+    native = _native.build_info()["native"]
+    return [f"fastpref: {fastpref.__file__}, native: {native}", f"fresh inputs: FASTPREF_TEST_SEED={SEED} repeats them"]
+
+
+def pytest_collection_modifyitems(items):
+    no_gpu = pytest.mark.skip(reason="no GPU is visible to torch")
+    for item in items:
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_inputs(request):
+    torch.manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """torch.empty is full of NaN (integers: the largest value), and operators that are not deterministic raise."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Backend:
+    """A backend on a device, at a forced SIMD level where that matters."""
+
+    def __init__(self, name, device, simd=None):
+        self.name, self.device, self.simd = name, torch.device(device), simd
+
+    def __repr__(self):
+        return "-".join(filter(None, (self.name, self.device.type, self.simd)))
+
+    def missing(self) -> str | None:
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            return "no GPU is visible to torch"
+        if reason := _library.OPS["token_logps"][self.name](self.device.type):
+            return reason
+        if self.simd:
+            try:
+                fastpref.set_simd_level(self.simd)
+            except ValueError as error:
+                return str(error)
+            finally:
+                fastpref.set_simd_level("auto")
+        return None
+
+
+BACKENDS = [
+    Backend("reference", "cpu"),
+    Backend("native", "cpu", "baseline"),
+    Backend("native", "cpu", "avx2"),
+    Backend("native", "cpu", "avx512"),
+    Backend("triton", "cpu"),
+    Backend("native", "cuda"),
+    Backend("triton", "cuda"),
+]
+
+
+def _param(backend):
+    marks = [pytest.mark.cuda] if backend.device.type == "cuda" else []
+    if backend.name == "triton":
+        marks.append(pytest.mark.triton)
+    return pytest.param(backend, id=repr(backend), marks=marks)
+
+
+@pytest.fixture(params=[_param(b) for b in BACKENDS])
+def backend(request):
+    chosen = request.param
+    # the interpreter computes log(0) and inf - inf in numpy, which warns where a GPU does not
+    with np.errstate(all="ignore"):
+        yield from _selected(chosen)
+
+
+def _selected(chosen):
+    if reason := chosen.missing():
+        pytest.skip(f"{chosen}: {reason}")
+    if chosen.simd:
+        fastpref.set_simd_level(chosen.simd)
+    yield chosen
+    if chosen.simd:
+        fastpref.set_simd_level("auto")
+
+
+RANK = """
+import sys
+import torch
+import torch.distributed as dist
+import fastpref
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+torch.manual_seed(0)
+BODY
+torch.save(result, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def two_ranks(tmp_path):
+    """Runs a piece of code on two gloo ranks; it sets `result`, and both results come back."""
+
+    def run(body):
+        code = RANK.replace("BODY", textwrap.dedent(body))
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, str(rank), str(tmp_path)],
+                cwd=tmp_path,  # not the checkout, whose fastpref is the bare source tree
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        for process in ranks:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+        return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+
+    return run
