@@ -342,9 +342,10 @@ class _Preference(torch.autograd.Function):
 
 def _family(loss, beta, loss_options, has_reference: bool) -> tuple[list[float], bool] | None:
     """Coefficients for the native epilogue, or None for a loss (or reference) it does not know."""
+    if not isinstance(loss, str):
+        return None
     options = dict(loss_options or {})
-    reference_free = options.get("reference_free", False)
-    if not isinstance(loss, str) or bool(reference_free) == has_reference:
+    if bool(options.get("reference_free")) == has_reference:
         return None
     logistic = getattr(losses.get_loss(loss), "logistic", None)
     record = logistic(**{"beta": beta, **options}) if logistic else None

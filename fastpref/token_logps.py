@@ -273,7 +273,7 @@ if triton is not None:
 
         target = _transform(tl.load(x_row + target_col, mask=valid, other=0.0), tanh_scale, HAS_SOFTCAP)
         x = _transform(tl.load(x_row + edge_cols, mask=edge_mask, other=0.0), tanh_scale, HAS_SOFTCAP)
-        # Each lane keeps its own maximum and sums, without the target column, to the end of the row: no barrier per block.
+        # each lane keeps its own maximum and sums, without the target column, to the end: no barrier in the loop
         top = tl.where(edge_mask & (edge_cols != target_col), x, -_INF)
         total = tl.exp2((top - _finite_or_zero(top)) * k)
         exp_t = tl.zeros_like(total)

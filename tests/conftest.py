@@ -47,6 +47,13 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def _quiet_interpreter():
+    """Triton's interpreter computes log(0) and inf - inf in numpy, which warns where a GPU does not."""
+    with np.errstate(all="ignore"):
+        yield
+
+
 class Backend:
     """A backend on a device, at a forced SIMD level where that matters."""
 
@@ -92,12 +99,6 @@ def _param(backend):
 @pytest.fixture(params=[_param(b) for b in BACKENDS])
 def backend(request):
     chosen = request.param
-    # the interpreter computes log(0) and inf - inf in numpy, which warns where a GPU does not
-    with np.errstate(all="ignore"):
-        yield from _selected(chosen)
-
-
-def _selected(chosen):
     if reason := chosen.missing():
         pytest.skip(f"{chosen}: {reason}")
     if chosen.simd:
