@@ -340,6 +340,9 @@ class _Preference(torch.autograd.Function):
         return logits_gradient(ctx, preference_bwd, preference_bwd_, run), *(None,) * 14
 
 
+_library.cache_signature(_Preference)
+
+
 def _family(loss, beta, loss_options, has_reference: bool) -> tuple[list[float], bool] | None:
     """Coefficients for the native epilogue, or None for a loss (or reference) it does not know."""
     if not isinstance(loss, str):

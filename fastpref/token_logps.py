@@ -691,6 +691,9 @@ class _TokenLogps(torch.autograd.Function):
         return logits_gradient(ctx, token_logps_bwd, token_logps_bwd_, run), *(None,) * 8
 
 
+_library.cache_signature(_TokenLogps)
+
+
 def logits_gradient(ctx, bwd, bwd_, run) -> Tensor:
     """run(op, *saved) by `bwd`; or, with ctx.inplace, by `bwd_` into the logits' own memory, bumping their version."""
     if ctx.inplace == "done":
