@@ -108,6 +108,18 @@ def backend(request):
         fastpref.set_simd_level("auto")
 
 
+@pytest.fixture
+def python(tmp_path):
+    """Runs code in a fresh interpreter, away from the checkout: there Python would meet the bare source tree."""
+
+    def run(code, cwd=tmp_path, **environment):
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+        )
+
+    return run
+
+
 RANK = """
 import sys
 import torch

@@ -11,13 +11,13 @@ from fastpref.cli import main
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["demo", "--help"], ["info", "--help"]])
-def test_help_and_version_do_not_import_torch(arguments):
+def test_help_and_version_do_not_import_torch(python, arguments):
     code = (
         "import sys; from fastpref.cli import main\n"
         f"try: main({arguments!r})\n"
         "finally: print('torch' in sys.modules, file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python(code)
     assert done.returncode == 0 and done.stderr == "False\n"
     assert "fastpref" in done.stdout
 

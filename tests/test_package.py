@@ -1,8 +1,5 @@
 """The installed package: what it imports, what it is made of, and what it says about itself."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +8,6 @@ import fastpref
 from fastpref import _native
 
 CHECKOUT = Path(__file__).parents[1]
-
-
-def python(code, cwd, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
-    )
 
 
 def test_tests_meet_the_installed_package():
@@ -45,21 +36,21 @@ def test_public_names():
         _ = fastpref.nothing
 
 
-def test_curate_and_the_package_itself_do_not_import_torch(tmp_path):
+def test_curate_and_the_package_itself_do_not_import_torch(python):
     code = "import sys, fastpref, fastpref.curate; fastpref.curate.select_pairs; sys.exit('torch' in sys.modules)"
-    result = python(code, tmp_path)
+    result = python(code)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("first", ["fastpref.token_logps", "fastpref.preference"])
-def test_a_submodule_never_hides_the_function_of_its_name(tmp_path, first):
+def test_a_submodule_never_hides_the_function_of_its_name(python, first):
     code = f"import {first}, fastpref; assert callable(fastpref.token_logps); fastpref.losses.LOSSES['rdpo']"
-    result = python(code, tmp_path)
+    result = python(code)
     assert result.returncode == 0, result.stderr
 
 
-def test_the_bare_source_tree_says_how_to_install():
-    result = python("import fastpref", CHECKOUT)
+def test_the_bare_source_tree_says_how_to_install(python):
+    result = python("import fastpref", cwd=CHECKOUT)
     assert result.returncode != 0
     assert "bare source tree" in result.stderr
     assert "pip install ." in result.stderr
@@ -75,14 +66,14 @@ def test_build_info():
     assert "openmp" in info["native"]["threads"] or info["native"]["threads"] == "std::thread"
 
 
-def test_simd_level_by_environment(tmp_path):
+def test_simd_level_by_environment(python):
     code = "import fastpref; print(fastpref.build_info()['native']['simd'])"
-    assert python(code, tmp_path, FASTPREF_SIMD="baseline").stdout.strip() == "baseline"
-    wrong = python(code, tmp_path, FASTPREF_SIMD="mmx")
+    assert python(code, FASTPREF_SIMD="baseline").stdout.strip() == "baseline"
+    wrong = python(code, FASTPREF_SIMD="mmx")
     assert "simd level must be 'auto', 'baseline', 'avx2' or 'avx512', got 'mmx'" in wrong.stderr
 
 
-def test_without_a_native_core_the_reference_serves_and_says_so(tmp_path):
+def test_without_a_native_core_the_reference_serves_and_says_so(python):
     hide = "import sys; sys.modules['fastpref._core'] = None\n"
     code = hide + (
         "import warnings, torch, fastpref\n"
@@ -96,8 +87,8 @@ def test_without_a_native_core_the_reference_serves_and_says_so(tmp_path):
         "assert 'slow reference' in str(seen[0].message)\n"
         "print(fastpref.build_info()['native'])\n"
     )
-    result = python(code, tmp_path, TRITON_INTERPRET="0", FASTPREF_EXPECT_NATIVE="0")
+    result = python(code, TRITON_INTERPRET="0", FASTPREF_EXPECT_NATIVE="0")
     assert result.returncode == 0, result.stderr
     assert "no native core" in result.stdout
-    expected = python(hide + "import fastpref; fastpref.build_info()", tmp_path, FASTPREF_EXPECT_NATIVE="1")
+    expected = python(hide + "import fastpref; fastpref.build_info()", FASTPREF_EXPECT_NATIVE="1")
     assert expected.returncode != 0

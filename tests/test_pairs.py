@@ -1,8 +1,5 @@
 """curate.select_pairs: methods.md section 1, rule by rule."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -216,7 +213,6 @@ def test_a_kept_pair_is_valid(rewards):
 # ---- cost of the import
 
 
-def test_curate_does_not_import_torch():
+def test_curate_does_not_import_torch(python):
     code = "import sys, fastpref.curate; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert python(code).stdout.strip() == "False"
