@@ -283,6 +283,46 @@ def test_strided_rows_are_not_copied(layout):
     assert as_rows(logits).data_ptr() == logits.data_ptr()
 
 
+@pytest.fixture
+def untouched_memory():
+    """torch.empty without the poison, which would fill gigabytes that a test never looks at."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_rows_beyond_two_billion_columns(backend, untouched_memory):
+    memory = torch.empty(2**31 + 4000, dtype=torch.bfloat16, device=backend.device)
+    far = memory.as_strided((3, 1000), (2**30 + 7, 1))
+    logits, labels = make((3, 1000), torch.bfloat16, backend.device, ignored=0)
+    far.copy_(logits)
+    grad = torch.randn(3, device=backend.device)
+    results = []
+    for x in (far, logits):
+        x = x.detach().requires_grad_()
+        logps = fastpref.token_logps(x, labels, backend=backend.name)
+        results.append((logps.detach(), *torch.autograd.grad(logps, x, grad)))
+    # where a row begins decides how it is cut into vectors, and so the order of the sum
+    torch.testing.assert_close(*results, rtol=1e-2, atol=2e-6)
+    logps, lse, _ = token_logps_fwd(far, labels, 1.0, None, 1.0, -100, False, backend.name)
+    token_logps_bwd_(grad, far, labels, logps, lse, 1.0, None, 1.0, -100, backend.name)
+    torch.testing.assert_close(far, results[0][1], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_gradient_beyond_two_billion_columns(untouched_memory):
+    row = torch.randn(1, 32768, dtype=torch.bfloat16)
+    logits = row.expand(66000, -1).requires_grad_()
+    labels = torch.full((66000,), -100)
+    labels[-1] = 5
+    logps = fastpref.token_logps(logits, labels)
+    (gradient,) = torch.autograd.grad(logps.sum(), logits)
+    assert gradient.numel() > 2**31
+    _, expected = forward_backward(fastpref.token_logps, row, labels[-1:], torch.ones(1))
+    torch.testing.assert_close(gradient[-1:], expected, rtol=0, atol=0)
+    assert not gradient[::997][:-1].any()
+
+
 def test_forward_allocates_nothing_of_the_logits_size(monkeypatch):
     logits, labels = make((8, 16, 4096))
     allocated = []

@@ -8,8 +8,8 @@
 namespace fastpref::FASTPREF_SIMD {
 namespace {
 
-constexpr int64_t block_columns = 2048;    // 4 to 8 KiB: two blocks stay in L1
-constexpr int prefetch_bytes = 1024;       // the hardware prefetcher stops at page ends, this does not
+constexpr int64_t block_columns = 2048;   // 4 to 8 KiB: two blocks stay in L1
+constexpr int prefetch_bytes = 1024;      // the hardware prefetcher stops at page ends, this does not
 constexpr float rebase_threshold = 1.0f;  // further above the reference, v - reference loses bits that v had
 
 inline float to_float(float x) { return x; }
