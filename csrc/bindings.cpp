@@ -70,7 +70,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
 
   py::class_<LogitRows>(m, "LogitRows").def(py::init(&logit_rows));
   py::class_<LogitTransform>(m, "LogitTransform").def(py::init([](double multiplier, double tanh_scale) {
-    return LogitTransform{static_cast<float>(multiplier), static_cast<float>(tanh_scale)};
+    return LogitTransform{multiplier, static_cast<float>(tanh_scale)};
   }));
   py::class_<LogisticFamily>(m, "LogisticFamily")
       .def(py::init([](double beta, double a, double b, double c, double m0, double m1, double offset, bool drop) {

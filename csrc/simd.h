@@ -181,21 +181,51 @@ inline void store(f16* p, Pair v) {
 // Round to integer by adding 1.5 * 2^23 (+ 127), whose low bits then hold the biased exponent of 2^n.
 constexpr float round_to_exponent = 12582912.0f + 127.0f;
 
-// e^z for z <= 87, to 1e-7 relative with no mean error. The reduction z - n ln 2 is in two steps, of
-// which the first is exact, with or without fused multiply-add. Exactly 0 below -87; NaN for NaN.
-inline Vf exp(Vf z) {
-  const Vf shifted = z * 1.44269504f + round_to_exponent;
-  const Vf n = shifted - round_to_exponent;
-  const Vf r = (z - n * 0.693359375f) + n * 2.12194440e-4f;  // [-ln 2 / 2, ln 2 / 2]
-  Vf p = splat(1.381316106e-03f);                            // minimax of (e^r - 1 - r) / r^2
+constexpr float log2e = 1.44269504f;
+constexpr float ln2_hi = 0.693359375f;  // few bits: products with an exponent are exact
+constexpr float ln2_lo = -2.12194440e-4f;
+
+// 2^n e^r for |r| <= ln 2 / 2, with n as it was rounded: z * log2(e) + round_to_exponent.
+inline Vf exp_reduced(Vf shifted, Vf r) {
+  Vf p = splat(1.381316106e-03f);  // minimax of (e^r - 1 - r) / r^2
   p = p * r + 8.369410411e-03f;
   p = p * r + 4.166845605e-02f;
   p = p * r + 1.666651517e-01f;
   p = p * r + 4.999999404e-01f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  p *= (Vf)((Vi)shifted << 23);
-  return z < -87.0f ? Vf{} : p;
+  return p * (Vf)((Vi)shifted << 23);
+}
+
+// e^z for z <= 87, to 1e-7 relative with no mean error; exactly 0 below -87, NaN for NaN.
+inline Vf exp(Vf z) {
+  const Vf shifted = z * log2e + round_to_exponent;
+  const Vf n = shifted - round_to_exponent;
+  const Vf e = exp_reduced(shifted, (z - n * ln2_hi) - n * ln2_lo);
+  return z < -87.0f ? Vf{} : e;
+}
+
+// e^(d m) with the product to more than float: the rounding of d m alone would cost |d m| 6e-8. With 12 bits of each
+// factor in its high part, high times high is exact, with or without fused multiply-add.
+struct Factor {
+  float value, high, low;  // value ~ high + low
+  explicit Factor(double m) : value(static_cast<float>(m)) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    bits &= 0xfffff000u;
+    std::memcpy(&high, &bits, 4);
+    low = static_cast<float>(m - double(high));
+  }
+};
+
+inline Vf exp_product(Vf d, const Factor& m) {
+  const Vf z = d * m.value;
+  const Vf shifted = z * log2e + round_to_exponent;
+  const Vf n = shifted - round_to_exponent;
+  const Vf high = (Vf)((Vu)d & 0xfffff000u);
+  const Vf r = (high * m.high - n * ln2_hi) + ((d - high) * m.value + high * m.low - n * ln2_lo);
+  const Vf e = exp_reduced(shifted, r);
+  return z < -87.0f ? Vf{} : e;
 }
 
 // Odd polynomial near 0, where 1 - 2 / (e^2y + 1) would cancel (Cephes' split at 0.625).

@@ -23,9 +23,9 @@ struct LogitRows {  // row (i, j) begins at data + i * outer_stride + j * inner_
 };
 
 struct LogitTransform {
-  float multiplier;  // scale / temperature, or softcap / temperature
-  float tanh_scale;  // scale / softcap; 0: no softcap
-  float slope() const { return tanh_scale != 0 ? multiplier * tanh_scale : multiplier; }  // dz/dx at v = 0
+  double multiplier;  // > 0: scale / temperature, or softcap / temperature
+  float tanh_scale;   // scale / softcap; 0: no softcap
+  double slope() const { return tanh_scale != 0 ? multiplier * tanh_scale : multiplier; }  // dz/dx at v = 0
 };
 
 struct TokenLogpsForward {

@@ -118,7 +118,7 @@ def test_a_large_common_offset_cancels(backend):
 def test_extreme_logits(backend, spread):
     if spread == 1e30 and backend.name == "reference":
         pytest.skip("the reference is the truth here")
-    check(backend, (6, 777), torch.float32, {}, spread)
+    check(backend, (40, 777), torch.float32, {}, spread)
 
 
 def test_rising_rows_are_read_again(backend):

@@ -8,9 +8,9 @@
 namespace fastpref::FASTPREF_SIMD {
 namespace {
 
-constexpr int64_t block_columns = 2048;   // 4 to 8 KiB: two blocks stay in L1
-constexpr int prefetch_bytes = 1024;      // the hardware prefetcher stops at page ends, this does not
-constexpr float rebase_threshold = 1.0f;  // further above the reference, v - reference loses bits that v had
+constexpr int64_t block_columns = 128 * W;  // two in L1; 64 additions per lane, then on in double
+constexpr int prefetch_bytes = 1024;        // the hardware prefetcher stops at page ends, this does not
+constexpr float rebase_threshold = 1.0f;    // further above the reference, v - reference loses bits that v had
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
@@ -38,7 +38,7 @@ struct Sums {
   float reference = 0;
   bool started = false;  // a finite reference was found
 
-  void rebase(float new_reference, float multiplier) {
+  void rebase(float new_reference, double multiplier) {
     if (exp != 0) {
       const double shift = (double(reference) - double(new_reference)) * multiplier;
       const double factor = __builtin_exp(shift);
@@ -130,13 +130,14 @@ template <class T, bool SOFTCAP, bool STATS>
 void forward_row(const TokenLogpsForward& args, int64_t row, int64_t label) {
   const LogitRows& logits = args.logits;
   const T* x = static_cast<const T*>(logits.data) + logits.offset(row);
-  const float multiplier = args.transform.multiplier, tanh_scale = args.transform.tanh_scale;
+  const double multiplier = args.transform.multiplier;
+  const float tanh_scale = args.transform.tanh_scale;
 
   Sums sums;  // without the target column
   const auto add = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += block_columns)
-      add_block<T, SOFTCAP, STATS>(x + i, end - i < block_columns ? end - i : block_columns, multiplier, tanh_scale,
-                                   sums);
+      add_block<T, SOFTCAP, STATS>(x + i, end - i < block_columns ? end - i : block_columns,
+                                   static_cast<float>(multiplier), tanh_scale, sums);
   };
   add(0, label);
   add(label + 1, logits.vocab);
@@ -183,9 +184,10 @@ void forward_rows(const TokenLogpsForward& args, int64_t begin, int64_t end) {
 }
 
 template <class T, bool SOFTCAP, bool STREAM>
-void backward_columns(const T* x, T* out, int64_t n, float multiplier, float lse_hi, float g, float tanh_scale) {
+void backward_columns(const T* x, T* out, int64_t n, const Factor& multiplier, float lse_hi, float g,
+                      float tanh_scale) {
   const auto gradient = [&](Vf v) {
-    Vf p = exp((v - lse_hi) * multiplier) * g;
+    Vf p = exp_product(v - lse_hi, multiplier) * g;
     if constexpr (SOFTCAP) p *= 1.0f - v * v;
     return p;
   };
@@ -215,6 +217,7 @@ template <class T, bool SOFTCAP, bool STREAM>
 void backward_rows(const TokenLogpsBackward& args, int64_t begin, int64_t end) {
   const LogitRows &logits = args.logits, &out_rows = args.out;
   const float tanh_scale = args.transform.tanh_scale;
+  const Factor multiplier(args.transform.multiplier);
   for (int64_t row = begin; row < end; row++) {
     const T* x = static_cast<const T*>(logits.data) + logits.offset(row);
     T* out = static_cast<T*>(out_rows.data) + out_rows.offset(row);
@@ -228,8 +231,7 @@ void backward_rows(const TokenLogpsBackward& args, int64_t begin, int64_t end) {
     const float x_target = to_float(x[label]);  // before it may be overwritten
     const double g = double(grad) * args.transform.slope();
     const double others = -g * __builtin_exp(-double(args.lse[logits.rows() + row]));
-    backward_columns<T, SOFTCAP, STREAM>(x, out, logits.vocab, args.transform.multiplier, hi,
-                                         static_cast<float>(others), tanh_scale);
+    backward_columns<T, SOFTCAP, STREAM>(x, out, logits.vocab, multiplier, hi, static_cast<float>(others), tanh_scale);
     // 1 - p of the target, exact for confident tokens where the difference would cancel
     double target = -__builtin_expm1(double(args.logps[row])) * g;
     if constexpr (SOFTCAP) {

@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(max_threads) token_logps_fwd_kernel(const Toke
   }
 
   const Row<T> x(args.logits, row);
-  const float multiplier = args.transform.multiplier, tanh_scale = args.transform.tanh_scale;
+  const float multiplier = static_cast<float>(args.transform.multiplier), tanh_scale = args.transform.tanh_scale;
   const float k = multiplier * log2e;
   const float target = transform<HAS_SOFTCAP>(to_float(x.data[label]), tanh_scale);
   const int target_col = static_cast<int>(label) - x.head;  // in the body
@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(max_threads) token_logps_bwd_kernel(const Toke
 
   Row<T> x(args.logits, row);
   if (x.phase() != out.phase()) x.all_scalar();  // no boundary is common to both
-  const float multiplier = args.transform.multiplier, tanh_scale = args.transform.tanh_scale;
+  const float multiplier = static_cast<float>(args.transform.multiplier), tanh_scale = args.transform.tanh_scale;
   const Softmax softmax(hi, args.lse[rows + row], multiplier);
   const float minus_scale = -grad * (HAS_SOFTCAP ? multiplier * tanh_scale : multiplier);
   const float minus_rest = expm1f(args.logps[row]);  // -(1 - p) of the target, exact for confident tokens
