@@ -4,6 +4,7 @@ Run as a script, this file compiles the Triton kernels and prints one JSON line 
 """
 
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -119,6 +120,9 @@ def compile_triton(op, target, dtype, rung, kind, softcap):
 def test_triton_kernels():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
+    version = importlib.metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) < (3, 3):
+        pytest.skip(f"Triton {version} compiles ahead of time by another interface; 3.3 and later are checked")
     # Triton reads TRITON_INTERPRET when it is imported, and this process may be running the interpreter.
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)

@@ -661,3 +661,78 @@ def test_any_batch(pairs, tokens, loss, seed, masked):
     order = torch.arange(2 * pairs).roll(pairs)
     swapped, _ = run(logits[order], labels[order], **{**options, "ref_logits": ref_logits[order], "rating_gap": -gap})
     torch.testing.assert_close(swapped.margins, -fused.margins)
+
+
+# ---- on a GPU ----
+
+
+def on(device, *tensors):
+    return [t.to(device) for t in tensors]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("loss", sorted(losses.LOSSES))
+def test_cuda_is_cpu(loss, packed):
+    logits, labels, ref_logits, gap = make()
+    gap = gap.nan_to_num(0.3)
+    cu_seqlens = None
+    if packed:
+        cu_seqlens = torch.arange(0, 55, 9)
+        logits, labels, ref_logits = logits.view(-1, 40), labels.view(-1), ref_logits.view(-1, 40)
+    options = {"loss": loss, "shift": True, "stats": STATS}
+    if loss == "beta_dpo":
+        options["loss_options"] = {"keep": 1.0}
+    results = []
+    for device in ("cpu", "cuda"):
+        x, y, r, g, s = on(device, logits, labels, ref_logits, gap, torch.linspace(0, 1, 6))
+        cu = None if cu_seqlens is None else cu_seqlens.to(device)
+        out, gradient = run(x, y, ref_logits=r, rating_gap=g, scores=s, cu_seqlens=cu, **options)
+        results.append((out.loss.detach().cpu(), gradient.cpu(), {k: v.cpu() for k, v in out.as_trl().items()}))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("loss", ["sigmoid", "rdpo", "ipo", "ld_dpo", "wpo"])
+def test_a_step_is_captured_in_a_cuda_graph(loss):
+    """Which also proves that no value is read on the host: a capture refuses that."""
+    x, labels, ref_logits, gap = on("cuda", *make())
+    x.requires_grad_()
+
+    def step():
+        out = fastpref.preference_loss(
+            x, labels, ref_logits=ref_logits, loss=loss, rating_gap=gap, shift=True, stats=STATS
+        )
+        (gradient,) = torch.autograd.grad(out.loss, x)
+        return out.loss.detach(), gradient, out.as_trl()["rewards/margins"]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    gap.copy_(torch.randn_like(gap))
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(captured, step(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.cuda
+def test_no_host_sync_on_cuda():
+    x, labels, ref_logits, gap = on("cuda", *make())
+    x.requires_grad_()
+    options = {"ref_logits": ref_logits, "rating_gap": gap, "shift": True, "stats": STATS}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for loss in ("sigmoid", "rdpo", "ipo"):
+            out = fastpref.preference_loss(x, labels, loss=loss, **options)
+            out.as_trl()
+            out.loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

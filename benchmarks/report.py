@@ -1,0 +1,210 @@
+"""Markdown tables and a plot from a benchmark's JSON: `python benchmarks/report.py FILE.json` writes FILE.md, FILE.png.
+
+Takes what `pytest benchmarks/bench_*.py --benchmark-json FILE.json` or gpu.py wrote.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("json", type=Path, help="from --benchmark-json, or from gpu.py")
+    parser.add_argument("--out", type=Path, help="folder for the .md and .png (default: beside the JSON)")
+    arguments = parser.parse_args(argv)
+    results = load(json.loads(arguments.json.read_text()))
+    stem = (arguments.out or arguments.json.parent) / arguments.json.stem
+    stem.with_suffix(".md").write_text(markdown(results))
+    print(f"wrote {stem}.md")
+    try:
+        plot(results, stem.with_suffix(".png"))
+        print(f"wrote {stem}.png")
+    except ImportError as error:
+        print(f"no plot: matplotlib cannot be imported ({error}); pip install matplotlib", file=sys.stderr)
+    return 0
+
+
+def load(raw: dict) -> dict:
+    """Either kind of file as {machine, bandwidth, cases, ...}."""
+    if "cases" in raw:
+        return raw
+    records = [entry["extra_info"] for entry in raw["benchmarks"] if "competitors" in entry["extra_info"]]
+    return {
+        "machine": raw["machine_info"],
+        "bandwidth": records[0]["bandwidth"] if records else {},
+        "cases": records,
+    }
+
+
+# ---- Markdown ----
+
+
+def markdown(results: dict) -> str:
+    machine = results["machine"]
+    gpu = machine.get("gpu")
+    device = gpu["name"] if gpu else machine.get("cpu", "unknown device")
+    parts = [f"# Benchmarks, {machine.get('date', 'no date')[:10]}, {device}", _facts(results)]
+    parts[1:1] = _caution(results)
+    parts += _stages(results) + _tests(results)
+    parts.append(_LEGEND)
+    parts += [_case(record) for record in results["cases"]] or ["No case was measured."]
+    return "\n\n".join(parts) + "\n"
+
+
+_LEGEND = (
+    "Medians of rounds in which every row ran once, in the same process. *over plain*: how many times faster the row "
+    "is than log_softmax + gather, median of the ratios of each round. GB/s counts the bytes that must move: each "
+    "logit that counts read once by a forward and once by a backward, every logit's gradient written once; *of "
+    "bandwidth* is that over the bandwidth measured in the same run. Peak is memory beyond what was there before the "
+    "call, gradient included. Errors are against float64 of the same logits: log-probs (or margins) absolute in nats, "
+    "gradients per token relative to the token's gradient. Rows that overwrite the logits get them back by a copy "
+    "outside the timing."
+)
+
+
+def _facts(results: dict) -> str:
+    machine = results["machine"]
+    gpu = machine.get("gpu") or {}
+    native = (results.get("build_info") or {}).get("native", {})
+    lines = {
+        "CPU": f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('threads')} threads, "
+        f"{machine.get('simd')}",
+        "GPU": ", ".join(f"{key} {value}" for key, value in gpu.items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items()),
+        "native core": ", ".join(f"{k} {v}" for k, v in native.items()) if isinstance(native, dict) else native,
+        "Python": machine.get("python"),
+        "commit": machine.get("commit"),
+        "transparent huge pages": f"{machine.get('transparent_huge_pages')}; THP_MEM_ALLOC_ENABLE "
+        f"{machine.get('THP_MEM_ALLOC_ENABLE')}",
+        "load average at the start": machine.get("load_average"),
+        "measured bandwidth": ", ".join(
+            f"{key.removesuffix('_gbps')} {v:.1f} GB/s" for key, v in results["bandwidth"].items()
+        ),
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in lines.items() if value)
+
+
+def _caution(results: dict) -> list[str]:
+    parts = []
+    if results.get("dry_run"):
+        parts.append(
+            "**Dry run on a CPU, Triton under its interpreter, tiny shapes: nothing in this file was measured on a "
+            "GPU, and no time in it means anything.**"
+        )
+    if results.get("not_run"):
+        lines = [f"- {name}: {reason}" for name, reason in results["not_run"].items()]
+        parts.append("## Not run here\n\n" + "\n".join(lines))
+    return parts
+
+
+def _stages(results: dict) -> list[str]:
+    if not results.get("stages"):
+        return []
+    rows = [
+        f"| {name} | {stage['status']} | {stage['seconds']:.0f} | {_cell(stage.get('note', ''))} |"
+        for name, stage in results["stages"].items()
+    ]
+    return ["\n".join(["## Stages", "", "| stage | status | s | |", "|---|---|---|---|", *rows])]
+
+
+def _tests(results: dict) -> list[str]:
+    tests = results.get("tests")
+    if not tests:
+        return []
+    rows = [
+        f"| {group} | {count['passed']} | {count['failed']} | {count['skipped']} |"
+        for group, count in tests["by_backend"].items()
+    ]
+    parts = ["\n".join(["## Tests", "", "| backend | passed | failed | skipped |", "|---|---|---|---|", *rows])]
+    if tests["failures"]:
+        lines = [f"- `{failure['test']}`: {_last_line(failure['reason'])}" for failure in tests["failures"]]
+        parts.append("### Failures\n\n" + "\n".join(lines))
+    return parts
+
+
+def _case(record: dict) -> str:
+    step = record["mode"] == "step"
+    title = f"{record['op']}, {'forward and backward' if step else 'forward'}, T={record['tokens']}, "
+    title += f"V={record['vocab']}, {record['dtype']}, {100 * record['masked']:.0f} % ignored"
+    title += f", {record['loss']}" if record["loss"] else ""
+    title += ", THP_MEM_ALLOC_ENABLE=1" if record.get("huge_page_allocator") else ""
+    head = ["", "ms", "min–max", "over plain", "GB/s", f"of {record['bandwidth_kind']} bandwidth", "peak MiB", "error"]
+    head += ["gradient error"] if step else []
+    lines = [f"## {title}", "", _row(head), "|---" + "|---:" * (len(head) - 1) + "|"]
+    for row in record["competitors"].values():
+        cells = [
+            row["title"],
+            _significant(row["median_ms"]),
+            f"{_significant(row['min_ms'])}–{_significant(row['max_ms'])}",
+            f"{row['speedup_over_plain']:.2f}×" if row["speedup_over_plain"] else "?",
+            _significant(row["gbps"]),
+            f"{100 * row['bandwidth_share']:.0f} %",
+            "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}",
+            f"{row['error']:.1e}",
+        ]
+        lines.append(_row(cells + ([f"{row['gradient_error']:.1e}"] if step else [])))
+    lines += ["", f"{record['rounds']} rounds; gradient {record['gradient_bytes'] / 2**20:.1f} MiB."]
+    if record["absent"]:
+        reasons = {}
+        for name, reason in record["absent"].items():
+            reasons.setdefault(reason, []).append(name)
+        lines.append("Absent: " + "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()) + ".")
+    return "\n".join(lines)
+
+
+def _row(cells) -> str:
+    return "| " + " | ".join(map(_cell, cells)) + " |"
+
+
+def _cell(text) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _last_line(text: str) -> str:
+    return _cell(text.strip().splitlines()[-1] if text.strip() else "")
+
+
+def _significant(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+# ---- plot ----
+
+
+def plot(results: dict, path: Path) -> None:
+    """One panel of horizontal bars per case: median time, min to max as a whisker, shorter is better."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = results["cases"]
+    if not cases:
+        return
+    heights = [1.2 + 0.28 * len(record["competitors"]) for record in cases]
+    figure, panels = plt.subplots(
+        len(cases), 1, figsize=(9, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for panel, record in zip(panels[:, 0], cases, strict=True):
+        rows = list(record["competitors"].values())
+        medians = [row["median_ms"] for row in rows]
+        whiskers = [
+            [m - row["min_ms"] for m, row in zip(medians, rows, strict=True)],
+            [row["max_ms"] - m for m, row in zip(medians, rows, strict=True)],
+        ]
+        colours = ["tab:blue" if row["title"].startswith("fastpref") else "tab:gray" for row in rows]
+        panel.barh([row["title"] for row in rows], medians, xerr=whiskers, color=colours, ecolor="black", capsize=2)
+        panel.invert_yaxis()
+        panel.set_xlim(0, 1.15 * max(medians))
+        suffix = ", THP_MEM_ALLOC_ENABLE=1" if record.get("huge_page_allocator") else ""
+        panel.set_title(f"{record['op']} {record['name']}{suffix}", fontsize=9, loc="left")
+        panel.set_xlabel("ms, median of rounds; whisker: min to max", fontsize=8)
+        panel.tick_params(labelsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
