@@ -108,15 +108,11 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
 #ifdef FASTPREF_WITH_CUDA
   m.def(
       "token_logps_fwd_cuda",
-      [](const TokenLogpsForward& args, int device, uintptr_t stream) {
-        token_logps_fwd_cuda(args, device, pointer<void>(stream));
-      },
+      [](const TokenLogpsForward& args, uintptr_t stream) { token_logps_fwd_cuda(args, pointer<void>(stream)); },
       release());
   m.def(
       "token_logps_bwd_cuda",
-      [](const TokenLogpsBackward& args, int device, uintptr_t stream) {
-        token_logps_bwd_cuda(args, device, pointer<void>(stream));
-      },
+      [](const TokenLogpsBackward& args, uintptr_t stream) { token_logps_bwd_cuda(args, pointer<void>(stream)); },
       release());
 #endif
   m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) { advise_huge_pages(pointer<void>(data), bytes); });

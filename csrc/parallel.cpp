@@ -3,6 +3,7 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -24,29 +25,28 @@ struct OpenMp {
   std::string name = "std::thread";
 };
 
-#if defined(__linux__)
-int find_openmp(dl_phdr_info* info, size_t, void* out) {
-  const std::string path = info->dlpi_name ? info->dlpi_name : "";
-  for (const char* word : {"libgomp", "libiomp5", "libomp"}) {
-    if (path.find(word) == std::string::npos) continue;
-    void* handle = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-    if (!handle) continue;
-    if (void* symbol = dlsym(handle, "GOMP_parallel")) {
-      auto* found = static_cast<OpenMp*>(out);
-      found->parallel = reinterpret_cast<GompParallel>(symbol);
-      found->name = "openmp (" + path.substr(path.rfind('/') + 1) + ")";
-      return 1;
-    }
-  }
-  return 0;
-}
-#endif
-
 const OpenMp& openmp() {
   static const OpenMp runtime = [] {
     OpenMp found;
 #if defined(__linux__)
-    dl_iterate_phdr(find_openmp, &found);
+    // the loader's lock is held in the callback: only collect there, open afterwards
+    std::vector<std::string> loaded;
+    dl_iterate_phdr(
+        [](dl_phdr_info* info, size_t, void* out) {
+          if (info->dlpi_name) static_cast<std::vector<std::string>*>(out)->push_back(info->dlpi_name);
+          return 0;
+        },
+        &loaded);
+    for (const std::string& path : loaded) {
+      const std::string name = path.substr(path.rfind('/') + 1);
+      if (name.rfind("libgomp", 0) != 0 && name.rfind("libiomp5", 0) != 0 && name.rfind("libomp", 0) != 0) continue;
+      void* handle = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+      void* symbol = handle ? dlsym(handle, "GOMP_parallel") : nullptr;
+      if (!symbol) continue;
+      found.parallel = reinterpret_cast<GompParallel>(symbol);
+      found.name = "openmp (" + name + ")";
+      break;
+    }
 #endif
     return found;
   }();
@@ -84,7 +84,10 @@ void parallel_for(int64_t count, int64_t chunk, int threads, RangeBody body, con
   if (openmp().parallel)
     return openmp().parallel([](void* l) { static_cast<Loop*>(l)->run(); }, &loop, static_cast<unsigned>(threads), 0);
   std::vector<std::thread> pool;
-  for (int i = 1; i < threads; i++) pool.emplace_back([&loop] { loop.run(); });
+  try {
+    for (int i = 1; i < threads; i++) pool.emplace_back([&loop] { loop.run(); });
+  } catch (const std::system_error&) {  // the system gives no more threads: those that started do the work
+  }
   loop.run();
   for (auto& thread : pool) thread.join();
 }
@@ -114,7 +117,7 @@ bool built(SimdLevel level) {
 bool supported(SimdLevel level) {
   if (!built(level)) return false;
 #if defined(__x86_64__)
-  // The features of x86-64-v3 and x86-64-v4 that the kernels use.
+  // every processor with AVX2 has the F16C that the kernels use too; older compilers cannot ask for it
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (level == SimdLevel::avx2) return avx2;
   if (level == SimdLevel::avx512)

@@ -205,6 +205,27 @@ inline Vf exp(Vf z) {
   return z < -87.0f ? Vf{} : e;
 }
 
+// The same for one term of a sum, in fewer operations: to 2e-7 relative with a mean error of 2e-8.
+inline Vf exp_term(Vf z) {
+  const Vf lowest = splat(-104.0f);
+  z = lowest > z ? lowest : z;  // e^-104 is 0 already; a NaN stays
+  const Vf shifted = z * log2e + round_to_exponent;
+  const Vf n = shifted - round_to_exponent;
+  const Vf r = z - n * 0.693147181f;
+  Vf p = splat(8.290283382e-03f);  // minimax of (e^r - 1) / r
+  p = p * r + 4.189809784e-02f;
+  p = p * r + 1.666763723e-01f;
+  p = p * r + 4.999914765e-01f;
+  p = p * r + 9.999997020e-01f;
+  p = p * r + 1.0f;
+#if defined(FASTPREF_SIMD_avx512)
+  return (Vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+#else
+  p *= (Vf)((Vi)shifted << 23);
+  return z < -87.0f ? Vf{} : p;
+#endif
+}
+
 // e^(d m) with the product to more than float: the rounding of d m alone would cost |d m| 6e-8. With 12 bits of each
 // factor in its high part, high times high is exact, with or without fused multiply-add.
 struct Factor {

@@ -53,8 +53,8 @@ struct TokenLogpsBackward {
 void token_logps_fwd_cpu(const TokenLogpsForward& args, int threads);
 void token_logps_bwd_cpu(const TokenLogpsBackward& args, int threads);
 
-// CUDA, on `stream` of `device`. An invalid label gives NaN and reads nothing out of bounds.
-void token_logps_fwd_cuda(const TokenLogpsForward& args, int device, void* stream);
-void token_logps_bwd_cuda(const TokenLogpsBackward& args, int device, void* stream);
+// CUDA, on `stream` of the current device. An invalid label gives NaN and reads nothing out of bounds.
+void token_logps_fwd_cuda(const TokenLogpsForward& args, void* stream);
+void token_logps_bwd_cuda(const TokenLogpsBackward& args, void* stream);
 
 }  // namespace fastpref

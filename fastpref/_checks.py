@@ -21,10 +21,20 @@ def logits(name: str, value) -> None:
         raise ValueError(f"{name} must have at least one column, got shape {list(value.shape)}")
 
 
-def labels(value, logits: Tensor) -> None:
-    tensor("labels", value)
+def integers(name: str, value) -> None:
+    tensor(name, value)
     if value.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be int64 or int32, got {value.dtype}")
+        raise TypeError(f"{name} must be int64 or int32, got {value.dtype}")
+
+
+def floats(name: str, value) -> None:
+    tensor(name, value)
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+
+
+def labels(value, logits: Tensor) -> None:
+    integers("labels", value)
     if value.shape != logits.shape[:-1]:
         raise ValueError(
             f"labels must have shape {list(logits.shape[:-1])} to match logits {list(logits.shape)}, "
@@ -40,9 +50,7 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 
 def vector(name: str, value, length: int, what: str, like: Tensor) -> None:
     """value is a floating-point tensor of shape [length], on like's device."""
-    tensor(name, value)
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    floats(name, value)
     if value.dim() != 1 or value.shape[0] != length:
         raise ValueError(f"{name} must have shape [{length}] ({what}), got {list(value.shape)}")
     same_device(name, value, "logits", like)
@@ -60,8 +68,19 @@ def transform(temperature, softcap, scale) -> None:
     positive("scale", scale)
     if softcap is not None:
         positive("softcap", softcap)
+        _normal_float32("softcap / temperature", softcap / temperature)
+        _normal_float32("scale / softcap", scale / softcap)
+    else:
+        _normal_float32("scale / temperature", scale / temperature)
+
+
+def _normal_float32(name: str, value: float) -> None:
+    if not 2.0**-126 <= value < 2.0**128:
+        raise ValueError(f"{name} must be a normal float32, got {value}")
 
 
 def ignore_index(value) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index must fit 64 bits, got {value}")

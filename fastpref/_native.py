@@ -20,6 +20,7 @@ if _core is None:
         """A CUDA call of the native core failed."""
 else:
     CudaError = _core.CudaError
+    CudaError.__module__ = "fastpref"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/dtype.h
 HUGE_OUTPUT_BYTES = 4 << 20

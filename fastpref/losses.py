@@ -106,7 +106,7 @@ def traits(loss, options=None) -> Traits:
     A user's callable has the traits it declares as attributes (see `pair_separable`) and no others.
     """
     if isinstance(loss, (list, tuple)):
-        parts = [traits(*part) for part in zip(loss, _per_loss("options", options, loss, None), strict=True)]
+        parts = [traits(*part) for part in zip(loss, _per_loss("loss_options", options, loss, None), strict=True)]
         return Traits(
             frozenset().union(*(part.needs for part in parts)),
             all(part.separable for part in parts),
@@ -148,8 +148,8 @@ def mixture(pairs: Pairs, losses: Sequence, weights=None, options=None, beta: fl
     """
     if isinstance(losses, str) or not losses:
         raise ValueError(f"losses must be a non-empty list of names or callables, got {losses!r}")
-    weights = _per_loss("weights", weights, losses, 1.0)
-    options = _per_loss("options", options, losses, None)
+    weights = _per_loss("loss_weights", weights, losses, 1.0)
+    options = _per_loss("loss_options", options, losses, None)
     return sum(
         weight * pair_loss(pairs, loss, beta=beta, options=own)
         for loss, weight, own in zip(losses, weights, options, strict=True)
@@ -214,7 +214,13 @@ def _resolve(pairs: Pairs, loss: str, needs: frozenset[str], reference_free: boo
             if value is None:
                 remedy = f"preference_loss(..., {argument})" if argument else f"losses.Pairs(..., {field}=...)"
                 raise ValueError(f"{loss} needs {field} ({what}); got None. Pass {remedy}")
-    return pairs._replace(chosen_logratios=chosen, rejected_logratios=rejected)
+    return _with_logratios(pairs, chosen, rejected)
+
+
+def _with_logratios(pairs: Pairs, chosen, rejected) -> Pairs:
+    # NamedTuple._replace breaks the graph under torch 2.6
+    fields = dict(zip(Pairs._fields, pairs, strict=True))
+    return Pairs(**{**fields, "chosen_logratios": chosen, "rejected_logratios": rejected})
 
 
 # e^40 squared still fits fp32, so that the squared losses stay finite too; TRL's cap, e^80, squared does not.
@@ -263,9 +269,10 @@ def _loss(*needs, separable=True, delta_only=False, f_divergences=False, coeffic
                 raise ValueError(f"f_divergence must be 'reverse_kl' for {name}, got {f_divergence!r}")
             pairs = _resolve(pairs, name, loss_traits(reference_free=reference_free, **options).needs, reference_free)
             if f_divergence != "reverse_kl":
-                pairs = pairs._replace(
-                    chosen_logratios=_divergence_score(pairs.chosen_logratios, f_divergence, f_alpha),
-                    rejected_logratios=_divergence_score(pairs.rejected_logratios, f_divergence, f_alpha),
+                pairs = _with_logratios(
+                    pairs,
+                    _divergence_score(pairs.chosen_logratios, f_divergence, f_alpha),
+                    _divergence_score(pairs.rejected_logratios, f_divergence, f_alpha),
                 )
             record = None if coefficients is None else coefficients(**{**defaults, **options, "beta": beta})
             if record is not None:
@@ -625,6 +632,8 @@ def beta_dpo(
     """
     _require(0 < keep <= 1, "keep", "in (0, 1]", keep)
     delta = pairs.chosen_logratios - pairs.rejected_logratios
+    if delta.numel() == 0:
+        return _cross_entropy(delta)  # nothing to draw from
     observed = delta.detach()
     mean = observed.mean() if running_mean is None else running_mean
     std = observed.std(correction=0) if running_std is None else running_std

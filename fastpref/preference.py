@@ -10,6 +10,7 @@ other loss, a user's own included, runs as torch on vectors between the same two
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -93,7 +94,8 @@ class _Sequences:
 
     def __init__(self, labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None):
         self.counted = labels != ignore_index
-        self.cu_seqlens = cu_seqlens
+        # only the CPU in eager mode has checked them: nothing may be read out of bounds elsewhere
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.clamp(0, labels.shape[0]).cummax(0).values
         self.count = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
     def sum(self, values: Tensor) -> Tensor:
@@ -141,11 +143,9 @@ def sequence_logps(
     Returns:
         sums [sequences], accumulated in float64 and rounded to token_logps' dtype; lengths [sequences], int64.
     """
-    _checks.tensor("token_logps", token_logps)
-    _checks.tensor("labels", labels)
+    _checks.floats("token_logps", token_logps)
+    _checks.integers("labels", labels)
     _checks.ignore_index(ignore_index)
-    if not token_logps.dtype.is_floating_point:
-        raise TypeError(f"token_logps must be a floating-point tensor, got {token_logps.dtype}")
     if labels.shape != token_logps.shape:
         raise ValueError(
             f"labels must have shape {list(token_logps.shape)} to match token_logps, got {list(labels.shape)}"
@@ -181,9 +181,7 @@ def _check_layout(labels: Tensor, cu_seqlens: Tensor | None, like: str) -> None:
                 f"labels must have shape [sequences, tokens], or [tokens] with cu_seqlens, got {list(labels.shape)}"
             )
         return
-    _checks.tensor("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    _checks.integers("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must have shape [sequences + 1], got {list(cu_seqlens.shape)}")
     if labels.dim() != 1:
@@ -345,7 +343,7 @@ _library.cache_signature(_Preference)
 
 def _family(loss, beta, loss_options, has_reference: bool) -> tuple[list[float], bool] | None:
     """Coefficients for the native epilogue, or None for a loss (or reference) it does not know."""
-    if not isinstance(loss, str):
+    if isinstance(loss, (list, tuple)):
         return None
     options = dict(loss_options or {})
     if bool(options.get("reference_free")) == has_reference:
@@ -399,10 +397,11 @@ def preference_loss(
             subtracted per token, which keeps the digits that a difference of two long sums loses.
         loss: a name in losses.LOSSES, a callable(losses.Pairs) -> [B], or a list of these, summed with loss_weights.
         loss_options: keyword options of the loss; for a list, a list of mappings (or None), one per loss.
-        beta: the inverse temperature of the implicit reward, beta * (policy - reference).
+        beta: the scale of the implicit reward, beta * (policy - reference). Under torch.compile it is a constant, as
+            the transform is: a new value compiles anew.
         rating_gap: [B], rating of the chosen minus rating of the rejected response; NaN = not rated.
         scores: [2B], absolute scores or win probabilities, for the losses that need both.
-        pair_weights: [B]; the mean is normalised by their sum.
+        pair_weights: [B]; the mean is normalised by their sum. Like ratings and scores they are data: no gradient.
         reduction: "mean" over pairs, "sum", or "none" for [B].
         num_items: replaces the mean's divisor: the pairs (or weights) of all accumulated micro-batches and ranks.
         cu_seqlens: [2B + 1], int32 or int64, offsets of packed sequences.
@@ -426,8 +425,12 @@ def preference_loss(
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items replaces the divisor of reduction='mean', got reduction={reduction!r}")
-    if loss_weights is not None and (isinstance(loss, str) or callable(loss)):
+    single = not isinstance(loss, (list, tuple))
+    if single and loss_weights is not None:
         raise ValueError(f"loss_weights needs a list of losses, got loss={loss!r}")
+    if single and not isinstance(loss_options, (Mapping, NoneType)):
+        raise TypeError(f"loss_options must be a mapping for a single loss, got {type(loss_options).__name__}")
+    _check_num_items(num_items)
     sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if sequences % 2:
         raise ValueError(
@@ -445,9 +448,7 @@ def preference_loss(
     if lengths is not None:
         if cu_seqlens is not None:
             raise ValueError("lengths belongs to padded batches; packed ones have cu_seqlens, got both")
-        _checks.tensor("lengths", lengths)
-        if lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"lengths must be int32 or int64, got {lengths.dtype}")
+        _checks.integers("lengths", lengths)
         if list(lengths.shape) != [sequences]:
             raise ValueError(f"lengths must have shape [{sequences}] (one per sequence), got {list(lengths.shape)}")
         _checks.same_device("lengths", lengths, "logits", logits)
@@ -457,14 +458,26 @@ def preference_loss(
     transform = {"temperature": float(temperature), "softcap": softcap, "scale": float(scale)}
     step = _Step(logits, labels, ref_logits, ref_token_logps, ref_logps, cu_seqlens, rating_gap, scores)
     has_reference = not (ref_logits is None and ref_token_logps is None and ref_logps is None)
-    family = _family(loss, beta, loss_options, has_reference) if _can_fuse(logits, backend) else None
+    family = _family(loss, beta, loss_options, has_reference) if _can_fuse(logits, ref_logits, backend) else None
     if family is not None and not (rating_gap is None and "rating_gap" in losses.get_loss(loss).needs):
         gathered = _fused(step, family, transform, ignore_index, inplace_backward, bool(stats))
     else:
         gathered = _vectors(
             step, loss, loss_weights, loss_options, beta, transform, ignore_index, inplace_backward, stats, backend
         )
+    if single and loss_options:
+        beta = loss_options.get("beta", beta)  # the rewards are those of the loss
     return _output(gathered, step, ignore_index, beta, pair_weights, reduction, num_items, stats)
+
+
+def _check_num_items(num_items) -> None:
+    if num_items is None:
+        return
+    if isinstance(num_items, Tensor):
+        if num_items.dim():
+            raise ValueError(f"num_items must be a number or a scalar tensor, got shape {list(num_items.shape)}")
+    else:
+        _checks.positive("num_items", num_items)
 
 
 class _Step(NamedTuple):
@@ -501,9 +514,7 @@ def _check_reference(logits, labels, sequences, ref_logits, ref_token_logps, ref
             )
         _checks.same_device("ref_logits", ref_logits, "logits", logits)
     if ref_token_logps is not None:
-        _checks.tensor("ref_token_logps", ref_token_logps)
-        if not ref_token_logps.dtype.is_floating_point:
-            raise TypeError(f"ref_token_logps must be a floating-point tensor, got {ref_token_logps.dtype}")
+        _checks.floats("ref_token_logps", ref_token_logps)
         if ref_token_logps.shape != labels.shape:
             raise ValueError(
                 f"ref_token_logps must have shape {list(labels.shape)} like labels, got {list(ref_token_logps.shape)}"
@@ -513,10 +524,11 @@ def _check_reference(logits, labels, sequences, ref_logits, ref_token_logps, ref
         _checks.vector("ref_logps", ref_logps, sequences, "one per sequence", logits)
 
 
-def _can_fuse(logits: Tensor, backend: str | None) -> bool:
+def _can_fuse(logits: Tensor, ref_logits: Tensor | None, backend: str | None) -> bool:
     return (
         logits.device.type == "cpu"
-        and logits.dtype != torch.float64
+        and logits.dtype in _native.DTYPE_CODES
+        and (ref_logits is None or ref_logits.dtype in _native.DTYPE_CODES)
         and backend in (None, "native")
         and _native.cpu_missing() is None
     )
@@ -530,10 +542,7 @@ def _fused(step: _Step, family, transform, ignore_index, inplace, stats) -> _Gat
         step.logits, step.labels, ref_logits, *vectors, step.cu_seqlens, gap, *transform.values(), ignore_index, stats,
         *family,
     )  # fmt: skip
-    if torch.is_grad_enabled() and step.logits.requires_grad:
-        pair_losses, logps, logratios, lengths, _, _, _, values = _Preference.apply(*args, inplace)
-    else:
-        pair_losses, logps, logratios, lengths, _, _, _, values = preference_fwd(*args)
+    pair_losses, logps, logratios, lengths, _, _, _, values = _Preference.apply(*args, inplace)
     return _Gathered(pair_losses, logps, logratios, lengths, values)
 
 
@@ -583,11 +592,11 @@ def _vectors(
         *halves(sums),
         *halves(ref_sums),
         *halves(lengths),
-        None if step.rating_gap is None else step.rating_gap.to(tokens.dtype),
+        None if step.rating_gap is None else step.rating_gap.detach().to(tokens.dtype),
         *halves(logratios),
         *halves(tail),
         *halves(weights),
-        *halves(step.scores),
+        *halves(None if step.scores is None else step.scores.detach()),
     )
     if isinstance(loss, (list, tuple)):
         pair_losses = losses.mixture(pairs, loss, loss_weights, loss_options, beta)
@@ -606,6 +615,7 @@ def _output(gathered: _Gathered, step: _Step, ignore_index, beta, pair_weights, 
     pairs = pair_losses.shape[0]
     weighted, divisor = pair_losses, max(pairs, 1)
     if pair_weights is not None:
+        pair_weights = pair_weights.detach().to(pair_losses.dtype)
         weighted = pair_losses * pair_weights
         total = pair_weights.sum()
         divisor = torch.where(total == 0, 1.0, total)

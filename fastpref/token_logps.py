@@ -114,6 +114,7 @@ def _reference_fwd(rows, labels, temperature, softcap, scale, ignore_index, stat
         z, _ = _transformed(rows[block], **options)
         total = z.logsumexp(-1)
         hi = (total / multiplier).to(dtype)
+        hi = torch.where(logps[block].isnan(), torch.nan, hi)  # as the kernels have it: no column has a gradient
         lo = torch.where(hi.isfinite(), total - multiplier * hi.double(), 0.0)
         lse[(0, *block)] = hi.masked_fill(skip, 0)
         lse[(1, *block)] = lo.to(dtype).masked_fill(skip, 0)
@@ -196,7 +197,8 @@ if triton is not None:
     def _row_parts(row_ptr, V, BLOCK_V: tl.constexpr):
         # Rows begin at any address (odd vocabularies, sliced logits). The body [head, head + body) begins on a 16-byte
         # boundary and is a whole number of 16-byte vectors; fewer than VEC columns remain on either side of it.
-        ITEM_BYTES: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
+        # constexpr(): Triton before 3.4 cannot divide the bare attribute
+        ITEM_BYTES: tl.constexpr = tl.constexpr(row_ptr.dtype.element_ty.primitive_bitwidth) // 8
         VEC: tl.constexpr = 16 // ITEM_BYTES
         LANES: tl.constexpr = BLOCK_V // (_LOADS * VEC)
         head = ((-row_ptr.to(tl.int64)) & 15).to(tl.int32) // ITEM_BYTES
@@ -542,7 +544,8 @@ def _native_fwd_args(rows, labels, temperature, softcap, scale, ignore_index, st
 def _native_fwd(rows, labels, temperature, softcap, scale, ignore_index, stats):
     outputs, args = _native_fwd_args(rows, labels, temperature, softcap, scale, ignore_index, stats)
     if rows.device.type == "cuda":
-        _native._core.token_logps_fwd_cuda(args, rows.device.index, _stream(rows))
+        with torch.cuda.device_of(rows):
+            _native._core.token_logps_fwd_cuda(args, _stream(rows))
     else:
         _native._core.token_logps_fwd_cpu(args, torch.get_num_threads())
     return outputs
@@ -559,10 +562,12 @@ def _native_bwd_args(grad, rows, labels, logps, lse, temperature, softcap, scale
     )
 
 
-def _native_bwd(grad, rows, *args):
-    args = _native_bwd_args(grad, rows, *args)
+# Every tensor has a name here: `args` holds addresses only, and a temporary would be gone before the call.
+def _native_bwd(grad, rows, labels, logps, lse, temperature, softcap, scale, ignore_index, out):
+    args = _native_bwd_args(grad, rows, labels, logps, lse, temperature, softcap, scale, ignore_index, out)
     if rows.device.type == "cuda":
-        _native._core.token_logps_bwd_cuda(args, rows.device.index, _stream(rows))
+        with torch.cuda.device_of(rows):
+            _native._core.token_logps_bwd_cuda(args, _stream(rows))
     else:
         _native._core.token_logps_bwd_cpu(args, torch.get_num_threads())
 
@@ -742,10 +747,17 @@ def shifted(labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def check_inplace(logits: Tensor) -> None:
-    if logits.is_leaf and logits.requires_grad:
-        raise ValueError("inplace_backward=True overwrites logits, which must not be a leaf that requires grad")
-    strides = zip(logits.shape, logits.stride(), strict=True)
-    one_memory = logits.stride(-1) == 1 and all(size <= 1 or stride for size, stride in strides)
+    leaf = logits
+    if not torch.compiler.is_compiling() and logits._base is not None:
+        leaf = logits._base  # a view of a parameter is its memory
+    if leaf.is_leaf and leaf.requires_grad:
+        raise ValueError(
+            "inplace_backward=True overwrites logits, which must not be a leaf that requires grad, nor a view of one"
+        )
+    reach, one_memory = 1, logits.stride(-1) == 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        one_memory = one_memory and (size <= 1 or stride >= reach)
+        reach = max(reach, size * stride)
     if one_memory and logits.dim() > 3:
         try:
             logits.view(-1, *logits.shape[-2:])
@@ -753,8 +765,8 @@ def check_inplace(logits: Tensor) -> None:
             one_memory = False
     if not one_memory:
         raise ValueError(
-            "inplace_backward=True needs logits with contiguous columns, no expanded dimension and leading dimensions "
-            f"that can be viewed as two, got strides {logits.stride()} for shape {list(logits.shape)}"
+            "inplace_backward=True needs logits with contiguous columns, no two places in one memory, and leading "
+            f"dimensions that can be viewed as two, got strides {logits.stride()} for shape {list(logits.shape)}"
         )
 
 
@@ -762,7 +774,7 @@ def check_options(logits, temperature, softcap, scale, ignore_index, inplace_bac
     _checks.transform(temperature, softcap, scale)
     _checks.ignore_index(ignore_index)
     _library.check_backend("token_logps", backend)
-    if isinstance(stats, str) or not set(stats) <= set(STATS):
+    if not isinstance(stats, (tuple, list)) or not set(stats) <= set(STATS):
         raise ValueError(f"stats must be a tuple of names out of {STATS}, got {stats!r}")
     if inplace_backward:
         check_inplace(logits)
@@ -803,7 +815,7 @@ def token_logps(
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, shape, dtype or device, and on CPU for a label outside
-            [0, V) that is not ignore_index (on a GPU its log-prob is NaN).
+            [0, V) that is not ignore_index (on a GPU, and in Triton, its log-prob is NaN).
         RuntimeError: for a backend that cannot serve, with the reason, and for a second backward.
     """
     _checks.logits("logits", logits)
@@ -815,10 +827,8 @@ def token_logps(
             raise ValueError("shift=True needs labels of shape [..., tokens], got a scalar")
         labels = shifted(labels, ignore_index)
     args = (float(temperature), None if softcap is None else float(softcap), float(scale), ignore_index, bool(stats))
-    if torch.is_grad_enabled() and logits.requires_grad:
-        logps, _, values = _TokenLogps.apply(logits, labels, *args, inplace_backward, backend or "")
-    else:
-        logps, _, values = token_logps_fwd(logits, labels, *args, backend or "")
+    # without a gradient too: forward-mode differentiation is refused there, and would be dropped by the bare operator
+    logps, _, values = _TokenLogps.apply(logits, labels, *args, inplace_backward, backend or "")
     if not stats:
         return logps
     return logps, TokenStats(**{name: values[i] for i, name in enumerate(STATS) if name in stats})

@@ -771,9 +771,11 @@ def test_bad_mixtures():
         losses.mixture(pairs, "sigmoid")
     with pytest.raises(ValueError, match=r"losses must be a non-empty list of names or callables, got \[\]"):
         losses.mixture(pairs, [])
-    with pytest.raises(ValueError, match=r"weights must be a list with one entry per loss \(2\), got \[1.0\]"):
+    with pytest.raises(ValueError, match=r"loss_weights must be a list with one entry per loss \(2\), got \[1.0\]"):
         losses.mixture(pairs, ["sigmoid", "sft"], [1.0])
-    with pytest.raises(ValueError, match=r"options must be a list with one entry per loss \(1\), got \{'beta': 1\}"):
+    with pytest.raises(
+        ValueError, match=r"loss_options must be a list with one entry per loss \(1\), got \{'beta': 1\}"
+    ):
         losses.mixture(pairs, ["sigmoid"], options={"beta": 1})
 
 

@@ -318,6 +318,12 @@ def test_corners(backend):
     assert out.loss == 0
     assert out.accuracy == 0
     assert gradient.shape == empty.shape
+    for loss in losses.LOSSES:
+        out, _ = run(
+            empty, torch.empty(0, 5, dtype=torch.long), ref_logits=empty, loss=loss, rating_gap=torch.empty(0),
+            scores=torch.empty(0), backend=backend,
+        )  # fmt: skip
+        assert out.loss == 0, loss
     out, _ = run(
         torch.empty(0, 20), torch.empty(0, dtype=torch.long), cu_seqlens=torch.zeros(1, dtype=torch.long),
         ref_logits=torch.empty(0, 20), **options,
@@ -339,6 +345,61 @@ def test_unrated_pairs_are_plain_dpo():
         nothing, no_gradient = run(logits, labels, loss="ddpo", rating_gap=unrated, **options)
         assert nothing.loss == 0
         assert (no_gradient == 0).all()
+
+
+def test_an_infinite_rating_stays_out_of_losses_without_one():
+    logits, labels, ref_logits, _ = make()
+    gap = torch.tensor([torch.inf, 0.0, -torch.inf])
+    for backend in (None, "reference"):
+        out, _ = run(logits, labels, ref_logits=ref_logits, rating_gap=gap, backend=backend)
+        assert out.loss.isfinite()
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_ratings_and_weights_are_data(backend):
+    logits, labels, ref_logits, _ = make()
+    gap, weights = torch.randn(3, requires_grad=True), torch.rand(3, requires_grad=True)
+    options = {"ref_logits": ref_logits, "loss": "rdpo", "backend": backend}
+    _, gradient = run(logits, labels, rating_gap=gap, pair_weights=weights, **options)
+    assert gap.grad is None
+    assert weights.grad is None
+    # whatever their dtype
+    double, same = run(logits, labels, rating_gap=gap.double(), pair_weights=weights.double(), **options)
+    assert double.loss.dtype == torch.float32
+    torch.testing.assert_close(same, gradient)
+    half, _ = run(logits, labels, rating_gap=gap, pair_weights=torch.full((3,), 6e4, dtype=torch.float16), **options)
+    plain, _ = run(logits, labels, rating_gap=gap, **options)
+    torch.testing.assert_close(half.loss, plain.loss)
+
+
+def test_a_reference_in_another_precision():
+    logits, labels, ref_logits, _ = make()
+    expected, _ = run(logits, labels, ref_logits=ref_logits)
+    for dtype, bound in ((torch.float64, 1e-6), (torch.bfloat16, 2e-2)):
+        out, _ = run(logits, labels, ref_logits=ref_logits.to(dtype))
+        torch.testing.assert_close(out.loss, expected.loss, rtol=0, atol=bound)
+
+
+def test_rewards_are_those_of_the_loss():
+    logits, labels, ref_logits, _ = make()
+    for loss in ("sigmoid", "ipo", losses.sigmoid):
+        own, _ = run(logits, labels, ref_logits=ref_logits, loss=loss, loss_options={"beta": 0.5})
+        expected, _ = run(logits, labels, ref_logits=ref_logits, loss=loss, beta=0.5)
+        torch.testing.assert_close(own.loss, expected.loss)
+        torch.testing.assert_close(own.margins, expected.margins)
+
+
+def test_wrong_offsets_read_nothing_out_of_bounds_when_compiled():
+    torch._dynamo.reset()
+    logits, labels, ref_logits = torch.randn(20, 30), torch.randint(0, 30, (20,)), torch.randn(20, 30)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(cu_seqlens):
+        options = {"ref_logits": ref_logits, "loss": "ipo", "cu_seqlens": cu_seqlens}
+        return fastpref.preference_loss(logits, labels, **options).loss
+
+    for wrong in ([0, 5, 10_000], [0, -7, 20], [3, 50, 4]):
+        assert step(torch.tensor(wrong)).isfinite()
 
 
 def test_lengths_hide_padding_whatever_its_label():
@@ -480,16 +541,21 @@ def test_errors_say_what_came():
     )
     message(ValueError, "num_items replaces the divisor", logits, labels, reduction="sum", num_items=3, **good)
     message(ValueError, "loss_weights needs a list of losses", logits, labels, loss_weights=[1.0], **good)
-    message(ValueError, "weights must be a list with one entry per loss (2)", logits, labels, loss=["sigmoid", "sft"],
+    message(ValueError, "loss_weights must be a list with one entry per loss (2)", logits, labels, loss=["sigmoid", "sft"],
             loss_weights=[1.0], **good)  # fmt: skip
     message(ValueError, "beta must be positive and finite, got -0.1", logits, labels, beta=-0.1, **good)
+    message(ValueError, "num_items must be positive and finite, got -3", logits, labels, num_items=-3, **good)
+    message(ValueError, "num_items must be a number or a scalar tensor, got shape [3]", logits, labels,
+            num_items=torch.ones(3), **good)  # fmt: skip
+    message(TypeError, "loss_options must be a mapping for a single loss, got list", logits, labels, loss_options=[{}],
+            **good)  # fmt: skip
     message(ValueError, "labels must have shape [sequences, tokens], or [tokens] with cu_seqlens, got [54]",
             logits.view(-1, 40), labels.view(-1), ref_logits=ref_logits.view(-1, 40))  # fmt: skip
     packed = {"ref_logits": ref_logits.view(-1, 40)}
     for bad in ([0, 9, 18], [1, 54], [0, 30, 20, 54, 54], [0, 60, 54]):
         message(ValueError, f"cu_seqlens must rise from 0 to the number of tokens 54, got {bad}",
                 logits.view(-1, 40), labels.view(-1), cu_seqlens=torch.tensor(bad), **packed)  # fmt: skip
-    message(TypeError, "cu_seqlens must be int32 or int64, got torch.float32", logits.view(-1, 40), labels.view(-1),
+    message(TypeError, "cu_seqlens must be int64 or int32, got torch.float32", logits.view(-1, 40), labels.view(-1),
             cu_seqlens=torch.tensor([0.0, 54.0]), **packed)  # fmt: skip
     message(ValueError, "lengths must have shape [6] (one per sequence), got [3]", logits, labels,
             lengths=torch.ones(3, dtype=torch.long), **good)  # fmt: skip

@@ -2,6 +2,8 @@
 
 import math
 import os
+import signal
+import time
 
 import pytest
 import torch
@@ -157,19 +159,34 @@ def test_masked_columns_have_no_probability_and_no_gradient(backend, dtype):
 
 def test_rows_without_a_probability(backend):
     inf, nan = torch.inf, torch.nan
-    logits = torch.randn(6, 300)
+    logits = torch.randn(9, 300)
     logits[0] = -inf  # nothing to normalise
     logits[1, 7] = inf
     logits[2, 9] = nan
     logits[3] = -inf
     logits[3, 5] = 1.5  # one column left, the label's: certain
     logits[4, 5] = -inf  # the label has no probability
-    labels = torch.full((6,), 5)
-    expected = [nan, nan, nan, 0.0, -inf]
-    logps = fastpref.token_logps(logits.to(backend.device), labels.to(backend.device), backend=backend.name).cpu()
-    torch.testing.assert_close(logps[:5], torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(logps[5].double(), token_logps_ref(logits, labels)[5], rtol=1e-5, atol=0)
-    torch.testing.assert_close(logps[:5], torch.log_softmax(logits, -1)[:5, 5], rtol=0, atol=0, equal_nan=True)
+    logits[5, 5] = inf  # the label has all of it, and no softmax
+    logits[6] = -inf
+    logits[6, 5] = -1000.0  # certain, however low
+    logits[7, :200] = torch.finfo(torch.float32).min
+    labels = torch.full((9,), 5)
+    expected = torch.tensor([nan, nan, nan, 0.0, -inf, nan, 0.0])
+    logits, labels = logits.to(backend.device), labels.to(backend.device)
+    logps, gradient = forward_backward(
+        fastpref.token_logps, logits, labels, torch.ones(9, device=backend.device), backend=backend.name
+    )
+    same = torch.log_softmax(logits, -1)[:, 5].cpu()
+    torch.testing.assert_close(logps.cpu()[:7], expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(logps.cpu(), same, rtol=1e-6, atol=1e-6, equal_nan=True)
+    impossible = logps.isnan()
+    assert gradient[impossible].isnan().all()
+    assert gradient[~impossible].isfinite().all()
+    certain = torch.tensor([3, 6])
+    assert (gradient[certain] == 0).all()
+    _, values = fastpref.token_logps(logits[certain], labels[certain], stats=STATS, backend=backend.name)
+    for value, expected in ((values.entropy, 0.0), (values.log_sum_p2, 0.0), (values.top1, 1.0)):
+        assert (value == expected).all()
 
 
 def test_ignored_rows_are_not_read(backend):
@@ -213,6 +230,16 @@ def test_one_row(backend):
     logps = fastpref.token_logps(logits, label, backend=backend.name)
     assert logps.shape == ()
     torch.testing.assert_close(logps.double(), token_logps_ref(logits, label), rtol=0, atol=1e-6)
+
+
+@dtypes
+@pytest.mark.parametrize("cap", [0.5, 5.0, 30.0])
+def test_a_softcapped_tie_is_a_hit(backend, dtype, cap):
+    logits, _ = make((40, 60), dtype, backend.device)
+    labels = logits.float().argmax(-1)
+    logits[:, 7] = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    _, values = fastpref.token_logps(logits, labels, softcap=cap, stats=("top1",), backend=backend.name)
+    assert (values.top1 == 1).all()
 
 
 @dtypes
@@ -359,6 +386,24 @@ def test_shift_is_hugging_faces_convention():
     torch.testing.assert_close(logps[:, :-1], by_hand, rtol=0, atol=0)
 
 
+LABEL_LAYOUTS = {
+    "sliced": lambda y: y[:, 1:],
+    "transposed": lambda y: y.T,
+    "expanded": lambda y: y[:1].expand(5, -1),
+    "int32": lambda y: y.int(),
+}
+
+
+@pytest.mark.parametrize("layout", LABEL_LAYOUTS.values(), ids=LABEL_LAYOUTS)
+def test_label_layouts(backend, layout):
+    labels = layout(torch.randint(0, 8, (40, 30), device=backend.device))
+    logits = torch.randn(*labels.shape, 8, device=backend.device)
+    grad = torch.randn(labels.shape, device=backend.device)
+    got = forward_backward(fastpref.token_logps, logits, labels, grad, backend=backend.name)
+    expected = forward_backward(fastpref.token_logps, logits, labels.long().contiguous(), grad, backend=backend.name)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 # ---- in place ----
 
 
@@ -400,11 +445,15 @@ def test_inplace_backward_protects_readers(backend):
 
 def test_inplace_backward_refuses_what_it_would_spoil():
     logits, labels = make((3, 40), ignored=0)
-    with pytest.raises(ValueError, match="must not be a leaf that requires grad"):
-        fastpref.token_logps(logits.requires_grad_(), labels, inplace_backward=True)
+    logits.requires_grad_()
+    for leaf in (logits, logits[:, 1:], logits.view(3, 1, 40)[:, 0]):
+        with pytest.raises(ValueError, match="must not be a leaf that requires grad, nor a view of one"):
+            fastpref.token_logps(leaf, labels.clamp(max=38), inplace_backward=True)
     expanded = (logits[:1] * 1.0).expand(3, -1)
-    with pytest.raises(ValueError, match="no expanded dimension"):
-        fastpref.token_logps(expanded, labels, inplace_backward=True)
+    overlapping = (logits * 1.0).as_strided((3, 40), (2, 1))
+    for shared in (expanded, overlapping):
+        with pytest.raises(ValueError, match="no two places in one memory"):
+            fastpref.token_logps(shared, labels, inplace_backward=True)
     transposed = (logits * 1.0).T
     with pytest.raises(ValueError, match="contiguous columns"):
         fastpref.token_logps(transposed, labels[0].expand(40), inplace_backward=True)
@@ -445,6 +494,9 @@ def test_errors_say_what_came():
     message(ValueError, "temperature must be positive and finite, got 0.0", logits, labels, temperature=0.0)
     message(ValueError, "temperature must be positive and finite, got nan", logits, labels, temperature=float("nan"))
     message(ValueError, "softcap must be positive and finite, got -1", logits, labels, softcap=-1)
+    message(ValueError, "softcap / temperature must be a normal float32, got 1e+39", logits, labels, softcap=1e39)
+    message(ValueError, "scale / temperature must be a normal float32, got 1e-46", logits, labels, scale=1e-46)
+    message(ValueError, "ignore_index must fit 64 bits", logits, labels, ignore_index=2**70)
     message(TypeError, "scale must be a positive float, got str", logits, labels, scale="1")
     message(TypeError, "ignore_index must be an int, got float", logits, labels, ignore_index=-100.0)
     message(
@@ -629,6 +681,13 @@ def test_double_backward_is_refused():
         gradient.square().sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own forward mode
+def test_forward_mode_is_refused():
+    logits, labels = make((3, 40))
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(lambda x: fastpref.token_logps(x, labels).sum(), (logits,), (logits,))
+
+
 def test_torch_func_grad():
     logits, labels = make((3, 40))
     by_func = torch.func.grad(lambda x: fastpref.token_logps(x, labels).sum())(logits)
@@ -680,12 +739,25 @@ def test_thread_count_changes_no_bit():
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_works_in_a_forked_child():
     logits, labels = make((64, 4001))
-    expected = fastpref.token_logps(logits, labels)  # the parent's OpenMP threads are up, and will not survive the fork
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if torch.equal(fastpref.token_logps(logits, labels), expected) else 1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = fastpref.token_logps(
+            logits, labels
+        )  # the parent's OpenMP threads are up, and do not survive the fork
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(fastpref.token_logps(logits, labels), expected) else 1)
+    finally:
+        torch.set_num_threads(threads)
+    deadline = time.monotonic() + 60
+    while (waited := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs")
+        time.sleep(0.01)
+    assert os.waitstatus_to_exitcode(waited[1]) == 0
 
 
 def test_gradients_flow_under_ddp(two_ranks):

@@ -67,8 +67,9 @@ void preference_fwd_cpu(const PreferenceForward& args, int threads) {
     const bool rated = args.rating_gap && !std::isnan(args.rating_gap[i]);
     const double g = rated ? args.rating_gap[i] : 0.0;
     const double c = rated || !f.drop_square_when_unrated ? f.c : 0.0;
-    const double z = L - f.offset * g, error = L - (f.m0 + f.m1 * g);
     // a term with weight 0 is left out: 0 * inf would not be 0
+    const double z = f.offset != 0 ? L - f.offset * g : L;
+    const double error = L - (f.m1 != 0 ? f.m0 + f.m1 * g : f.m0);
     double loss = 0, slope = 0;
     if (f.a != 0) loss += f.a * softplus(-z), slope -= f.a * sigmoid(-z);
     if (f.b != 0) loss += f.b * softplus(z), slope += f.b * sigmoid(z);

@@ -9,7 +9,7 @@ namespace fastpref::FASTPREF_SIMD {
 namespace {
 
 constexpr int64_t block_columns = 128 * W;  // two in L1; 64 additions per lane, then on in double
-constexpr int prefetch_bytes = 1024;        // the hardware prefetcher stops at page ends, this does not
+constexpr int prefetch_bytes = 4096;        // the hardware prefetcher stops at the end of a 4 KiB page, this does not
 constexpr float rebase_threshold = 1.0f;    // further above the reference, v - reference loses bits that v had
 
 inline float to_float(float x) { return x; }
@@ -34,7 +34,7 @@ inline void prefetch(const T* p) {
 // logits of any common offset it is exact, where the product would already be rounded.
 struct Sums {
   double exp = 0, exp_t = 0, exp_squared = 0, value = 0;  // of e^t, e^t * t, e^2t, v
-  float top = -__builtin_inff();                          // max v
+  float top = -__builtin_inff();                          // max x: tanh is monotonic, but ties need the logits
   float reference = 0;
   bool started = false;  // a finite reference was found
 
@@ -81,11 +81,11 @@ void add_block(const T* x, int64_t n, float multiplier, float tanh_scale, Sums& 
     if (m > -__builtin_inff()) sums.rebase(m, multiplier);
   }
   Vf exp_a{}, exp_b{}, exp_t{}, squared{}, value{};
-  Vf top_a = splat(-__builtin_inff()), top_b = top_a;
+  Vf top_a = splat(-__builtin_inff()), top_b = top_a, top_x = top_a;
   const float reference = sums.reference;
   const auto add = [&](Pair v) {
     const Vf t_a = (v.a - reference) * multiplier, t_b = (v.b - reference) * multiplier;
-    const Vf e_a = exp(t_a), e_b = exp(t_b);
+    const Vf e_a = exp_term(t_a), e_b = exp_term(t_b);
     top_a = vmax(top_a, v.a);
     top_b = vmax(top_b, v.b);
     exp_a += e_a;
@@ -98,26 +98,29 @@ void add_block(const T* x, int64_t n, float multiplier, float tanh_scale, Sums& 
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
     prefetch(x + i);
-    const Pair v = transformed<SOFTCAP>(load(x + i), tanh_scale);
+    const Pair logits = load(x + i), v = transformed<SOFTCAP>(logits, tanh_scale);
     add(v);
     if constexpr (STATS) value += v.a + v.b;
+    if constexpr (STATS && SOFTCAP) top_x = vmax(top_x, vmax(logits.a, logits.b));
   }
   if (i < n) {
     T tail[2 * W] = {};
     std::memcpy(static_cast<void*>(tail), x + i, (n - i) * sizeof(T));
-    const Pair v = transformed<SOFTCAP>(load(tail), tanh_scale);
+    const Pair logits = load(tail), v = transformed<SOFTCAP>(logits, tanh_scale);
     const int32_t left = static_cast<int32_t>(n - i);
     const Vi in_a = column<T>(0) < left, in_b = column<T>(1) < left;
     const Vf outside = splat(-__builtin_inff()), zero{};
     add({in_a ? v.a : outside, in_b ? v.b : outside});
     if constexpr (STATS) value += (in_a ? v.a : zero) + (in_b ? v.b : zero);
+    if constexpr (STATS && SOFTCAP) top_x = vmax(top_x, vmax(in_a ? logits.a : outside, in_b ? logits.b : outside));
   }
   const float top = hmax(vmax(top_a, top_b));
   if ((top - reference) * multiplier > rebase_threshold) {
     sums.rebase(top, multiplier);
     return add_block<T, SOFTCAP, STATS>(x, n, multiplier, tanh_scale, sums);
   }
-  sums.top = top > sums.top ? top : sums.top;
+  const float largest = STATS && SOFTCAP ? hmax(top_x) : top;
+  sums.top = largest > sums.top ? largest : sums.top;
   sums.exp += hsum(exp_a + exp_b);
   if constexpr (STATS) {
     sums.exp_t += hsum(exp_t);
@@ -142,9 +145,14 @@ void forward_row(const TokenLogpsForward& args, int64_t row, int64_t label) {
   add(0, label);
   add(label + 1, logits.vocab);
 
-  const double target = SOFTCAP ? __builtin_tanh(double(to_float(x[label])) * tanh_scale) : to_float(x[label]);
+  const float x_target = to_float(x[label]);
+  const double target = SOFTCAP ? __builtin_tanh(double(x_target) * tanh_scale) : x_target;
+  // nothing but -inf beside the target: it is the whole sum
+  if (!sums.started && target > -__builtin_inf()) sums.rebase(static_cast<float>(target), multiplier);
   const double log_sum = __builtin_log(sums.exp);  // relative to the reference
-  const double d = multiplier * (double(sums.reference) - target) + log_sum;
+  // a +inf logit has no softmax, here as beside the target
+  const double d =
+      target < __builtin_inf() ? multiplier * (double(sums.reference) - target) + log_sum : double(__builtin_nanf(""));
   args.logps[row] =
       static_cast<float>(d > 0 ? -(d + __builtin_log1p(__builtin_exp(-d))) : 0.0 - __builtin_log1p(__builtin_exp(d)));
 
@@ -164,7 +172,7 @@ void forward_row(const TokenLogpsForward& args, int64_t row, int64_t label) {
     args.stats[row] = static_cast<float>(__builtin_log(exp) - exp_t / exp);
     args.stats[rows + row] = static_cast<float>(__builtin_log(sums.exp_squared + e * e) - 2 * __builtin_log(exp));
     args.stats[2 * rows + row] = static_cast<float>(multiplier * (sums.value + target) / logits.vocab);
-    args.stats[3 * rows + row] = target >= sums.top ? 1.0f : 0.0f;
+    args.stats[3 * rows + row] = x_target >= sums.top ? 1.0f : 0.0f;
   }
 }
 

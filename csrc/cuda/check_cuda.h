@@ -1,4 +1,4 @@
-// CUDA calls as exceptions, and the current device put back on every way out.
+// CUDA calls as exceptions.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -13,21 +13,5 @@ inline void check_cuda(cudaError_t status, const char* call, const char* file, i
 }
 
 #define FASTPREF_CHECK_CUDA(call) ::fastpref::check_cuda((call), #call, __FILE__, __LINE__)
-
-struct DeviceGuard {
-  explicit DeviceGuard(int device) {
-    FASTPREF_CHECK_CUDA(cudaGetDevice(&previous));
-    if (previous != device) FASTPREF_CHECK_CUDA(cudaSetDevice(device));
-    changed = previous != device;
-  }
-  ~DeviceGuard() {
-    if (changed) cudaSetDevice(previous);  // a destructor must not throw
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  int previous = 0;
-  bool changed = false;
-};
 
 }  // namespace fastpref

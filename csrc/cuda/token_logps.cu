@@ -441,10 +441,9 @@ void launch_bwd(const TokenLogpsBackward& args, cudaStream_t stream) {
 
 }  // namespace
 
-void token_logps_fwd_cuda(const TokenLogpsForward& args, int device, void* stream) {
+void token_logps_fwd_cuda(const TokenLogpsForward& args, void* stream) {
   if (args.logits.rows() == 0) return;
   check_size(args.logits);
-  const DeviceGuard guard(device);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (args.logits.dtype) {
     case DType::f32:
@@ -460,10 +459,9 @@ void token_logps_fwd_cuda(const TokenLogpsForward& args, int device, void* strea
   FASTPREF_CHECK_CUDA(cudaGetLastError());
 }
 
-void token_logps_bwd_cuda(const TokenLogpsBackward& args, int device, void* stream) {
+void token_logps_bwd_cuda(const TokenLogpsBackward& args, void* stream) {
   if (args.logits.rows() == 0) return;
   check_size(args.logits);
-  const DeviceGuard guard(device);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (args.logits.dtype) {
     case DType::f32:
