@@ -541,8 +541,8 @@ def test_errors_say_what_came():
     )
     message(ValueError, "num_items replaces the divisor", logits, labels, reduction="sum", num_items=3, **good)
     message(ValueError, "loss_weights needs a list of losses", logits, labels, loss_weights=[1.0], **good)
-    message(ValueError, "loss_weights must be a list with one entry per loss (2)", logits, labels, loss=["sigmoid", "sft"],
-            loss_weights=[1.0], **good)  # fmt: skip
+    message(ValueError, "loss_weights must be a list with one entry per loss (2)", logits, labels,
+            loss=["sigmoid", "sft"], loss_weights=[1.0], **good)  # fmt: skip
     message(ValueError, "beta must be positive and finite, got -0.1", logits, labels, beta=-0.1, **good)
     message(ValueError, "num_items must be positive and finite, got -3", logits, labels, num_items=-3, **good)
     message(ValueError, "num_items must be a number or a scalar tensor, got shape [3]", logits, labels,
