@@ -265,5 +265,11 @@ inline Vf tanh(Vf y) {
   return magnitude < 0.625f ? small : large;
 }
 
+// 1 - tanh(y)^2 without its cancellation where tanh saturates.
+inline Vf tanh_slope(Vf y) {
+  const Vf e = exp(y < 0.0f ? y * 2.0f : y * -2.0f);
+  return 4.0f * e / ((1.0f + e) * (1.0f + e));
+}
+
 }  // namespace
 }  // namespace fastpref::FASTPREF_SIMD

@@ -63,8 +63,10 @@ def set_simd_level(level: str) -> None:
 
 def build_info() -> dict:
     """What was built, what was found, and which backend serves which op on which device, or why none does."""
-    from fastpref import __version__
-    from fastpref import token_logps as _  # noqa: F401  (the op's module is what the next line looks at)
+    from fastpref import (
+        __version__,
+        preference_loss,  # noqa: F401  (imports every op, which enters itself in OPS)
+    )
     from fastpref._library import OPS
 
     native = _core.build_info() if _core is not None else None

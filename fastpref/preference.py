@@ -313,6 +313,15 @@ preference_bwd_ = _library.define(
 )
 
 
+def _epilogue_reason(device: str) -> str | None:
+    if device != "cpu":
+        return "the fused epilogue runs on the CPU; elsewhere the loss is torch on vectors between token_logps' kernels"
+    return _native.cpu_missing()
+
+
+_library.OPS["preference_loss"] = {"native": _epilogue_reason, "torch": _library.reference_reason}
+
+
 class _Preference(torch.autograd.Function):
     @staticmethod
     def forward(*args):
@@ -526,11 +535,10 @@ def _check_reference(logits, labels, sequences, ref_logits, ref_token_logps, ref
 
 def _can_fuse(logits: Tensor, ref_logits: Tensor | None, backend: str | None) -> bool:
     return (
-        logits.device.type == "cpu"
+        _epilogue_reason(logits.device.type) is None
         and logits.dtype in _native.DTYPE_CODES
         and (ref_logits is None or ref_logits.dtype in _native.DTYPE_CODES)
         and backend in (None, "native")
-        and _native.cpu_missing() is None
     )
 
 

@@ -183,6 +183,12 @@ if triton is not None:
         return tl.where(y < 0.0, -t, t)
 
     @triton.jit
+    def _tanh_slope(y):
+        # 1 - tanh(y)^2 without its cancellation where tanh saturates
+        e = tl.exp2(tl.abs(y) * (-2.0 * _LOG2E))
+        return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+    @triton.jit
     def _transform(x, tanh_scale, HAS_SOFTCAP: tl.constexpr):
         v = x.to(tl.float32)
         if HAS_SOFTCAP:
@@ -406,26 +412,29 @@ if triton is not None:
             target_col = (label - head).to(tl.int32)
             full = body // BLOCK_V * BLOCK_V
             for start in range(0, full, BLOCK_V):
-                v = _transform(tl.load(x_body + (start + cols)), tanh_scale, HAS_SOFTCAP)
+                x = tl.load(x_body + (start + cols)).to(tl.float32)
+                v = _transform(x, tanh_scale, HAS_SOFTCAP)
                 p = _probability(v, hi, lo, k, k_lo)
                 if (target_col >= start) & (target_col < start + BLOCK_V):
                     p = tl.where(cols == target_col - start, minus_rest, p)
                 if HAS_SOFTCAP:
-                    p *= 1.0 - v * v
+                    p *= _tanh_slope(x * tanh_scale)
                 tl.store(out_body + (start + cols), (p * -scale).to(out_ptr.dtype.element_ty))
             if full < body:
                 mask = cols < body - full
-                v = _transform(tl.load(x_body + (full + cols), mask=mask, other=0.0), tanh_scale, HAS_SOFTCAP)
+                x = tl.load(x_body + (full + cols), mask=mask, other=0.0).to(tl.float32)
+                v = _transform(x, tanh_scale, HAS_SOFTCAP)
                 p = _probability(v, hi, lo, k, k_lo)
                 p = tl.where(cols == target_col - full, minus_rest, p)
                 if HAS_SOFTCAP:
-                    p *= 1.0 - v * v
+                    p *= _tanh_slope(x * tanh_scale)
                 tl.store(out_body + (full + cols), (p * -scale).to(out_ptr.dtype.element_ty), mask=mask)
-            v = _transform(tl.load(x_row + edge_cols, mask=edge_mask, other=0.0), tanh_scale, HAS_SOFTCAP)
+            x = tl.load(x_row + edge_cols, mask=edge_mask, other=0.0).to(tl.float32)
+            v = _transform(x, tanh_scale, HAS_SOFTCAP)
             p = _probability(v, hi, lo, k, k_lo)
             p = tl.where(edge_cols == label, minus_rest, p)
             if HAS_SOFTCAP:
-                p *= 1.0 - v * v
+                p *= _tanh_slope(x * tanh_scale)
             tl.store(out_row + edge_cols, (p * -scale).to(out_ptr.dtype.element_ty), mask=edge_mask)
 
 

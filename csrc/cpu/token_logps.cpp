@@ -194,17 +194,19 @@ void forward_rows(const TokenLogpsForward& args, int64_t begin, int64_t end) {
 template <class T, bool SOFTCAP, bool STREAM>
 void backward_columns(const T* x, T* out, int64_t n, const Factor& multiplier, float lse_hi, float g,
                       float tanh_scale) {
-  const auto gradient = [&](Vf v) {
-    Vf p = exp_product(v - lse_hi, multiplier) * g;
-    if constexpr (SOFTCAP) p *= 1.0f - v * v;
-    return p;
+  const auto gradient = [&](Vf x) {
+    if constexpr (SOFTCAP) {
+      const Vf y = x * tanh_scale;
+      return exp_product(tanh(y) - lse_hi, multiplier) * g * tanh_slope(y);
+    }
+    return exp_product(x - lse_hi, multiplier) * g;
   };
   int64_t i = 0;
   const auto some = [&](int64_t count) {  // fewer than 2 W columns, through the stack
     T tail[2 * W] = {};
     std::memcpy(static_cast<void*>(tail), x + i, count * sizeof(T));
-    const Pair v = transformed<SOFTCAP>(load(tail), tanh_scale);
-    store<false>(tail, {gradient(v.a), gradient(v.b)});
+    const Pair logits = load(tail);
+    store<false>(tail, {gradient(logits.a), gradient(logits.b)});
     std::memcpy(out + i, tail, count * sizeof(T));
     i += count;
   };
@@ -215,8 +217,8 @@ void backward_columns(const T* x, T* out, int64_t n, const Factor& multiplier, f
   }
   for (; i + 2 * W <= n; i += 2 * W) {
     prefetch(x + i);
-    const Pair v = transformed<SOFTCAP>(load(x + i), tanh_scale);
-    store<STREAM>(out + i, {gradient(v.a), gradient(v.b)});
+    const Pair logits = load(x + i);
+    store<STREAM>(out + i, {gradient(logits.a), gradient(logits.b)});
   }
   if (i < n) some(n - i);
 }

@@ -43,6 +43,12 @@ __device__ inline float tanh_fast(float y) {
   return copysignf(a < 0.6f ? near : far, y);
 }
 
+// 1 - tanh(y)^2 without its cancellation where tanh saturates.
+__device__ inline float tanh_slope(float y) {
+  const float e = exp2_fast(fabsf(y) * (-2.0f * log2e)), d = 1.0f + e;
+  return __fdividef(4.0f * e, d * d);
+}
+
 // What to subtract when the maximum is -inf: -inf - -inf would be NaN.
 __device__ inline float finite_or_zero(float top) { return top == -infinity ? 0.0f : top; }
 
@@ -366,15 +372,14 @@ __global__ void __launch_bounds__(max_threads) token_logps_bwd_kernel(const Toke
   const Softmax softmax(hi, args.lse[rows + row], multiplier);
   const float minus_scale = -grad * (HAS_SOFTCAP ? multiplier * tanh_scale : multiplier);
   const float minus_rest = expm1f(args.logps[row]);  // -(1 - p) of the target, exact for confident tokens
-  const auto gradient = [&](float v, float p) {
-    if (HAS_SOFTCAP) p *= fmaf(-v, v, 1.0f);
+  const auto gradient = [&](float logit, bool is_target) {
+    float p = is_target ? minus_rest : softmax(transform<HAS_SOFTCAP>(logit, tanh_scale));
+    if (HAS_SOFTCAP) p *= tanh_slope(logit * tanh_scale);
     return p * minus_scale;
   };
 
-  x.for_each_outside_body([&](int col) {
-    const float v = transform<HAS_SOFTCAP>(to_float(x.data[col]), tanh_scale);
-    out.data[col] = from_float<T>(gradient(v, col == label ? minus_rest : softmax(v)));
-  });
+  x.for_each_outside_body(
+      [&](int col) { out.data[col] = from_float<T>(gradient(to_float(x.data[col]), col == label)); });
   const uint4* vectors = x.vectors();
   uint4* out_vectors = reinterpret_cast<uint4*>(out.data + x.head);
   const int count = x.vector_count(), step = loads * blockDim.x;
@@ -389,18 +394,16 @@ __global__ void __launch_bounds__(max_threads) token_logps_bwd_kernel(const Toke
 #pragma unroll
     for (int u = 0; u < loads; u++) {
       const int i = first + u * blockDim.x;
-      float v[vec<T>], p[vec<T>];
-      unpack<T, HAS_SOFTCAP>(tile[u], tanh_scale, v);
-#pragma unroll
-      for (int e = 0; e < vec<T>; e++) p[e] = softmax(v[e]);
+      float v[vec<T>];
+      unpack<T, false>(tile[u], tanh_scale, v);
       if (has_target) {
 #pragma unroll
-        for (int e = 0; e < vec<T>; e++)
-          if (int64_t(i) * vec<T> + e == target_col) p[e] = minus_rest;
-      }
+        for (int e = 0; e < vec<T>; e++) v[e] = gradient(v[e], int64_t(i) * vec<T> + e == target_col);
+      } else {
 #pragma unroll
-      for (int e = 0; e < vec<T>; e++) p[e] = gradient(v[e], p[e]);
-      if (!MASKED || i < count) out_vectors[i] = pack<T>(p);
+        for (int e = 0; e < vec<T>; e++) v[e] = gradient(v[e], false);
+      }
+      if (!MASKED || i < count) out_vectors[i] = pack<T>(v);
     }
   };
   int start = 0;
