@@ -235,14 +235,14 @@ if triton is not None:
         return new_top, total, exp_t, squared
 
     @triton.jit
-    def _probability(v, hi, lo, k, k_lo):
+    def _probability(v, hi, minus_lo_exp, k, k_lo):
         # exp(multiplier (v - hi) - lo), with k + k_lo = multiplier log2(e). An fp32 exponent of -30 is off by 1e-6: its
         # rounding is put back as a factor.
         t = tl.maximum(v - hi, -200.0 / k)  # 2^-200 is 0; -inf would turn the residual into NaN
         a = t * k
         residual = tl.fma(t, k_lo, tl.fma(t, k, -a))
         e = tl.exp2(a)
-        return tl.fma(e, residual * _LN2 - lo, e)
+        return tl.fma(e, residual * _LN2, e) * minus_lo_exp
 
     _FWD_INTS = ["inner", "outer_stride", "inner_stride", "V", "ignore_index"]
 
@@ -403,6 +403,8 @@ if triton is not None:
             tl.store(out_row + edge_cols, tl.zeros(edge_cols.shape, out_ptr.dtype.element_ty), mask=edge_mask)
         else:
             lo = tl.load(lse_ptr + rows + row) + (hi - hi)  # NaN where hi is not finite
+            # lo is no small number where all logits share a large offset
+            minus_lo_exp = tl.where(tl.abs(lo) < 0.25, 1.0 + _expm1(-lo), tl.exp2(-lo * _LOG2E))
             k_lo = tl.fma(multiplier, _LOG2E, -k) + multiplier * _LOG2E_LO
             scale = grad * multiplier
             if HAS_SOFTCAP:
@@ -414,7 +416,7 @@ if triton is not None:
             for start in range(0, full, BLOCK_V):
                 x = tl.load(x_body + (start + cols)).to(tl.float32)
                 v = _transform(x, tanh_scale, HAS_SOFTCAP)
-                p = _probability(v, hi, lo, k, k_lo)
+                p = _probability(v, hi, minus_lo_exp, k, k_lo)
                 if (target_col >= start) & (target_col < start + BLOCK_V):
                     p = tl.where(cols == target_col - start, minus_rest, p)
                 if HAS_SOFTCAP:
@@ -424,14 +426,14 @@ if triton is not None:
                 mask = cols < body - full
                 x = tl.load(x_body + (full + cols), mask=mask, other=0.0).to(tl.float32)
                 v = _transform(x, tanh_scale, HAS_SOFTCAP)
-                p = _probability(v, hi, lo, k, k_lo)
+                p = _probability(v, hi, minus_lo_exp, k, k_lo)
                 p = tl.where(cols == target_col - full, minus_rest, p)
                 if HAS_SOFTCAP:
                     p *= _tanh_slope(x * tanh_scale)
                 tl.store(out_body + (full + cols), (p * -scale).to(out_ptr.dtype.element_ty), mask=mask)
             x = tl.load(x_row + edge_cols, mask=edge_mask, other=0.0).to(tl.float32)
             v = _transform(x, tanh_scale, HAS_SOFTCAP)
-            p = _probability(v, hi, lo, k, k_lo)
+            p = _probability(v, hi, minus_lo_exp, k, k_lo)
             p = tl.where(edge_cols == label, minus_rest, p)
             if HAS_SOFTCAP:
                 p *= _tanh_slope(x * tanh_scale)

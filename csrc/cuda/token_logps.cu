@@ -142,11 +142,11 @@ __device__ inline RowResult finish_row(const Sums<HAS_STATS>& others, float targ
 
 // p = exp(multiplier (v - hi) - lo). An fp32 exponent of -30 is off by 1e-6: its rounding is put back as a factor.
 struct Softmax {
-  float hi, lo, k, k_lo, lowest;  // k + k_lo = multiplier log2(e)
+  float hi, minus_lo_exp, k, k_lo, lowest;  // k + k_lo = multiplier log2(e)
 
   __device__ Softmax(float hi, float lo, float multiplier)
       : hi(hi),
-        lo(lo + (hi - hi)),  // NaN where hi is not finite
+        minus_lo_exp(expf(-lo) + (hi - hi)),  // NaN where hi is not finite
         k(multiplier * log2e),
         k_lo(fmaf(multiplier, log2e, -k) + multiplier * log2e_lo),
         lowest(-200.0f / k) {}  // 2^-200 is 0; -inf would turn the residual into NaN
@@ -156,7 +156,7 @@ struct Softmax {
     const float exponent = t * k;
     const float residual = fmaf(t, k_lo, fmaf(t, k, -exponent));
     const float e = exp2_fast(exponent);
-    return fmaf(e, fmaf(residual, ln2, -lo), e);
+    return fmaf(e, residual * ln2, e) * minus_lo_exp;
   }
 };
 
