@@ -48,6 +48,12 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         raise ValueError(f"{name} must be on {other.device} like {other_name}, got {value.device}")
 
 
+def shaped_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.shape != other.shape:
+        raise ValueError(f"{name} must have shape {list(other.shape)} like {other_name}, got {list(value.shape)}")
+    same_device(name, value, other_name, other)
+
+
 def vector(name: str, value, length: int, what: str, like: Tensor) -> None:
     """value is a floating-point tensor of shape [length], on like's device."""
     floats(name, value)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastpref import _checks, _library, _native, losses
 from fastpref.token_logps import (
+    SCHEMA_OPTIONS,
     STATS,
     _native_bwd_args,
     _native_fwd_args,
@@ -294,11 +295,10 @@ def _bwd_inplace(grad_losses, coefficients, logits, *args):
     _bwd_into(logits, grad_losses, coefficients, logits, *args)
 
 
-_OPTIONS = "float temperature, float? softcap, float scale, int ignore_index"
-_SAVED = f"Tensor labels, Tensor? cu_seqlens, Tensor token_logps, Tensor lse, {_OPTIONS}"
+_SAVED = f"Tensor labels, Tensor? cu_seqlens, Tensor token_logps, Tensor lse, {SCHEMA_OPTIONS}"
 preference_fwd = _library.define(
     "preference_fwd(Tensor logits, Tensor labels, Tensor? ref_logits, Tensor? ref_token_logps, Tensor? ref_logps, "
-    f"Tensor? cu_seqlens, Tensor? rating_gap, {_OPTIONS}, bool stats, float[] family, bool drop_square) "
+    f"Tensor? cu_seqlens, Tensor? rating_gap, {SCHEMA_OPTIONS}, bool stats, float[] family, bool drop_square) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_fake,
@@ -517,18 +517,10 @@ def _check_reference(logits, labels, sequences, ref_logits, ref_token_logps, ref
         raise ValueError(f"the reference must be given in one form, got {' and '.join(given)}")
     if ref_logits is not None:
         _checks.logits("ref_logits", ref_logits)
-        if ref_logits.shape != logits.shape:
-            raise ValueError(
-                f"ref_logits must have shape {list(logits.shape)} like logits, got {list(ref_logits.shape)}"
-            )
-        _checks.same_device("ref_logits", ref_logits, "logits", logits)
+        _checks.shaped_like("ref_logits", ref_logits, "logits", logits)
     if ref_token_logps is not None:
         _checks.floats("ref_token_logps", ref_token_logps)
-        if ref_token_logps.shape != labels.shape:
-            raise ValueError(
-                f"ref_token_logps must have shape {list(labels.shape)} like labels, got {list(ref_token_logps.shape)}"
-            )
-        _checks.same_device("ref_token_logps", ref_token_logps, "logits", logits)
+        _checks.shaped_like("ref_token_logps", ref_token_logps, "labels", labels)
     if ref_logps is not None:
         _checks.vector("ref_logps", ref_logps, sequences, "one per sequence", logits)
 

@@ -665,10 +665,11 @@ def _bwd_inplace(grad, logits, *args):
     _bwd_into(logits, grad, logits, *args)
 
 
-_OPTIONS = "float temperature, float? softcap, float scale, int ignore_index"
-_SAVED = f"Tensor labels, Tensor logps, Tensor lse, {_OPTIONS}, str backend"
+SCHEMA_OPTIONS = "float temperature, float? softcap, float scale, int ignore_index"
+_SAVED = f"Tensor labels, Tensor logps, Tensor lse, {SCHEMA_OPTIONS}, str backend"
 token_logps_fwd = _library.define(
-    f"token_logps_fwd(Tensor logits, Tensor labels, {_OPTIONS}, bool stats, str backend) -> (Tensor, Tensor, Tensor)",
+    f"token_logps_fwd(Tensor logits, Tensor labels, {SCHEMA_OPTIONS}, bool stats, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_fake,
 )
