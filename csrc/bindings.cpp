@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check.h"
+#include "linear_logps.h"
 #include "parallel.h"
 #include "preference.h"
 #include "token_logps.h"
@@ -53,12 +54,32 @@ TokenLogpsBackward backward_args(const LogitRows& logits, const LogitTransform& 
           out};
 }
 
+LinearProjection linear_projection(uintptr_t weight, int64_t weight_stride, uintptr_t hidden, uintptr_t adapter,
+                                   int64_t adapter_stride, uintptr_t adapter_hidden, uintptr_t bias, int64_t rows,
+                                   int64_t hidden_size, int64_t vocab, int64_t rank) {
+  return {pointer<const bf16>(weight),
+          weight_stride,
+          pointer<const bf16>(hidden),
+          pointer<const bf16>(adapter),
+          adapter_stride,
+          pointer<const bf16>(adapter_hidden),
+          pointer<const float>(bias),
+          rows,
+          hidden_size,
+          vocab,
+          rank};
+}
+
 std::map<std::string, std::string> build_info() {
   return {
-      {"version", FASTPREF_VERSION},           {"compiler", __VERSION__},
-      {"simd", simd_level_name(simd_level())}, {"threads", parallel_runtime()},
+      {"version", FASTPREF_VERSION},
+      {"compiler", __VERSION__},
+      {"simd", simd_level_name(simd_level())},
+      {"threads", parallel_runtime()},
+      {"linear product", linear_logps_product()},
 #ifdef FASTPREF_WITH_CUDA
-      {"cuda", FASTPREF_CUDA_VERSION},         {"cuda_architectures", FASTPREF_CUDA_ARCHS},
+      {"cuda", FASTPREF_CUDA_VERSION},
+      {"cuda_architectures", FASTPREF_CUDA_ARCHS},
 #endif
   };
 }
@@ -78,6 +99,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       }));
   py::class_<TokenLogpsForward>(m, "TokenLogpsForward").def(py::init(&forward_args));
   py::class_<TokenLogpsBackward>(m, "TokenLogpsBackward").def(py::init(&backward_args));
+  py::class_<LinearProjection>(m, "LinearProjection").def(py::init(&linear_projection));
 
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("token_logps_fwd_cpu", &token_logps_fwd_cpu, release());
@@ -105,6 +127,38 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
                            threads);
       },
       release());
+  m.def(
+      "linear_logps_fwd_cpu",
+      [](const LinearProjection& projection, const LogitTransform& transform, uintptr_t labels, int64_t ignore_index,
+         bool round_logits, uintptr_t tile, int64_t tile_stride, uintptr_t logps, uintptr_t lse, uintptr_t stats,
+         uintptr_t workspace, int threads) {
+        return linear_logps_fwd_cpu(
+            {projection, transform, pointer<const int64_t>(labels), ignore_index, round_logits, pointer<void>(tile),
+             tile_stride, pointer<float>(logps), pointer<float>(lse), pointer<float>(stats), pointer<void>(workspace)},
+            threads);
+      },
+      release());
+  m.def("linear_logps_workspace", &linear_logps_workspace);
+  m.def(
+      "linear_logps_bwd_cpu",
+      [](uintptr_t tile, bool tile_is_bf16, int64_t tile_stride, int64_t rows, int64_t vocab,
+         const LogitTransform& transform, uintptr_t labels, int64_t ignore_index, uintptr_t logps, uintptr_t lse,
+         uintptr_t grad, int threads) {
+        linear_logps_bwd_cpu(
+            {pointer<void>(tile), tile_is_bf16, tile_stride, rows, vocab, transform, pointer<const int64_t>(labels),
+             ignore_index, pointer<const float>(logps), pointer<const float>(lse), pointer<const float>(grad)},
+            threads);
+      },
+      release());
+  m.def(
+      "linear_logps_weight_grad_cpu",
+      [](uintptr_t dz, int64_t tile_stride, int64_t rows, int64_t vocab, uintptr_t hidden, int64_t hidden_size,
+         uintptr_t acc, uintptr_t workspace, int threads) {
+        linear_logps_weight_grad_cpu(pointer<const bf16>(dz), tile_stride, rows, vocab, pointer<const bf16>(hidden),
+                                     hidden_size, pointer<float>(acc), pointer<void>(workspace), threads);
+      },
+      release());
+  m.def("linear_logps_weight_grad_workspace", &linear_logps_weight_grad_workspace);
 #ifdef FASTPREF_WITH_CUDA
   m.def(
       "token_logps_fwd_cuda",
@@ -118,5 +172,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) { advise_huge_pages(pointer<void>(data), bytes); });
   m.def("simd_level", [] { return simd_level_name(simd_level()); });
   m.def("set_simd_level", [](const std::string& level) { set_simd_level(level.c_str()); });
+  m.def("linear_logps_product", &linear_logps_product);
+  m.def("set_linear_product", [](const std::string& name) { set_linear_product(name.c_str()); });
   m.def("build_info", &build_info);
 }

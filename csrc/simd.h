@@ -178,6 +178,15 @@ inline void store(f16* p, Pair v) {
   store_vector<STREAM>(p, (Vf)pack(p, v));
 }
 
+// Columns in the two halves' order, as every type but bf16 is loaded, to sixteen-bit ones.
+inline void store_halves(bf16* p, Pair v) {
+  using Vh = uint16_t __attribute__((vector_size(W * 2)));
+  const Vh a = __builtin_convertvector(float_to_bf16(v.a), Vh), b = __builtin_convertvector(float_to_bf16(v.b), Vh);
+  std::memcpy(p, &a, sizeof a);
+  std::memcpy(p + W, &b, sizeof b);
+}
+inline void store_halves(f16* p, Pair v) { store<false>(p, v); }
+
 // Round to integer by adding 1.5 * 2^23 (+ 127), whose low bits then hold the biased exponent of 2^n.
 constexpr float round_to_exponent = 12582912.0f + 127.0f;
 

@@ -46,7 +46,7 @@ struct TokenLogpsBackward {
   const float* logps;  // [rows]
   const float* lse;    // [2, rows]
   const float* grad;   // [rows]: gradient of the loss by each log-prob
-  LogitRows out;       // same dtype and shape as logits; may be the same memory
+  LogitRows out;       // shape of logits, and their dtype, or (CPU) 16 bits of float32 logits; may be the same memory
 };
 
 // CPU. A label outside [0, vocab) that is not ignore_index throws std::invalid_argument.

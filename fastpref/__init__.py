@@ -17,6 +17,10 @@ from fastpref._build import version as __version__
 if TYPE_CHECKING:
     from fastpref import curate, losses
     from fastpref._native import CudaError, build_info, set_simd_level
+    from fastpref.linear_logps import linear_token_logps
+    from fastpref.linear_preference import linear_preference_loss
+    from fastpref.lm_head import FusedLMHead
+    from fastpref.plan import Plan, plan
     from fastpref.preference import PreferenceOutput, SequenceLogps, preference_loss, sequence_logps
     from fastpref.token_logps import TokenStats, token_logps
 
@@ -27,6 +31,11 @@ _PUBLIC = {
     "set_simd_level": "fastpref._native",
     "curate": "fastpref.curate",
     "losses": "fastpref.losses",
+    "linear_token_logps": "fastpref.linear_logps",
+    "linear_preference_loss": "fastpref.linear_preference",
+    "FusedLMHead": "fastpref.lm_head",
+    "Plan": "fastpref.plan",
+    "plan": "fastpref.plan",
     "PreferenceOutput": "fastpref.preference",
     "SequenceLogps": "fastpref.preference",
     "preference_loss": "fastpref.preference",

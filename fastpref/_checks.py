@@ -33,14 +33,14 @@ def floats(name: str, value) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
 
 
-def labels(value, logits: Tensor) -> None:
+def labels(value, like: Tensor, like_name: str = "logits") -> None:
     integers("labels", value)
-    if value.shape != logits.shape[:-1]:
+    if value.shape != like.shape[:-1]:
         raise ValueError(
-            f"labels must have shape {list(logits.shape[:-1])} to match logits {list(logits.shape)}, "
+            f"labels must have shape {list(like.shape[:-1])} to match {like_name} {list(like.shape)}, "
             f"got {list(value.shape)}"
         )
-    same_device("labels", value, "logits", logits)
+    same_device("labels", value, like_name, like)
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -54,12 +54,12 @@ def shaped_like(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
     same_device(name, value, other_name, other)
 
 
-def vector(name: str, value, length: int, what: str, like: Tensor) -> None:
+def vector(name: str, value, length: int, what: str, like_name: str, like: Tensor) -> None:
     """value is a floating-point tensor of shape [length], on like's device."""
     floats(name, value)
     if value.dim() != 1 or value.shape[0] != length:
         raise ValueError(f"{name} must have shape [{length}] ({what}), got {list(value.shape)}")
-    same_device(name, value, "logits", like)
+    same_device(name, value, like_name, like)
 
 
 def positive(name: str, value) -> None:
@@ -67,6 +67,13 @@ def positive(name: str, value) -> None:
         raise TypeError(f"{name} must be a positive float, got {type(value).__name__}")
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def positive_int(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a positive int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be positive, got {value}")
 
 
 def transform(temperature, softcap, scale) -> None:

@@ -42,12 +42,21 @@ def cuda_missing() -> str | None:
     return None
 
 
-def empty_output(like: torch.Tensor) -> torch.Tensor:
-    """Contiguous, uninitialised memory of like's shape, dtype and device, on huge pages where it is large."""
-    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+def empty(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Contiguous, uninitialised memory, on huge pages where it is large."""
+    out = torch.empty(shape, dtype=dtype, device=device)
     if out.device.type == "cpu" and _core is not None and out.nbytes >= HUGE_OUTPUT_BYTES:
         _core.advise_huge_pages(out.data_ptr(), out.nbytes)
     return out
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def padded_rows(rows: int) -> int:
+    """Columns of a native tile of so many rows: whole 32-token blocks."""
+    return -(-rows // 32) * 32
 
 
 def set_simd_level(level: str) -> None:
@@ -65,7 +74,7 @@ def build_info() -> dict:
     """What was built, what was found, and which backend serves which op on which device, or why none does."""
     from fastpref import (
         __version__,
-        preference_loss,  # noqa: F401  (imports every op, which enters itself in OPS)
+        linear_preference_loss,  # noqa: F401  (imports every op, which enters itself in OPS)
     )
     from fastpref._library import OPS
 

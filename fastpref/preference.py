@@ -90,21 +90,24 @@ def _mean(vector: Tensor) -> Tensor:
 # ---- sums over sequences ----
 
 
-class _Sequences:
+class Sequences:
     """Where the sequences lie in labels: rows of [sequences, T], or segments of [tokens] between cu_seqlens."""
 
-    def __init__(self, labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None):
+    def __init__(self, labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None, group=None):
         self.counted = labels != ignore_index
         # only the CPU in eager mode has checked them: nothing may be read out of bounds elsewhere
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.clamp(0, labels.shape[0]).cummax(0).values
         self.count = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.group = group  # over which the tokens of each sequence are spread
 
     def sum(self, values: Tensor) -> Tensor:
         """Tokens that count, added up per sequence in float64; the others are selected out, NaN or not."""
         values = torch.where(self.counted, values.double(), 0.0)
         if self.cu_seqlens is None:
-            return values.sum(-1)
-        return torch.segment_reduce(values, "sum", offsets=self.cu_seqlens, initial=0.0)
+            sums = values.sum(-1)
+        else:
+            sums = torch.segment_reduce(values, "sum", offsets=self.cu_seqlens, initial=0.0)
+        return sums if self.group is None else _SumOverRanks.apply(sums, self.group)
 
     def lengths(self) -> Tensor:
         return self.sum(self.counted).long()
@@ -118,11 +121,27 @@ class _Sequences:
 
     def beyond(self, length: Tensor) -> Tensor:
         """Which tokens come after the first `length[sequence]` that count."""
+        if self.group is not None:
+            raise ValueError("sequence_group must be None for a loss on part of the completion: no rank sees it whole")
         rank = self.counted.cumsum(-1)
         if self.cu_seqlens is not None:
             before = torch.nn.functional.pad(rank, (1, 0))[self.cu_seqlens[:-1]]
             rank = rank - self.per_token(before)
         return self.counted & (rank > self.per_token(length))
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Every rank computes the same loss of the sum, so each addend's gradient is the sum's."""
+
+    @staticmethod
+    def forward(ctx, addend, group):
+        total = addend.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
 
 
 def sequence_logps(
@@ -152,14 +171,14 @@ def sequence_logps(
             f"labels must have shape {list(token_logps.shape)} to match token_logps, got {list(labels.shape)}"
         )
     _checks.same_device("labels", labels, "token_logps", token_logps)
-    _check_layout(labels, cu_seqlens, "token_logps")
+    check_layout(labels, cu_seqlens, "token_logps")
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.long()
-    labels = _targets(labels, cu_seqlens, None, ignore_index, shift)
-    sequences = _Sequences(labels, ignore_index, cu_seqlens)
+    labels = targets(labels, cu_seqlens, None, ignore_index, shift)
+    sequences = Sequences(labels, ignore_index, cu_seqlens)
     return SequenceLogps(sequences.sum(token_logps).to(token_logps.dtype), sequences.lengths())
 
 
-def _targets(labels, cu_seqlens, lengths, ignore_index, shift) -> Tensor:
+def targets(labels, cu_seqlens, lengths, ignore_index, shift) -> Tensor:
     """Labels aligned with the logits, int64: shifted within each sequence, padding ignored."""
     labels = labels.long()
     if lengths is not None:
@@ -175,7 +194,7 @@ def _targets(labels, cu_seqlens, lengths, ignore_index, shift) -> Tensor:
     return labels.index_fill(0, last, ignore_index)
 
 
-def _check_layout(labels: Tensor, cu_seqlens: Tensor | None, like: str) -> None:
+def check_layout(labels: Tensor, cu_seqlens: Tensor | None, like: str) -> None:
     if cu_seqlens is None:
         if labels.dim() != 2:
             raise ValueError(
@@ -187,7 +206,8 @@ def _check_layout(labels: Tensor, cu_seqlens: Tensor | None, like: str) -> None:
         raise ValueError(f"cu_seqlens must have shape [sequences + 1], got {list(cu_seqlens.shape)}")
     if labels.dim() != 1:
         raise ValueError(f"labels must have shape [tokens] with cu_seqlens, got {list(labels.shape)}")
-    _checks.same_device("cu_seqlens", cu_seqlens, like, labels)
+    if cu_seqlens.device.type != "cpu" or like != "hidden":  # which may be elsewhere than the host's counts
+        _checks.same_device("cu_seqlens", cu_seqlens, like, labels)
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != labels.shape[0] or ends != sorted(ends):
@@ -195,10 +215,6 @@ def _check_layout(labels: Tensor, cu_seqlens: Tensor | None, like: str) -> None:
 
 
 # ---- the fused family: one native call forward, one backward ----
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _fwd(
@@ -223,12 +239,12 @@ def _fwd(
     core.preference_fwd_cpu(
         policy,
         reference,
-        _address(inputs[0]),
-        _address(inputs[1]),
-        _address(inputs[2]),
+        _native.address(inputs[0]),
+        _native.address(inputs[1]),
+        _native.address(inputs[2]),
         sequences // 2,
         labels.shape[-1],
-        _address(inputs[3]),
+        _native.address(inputs[3]),
         core.LogisticFamily(*family, drop_square),
         logps.data_ptr(),
         logratios.data_ptr(),
@@ -272,7 +288,7 @@ def _bwd_into(out, grad_losses, coefficients, logits, labels, cu_seqlens, token_
     _native._core.preference_bwd_cpu(
         tokens,
         token_grad.data_ptr(),
-        _address(cu_seqlens),
+        _native.address(cu_seqlens),
         grad_losses.shape[0],
         labels.shape[-1],
         coefficients.data_ptr(),
@@ -282,7 +298,7 @@ def _bwd_into(out, grad_losses, coefficients, logits, labels, cu_seqlens, token_
 
 
 def _bwd(grad_losses, coefficients, logits, *args):
-    out = _native.empty_output(logits)
+    out = _native.empty(logits.shape, logits.dtype, logits.device)
     _bwd_into(out, grad_losses, coefficients, logits, *args)
     return out
 
@@ -428,42 +444,25 @@ def preference_loss(
     _checks.logits("logits", logits)
     _checks.labels(labels, logits)
     check_options(logits, temperature, softcap, scale, ignore_index, inplace_backward, stats, backend)
-    _checks.positive("beta", beta)
-    _check_layout(labels, cu_seqlens, "logits")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f"num_items replaces the divisor of reduction='mean', got reduction={reduction!r}")
-    single = not isinstance(loss, (list, tuple))
-    if single and loss_weights is not None:
-        raise ValueError(f"loss_weights needs a list of losses, got loss={loss!r}")
-    if single and not isinstance(loss_options, (Mapping, NoneType)):
-        raise TypeError(f"loss_options must be a mapping for a single loss, got {type(loss_options).__name__}")
-    _check_num_items(num_items)
-    sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if sequences % 2:
-        raise ValueError(
-            f"the batch must hold B chosen and then B rejected sequences, an even number, got {sequences} sequences"
-        )
-    pairs = sequences // 2
-    _check_reference(logits, labels, sequences, ref_logits, ref_token_logps, ref_logps)
-    for name, value, length, what in (
-        ("rating_gap", rating_gap, pairs, "one per pair"),
-        ("pair_weights", pair_weights, pairs, "one per pair"),
-        ("scores", scores, sequences, "one per sequence"),
-    ):
-        if value is not None:
-            _checks.vector(name, value, length, what, logits)
-    if lengths is not None:
-        if cu_seqlens is not None:
-            raise ValueError("lengths belongs to padded batches; packed ones have cu_seqlens, got both")
-        _checks.integers("lengths", lengths)
-        if list(lengths.shape) != [sequences]:
-            raise ValueError(f"lengths must have shape [{sequences}] (one per sequence), got {list(lengths.shape)}")
-        _checks.same_device("lengths", lengths, "logits", logits)
+    check_layout(labels, cu_seqlens, "logits")
+    sequences = check_pairs(
+        "logits", logits, labels, loss, loss_weights, loss_options, beta, reduction, num_items, cu_seqlens, lengths,
+        {"rating_gap": rating_gap, "pair_weights": pair_weights, "scores": scores},
+    )  # fmt: skip
+    check_reference(
+        "logits",
+        labels,
+        sequences,
+        {"ref_logits": ref_logits, "ref_token_logps": ref_token_logps, "ref_logps": ref_logps},
+    )
+    if ref_logits is not None:
+        _checks.logits("ref_logits", ref_logits)
+        _checks.shaped_like("ref_logits", ref_logits, "logits", logits)
 
+    if lengths is not None:
+        _checks.same_device("lengths", lengths, "logits", logits)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.long()
-    labels = _targets(labels, cu_seqlens, lengths, ignore_index, shift)
+    labels = targets(labels, cu_seqlens, lengths, ignore_index, shift)
     transform = {"temperature": float(temperature), "softcap": softcap, "scale": float(scale)}
     step = _Step(logits, labels, ref_logits, ref_token_logps, ref_logps, cu_seqlens, rating_gap, scores)
     has_reference = not (ref_logits is None and ref_token_logps is None and ref_logps is None)
@@ -474,19 +473,61 @@ def preference_loss(
         gathered = _vectors(
             step, loss, loss_weights, loss_options, beta, transform, ignore_index, inplace_backward, stats, backend
         )
-    if single and loss_options:
+    if loss_options and not isinstance(loss, (list, tuple)):
         beta = loss_options.get("beta", beta)  # the rewards are those of the loss
-    return _output(gathered, step, ignore_index, beta, pair_weights, reduction, num_items, stats)
+    sequences = Sequences(labels, ignore_index, cu_seqlens)
+    reduced = reduce(gathered, pair_weights, reduction, num_items)
+    return output(reduced, gathered, sequences, rating_gap, beta, stats)
 
 
-def _check_num_items(num_items) -> None:
-    if num_items is None:
-        return
+def check_pairs(
+    like_name, like, labels, loss, loss_weights, loss_options, beta, reduction, num_items, cu_seqlens, lengths, vectors
+) -> int:
+    """What every call on pairs takes, beside its tensors of tokens; returns the number of sequences."""
+    _checks.positive("beta", beta)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"num_items replaces the divisor of reduction='mean', got reduction={reduction!r}")
+    single = not isinstance(loss, (list, tuple))
+    if single and loss_weights is not None:
+        raise ValueError(f"loss_weights needs a list of losses, got loss={loss!r}")
+    if single and not isinstance(loss_options, (Mapping, NoneType)):
+        raise TypeError(f"loss_options must be a mapping for a single loss, got {type(loss_options).__name__}")
     if isinstance(num_items, Tensor):
         if num_items.dim():
             raise ValueError(f"num_items must be a number or a scalar tensor, got shape {list(num_items.shape)}")
-    else:
+    elif num_items is not None:
         _checks.positive("num_items", num_items)
+    sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if sequences % 2:
+        raise ValueError(
+            f"the batch must hold B chosen and then B rejected sequences, an even number, got {sequences} sequences"
+        )
+    for name, value in vectors.items():
+        if value is None:
+            continue
+        length, what = (sequences, "one per sequence") if name == "scores" else (sequences // 2, "one per pair")
+        _checks.vector(name, value, length, what, like_name, like)
+    if lengths is not None:
+        if cu_seqlens is not None:
+            raise ValueError("lengths belongs to padded batches; packed ones have cu_seqlens, got both")
+        _checks.integers("lengths", lengths)
+        if list(lengths.shape) != [sequences]:
+            raise ValueError(f"lengths must have shape [{sequences}] (one per sequence), got {list(lengths.shape)}")
+    return sequences
+
+
+def check_reference(like_name, labels, sequences, given: dict) -> None:
+    """At most one form of the reference; per token it has labels' shape, as sums [2B]."""
+    present = [name for name, value in given.items() if value is not None]
+    if len(present) > 1:
+        raise ValueError(f"the reference must be given in one form, got {' and '.join(present)}")
+    if (per_token := given["ref_token_logps"]) is not None:
+        _checks.floats("ref_token_logps", per_token)
+        _checks.shaped_like("ref_token_logps", per_token, "labels", labels)
+    if given["ref_logps"] is not None:
+        _checks.vector("ref_logps", given["ref_logps"], sequences, "one per sequence", like_name, labels)
 
 
 class _Step(NamedTuple):
@@ -502,27 +543,12 @@ class _Step(NamedTuple):
     scores: Tensor | None
 
 
-class _Gathered(NamedTuple):
-    losses: Tensor  # [B], with the gradient
+class Gathered(NamedTuple):
+    losses: Tensor  # [B], unweighted; with the gradient, unless that went into a reduced loss already
     logps: Tensor  # [2B]
     logratios: Tensor  # [2B]
     lengths: Tensor  # [2B]
     values: Tensor  # [4, *labels.shape] or empty
-
-
-def _check_reference(logits, labels, sequences, ref_logits, ref_token_logps, ref_logps) -> None:
-    given = {"ref_logits": ref_logits, "ref_token_logps": ref_token_logps, "ref_logps": ref_logps}
-    given = {name: value for name, value in given.items() if value is not None}
-    if len(given) > 1:
-        raise ValueError(f"the reference must be given in one form, got {' and '.join(given)}")
-    if ref_logits is not None:
-        _checks.logits("ref_logits", ref_logits)
-        _checks.shaped_like("ref_logits", ref_logits, "logits", logits)
-    if ref_token_logps is not None:
-        _checks.floats("ref_token_logps", ref_token_logps)
-        _checks.shaped_like("ref_token_logps", ref_token_logps, "labels", labels)
-    if ref_logps is not None:
-        _checks.vector("ref_logps", ref_logps, sequences, "one per sequence", logits)
 
 
 def _can_fuse(logits: Tensor, ref_logits: Tensor | None, backend: str | None) -> bool:
@@ -534,7 +560,7 @@ def _can_fuse(logits: Tensor, ref_logits: Tensor | None, backend: str | None) ->
     )
 
 
-def _fused(step: _Step, family, transform, ignore_index, inplace, stats) -> _Gathered:
+def _fused(step: _Step, family, transform, ignore_index, inplace, stats) -> Gathered:
     vectors = [None if v is None else v.detach().float() for v in (step.ref_token_logps, step.ref_logps)]
     gap = None if step.rating_gap is None else step.rating_gap.detach().float()
     ref_logits = None if step.ref_logits is None else step.ref_logits.detach()
@@ -543,31 +569,53 @@ def _fused(step: _Step, family, transform, ignore_index, inplace, stats) -> _Gat
         *family,
     )  # fmt: skip
     pair_losses, logps, logratios, lengths, _, _, _, values = _Preference.apply(*args, inplace)
-    return _Gathered(pair_losses, logps, logratios, lengths, values)
+    return Gathered(pair_losses, logps, logratios, lengths, values)
 
 
 def _vectors(
     step: _Step, loss, loss_weights, loss_options, beta, transform, ignore_index, inplace, stats, backend
-) -> _Gathered:
-    needs = losses.traits(loss, loss_options).needs
+) -> Gathered:
     options = {**transform, "ignore_index": ignore_index, "backend": backend}
-    wanted = tuple(name for name in STATS if name in stats or (name == "log_sum_p2" and "wpo" in needs))
+    wanted = wanted_stats(stats, loss, loss_options)
     tokens = token_logps(step.logits, step.labels, inplace_backward=inplace, stats=wanted, **options)
     tokens, token_stats = tokens if wanted else (tokens, None)
-    sequences = _Sequences(step.labels, ignore_index, step.cu_seqlens)
-
     ref_tokens = step.ref_token_logps
     if step.ref_logits is not None:
         with torch.no_grad():
             ref_tokens = token_logps(step.ref_logits, step.labels, **options)
+    values = tokens.new_empty((0, *tokens.shape), dtype=torch.float32)
+    if token_stats is not None:
+        missing = torch.zeros_like(tokens, dtype=torch.float32)
+        values = torch.stack([missing if value is None else value for value in token_stats])
+    sequences = Sequences(step.labels, ignore_index, step.cu_seqlens)
+    return pair_losses(
+        tokens, values, sequences, ref_tokens, step.ref_logps, step.rating_gap, step.scores,
+        loss, loss_weights, loss_options, beta,
+    )  # fmt: skip
+
+
+def wanted_stats(stats, loss, loss_options) -> tuple[str, ...]:
+    """The by-products to ask the gather for: the caller's, and those the loss is made of."""
+    wpo = "wpo" in losses.traits(loss, loss_options).needs
+    return tuple(name for name in STATS if name in stats or (wpo and name == "log_sum_p2"))
+
+
+def pair_losses(
+    tokens, values, sequences, ref_tokens, ref_logps, rating_gap, scores, loss, loss_weights, loss_options, beta
+) -> Gathered:
+    """Any loss as torch on vectors, differentiable in `tokens`, the log-probs of labels' shape.
+
+    values: [4, *labels.shape], STATS; ref_tokens: labels' shape, ref_logps: [2B], or None.
+    """
+    needs = losses.traits(loss, loss_options).needs
     sums = sequences.sum(tokens)
     token_ratios, logratios = tokens.double(), None
     if ref_tokens is not None:
         token_ratios = token_ratios - ref_tokens.detach().double()
         logratios = sequences.sum(token_ratios)
-    elif step.ref_logps is not None:
+    elif ref_logps is not None:
         token_ratios = None  # only their sums are known
-        logratios = sums - step.ref_logps.detach().double()
+        logratios = sums - ref_logps.detach().double()
 
     def halves(vector):
         if vector is None:
@@ -580,58 +628,55 @@ def _vectors(
     if "tail" in needs:
         if token_ratios is None:
             raise ValueError(
-                "a loss on part of the completion needs the reference per token (ref_token_logps or ref_logits), "
-                "got ref_logps"
+                "a loss on part of the completion needs the reference per token (ref_token_logps or the reference's "
+                "logits or hidden states), got ref_logps"
             )
         shorter = torch.minimum(*halves(lengths)).repeat(2)
         tail = sequences.sum(torch.where(sequences.beyond(shorter), token_ratios, 0.0))
     if "wpo" in needs:
-        weights = sequences.sum(tokens.detach() - token_stats.log_sum_p2) / lengths.clamp(min=1)
+        weights = sequences.sum(tokens.detach() - values[STATS.index("log_sum_p2")]) / lengths.clamp(min=1)
     ref_sums = None if logratios is None else (sums - logratios).detach()
     pairs = losses.Pairs(
         *halves(sums),
         *halves(ref_sums),
         *halves(lengths),
-        None if step.rating_gap is None else step.rating_gap.detach().to(tokens.dtype),
+        None if rating_gap is None else rating_gap.detach().to(tokens.dtype),
         *halves(logratios),
         *halves(tail),
         *halves(weights),
-        *halves(None if step.scores is None else step.scores.detach()),
+        *halves(None if scores is None else scores.detach()),
     )
     if isinstance(loss, (list, tuple)):
-        pair_losses = losses.mixture(pairs, loss, loss_weights, loss_options, beta)
+        per_pair = losses.mixture(pairs, loss, loss_weights, loss_options, beta)
     else:
-        pair_losses = losses.pair_loss(pairs, loss, beta=beta, options=loss_options)
-    values = tokens.new_empty((0, *tokens.shape), dtype=torch.float32)
-    if stats:
-        missing = torch.zeros_like(tokens)
-        values = torch.stack([getattr(token_stats, name) if name in stats else missing for name in STATS])
+        per_pair = losses.pair_loss(pairs, loss, beta=beta, options=loss_options)
     ratios = sums if logratios is None else logratios
-    return _Gathered(pair_losses, sums.to(tokens.dtype), ratios.to(tokens.dtype), lengths, values)
+    return Gathered(per_pair, sums.to(tokens.dtype), ratios.to(tokens.dtype), lengths, values)
 
 
-def _output(gathered: _Gathered, step: _Step, ignore_index, beta, pair_weights, reduction, num_items, stats):
-    pair_losses = gathered.losses
-    pairs = pair_losses.shape[0]
-    weighted, divisor = pair_losses, max(pairs, 1)
-    if pair_weights is not None:
-        pair_weights = pair_weights.detach().to(pair_losses.dtype)
-        weighted = pair_losses * pair_weights
-        total = pair_weights.sum()
-        divisor = torch.where(total == 0, 1.0, total)
-    loss = weighted
-    if reduction != "none":
-        loss = weighted.sum()
-    if reduction == "mean":
-        loss = loss / (divisor if num_items is None else num_items)
+def pair_scale(like: Tensor, pair_weights, reduction, num_items) -> Tensor:
+    """What each pair's loss is multiplied by before they are added up: [B] of like's shape, dtype and device."""
+    scale = torch.ones_like(like) if pair_weights is None else pair_weights.detach().to(like.dtype)
+    if reduction != "mean":
+        return scale
+    if num_items is not None:
+        return scale / num_items
+    total = scale.sum()
+    return scale / torch.where(total == 0, 1.0, total)
 
+
+def reduce(gathered: Gathered, pair_weights, reduction, num_items) -> Tensor:
+    weighted = gathered.losses * pair_scale(gathered.losses, pair_weights, reduction, num_items)
+    return weighted if reduction == "none" else weighted.sum()
+
+
+def output(loss: Tensor, gathered: Gathered, sequences: Sequences, rating_gap, beta, stats) -> PreferenceOutput:
     logps, lengths = gathered.logps.detach(), gathered.lengths
+    pairs = gathered.losses.shape[0]
     rewards = beta * gathered.logratios.detach()
     margins = rewards[:pairs] - rewards[pairs:]
-    gap = step.rating_gap
     means = {}
     if stats:
-        sequences = _Sequences(step.labels, ignore_index, step.cu_seqlens)
         chosen, rejected = lengths[:pairs].sum().clamp(min=1), lengths[pairs:].sum().clamp(min=1)
         for name, value in zip(STATS, gathered.values, strict=True):
             if name not in stats:
@@ -651,11 +696,11 @@ def _output(gathered: _Gathered, step: _Step, ignore_index, beta, pair_weights, 
         margins=margins,
         accuracy=_mean((margins > 0).float()),
         stats=PreferenceStats(
-            losses=pair_losses.detach(),
+            losses=gathered.losses.detach(),
             chosen_lengths=lengths[:pairs],
             rejected_lengths=lengths[pairs:],
             ties=(margins == 0).sum(),
-            unrated=lengths.new_zeros(()) if gap is None else gap.isnan().sum(),
+            unrated=lengths.new_zeros(()) if rating_gap is None else rating_gap.isnan().sum(),
             **means,
         ),
     )

@@ -87,7 +87,7 @@ def _reference_blocks(rows: Tensor):
             yield i, slice(begin, min(begin + step, inner))
 
 
-def _reference_labels(labels: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+def valid_labels(labels: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Labels safe to index with, and where they were neither valid nor ignored (raises there on CPU)."""
     invalid = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
     if labels.device.type == "cpu" and invalid.any():
@@ -100,7 +100,7 @@ def _reference_labels(labels: Tensor, vocab: int, ignore_index: int) -> tuple[Te
 
 
 def _reference_fwd(rows, labels, temperature, softcap, scale, ignore_index, stats):
-    labels, invalid = _reference_labels(labels, rows.shape[-1], ignore_index)
+    labels, invalid = valid_labels(labels, rows.shape[-1], ignore_index)
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     logps = torch.empty(labels.shape, dtype=dtype, device=rows.device)
     lse = torch.empty(2, *labels.shape, dtype=dtype, device=rows.device)
@@ -132,7 +132,7 @@ def _reference_fwd(rows, labels, temperature, softcap, scale, ignore_index, stat
 
 
 def _reference_bwd(grad, rows, labels, logps, lse, temperature, softcap, scale, ignore_index, out):
-    labels, _ = _reference_labels(labels, rows.shape[-1], ignore_index)
+    labels, _ = valid_labels(labels, rows.shape[-1], ignore_index)
     multiplier, _ = _multiplier_and_tanh_scale(temperature, softcap, scale)
     for block in _reference_blocks(rows):
         y = labels[block]
@@ -652,7 +652,7 @@ def _bwd_into(out, grad, logits, labels, logps, lse, temperature, softcap, scale
 
 
 def _bwd(grad, logits, *args):
-    out = _native.empty_output(logits)
+    out = _native.empty(logits.shape, logits.dtype, logits.device)
     _bwd_into(out, grad, logits, *args)
     return out
 
@@ -728,11 +728,11 @@ def logits_gradient(ctx, bwd, bwd_, run) -> Tensor:
         else:
             gradient = run(bwd, logits, *saved)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-        return _Once.apply(gradient, logits)
+        return Once.apply(gradient, logits)
     return gradient
 
 
-class _Once(torch.autograd.Function):
+class Once(torch.autograd.Function):
     """A gradient whose own backward raises. Left detached, it would drop a gradient penalty without a word."""
 
     @staticmethod

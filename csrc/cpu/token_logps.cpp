@@ -3,6 +3,8 @@
 // while its own maximum is taken, and only a block that rises above it is read again (from L1).
 #include "token_logps.h"
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace fastpref::FASTPREF_SIMD {
@@ -191,8 +193,17 @@ void forward_rows(const TokenLogpsForward& args, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, bool SOFTCAP, bool STREAM>
-void backward_columns(const T* x, T* out, int64_t n, const Factor& multiplier, float lse_hi, float g,
+// A gradient narrower than its logits may overwrite them too: it is stored behind the reads.
+template <bool STREAM, class T, class U>
+inline void store_gradient(U* out, Pair v, const T*) {
+  if constexpr (std::is_same_v<T, U>)
+    store<STREAM>(out, v);
+  else
+    store_halves(out, v);
+}
+
+template <class T, class U, bool SOFTCAP, bool STREAM>
+void backward_columns(const T* x, U* out, int64_t n, const Factor& multiplier, float lse_hi, float g,
                       float tanh_scale) {
   const auto gradient = [&](Vf x) {
     if constexpr (SOFTCAP) {
@@ -204,51 +215,53 @@ void backward_columns(const T* x, T* out, int64_t n, const Factor& multiplier, f
   int64_t i = 0;
   const auto some = [&](int64_t count) {  // fewer than 2 W columns, through the stack
     T tail[2 * W] = {};
+    U gradients[2 * W];
     std::memcpy(static_cast<void*>(tail), x + i, count * sizeof(T));
     const Pair logits = load(tail);
-    store<false>(tail, {gradient(logits.a), gradient(logits.b)});
-    std::memcpy(out + i, tail, count * sizeof(T));
+    store_gradient<false>(gradients, {gradient(logits.a), gradient(logits.b)}, x);
+    std::memcpy(static_cast<void*>(out + i), gradients, count * sizeof(U));
     i += count;
   };
   if constexpr (STREAM) {
     const int64_t misaligned = reinterpret_cast<uintptr_t>(out) % (W * 4);
-    const int64_t head = misaligned ? (W * 4 - misaligned) / int64_t(sizeof(T)) : 0;
+    const int64_t head = misaligned ? (W * 4 - misaligned) / int64_t(sizeof(U)) : 0;
     if (head) some(head < n ? head : n);
   }
   for (; i + 2 * W <= n; i += 2 * W) {
     prefetch(x + i);
     const Pair logits = load(x + i);
-    store<STREAM>(out + i, {gradient(logits.a), gradient(logits.b)});
+    store_gradient<STREAM>(out + i, {gradient(logits.a), gradient(logits.b)}, x);
   }
   if (i < n) some(n - i);
 }
 
-template <class T, bool SOFTCAP, bool STREAM>
+template <class T, class U, bool SOFTCAP, bool STREAM>
 void backward_rows(const TokenLogpsBackward& args, int64_t begin, int64_t end) {
   const LogitRows &logits = args.logits, &out_rows = args.out;
   const float tanh_scale = args.transform.tanh_scale;
   const Factor multiplier(args.transform.multiplier);
   for (int64_t row = begin; row < end; row++) {
     const T* x = static_cast<const T*>(logits.data) + logits.offset(row);
-    T* out = static_cast<T*>(out_rows.data) + out_rows.offset(row);
+    U* out = static_cast<U*>(out_rows.data) + out_rows.offset(row);
     const int64_t label = args.labels[row];
     const float grad = args.grad[row], hi = args.lse[row];
     // no gradient, and a finite sum says that no column was NaN: nothing to read
     if (label == args.ignore_index || (grad == 0 && hi - hi == 0)) {
-      std::memset(static_cast<void*>(out), 0, logits.vocab * sizeof(T));
+      std::memset(static_cast<void*>(out), 0, logits.vocab * sizeof(U));
       continue;
     }
     const float x_target = to_float(x[label]);  // before it may be overwritten
     const double g = double(grad) * args.transform.slope();
     const double others = -g * __builtin_exp(-double(args.lse[logits.rows() + row]));
-    backward_columns<T, SOFTCAP, STREAM>(x, out, logits.vocab, multiplier, hi, static_cast<float>(others), tanh_scale);
+    backward_columns<T, U, SOFTCAP, STREAM>(x, out, logits.vocab, multiplier, hi, static_cast<float>(others),
+                                            tanh_scale);
     // 1 - p of the target, exact for confident tokens where the difference would cancel
     double target = -__builtin_expm1(double(args.logps[row])) * g;
     if constexpr (SOFTCAP) {
       const double v = __builtin_tanh(double(x_target) * tanh_scale);
       target *= 1 - v * v;
     }
-    T packed[2 * W];
+    U packed[2 * W];
     store<false>(packed, {splat(static_cast<float>(target)), splat(static_cast<float>(target))});
     out[label] = packed[0];
   }
@@ -263,13 +276,18 @@ void forward_dtype(const TokenLogpsForward& args, int64_t begin, int64_t end) {
     args.stats ? forward_rows<T, false, true>(args, begin, end) : forward_rows<T, false, false>(args, begin, end);
 }
 
+template <class T, class U, bool STREAM>
+void backward_pair(const TokenLogpsBackward& args, int64_t begin, int64_t end) {
+  if (args.transform.tanh_scale != 0)
+    backward_rows<T, U, true, STREAM>(args, begin, end);
+  else
+    backward_rows<T, U, false, STREAM>(args, begin, end);
+}
+
 template <class T>
 void backward_dtype(const TokenLogpsBackward& args, int64_t begin, int64_t end) {
-  const bool fresh = args.out.data != args.logits.data;
-  if (args.transform.tanh_scale != 0)
-    fresh ? backward_rows<T, true, true>(args, begin, end) : backward_rows<T, true, false>(args, begin, end);
-  else
-    fresh ? backward_rows<T, false, true>(args, begin, end) : backward_rows<T, false, false>(args, begin, end);
+  if (args.out.data != args.logits.data) return backward_pair<T, T, true>(args, begin, end);
+  return backward_pair<T, T, false>(args, begin, end);
 }
 
 }  // namespace
@@ -286,6 +304,10 @@ void token_logps_fwd_rows(const TokenLogpsForward& args, int64_t begin, int64_t 
 }
 
 void token_logps_bwd_rows(const TokenLogpsBackward& args, int64_t begin, int64_t end) {
+  if (args.out.dtype != args.logits.dtype) {  // checked: from float, the tile of a bf16 or fp16 projection
+    if (args.out.dtype == DType::bf16) return backward_pair<float, bf16, false>(args, begin, end);
+    return backward_pair<float, f16, false>(args, begin, end);
+  }
   switch (args.logits.dtype) {
     case DType::f32:
       return backward_dtype<float>(args, begin, end);
@@ -332,6 +354,8 @@ void token_logps_fwd_cpu(const TokenLogpsForward& args, int threads) {
 }
 
 void token_logps_bwd_cpu(const TokenLogpsBackward& args, int threads) {
+  check(args.out.dtype == args.logits.dtype || args.logits.dtype == DType::f32,
+        "out must have the logits' dtype, or be bfloat16 or float16 of float32 logits");
   check_labels(args.logits, args.labels, args.ignore_index);  // the caller may have changed them since the forward
   const SimdLevel level = simd_level();
   parallel_for(args.logits.rows(), rows_per_chunk(args.logits), threads,

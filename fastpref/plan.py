@@ -1,0 +1,222 @@
+"""Which passes a linear op will make, and the bytes it will take: host arithmetic, used by the ops themselves.
+
+    score          no gradient is wanted: the forward product alone                                  1 GEMM pass
+    unit           a frozen head: the hidden gradient per unit coefficient is formed in the forward  2
+    pair_resident  a trained head, a loss whose pairs stand alone: whole pairs share a tile, their
+                   coefficients exist while it does, so nothing is computed twice                    3
+    recompute      a trained head and any other loss: the backward forms the logits again            4
+
+The tile is the only place where logits exist: `tile_rows` rows of the whole vocabulary, within `max_tile_bytes`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from fastpref import _checks, _library, _native, losses
+
+CPU_TILE_BYTES = 80 << 20
+CUDA_TILE_ROWS = 2048  # below, reading and writing the weight gradient per group costs more than its product
+UPCAST_BYTES = 16 << 20  # a block of a 16-bit weight in float32
+
+
+class Plan(NamedTuple):
+    kind: str  # "score", "unit", "pair_resident" or "recompute"
+    gemm_passes: float  # forward and backward, in units of hidden x weight over the tokens that count
+    tile_rows: int  # rows of the largest tile
+    groups: int  # how many tiles are formed one after the other in a pass
+    product: str  # what forms the logits
+    predicted_bytes: int  # largest extra memory of forward and backward, gradients included
+
+
+def product_of(dtype: torch.dtype, device: str, logits_dtype, backend: str, sharded: bool) -> str:
+    """What forms the logits: "mm" in the inputs' dtype, "native", "out_dtype" or "upcast" (float32 from 16 bits)."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "mm"
+    rounded = logits_dtype == dtype
+    wanted = device == "cpu" and dtype == torch.bfloat16 and backend in ("", "native") and not sharded
+    if wanted and _native.cpu_missing() is None and _native._core.linear_logps_product():
+        return "native"
+    if rounded:
+        return "mm"
+    if device == "cuda" and backend != "reference" and "dtype_out" in torch.ops.aten.mm.overloads():
+        return "out_dtype"
+    return "upcast"
+
+
+def logit_bytes(product: str, dtype: torch.dtype, device: str, backend: str) -> int:
+    """Bytes of a logit in the tile, its gradient included."""
+    if product in ("mm", "native"):
+        return dtype.itemsize
+    in_place = device == "cpu" and backend in ("", "native", "reference")
+    return 4 if in_place else 4 + dtype.itemsize
+
+
+def rows_of_tile(vocab: int, bytes_per_logit: int, device: str, max_tile_bytes: int | None) -> int:
+    """At least one row, whatever the budget."""
+    row = max(vocab, 1) * bytes_per_logit
+    if max_tile_bytes is None:
+        max_tile_bytes = CPU_TILE_BYTES
+        if device == "cuda":
+            max_tile_bytes = min(CUDA_TILE_ROWS * row, torch.cuda.mem_get_info()[0] // 8)
+    return max(1, max_tile_bytes // row)
+
+
+def even_chunks(rows: int, tile_rows: int) -> list[tuple[int, int]]:
+    """[0, rows) in as few pieces as fit, all of about one size."""
+    pieces = -(-rows // tile_rows)
+    ends = [rows * (i + 1) // pieces for i in range(pieces)]
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def pair_groups(bounds: Sequence[int], tile_rows: int) -> list[tuple[int, int]]:
+    """Consecutive pairs whose rows fit the tile together; one that does not fit is a group of its own.
+
+    bounds: [2B + 1] cumulated rows of the B chosen sequences and then the B rejected ones.
+    """
+    pairs = len(bounds) // 2
+    groups, begin, rows = [], 0, 0
+    for i in range(pairs):
+        own = rows_of_pairs(bounds, i, i + 1)
+        if rows and rows + own > tile_rows:
+            groups.append((begin, i))
+            begin, rows = i, 0
+        rows += own
+    return [*groups, (begin, pairs)] if pairs else []
+
+
+def rows_of_pairs(bounds: Sequence[int], begin: int, end: int) -> int:
+    pairs = len(bounds) // 2
+    return bounds[end] - bounds[begin] + bounds[pairs + end] - bounds[pairs + begin]
+
+
+def choose_kind(hidden_grad: bool, head_grad: bool, resident: bool) -> str:
+    """resident: the loss is separable and reduced to a scalar, so that a pair's coefficient exists with its tile."""
+    if head_grad:
+        return "pair_resident" if resident else "recompute"
+    return "unit" if hidden_grad else "score"
+
+
+def is_resident(loss, loss_options, reduction: str) -> bool:
+    return reduction != "none" and losses.traits(loss, loss_options).separable
+
+
+def plan(
+    lengths: int | Sequence[int],
+    hidden_size: int,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    loss=None,
+    loss_options=None,
+    reduction: str = "mean",
+    hidden_grad: bool = True,
+    weight_grad: bool = True,
+    bias_grad: bool = False,
+    adapter_rank: int = 0,
+    adapter_grad: bool = False,
+    total_tokens: int | None = None,
+    max_tile_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    stats: bool = False,
+    backend: str | None = None,
+) -> Plan:
+    """What linear_token_logps or linear_preference_loss will do for these shapes, and the memory it will take.
+
+    Args:
+        lengths: tokens that count: one number for linear_token_logps, or one per sequence, the B chosen ones first and
+            then the B rejected ones, for linear_preference_loss with this `loss`, `loss_options` and `reduction`.
+        hidden_size, vocab_size, dtype, device: of hidden [tokens, hidden_size] and weight [vocab_size, hidden_size].
+        hidden_grad, weight_grad, bias_grad, adapter_rank, adapter_grad: what asks for a gradient.
+        total_tokens: rows of hidden, those that do not count included; default the sum of lengths.
+        max_tile_bytes, logits_dtype, stats, backend: as given to the op.
+
+    Returns:
+        Plan; predicted_bytes counts what is allocated beyond the inputs: tile, gradients, vectors, copies of rows.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong type or out of range.
+    """
+    single = isinstance(lengths, int) and not isinstance(lengths, bool)
+    lengths = [lengths] if single else [int(length) for length in lengths]
+    if min(lengths, default=0) < 0:
+        raise ValueError(f"lengths must not be negative, got {min(lengths)}")
+    for name, value in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
+        _checks.positive_int(name, value)
+    if dtype not in _checks.LOGITS_DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+    check_tile(max_tile_bytes, logits_dtype, dtype)
+    _library.check_backend("linear_token_logps", backend)
+    if single == (loss is not None):
+        what = "one number per sequence" if single else "one number: without loss= there are no sequences"
+        raise ValueError(f"lengths must be {what}, got {lengths[0] if single else lengths}")
+    if not single and len(lengths) % 2:
+        raise ValueError(f"lengths must hold B chosen and then B rejected sequences, got {len(lengths)}")
+    device, backend = torch.device(device).type, backend or ""
+    tokens = sum(lengths)
+    total_tokens = tokens if total_tokens is None else total_tokens
+    if total_tokens < tokens:
+        raise ValueError(f"total_tokens must be at least the {tokens} tokens that count, got {total_tokens}")
+
+    head_grad = weight_grad or bias_grad or adapter_grad
+    kind = choose_kind(hidden_grad, head_grad, loss is not None and is_resident(loss, loss_options, reduction))
+    product = product_of(dtype, device, logits_dtype, backend, False)
+    per_logit = logit_bytes(product, dtype, device, backend)
+    tile_rows = rows_of_tile(vocab_size, per_logit, device, max_tile_bytes)
+    if kind == "pair_resident":
+        bounds = [0]
+        for length in lengths:
+            bounds.append(bounds[-1] + length)
+        sizes = [rows_of_pairs(bounds, *group) for group in pair_groups(bounds, tile_rows)]
+        recomputed = sum(size for size in sizes if size > tile_rows)
+        sizes = [min(size, tile_rows) for size in sizes]
+    else:
+        sizes = [end - begin for begin, end in even_chunks(tokens, tile_rows)]
+        recomputed = tokens if kind == "recompute" else 0
+    largest = max(sizes, default=0)
+    gemms = 1 + recomputed / max(tokens, 1)
+    if kind != "score":
+        gemms += hidden_grad + weight_grad
+
+    item = dtype.itemsize
+    accumulator = item if item >= 4 or (len(sizes) == 1 and not recomputed) else 4
+    tile = largest * vocab_size * per_logit
+    if product == "native":
+        threads = torch.get_num_threads()
+        tile = 0 if kind == "score" else _native.padded_rows(largest) * vocab_size * per_logit
+        tile += _native._core.linear_logps_workspace(largest, hidden_size, vocab_size, 3 * adapter_rank, stats, threads)
+    elif product == "upcast":
+        tile += largest * hidden_size * 4 + min(UPCAST_BYTES, vocab_size * hidden_size * 4)
+    copies = 0 if largest == total_tokens else largest * hidden_size * item * (1 if kind == "score" else 2)
+    size = torch.float64.itemsize if dtype == torch.float64 else 4
+    vectors = total_tokens * (3 * size + 8 + (16 if stats else 0)) + tokens * 8
+    trained = kind not in ("score", "unit")
+    gradients = total_tokens * hidden_size * item if hidden_grad else 0
+    weight_bytes = vocab_size * hidden_size if trained and weight_grad else 0
+    gradients += weight_bytes * accumulator
+    if trained and adapter_grad:
+        gradients += (vocab_size + hidden_size) * adapter_rank * 4
+    if trained and bias_grad:
+        gradients += vocab_size * 4
+    cast = weight_bytes * item if accumulator != item else 0
+    predicted = vectors + gradients + max(tile + copies, cast)
+    return Plan(kind, gemms, largest, len(sizes), _describe(product, dtype, logits_dtype), predicted)
+
+
+def _describe(product: str, dtype: torch.dtype, logits_dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if product == "native":
+        rounded = ", rounded" if logits_dtype == dtype else ""
+        return f"{name} tile ({_native._core.linear_logps_product()}{rounded})"
+    return {"mm": name, "out_dtype": f"{name} to float32", "upcast": f"float32 of upcast {name}"}[product]
+
+
+def check_tile(max_tile_bytes, logits_dtype, dtype: torch.dtype) -> None:
+    if max_tile_bytes is not None:
+        _checks.positive_int("max_tile_bytes", max_tile_bytes)
+    if logits_dtype is None or (logits_dtype == dtype and dtype in (torch.bfloat16, torch.float16)):
+        return
+    allowed = f"None or {dtype}" if dtype in (torch.bfloat16, torch.float16) else "None"
+    raise ValueError(f"logits_dtype must be {allowed} for {dtype} hidden states, got {logits_dtype!r}")
