@@ -159,6 +159,15 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       },
       release());
   m.def("linear_logps_weight_grad_workspace", &linear_logps_weight_grad_workspace);
+  m.def(
+      "linear_logps_hidden_grad_cpu",
+      [](uintptr_t dz, int64_t tile_stride, int64_t rows, int64_t vocab, uintptr_t weight, int64_t weight_stride,
+         int64_t hidden_size, uintptr_t out, uintptr_t workspace, int threads) {
+        linear_logps_hidden_grad_cpu(pointer<const bf16>(dz), tile_stride, rows, vocab, pointer<const bf16>(weight),
+                                     weight_stride, hidden_size, pointer<bf16>(out), pointer<void>(workspace), threads);
+      },
+      release());
+  m.def("linear_logps_hidden_grad_workspace", &linear_logps_hidden_grad_workspace);
 #ifdef FASTPREF_WITH_CUDA
   m.def(
       "token_logps_fwd_cuda",

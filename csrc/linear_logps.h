@@ -65,4 +65,9 @@ void linear_logps_weight_grad_cpu(const bf16* dz, int64_t tile_stride, int64_t r
                                   int64_t hidden_size, float* acc, void* workspace, int threads);
 int64_t linear_logps_weight_grad_workspace(int64_t rows, int64_t hidden_size, int threads);
 
+// dX: out [rows, hidden_size] bf16 contiguous = dz^T [rows, vocab] W [vocab, hidden_size].
+void linear_logps_hidden_grad_cpu(const bf16* dz, int64_t tile_stride, int64_t rows, int64_t vocab, const bf16* weight,
+                                  int64_t weight_stride, int64_t hidden_size, bf16* out, void* workspace, int threads);
+int64_t linear_logps_hidden_grad_workspace(int64_t rows, int64_t hidden_size, int64_t vocab, int threads);
+
 }  // namespace fastpref

@@ -69,9 +69,10 @@ class Rows:
     `overflow` tells, on the device, when there were too few.
     """
 
-    def __init__(self, index: Tensor, bounds: Tensor, labels: Tensor, ignore_index: int, capacity: int):
+    def __init__(self, index: Tensor, bounds: Tensor, labels: Tensor, ignore_index: int, capacity: int, spans: bool):
         self.index, self.bounds, self.padded = index, bounds.tolist(), capacity >= 0
         self.count = min(capacity, labels.shape[0]) if self.padded else self.bounds[-1]
+        self.ignore_index, self.unchecked = ignore_index, self.padded or spans
         self.everything = not self.padded and self.count == labels.shape[0]
         self.labels = labels if self.everything else labels.index_select(0, index[: self.count])
         if self.padded:  # padding lies behind, and holds the index of a row that may well count
@@ -79,6 +80,11 @@ class Rows:
             inside = torch.arange(self.count, device=labels.device) < counted
             self.labels = self.labels.masked_fill(~inside, ignore_index)
             self.overflow = counted > self.count
+
+    def take(self, hidden: Tensor, where: slice | Tensor, labels: Tensor) -> Tensor:
+        """Rows of hidden; those kept without counting are zero, whatever they hold."""
+        x = take(hidden, where)
+        return x.masked_fill((labels == self.ignore_index).unsqueeze(1), 0) if self.unchecked else x
 
     def where(self, begin: int, end: int) -> slice | Tensor:
         return slice(begin, end) if self.everything else self.index[begin:end]
@@ -97,9 +103,10 @@ def take(tensor: Tensor, where: slice | Tensor) -> Tensor:
 
 
 def active_rows(labels, ignore_index, cu_seqlens, spans, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """index [N], of which the leading entries are the tokens that count, and bounds [S + 1] of the sequences there.
+    """index [N], of which the leading entries are the tokens that count, and bounds [S + 1] of the sequences there, or
+    without cu_seqlens how many they are, [1].
 
-    bounds is on the host: by one copy of S + 1 integers, unless the caller has `spans`, [S, 2] begins and ends of the
+    bounds is on the host: by one copy of its integers, unless the caller has `spans`, [S, 2] begins and ends of the
     sequences on the host (whose ignored tokens are then kept), or a capacity (then it is empty). The same bounds on
     the device come third.
     """
@@ -114,7 +121,7 @@ def active_rows(labels, ignore_index, cu_seqlens, spans, capacity: int) -> tuple
     # a stable partition without asking how many there are: the others land on the last place, which is dropped
     places = torch.where(counted, before[:-1], tokens)
     index.scatter_(0, places, torch.arange(tokens, device=labels.device))
-    ends = torch.stack([before[0], before[-1]]) if cu_seqlens is None else before[cu_seqlens.clamp(0, tokens)]
+    ends = before[-1:] if cu_seqlens is None else before[cu_seqlens.clamp(0, tokens)]
     on_host = [] if capacity >= 0 else _to_host(ends)
     return index[:tokens], torch.tensor(on_host, dtype=torch.int64), ends
 
@@ -161,7 +168,8 @@ class Head:
 
     def like(self, weight: Tensor, bias: Tensor | None) -> "Head":
         """Another head with the same options and tile, to score with."""
-        other = Head(weight, bias, None, None, self.options, False, self.logits_dtype, self.shard, self.backend)
+        logits_dtype = self.logits_dtype if weight.dtype == self.dtype else None
+        other = Head(weight, bias, None, None, self.options, False, logits_dtype, self.shard, self.backend)
         other.tile_memory = self.tile_memory
         return other
 
@@ -198,18 +206,24 @@ class Head:
 
     def turn(self, grad: Tensor, labels: Tensor, logps: Tensor, lse: Tensor) -> Tensor:
         """The tile as the gradient of the logits before their transform, [rows, V] in the inputs' dtype."""
+        grad, labels, logps, lse = (t.contiguous() for t in (grad, labels, logps, lse))
         if self.product == "native":
             return self._turn_native(grad, labels, logps, lse)
-        tile, out = self.tile, self.tile
+        tile, out, behind = self.tile, self.tile, None
         if tile.dtype != self.dtype:
             if self.device.type == "cpu" and self.backend in ("", "native", "reference"):
-                out = tile.view(self.dtype)[:, : self.vocab]  # the front half of each row
+                halves = tile.view(self.dtype)
+                out, behind = halves[:, : self.vocab], halves[:, self.vocab : self.vocab + 64]
             else:
                 out = torch.empty(tile.shape, dtype=self.dtype, device=self.device)
         if self.shard is not None:
             self._turn_shard(out, grad, labels, logps, lse)
         else:
             _bwd_into(out, grad, tile, labels, logps, lse, *self.options, self.backend)
+        if behind is not None:
+            # oneDNN multiplies up to a block of what lies behind a row by zero, and half a float32 may be a NaN
+            behind.zero_()
+            out = out if self.vocab >= 64 else out.contiguous()
         return out
 
     # products of torch
@@ -224,12 +238,14 @@ class Head:
                 torch.mm(x32, self.weight[v : v + step].float().t(), out=tile[:, v : v + step])
         elif self.product == "out_dtype":
             torch.mm(x, self.weight.t(), out_dtype=torch.float32, out=tile)
+        elif self.bias is not None:
+            torch.addmm(self.bias, x, self.weight.t(), out=tile)
         else:
             torch.mm(x, self.weight.t(), out=tile)
         if self.adapter_a is not None:
             low = x.to(tile.dtype) @ self.adapter_a.t().to(tile.dtype)
             tile.addmm_(low, self.adapter_b.t().to(tile.dtype))
-        if self.bias is not None:
+        if self.bias is not None and wide:
             tile.add_(self.bias)
 
     # a rank's part of the vocabulary
@@ -351,7 +367,6 @@ class Head:
 
     def _turn_native(self, grad: Tensor, labels: Tensor, logps: Tensor, lse: Tensor) -> Tensor:
         n, stride = labels.shape[0], self.tile.shape[1]
-        grad, labels, logps, lse = (t.contiguous() for t in (grad, labels, logps, lse))
         _native._core.linear_logps_bwd_cpu(
             self.tile.data_ptr(),
             self.logits_dtype is not None,
@@ -470,8 +485,6 @@ class Gradients:
 
 # ---- operators ----
 
-_library.OPS["linear_token_logps"] = _library.OPS["token_logps"]
-
 
 def no_autocast(device: torch.device):
     """The products have the dtypes they say, whatever autocast would make of them; the public functions cast before."""
@@ -488,14 +501,14 @@ def _fwd(
         shard = Shard.of(group, weight)
         valid_labels(labels, weight.shape[0] if shard is None else sum(shard.sizes), ignore_index)
         index, bounds, _ = active_rows(labels, ignore_index, cu_seqlens, spans, max_active_tokens)
-        rows = Rows(index, bounds, labels, ignore_index, max_active_tokens)
+        rows = Rows(index, bounds, labels, ignore_index, max_active_tokens, spans is not None)
         head = Head(weight, bias, adapter_a, adapter_b, options, stats, logits_dtype, shard, backend)
         chunks = even_chunks(rows.count, head.tile_rows(max_tile_bytes))
         gradients = Gradients(head, hidden, [unit, False, False, False, False], rows, len(chunks))
         logps, lse, values = fwd_outputs(hidden, labels, stats)
         for begin, end in chunks:
             where, y = rows.where(begin, end), rows.labels[begin:end]
-            x = take(hidden, where)
+            x = rows.take(hidden, where, y)
             row_logps, row_lse, row_values = head.fold(x, y, keep=unit)
             if unit:
                 gradients.add(head.turn(torch.ones_like(row_logps), y, row_logps, row_lse), x, where)
@@ -507,11 +520,21 @@ def _fwd(
             ref = head.like(ref_weight, ref_bias)
             for begin, end in chunks:
                 where = rows.where(begin, end)
-                rows.put(ref_logps, where, ref.fold(take(ref_hidden, where), rows.labels[begin:end], keep=False)[0])
+                y = rows.labels[begin:end]
+                rows.put(ref_logps, where, ref.fold(rows.take(ref_hidden, where, y), y, keep=False)[0])
         if rows.padded:
             for out in (logps, ref_logps):
                 out.masked_fill_(rows.overflow, torch.nan)
         return logps, lse, values, gradients.finish()[0], ref_logps, index, bounds
+
+
+def joined(folded: list, hidden, labels, stats=False) -> tuple[Tensor, Tensor, Tensor]:
+    """What Head.fold gave for consecutive rows, as if for all of them."""
+    if len(folded) == 1:
+        return folded[0]
+    if not folded:
+        return fwd_outputs(hidden, labels, stats)
+    return tuple(torch.cat(parts, -1) for parts in zip(*folded, strict=True))
 
 
 def fwd_outputs(hidden, labels, stats) -> tuple[Tensor, Tensor, Tensor]:
@@ -527,7 +550,7 @@ def _fwd_fake(
     temperature, softcap, scale, ignore_index, stats, unit, max_active_tokens, *rest,
 ):  # fmt: skip
     logps, lse, values = fwd_outputs(hidden, labels, stats)
-    sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    bounds = 1 if cu_seqlens is None else cu_seqlens.shape[0]
     return (
         logps,
         lse,
@@ -535,7 +558,7 @@ def _fwd_fake(
         hidden.new_empty(hidden.shape if unit else 0),
         logps.new_empty(labels.shape if ref_hidden is not None else 0),
         labels.new_empty(labels.shape),
-        torch.empty(0 if max_active_tokens >= 0 else sequences + 1, dtype=torch.int64, device="cpu"),
+        torch.empty(0 if max_active_tokens >= 0 else bounds, dtype=torch.int64, device="cpu"),
     )
 
 
@@ -545,16 +568,16 @@ def _bwd(
 ):  # fmt: skip
     options = (temperature, softcap, scale, ignore_index)
     with no_autocast(hidden.device):
-        rows = Rows(index, bounds, labels, ignore_index, max_active_tokens)
+        rows = Rows(index, bounds, labels, ignore_index, max_active_tokens, True)
         shard = Shard.of(group, weight)
         head = Head(weight, bias, adapter_a, adapter_b, options, False, logits_dtype, shard, backend)
         chunks = even_chunks(rows.count, head.tile_rows(max_tile_bytes))
         gradients = Gradients(head, hidden, needs, rows, len(chunks))
         for begin, end in chunks:
             where, y = rows.where(begin, end), rows.labels[begin:end]
-            x = take(hidden, where)
+            x = rows.take(hidden, where, y)
             head.form(x, y)
-            saved = take(logps, where), take(lse.t(), where).t().contiguous()
+            saved = take(logps, where), take(lse.t(), where).t()
             gradients.add(head.turn(take(grad, where), y, *saved), x, where)
         return gradients.finish()
 
@@ -599,7 +622,7 @@ class _LinearLogps(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.unit, ctx.options, ctx.budget, ctx.done = unit, options, inputs[17:], False
         if unit:
-            ctx.save_for_backward(unit_grad)
+            ctx.save_for_backward(unit_grad, labels)
         else:
             ctx.save_for_backward(hidden, *head, labels, logps, lse, index, bounds)
 
@@ -609,15 +632,15 @@ class _LinearLogps(torch.autograd.Function):
             return (None,) * 22
         once(ctx)
         if ctx.unit:
-            (unit_grad,) = ctx.saved_tensors
+            unit_grad, labels = ctx.saved_tensors
+            grad = grad.masked_fill(labels == ctx.options[-1], 0)  # whatever an ignored token is handed
             gradients = [scaled(unit_grad, grad.unsqueeze(-1)), None, None, None, None]
         else:
             needs = list(ctx.needs_input_grad[:5])
             with torch.no_grad():
                 gradients = linear_logps_bwd(grad, *ctx.saved_tensors, *ctx.options, needs, *ctx.budget)
             gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            gradients = [None if g is None else Once.apply(g, grad) for g in gradients]
+        gradients = differentiable_once(gradients)
         return *gradients, *(None,) * 17
 
 
@@ -626,8 +649,18 @@ def once(ctx) -> None:
     if torch.compiler.is_compiling():
         return
     if ctx.done:
-        raise RuntimeError("a linear head's loss can go backward once: its gradients were formed, or scaled, in place")
+        raise RuntimeError(
+            "a second backward through a linear head is not possible: the first one used its gradients up, in place"
+        )
     ctx.done = True
+
+
+def differentiable_once(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    """Under create_graph=True: gradients that refuse to be differentiated, instead of dropping a penalty on them."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    anchor = torch.zeros((), requires_grad=True)
+    return [None if gradient is None else Once.apply(gradient, anchor) for gradient in gradients]
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -800,7 +833,9 @@ def gather(
     """hidden [tokens, H], labels [tokens] -> logps [tokens], stats [4 or 0, tokens], the reference's logps or None."""
     head_grad = any(t is not None and t.requires_grad for t in (weight, bias, adapter_a, adapter_b))
     kind = choose_kind(hidden.requires_grad, head_grad, False) if torch.is_grad_enabled() else "score"
-    logps, _, values, _, ref_logps, _, _ = _LinearLogps.apply(
+    # without a gradient too, as in token_logps; but torch.compile cannot trace a function that has none
+    run = linear_logps_fwd if kind == "score" and torch.compiler.is_compiling() else _LinearLogps.apply
+    logps, _, values, _, ref_logps, _, _ = run(
         hidden, weight, bias, adapter_a, adapter_b, labels, cu_seqlens, spans, ref_hidden, ref_weight, ref_bias,
         *options, stats, kind == "unit", *budget,
     )  # fmt: skip

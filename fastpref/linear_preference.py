@@ -24,7 +24,6 @@ from fastpref.linear_logps import (
     ROWS,
     Gradients,
     Head,
-    Once,
     Rows,
     Shard,
     active_rows,
@@ -32,7 +31,9 @@ from fastpref.linear_logps import (
     cast_for_autocast,
     check_budget,
     check_head,
+    differentiable_once,
     gather,
+    joined,
     no_autocast,
     once,
     scaled,
@@ -104,8 +105,6 @@ class _Group(NamedTuple):
 
 
 def _groups(rows: Rows, ends: Tensor, pairs: int, tile_rows: int) -> list[_Group]:
-    if pairs == 0 or rows.count == 0:
-        return []
     if rows.padded:  # nobody here knows where a pair ends
         return [_Group(0, pairs, rows.index[: rows.count], rows.labels, ends.clamp(max=rows.count))]
     groups = []
@@ -118,7 +117,7 @@ def _groups(rows: Rows, ends: Tensor, pairs: int, tile_rows: int) -> list[_Group
         else:
             where = torch.cat([rows.index[half] for half in halves])
             groups.append(_Group(begin, end, where, torch.cat([rows.labels[half] for half in halves]), bounds))
-    return [group for group in groups if group.labels.shape[0]]
+    return groups
 
 
 def _halves_of(vector: Tensor | None, begin: int, end: int) -> Tensor | None:
@@ -141,7 +140,7 @@ def _fwd(
         shard = Shard.of(group, weight)
         valid_labels(labels, weight.shape[0] if shard is None else sum(shard.sizes), ignore_index)
         index, bounds, ends = active_rows(labels, ignore_index, cu_seqlens, spans, max_active_tokens)
-        rows = Rows(index, bounds, labels, ignore_index, max_active_tokens)
+        rows = Rows(index, bounds, labels, ignore_index, max_active_tokens, spans is not None)
         head = Head(weight, bias, adapter_a, adapter_b, options, stats, logits_dtype, shard, backend)
         ref = None if ref_hidden is None else head.like(ref_weight, ref_bias)
         tile_rows = head.tile_rows(max_tile_bytes)
@@ -149,16 +148,17 @@ def _fwd(
         pieces = [even_chunks(group.labels.shape[0], tile_rows) for group in groups]
         gradients = Gradients(head, hidden, needs, rows, sum(map(len, pieces)))
         out = _outputs(hidden, labels, scale_of_pair, stats)
-        for group, parts in zip(groups, pieces, strict=True):
+
+        def project(group: _Group, parts: list[tuple[int, int]]) -> None:
             begin, end, where, y, bounds = group
-            x = take(hidden, where)
+            x = rows.take(hidden, where, y)
             ref_tokens = None if ref_token_logps is None else take(ref_token_logps, where)
             if ref is not None:  # before the policy, whose tile must stay
-                ref_x = take(ref_hidden, where)
-                ref_tokens = torch.cat([ref.fold(ref_x[i:j], y[i:j], keep=False)[0] for i, j in parts])
+                ref_x = rows.take(ref_hidden, where, y)
+                ref_tokens = joined([ref.fold(ref_x[i:j], y[i:j], keep=False) for i, j in parts], ref_x, y)[0]
             resident = len(parts) == 1
             folded = [head.fold(x[i:j], y[i:j], keep=resident) for i, j in parts]
-            logps, lse, values = folded[0] if resident else (torch.cat(t, -1) for t in zip(*folded, strict=True))
+            logps, lse, values = joined(folded, x, y, stats)
             with _autograd():
                 tokens = logps.detach().requires_grad_()
                 gathered = pair_losses(
@@ -167,14 +167,21 @@ def _fwd(
                     _halves_of(scores, begin, end), loss, loss_weights, loss_options, beta,
                 )  # fmt: skip
                 total = (gathered.losses * scale_of_pair[begin:end]).sum()
-                (coefficients,) = torch.autograd.grad(total, tokens)
+                coefficients = torch.zeros_like(tokens)  # of a loss that does not depend on them
+                if total.requires_grad:
+                    (coefficients,) = torch.autograd.grad(total, tokens)
+            if rows.padded:
+                coefficients.masked_fill_(rows.overflow, torch.nan)
             for i, j in parts:
                 if not resident:
                     head.form(x[i:j], y[i:j])
-                dz = head.turn(coefficients[i:j], y[i:j], logps[i:j], lse[:, i:j].contiguous())
+                dz = head.turn(coefficients[i:j], y[i:j], logps[i:j], lse[:, i:j])
                 part = slice(where.start + i, where.start + j) if isinstance(where, slice) else where[i:j]
                 gradients.add(dz, x[i:j], part)
             out.put(rows, group, total, gathered)
+
+        for group, parts in zip(groups, pieces, strict=True):
+            project(group, parts)
         if rows.padded:
             out.loss.masked_fill_(rows.overflow, torch.nan)
         return *out, *gradients.finish()
@@ -247,8 +254,7 @@ class _LinearPreference(torch.autograd.Function):
         once(ctx)
         needed = ctx.needs_input_grad[:5]
         gradients = [scaled(g, grad) if n else None for g, n in zip(ctx.saved_tensors, needed, strict=True)]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            gradients = [None if g is None else Once.apply(g, grad) for g in gradients]
+        gradients = differentiable_once(gradients)
         return *gradients, *(None,) * 23
 
 
@@ -343,6 +349,10 @@ def linear_preference_loss(
     references = {"ref_hidden": ref_hidden, "ref_token_logps": ref_token_logps, "ref_logps": ref_logps}
     check_reference("hidden", labels, sequences, references)
     ref_hidden, ref_weight, ref_bias = _reference(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    if sequence_group is not None and not isinstance(sequence_group, dist.ProcessGroup):
+        raise TypeError(
+            f"sequence_group must be a torch.distributed process group, got {type(sequence_group).__name__}"
+        )
     if sequence_group is not None and shift:
         raise ValueError("shift must be False with sequence_group: the label after a rank's last token is on the next")
 
@@ -360,7 +370,7 @@ def linear_preference_loss(
     else:
         cu_seqlens_flat = cu_seqlens
     if ref_hidden is not None:
-        ref_hidden = ref_hidden.reshape(flat_hidden.shape)
+        ref_hidden = ref_hidden.reshape(-1, ref_hidden.shape[-1])
     wanted = wanted_stats(stats, loss, loss_options)
     rows = (cu_seqlens_flat, spans, ref_hidden, ref_weight, ref_bias)
     layout = Sequences(labels, ignore_index, cu_seqlens, sequence_group)
@@ -401,13 +411,14 @@ def linear_preference_loss(
             if not torch.compiler.is_compiling():
                 del _SPECS[spec]
         reduced, *found = found[:6]
-        gathered = Gathered(*found[:4], found[4].view(-1, *labels.shape))
+        gathered = Gathered(*found[:4], found[4].view(found[4].shape[0], *labels.shape))
     else:
         tokens, values, ref_tokens = gather(flat_hidden, weight, bias, a, b, flat, options, bool(wanted), budget, *rows)
+        values = values.view(values.shape[0], *labels.shape)
         if ref_tokens is not None:
             ref_token_logps = ref_tokens.view(labels.shape)
         gathered = pair_losses(
-            tokens.view(labels.shape), values.view(-1, *labels.shape), layout, ref_token_logps, ref_logps, rating_gap,
+            tokens.view(labels.shape), values, layout, ref_token_logps, ref_logps, rating_gap,
             scores, loss, loss_weights, loss_options, beta,
         )  # fmt: skip
         reduced = reduce(gathered, pair_weights, reduction, num_items)

@@ -156,6 +156,11 @@ def mixture(pairs: Pairs, losses: Sequence, weights=None, options=None, beta: fl
     )
 
 
+def check_reduction(reduction) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be one of ('mean', 'sum', 'none'), got {reduction!r}")
+
+
 def _per_loss(argument, values, losses, default):
     values = [default] * len(losses) if values is None else values
     _require(

@@ -21,6 +21,14 @@ CUDA_TILE_ROWS = 2048  # below, reading and writing the weight gradient per grou
 UPCAST_BYTES = 16 << 20  # a block of a 16-bit weight in float32
 
 
+# of the kernels between the products
+_library.OPS["linear_token_logps"] = {
+    "native": _library.native_reason,
+    "triton": _library.triton_reason,
+    "reference": _library.reference_reason,
+}
+
+
 class Plan(NamedTuple):
     kind: str  # "score", "unit", "pair_resident" or "recompute"
     gemm_passes: float  # forward and backward, in units of hidden x weight over the tokens that count
@@ -139,10 +147,17 @@ def plan(
     Raises:
         TypeError, ValueError: for arguments of the wrong type or out of range.
     """
-    single = isinstance(lengths, int) and not isinstance(lengths, bool)
-    lengths = [lengths] if single else [int(length) for length in lengths]
+    single = isinstance(lengths, int)
+    listed = [lengths] if single else lengths
+    if not isinstance(listed, (list, tuple)) or any(type(length) is not int for length in listed):
+        raise TypeError(f"lengths must be an int or a list of ints, got {lengths!r}")
+    lengths = listed
     if min(lengths, default=0) < 0:
         raise ValueError(f"lengths must not be negative, got {min(lengths)}")
+    losses.check_reduction(reduction)
+    if type(adapter_rank) is not int or adapter_rank < 0 or (adapter_grad and adapter_rank == 0):
+        expected = "positive, for adapter_grad=True needs an adapter" if adapter_grad else "an int, 0 or more"
+        raise ValueError(f"adapter_rank must be {expected}, got {adapter_rank!r}")
     for name, value in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
         _checks.positive_int(name, value)
     if dtype not in _checks.LOGITS_DTYPES:
@@ -169,11 +184,14 @@ def plan(
         bounds = [0]
         for length in lengths:
             bounds.append(bounds[-1] + length)
-        sizes = [rows_of_pairs(bounds, *group) for group in pair_groups(bounds, tile_rows)]
+        groups = pair_groups(bounds, tile_rows)
+        sizes = [rows_of_pairs(bounds, *group) for group in groups]
         recomputed = sum(size for size in sizes if size > tile_rows)
-        sizes = [min(size, tile_rows) for size in sizes]
+        copied = max(sizes, default=0)
+        sizes = [end - begin for size in sizes for begin, end in even_chunks(size, tile_rows)]
     else:
         sizes = [end - begin for begin, end in even_chunks(tokens, tile_rows)]
+        copied = max(sizes, default=0)
         recomputed = tokens if kind == "recompute" else 0
     largest = max(sizes, default=0)
     gemms = 1 + recomputed / max(tokens, 1)
@@ -181,15 +199,20 @@ def plan(
         gemms += hidden_grad + weight_grad
 
     item = dtype.itemsize
-    accumulator = item if item >= 4 or (len(sizes) == 1 and not recomputed) else 4
+    accumulator = item if item >= 4 or len(sizes) == 1 else 4
     tile = largest * vocab_size * per_logit
     if product == "native":
         threads = torch.get_num_threads()
         tile = 0 if kind == "score" else _native.padded_rows(largest) * vocab_size * per_logit
-        tile += _native._core.linear_logps_workspace(largest, hidden_size, vocab_size, 3 * adapter_rank, stats, threads)
+        core, rank = _native._core, 3 * adapter_rank
+        workspace = core.linear_logps_workspace(largest, hidden_size, vocab_size, rank, stats, threads)
+        if weight_grad and accumulator != item:
+            workspace = max(workspace, core.linear_logps_weight_grad_workspace(largest, hidden_size, threads))
+        tile += workspace
     elif product == "upcast":
         tile += largest * hidden_size * 4 + min(UPCAST_BYTES, vocab_size * hidden_size * 4)
-    copies = 0 if largest == total_tokens else largest * hidden_size * item * (1 if kind == "score" else 2)
+    in_place = tokens == total_tokens and (kind != "pair_resident" or len(groups) <= 1)
+    copies = 0 if in_place else (copied + (largest if hidden_grad else 0)) * hidden_size * item
     size = torch.float64.itemsize if dtype == torch.float64 else 4
     vectors = total_tokens * (3 * size + 8 + (16 if stats else 0)) + tokens * 8
     trained = kind not in ("score", "unit")

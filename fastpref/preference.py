@@ -29,8 +29,6 @@ from fastpref.token_logps import (
     token_logps,
 )
 
-REDUCTIONS = ("mean", "sum", "none")
-
 
 class SequenceLogps(NamedTuple):
     sums: Tensor  # [sequences] sum of the log-probs of the tokens that count
@@ -485,8 +483,7 @@ def check_pairs(
 ) -> int:
     """What every call on pairs takes, beside its tensors of tokens; returns the number of sequences."""
     _checks.positive("beta", beta)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    losses.check_reduction(reduction)
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items replaces the divisor of reduction='mean', got reduction={reduction!r}")
     single = not isinstance(loss, (list, tuple))

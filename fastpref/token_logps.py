@@ -746,7 +746,7 @@ class Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         raise RuntimeError(
-            "double backward is not supported: token_logps and preference_loss have no second derivative"
+            "double backward is not supported: the log-probs and losses of fastpref have no second derivative"
         )
 
 
@@ -755,6 +755,8 @@ class Once(torch.autograd.Function):
 
 def shifted(labels: Tensor, ignore_index: int) -> Tensor:
     """Unshifted labels [..., T] as targets of the logits at the same position: labels[t + 1], the last one ignored."""
+    if labels.shape[-1] == 0:
+        return labels
     return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
 
 

@@ -24,6 +24,10 @@ constexpr int64_t block_elements = block * block;
 constexpr int64_t slice_rows = 1024;         // vocabulary rows with partial sums of their own, whatever the threads
 constexpr int64_t chunk_bytes = 1280 << 10;  // packed token side that is to stay in L2 while panels pass by
 
+// Of the hidden gradient, whose k is the vocabulary: packed at a time, so that both sides and the result stay in L2.
+constexpr int64_t k_rows = 256, k_steps = k_rows / block;
+constexpr int64_t unit_groups = 8, unit_columns = 16;  // of 32 tokens, of 32 hidden columns
+
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
@@ -79,12 +83,29 @@ struct WeightGradPass {
   bf16* hidden;                         // [groups][steps] packed
 };
 
+struct HiddenGradPass {
+  const bf16* dz;
+  int64_t tile_stride, rows, vocab;
+  const bf16* weight;
+  int64_t weight_stride, hidden_size;
+  bf16* out;
+  Product product;
+  int64_t splits, split_rows;  // of the vocabulary
+  int64_t groups, columns;     // of 32 tokens, of 32 hidden columns
+  float* partial;              // [splits][groups][columns][32 tokens][32 columns]
+  float* block_at(int64_t split, int64_t group, int64_t column) const {
+    return partial + ((split * groups + group) * columns + column) * block_elements;
+  }
+};
+
 namespace avx512 {
 void pack_hidden(const ForwardPass& pass, const bf16* hidden, const bf16* adapter_hidden, int64_t group);
 bool project_slice(const ForwardPass& pass, int64_t slice, bf16* panel);
 void scatter_rows(const BackwardPass& pass, int64_t begin, int64_t end);
 void pack_weight_grad_group(const WeightGradPass& pass, const bf16* hidden, int64_t group);
 void weight_grad_slice(const WeightGradPass& pass, int64_t slice, bf16* panel);
+void hidden_grad_partial(const HiddenGradPass& pass, int64_t split, int64_t chunk, bf16* packed);
+void hidden_grad_sum(const HiddenGradPass& pass, int64_t group);
 }  // namespace avx512
 
 }  // namespace fastpref
@@ -149,6 +170,57 @@ inline void pack_group(const bf16* tokens, int64_t count, int64_t columns, bf16*
         _mm512_store_si512(group + k / block * block_elements + half * 512 + p * block, r[p]);
     }
 }
+
+// The first 16 of `columns` columns of rows 2 pair and 2 pair + 1, side by side.
+inline __m512i load_pair(const bf16* rows, int64_t stride, int64_t count, int64_t columns, int64_t pair) {
+  const __mmask16 in = static_cast<__mmask16>(first_bits(columns));
+  const auto row = [&](int64_t r) {
+    return _mm512_maskz_cvtepu16_epi32(all, _mm256_maskz_loadu_epi16(r < count ? in : 0, rows + r * stride));
+  };
+  return _mm512_or_si512(row(2 * pair), _mm512_maskz_slli_epi32(all, row(2 * pair + 1), 16));
+}
+
+// `count` rows of `columns` columns into groups of 32 columns, whose k are the rows; beyond rows and columns zero.
+// Groups and panels lie `steps` apart; the rows are read about as they lie in memory.
+inline void pack_pairs(const bf16* rows, int64_t stride, int64_t count, int64_t columns, int64_t steps, bf16* groups) {
+  for (int64_t step = 0; step < steps; step++)
+    for (int64_t column = 0; column < columns; column += 16) {
+      bf16* out = groups + (column / block * steps + step) * block_elements + column % block * block;
+      for (int p = 0; p < 16; p++)
+        _mm512_store_si512(out + p * block, load_pair(rows + column, stride, count, columns - column, step * 16 + p));
+      if (columns - column <= 16 && column % block == 0) std::memset(static_cast<void*>(out + 512), 0, 1024);
+    }
+}
+
+// The same as panels: their rows are the columns.
+inline void pack_transposed(const bf16* rows, int64_t stride, int64_t count, int64_t columns, int64_t steps,
+                            bf16* panels) {
+  for (int64_t step = 0; step < steps; step++)
+    for (int64_t column = 0; column < columns; column += 16) {
+      __m512i r[16];
+      for (int p = 0; p < 16; p++) r[p] = load_pair(rows + column, stride, count, columns - column, step * 16 + p);
+      transpose(r);
+      bf16* out = panels + (column / block * steps + step) * block_elements + column % block * block;
+      for (int i = 0; i < 16; i++) _mm512_store_si512(out + i * block, r[i]);
+    }
+}
+
+// A strided region on its way to L2 while AMX multiplies.
+struct Prefetch {
+  const bf16* row;
+  int64_t stride, rows, columns, at = 0;
+
+  void some(int lines) {
+    for (; lines > 0 && rows > 0; lines--) {
+      __builtin_prefetch(row + at, 0, 2);
+      at += block;
+      if (at < columns) continue;
+      at = 0;
+      rows--;
+      row += stride;
+    }
+  }
+};
 
 #if defined(__AMX_BF16__)
 struct alignas(64) TileConfig {  // eight tiles of 16 rows by 64 bytes
@@ -215,28 +287,34 @@ inline void multiply(const bf16* panel, const bf16* group, int64_t steps, float*
   }
 #endif
   constexpr int rows = 8;
-  for (int64_t first = 0; first < block; first += rows) {
-    __m512 sum[rows][2];
-    for (int r = 0; r < rows; r++)
-      for (int half = 0; half < 2; half++)
-        sum[r][half] = ACCUMULATE ? _mm512_loadu_ps(c + (first + r) * c_stride + half * 16) : _mm512_setzero_ps();
-    for (int64_t step = 0; step < steps; step++) {
-      const bf16* a = panel + step * block_elements + first * block;
-      const bf16* b = group + step * block_elements;
-      for (int pair = 0; pair < 16; pair++) {
-        const __m512bh b0 = (__m512bh)_mm512_load_si512(b + pair * block);
-        const __m512bh b1 = (__m512bh)_mm512_load_si512(b + 512 + pair * block);
-        for (int r = 0; r < rows; r++) {
-          int32_t two;
-          std::memcpy(&two, a + r * block + 2 * pair, 4);
-          const __m512bh broadcast = (__m512bh)_mm512_set1_epi32(two);
-          sum[r][0] = _mm512_dpbf16_ps(sum[r][0], broadcast, b0);
-          sum[r][1] = _mm512_dpbf16_ps(sum[r][1], broadcast, b1);
+  constexpr int64_t stretch = 4;  // steps summed on their own, as AMX does one: 128 k, for less rounding error
+  for (int64_t begin = 0; begin < steps; begin += stretch) {
+    const int64_t end = smaller(begin + stretch, steps);
+    for (int64_t first = 0; first < block; first += rows) {
+      __m512 sum[rows][2];
+      for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+      for (int64_t step = begin; step < end; step++) {
+        const bf16* a = panel + step * block_elements + first * block;
+        const bf16* b = group + step * block_elements;
+        for (int pair = 0; pair < 16; pair++) {
+          const __m512bh b0 = (__m512bh)_mm512_load_si512(b + pair * block);
+          const __m512bh b1 = (__m512bh)_mm512_load_si512(b + 512 + pair * block);
+          for (int r = 0; r < rows; r++) {
+            int32_t two;
+            std::memcpy(&two, a + r * block + 2 * pair, 4);
+            const __m512bh broadcast = (__m512bh)_mm512_set1_epi32(two);
+            sum[r][0] = _mm512_dpbf16_ps(sum[r][0], broadcast, b0);
+            sum[r][1] = _mm512_dpbf16_ps(sum[r][1], broadcast, b1);
+          }
         }
       }
+      for (int r = 0; r < rows; r++) {
+        float* out = c + (first + r) * c_stride;
+        const bool add = ACCUMULATE || begin > 0;
+        for (int half = 0; half < 2; half++, out += 16)
+          _mm512_storeu_ps(out, add ? _mm512_loadu_ps(out) + sum[r][half] : sum[r][half]);
+      }
     }
-    for (int r = 0; r < rows; r++)
-      for (int half = 0; half < 2; half++) _mm512_storeu_ps(c + (first + r) * c_stride + half * 16, sum[r][half]);
   }
 }
 
@@ -536,6 +614,43 @@ __attribute__((flatten)) void weight_grad(const WeightGradPass& pass, int64_t sl
   }
 }
 
+template <Product PRODUCT>
+__attribute__((flatten)) void hidden_grad(const HiddenGradPass& pass, int64_t split, int64_t chunk, bf16* packed) {
+  const int64_t begin = split * pass.split_rows, end = smaller(begin + pass.split_rows, pass.vocab);
+  const int64_t first_group = chunk * unit_groups, end_group = smaller(first_group + unit_groups, pass.groups);
+  bf16 *const panels = packed, *const groups = packed + unit_groups * k_steps * block_elements;
+  const Tiles<PRODUCT> tiles;
+  for (int64_t first_column = 0; first_column < pass.columns; first_column += unit_columns) {
+    const int64_t end_column = smaller(first_column + unit_columns, pass.columns);
+    for (int64_t v = begin; v < end; v += k_rows) {
+      const int64_t count = smaller(k_rows, end - v), steps = divide_up(count, block);
+      pack_transposed(pass.dz + v * pass.tile_stride + first_group * block, pass.tile_stride, count,
+                      (end_group - first_group) * block, steps, panels);
+      pack_pairs(pass.weight + v * pass.weight_stride + first_column * block, pass.weight_stride, count,
+                 smaller(unit_columns * block, pass.hidden_size - first_column * block), steps, groups);
+      const int64_t next = v + k_rows, next_count = smaller(k_rows, end - next);
+      Prefetch weight{pass.weight + next * pass.weight_stride + first_column * block, pass.weight_stride, next_count,
+                      (end_column - first_column) * block};
+      Prefetch dz{pass.dz + next * pass.tile_stride + first_group * block, pass.tile_stride, next_count,
+                  (end_group - first_group) * block};
+      const auto prefetch = [&]() __attribute__((always_inline)) {
+        weight.some(4);
+        dz.some(2);
+      };
+      for (int64_t g = first_group; g < end_group; g++)
+        for (int64_t h = first_column; h < end_column; h++) {
+          const bf16* panel = panels + (g - first_group) * steps * block_elements;
+          const bf16* group = groups + (h - first_column) * steps * block_elements;
+          float* out = pass.block_at(split, g, h);
+          if (v == begin)
+            multiply<PRODUCT, false>(panel, group, steps, out, block, prefetch);
+          else
+            multiply<PRODUCT, true>(panel, group, steps, out, block, prefetch);
+        }
+    }
+  }
+}
+
 }  // namespace
 
 void pack_hidden(const ForwardPass& pass, const bf16* hidden, const bf16* adapter_hidden, int64_t group) {
@@ -562,25 +677,32 @@ void scatter_rows(const BackwardPass& pass, int64_t begin, int64_t end) {
 }
 
 void pack_weight_grad_group(const WeightGradPass& pass, const bf16* hidden, int64_t group) {
-  const int64_t columns = pass.hidden_size - group * block;
-  bf16* out = pass.hidden + group * pass.steps * block_elements;
-  for (int64_t half = 0; half < 2; half++) {
-    const __mmask16 in = static_cast<__mmask16>(first_bits(columns - half * 16));
-    const auto row = [&](int64_t token) {
-      if (token >= pass.rows) return _mm512_setzero_si512();
-      const bf16* p = hidden + token * pass.hidden_size + group * block + half * 16;
-      return _mm512_maskz_cvtepu16_epi32(all, _mm256_maskz_loadu_epi16(in, p));
-    };
-    for (int64_t pair = 0; pair < pass.steps * 16; pair++) {
-      const __m512i both = _mm512_or_si512(row(2 * pair), _mm512_maskz_slli_epi32(all, row(2 * pair + 1), 16));
-      _mm512_store_si512(out + pair / 16 * block_elements + half * 512 + pair % 16 * block, both);
-    }
-  }
+  pack_pairs(hidden + group * block, pass.hidden_size, pass.rows, smaller(block, pass.hidden_size - group * block),
+             pass.steps, pass.hidden + group * pass.steps * block_elements);
 }
 
 void weight_grad_slice(const WeightGradPass& pass, int64_t slice, bf16* panel) {
   if (pass.product == Product::amx) return weight_grad<Product::amx>(pass, slice, panel);
   return weight_grad<Product::avx512_bf16>(pass, slice, panel);
+}
+
+void hidden_grad_partial(const HiddenGradPass& pass, int64_t split, int64_t chunk, bf16* packed) {
+  if (pass.product == Product::amx) return hidden_grad<Product::amx>(pass, split, chunk, packed);
+  return hidden_grad<Product::avx512_bf16>(pass, split, chunk, packed);
+}
+
+void hidden_grad_sum(const HiddenGradPass& pass, int64_t group) {
+  for (int64_t t = 0; t < smaller(block, pass.rows - group * block); t++)
+    for (int64_t h = 0; h < pass.columns; h++) {
+      Pair sum{};
+      for (int64_t split = 0; split < pass.splits; split++) {
+        const Pair part = load(pass.block_at(split, group, h) + t * block);
+        sum = {sum.a + part.a, sum.b + part.b};
+      }
+      _mm512_mask_storeu_epi16(pass.out + (group * block + t) * pass.hidden_size + h * block,
+                               first_bits(pass.hidden_size - h * block),
+                               pack_tokens(static_cast<const bf16*>(nullptr), sum));
+    }
 }
 
 }  // namespace fastpref::avx512
@@ -811,6 +933,30 @@ int64_t linear_logps_weight_grad_workspace(int64_t rows, int64_t hidden_size, in
   return (divide_up(hidden_size, block) + threads) * packed_bytes(divide_up(rows, block)) + 64;
 }
 
+namespace {
+
+struct HiddenGradLayout {
+  int64_t groups, columns, splits, split_rows, packed, bytes;
+  HiddenGradLayout(int64_t rows, int64_t hidden_size, int64_t vocab, int threads)
+      : groups(divide_up(rows, block)), columns(divide_up(hidden_size, block)) {
+    const int64_t partial_bytes = groups * columns * block_elements * 4;
+    constexpr int64_t most_splits = 16, most_bytes = 64 << 20;  // whatever the threads
+    splits = divide_up(vocab, 8 * k_rows);
+    splits = splits < most_splits ? splits : most_splits;
+    while (splits > 1 && splits * partial_bytes > most_bytes) splits--;
+    split_rows = splits ? round_up(divide_up(vocab, splits), k_rows) : 0;
+    splits = splits ? divide_up(vocab, split_rows) : 0;
+    packed = splits * partial_bytes;
+    bytes = packed + threads * packed_bytes((unit_groups + unit_columns) * k_steps) + 64;
+  }
+};
+
+}  // namespace
+
+int64_t linear_logps_hidden_grad_workspace(int64_t rows, int64_t hidden_size, int64_t vocab, int threads) {
+  return HiddenGradLayout(rows, hidden_size, vocab, threads).bytes;
+}
+
 #if defined(FASTPREF_LINEAR_PRODUCT)
 
 bool linear_logps_fwd_cpu(const LinearLogpsForward& args, int threads) {
@@ -907,6 +1053,37 @@ void linear_logps_weight_grad_cpu(const bf16* dz, int64_t tile_stride, int64_t r
   });
 }
 
+void linear_logps_hidden_grad_cpu(const bf16* dz, int64_t tile_stride, int64_t rows, int64_t vocab, const bf16* weight,
+                                  int64_t weight_stride, int64_t hidden_size, bf16* out, void* workspace, int threads) {
+  const Product product = need_product();
+  check_tile(tile_stride, rows, vocab);
+  if (rows == 0 || hidden_size == 0) return;
+  const HiddenGradLayout layout(rows, hidden_size, vocab, threads);
+  char* memory = aligned<char>(workspace);
+  const HiddenGradPass pass{dz,
+                            tile_stride,
+                            rows,
+                            vocab,
+                            weight,
+                            weight_stride,
+                            hidden_size,
+                            out,
+                            product,
+                            layout.splits,
+                            layout.split_rows,
+                            layout.groups,
+                            layout.columns,
+                            reinterpret_cast<float*>(memory)};
+  const int64_t chunks = divide_up(layout.groups, unit_groups);
+  parallel_with_slot(layout.splits * chunks, threads, [&](int64_t i, int64_t slot) {
+    const int64_t at = layout.packed + slot * packed_bytes((unit_groups + unit_columns) * k_steps);
+    avx512::hidden_grad_partial(pass, i / chunks, i % chunks, reinterpret_cast<bf16*>(memory + at));
+  });
+  parallel_for(layout.groups, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; g++) avx512::hidden_grad_sum(pass, g);
+  });
+}
+
 #else
 
 bool linear_logps_fwd_cpu(const LinearLogpsForward&, int) {
@@ -915,6 +1092,10 @@ bool linear_logps_fwd_cpu(const LinearLogpsForward&, int) {
 }
 void linear_logps_bwd_cpu(const LinearLogpsBackward&, int) { need_product(); }
 void linear_logps_weight_grad_cpu(const bf16*, int64_t, int64_t, int64_t, const bf16*, int64_t, float*, void*, int) {
+  need_product();
+}
+void linear_logps_hidden_grad_cpu(const bf16*, int64_t, int64_t, int64_t, const bf16*, int64_t, int64_t, bf16*, void*,
+                                  int) {
   need_product();
 }
 
