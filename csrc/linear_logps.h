@@ -29,8 +29,8 @@ struct LinearLogpsForward {
   const int64_t* labels;  // [rows]
   int64_t ignore_index;
   bool round_logits;    // each logit becomes bf16 (to nearest even) before anything else, and so does the tile
-  void* tile;           // out, [vocab, tile_stride]: fp16, or bf16 with round_logits; nullptr: score only
-  int64_t tile_stride;  // a multiple of 32, >= rows
+  void* tile;           // out, [vocab, tile_stride], aligned to 64 bytes: fp16, or bf16 with round_logits; or nullptr
+  int64_t tile_stride;  // a multiple of 32, >= rows; what lies beyond the rows is written too
   float* logps;         // [rows], 0 where ignored
   float* lse;           // [2, rows]: hi, lo; 0 where ignored
   float* stats;         // [4, rows] or nullptr

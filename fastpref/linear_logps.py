@@ -25,6 +25,7 @@ from fastpref.plan import (
     check_tile,
     choose_kind,
     even_chunks,
+    narrows_in_place,
     logit_bytes,
     product_of,
     rows_of_tile,
@@ -211,7 +212,7 @@ class Head:
             return self._turn_native(grad, labels, logps, lse)
         tile, out, behind = self.tile, self.tile, None
         if tile.dtype != self.dtype:
-            if self.device.type == "cpu" and self.backend in ("", "native", "reference"):
+            if narrows_in_place(self.device.type, self.backend):
                 halves = tile.view(self.dtype)
                 out, behind = halves[:, : self.vocab], halves[:, self.vocab : self.vocab + 64]
             else:

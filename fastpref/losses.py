@@ -535,7 +535,7 @@ def apo_down(pairs, *, beta: float = 0.1):
     return chosen.sigmoid() + (rejected - chosen).sigmoid()
 
 
-@_loss("reference", delta_only=True)
+@_loss("reference", delta_only=True, f_divergences=True)
 def discopop(pairs, *, beta: float = 0.1, tau: float = 0.05):
     """DiscoPOP, `(1 − m)·(−ls(L)) + m·e^−L` with `m = σ(L/τ)` (arXiv 2406.08414). τ in (0, 1]: above, it explodes."""
     _require(0 < tau <= 1, "tau", "in (0, 1]", tau)

@@ -57,8 +57,12 @@ def logit_bytes(product: str, dtype: torch.dtype, device: str, backend: str) -> 
     """Bytes of a logit in the tile, its gradient included."""
     if product in ("mm", "native"):
         return dtype.itemsize
-    in_place = device == "cpu" and backend in ("", "native", "reference")
-    return 4 if in_place else 4 + dtype.itemsize
+    return 4 if narrows_in_place(device, backend) else 4 + dtype.itemsize
+
+
+def narrows_in_place(device: str, backend: str) -> bool:
+    """Whether the kernels can leave the 16-bit gradient of a float32 tile in that tile: row by row, in order."""
+    return device == "cpu" and backend in ("", "native", "reference")
 
 
 def rows_of_tile(vocab: int, bytes_per_logit: int, device: str, max_tile_bytes: int | None) -> int:
@@ -106,8 +110,9 @@ def choose_kind(hidden_grad: bool, head_grad: bool, resident: bool) -> str:
     return "unit" if hidden_grad else "score"
 
 
-def is_resident(loss, loss_options, reduction: str) -> bool:
-    return reduction != "none" and losses.traits(loss, loss_options).separable
+def is_resident(loss, loss_options, reduction: str, dtype: torch.dtype) -> bool:
+    """float16 is left out: its gradients need the loss scale, which only arrives with the backward."""
+    return reduction != "none" and dtype != torch.float16 and losses.traits(loss, loss_options).separable
 
 
 def plan(
@@ -176,7 +181,7 @@ def plan(
         raise ValueError(f"total_tokens must be at least the {tokens} tokens that count, got {total_tokens}")
 
     head_grad = weight_grad or bias_grad or adapter_grad
-    kind = choose_kind(hidden_grad, head_grad, loss is not None and is_resident(loss, loss_options, reduction))
+    kind = choose_kind(hidden_grad, head_grad, loss is not None and is_resident(loss, loss_options, reduction, dtype))
     product = product_of(dtype, device, logits_dtype, backend, False)
     per_logit = logit_bytes(product, dtype, device, backend)
     tile_rows = rows_of_tile(vocab_size, per_logit, device, max_tile_bytes)

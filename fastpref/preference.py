@@ -48,6 +48,7 @@ class PreferenceStats(NamedTuple):
     top1: Tensor | None = None
     chosen_mean_logit: Tensor | None = None
     rejected_mean_logit: Tensor | None = None
+    chosen_top1: Tensor | None = None  # over the chosen tokens alone
 
 
 class PreferenceOutput(NamedTuple):
@@ -76,7 +77,7 @@ class PreferenceOutput(NamedTuple):
             "logits/chosen": stats.chosen_mean_logit,
             "logits/rejected": stats.rejected_mean_logit,
             "entropy": stats.entropy,
-            "mean_token_accuracy": stats.top1,
+            "mean_token_accuracy": stats.chosen_top1,  # of the chosen completions, as TRL has it
         }
         return {name: value for name, value in metrics.items() if value is not None}
 
@@ -684,6 +685,8 @@ def output(loss: Tensor, gathered: Gathered, sequences: Sequences, rating_gap, b
                 means["rejected_mean_logit"] = sums[pairs:].sum() / rejected
             else:
                 means[name] = sums.sum() / lengths.sum().clamp(min=1)
+            if name == "top1":
+                means["chosen_top1"] = sums[:pairs].sum() / chosen
     return PreferenceOutput(
         loss=loss,
         chosen_logps=logps[:pairs],

@@ -491,8 +491,13 @@ def _triton_bwd(grad, rows, labels, logps, lse, temperature, softcap, scale, ign
         return
     multiplier, tanh_scale = _multiplier_and_tanh_scale(temperature, softcap, scale)
     item_bytes = rows.element_size()
-    distance = [out.data_ptr() - rows.data_ptr()]
-    distance += [(out.stride(i) - rows.stride(i)) * item_bytes for i in (0, 1) if rows.shape[i] > 1]
+    strided = [i for i in (0, 1) if rows.shape[i] > 1]
+    if out.dtype == rows.dtype:
+        distance = [out.data_ptr() - rows.data_ptr()]
+        distance += [(out.stride(i) - rows.stride(i)) * item_bytes for i in strided]
+    else:  # the 16-bit gradient of a float32 tile: the same phase where both rows are aligned
+        distance = [out.data_ptr(), rows.data_ptr()]
+        distance += [t.stride(i) * t.element_size() for t in (out, rows) for i in strided]
     with torch.cuda.device_of(rows):
         _token_logps_bwd_kernel[(labels.numel(),)](
             grad,
@@ -575,6 +580,11 @@ def _native_bwd_args(grad, rows, labels, logps, lse, temperature, softcap, scale
 
 # Every tensor has a name here: `args` holds addresses only, and a temporary would be gone before the call.
 def _native_bwd(grad, rows, labels, logps, lse, temperature, softcap, scale, ignore_index, out):
+    if rows.device.type == "cuda" and out.dtype != rows.dtype:  # the CUDA kernels keep the dtype
+        gradient = torch.empty_like(rows)
+        _native_bwd(grad, rows, labels, logps, lse, temperature, softcap, scale, ignore_index, gradient)
+        out.copy_(gradient)
+        return
     args = _native_bwd_args(grad, rows, labels, logps, lse, temperature, softcap, scale, ignore_index, out)
     if rows.device.type == "cuda":
         with torch.cuda.device_of(rows):

@@ -459,7 +459,7 @@ def test_stats_and_trl_names():
         "entropy": -(log_p.exp() * log_p).sum(-1)[kept].mean(),
         "logits/chosen": z.mean(-1)[:3][kept[:3]].mean(),
         "logits/rejected": z.mean(-1)[3:][kept[3:]].mean(),
-        "mean_token_accuracy": (z.argmax(-1) == labels[:, 1:])[kept].double().mean(),
+        "mean_token_accuracy": (z.argmax(-1) == labels[:, 1:])[:3][kept[:3]].double().mean(),
         "num_tokens": kept.sum().double(),
         "rewards/margins": out.margins.mean().double(),
     }

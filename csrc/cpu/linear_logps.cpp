@@ -816,10 +816,11 @@ void check_labels(const int64_t* labels, int64_t rows, int64_t vocab, int64_t ig
               " at position " + std::to_string(row));
 }
 
-void check_tile(int64_t tile_stride, int64_t rows, int64_t vocab) {
+void check_tile(const void* tile, int64_t tile_stride, int64_t rows, int64_t vocab) {
   check(tile_stride >= rows && tile_stride % block == 0, "tile_stride must be a multiple of 32 and at least " +
                                                              std::to_string(rows) + ", got " +
                                                              std::to_string(tile_stride));
+  check(reinterpret_cast<uintptr_t>(tile) % 64 == 0, "the tile must be aligned to 64 bytes");
   check(vocab < int64_t{1} << 31, "vocab must be below 2^31, got " + std::to_string(vocab));
 }
 
@@ -963,7 +964,7 @@ bool linear_logps_fwd_cpu(const LinearLogpsForward& args, int threads) {
   const LinearProjection& p = args.projection;
   const Product product = need_product();
   check_labels(args.labels, p.rows, p.vocab, args.ignore_index);
-  check_tile(args.tile ? args.tile_stride : round_up(p.rows, block), p.rows, p.vocab);
+  check_tile(args.tile, args.tile ? args.tile_stride : round_up(p.rows, block), p.rows, p.vocab);
   if (p.rows == 0) return true;
   const ForwardLayout layout(p.rows, p.hidden_size, p.vocab, p.rank, args.stats, threads);
   char* memory = aligned<char>(args.workspace);
@@ -996,7 +997,7 @@ bool linear_logps_fwd_cpu(const LinearLogpsForward& args, int threads) {
 void linear_logps_bwd_cpu(const LinearLogpsBackward& args, int threads) {
   need_product();
   check_labels(args.labels, args.rows, args.vocab, args.ignore_index);
-  check_tile(args.tile_stride, args.rows, args.vocab);
+  check_tile(args.tile, args.tile_stride, args.rows, args.vocab);
   if (args.rows == 0) return;
   const int64_t tokens = args.tile_stride;
   std::vector<float> lse(tokens), others(tokens), targets(args.rows);
@@ -1031,7 +1032,7 @@ void linear_logps_bwd_cpu(const LinearLogpsBackward& args, int threads) {
 void linear_logps_weight_grad_cpu(const bf16* dz, int64_t tile_stride, int64_t rows, int64_t vocab, const bf16* hidden,
                                   int64_t hidden_size, float* acc, void* workspace, int threads) {
   const Product product = need_product();
-  check_tile(tile_stride, rows, vocab);
+  check_tile(dz, tile_stride, rows, vocab);
   if (rows == 0 || hidden_size == 0) return;
   const int64_t steps = divide_up(rows, block), groups = divide_up(hidden_size, block);
   const WeightGradPass pass{dz,
@@ -1056,7 +1057,7 @@ void linear_logps_weight_grad_cpu(const bf16* dz, int64_t tile_stride, int64_t r
 void linear_logps_hidden_grad_cpu(const bf16* dz, int64_t tile_stride, int64_t rows, int64_t vocab, const bf16* weight,
                                   int64_t weight_stride, int64_t hidden_size, bf16* out, void* workspace, int threads) {
   const Product product = need_product();
-  check_tile(tile_stride, rows, vocab);
+  check_tile(dz, tile_stride, rows, vocab);
   if (rows == 0 || hidden_size == 0) return;
   const HiddenGradLayout layout(rows, hidden_size, vocab, threads);
   char* memory = aligned<char>(workspace);

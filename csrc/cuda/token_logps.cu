@@ -463,6 +463,7 @@ void token_logps_fwd_cuda(const TokenLogpsForward& args, void* stream) {
 }
 
 void token_logps_bwd_cuda(const TokenLogpsBackward& args, void* stream) {
+  check(args.out.dtype == args.logits.dtype, "out must have the logits' dtype");
   if (args.logits.rows() == 0) return;
   check_size(args.logits);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
