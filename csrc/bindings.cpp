@@ -153,9 +153,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def(
       "linear_logps_weight_grad_cpu",
       [](uintptr_t dz, int64_t tile_stride, int64_t rows, int64_t vocab, uintptr_t hidden, int64_t hidden_size,
-         uintptr_t acc, uintptr_t workspace, int threads) {
+         uintptr_t acc, bool accumulate, uintptr_t workspace, int threads) {
         linear_logps_weight_grad_cpu(pointer<const bf16>(dz), tile_stride, rows, vocab, pointer<const bf16>(hidden),
-                                     hidden_size, pointer<float>(acc), pointer<void>(workspace), threads);
+                                     hidden_size, pointer<float>(acc), accumulate, pointer<void>(workspace), threads);
       },
       release());
   m.def("linear_logps_weight_grad_workspace", &linear_logps_weight_grad_workspace);

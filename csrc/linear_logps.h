@@ -60,9 +60,10 @@ int64_t linear_logps_workspace(int64_t rows, int64_t hidden_size, int64_t vocab,
 
 void linear_logps_bwd_cpu(const LinearLogpsBackward& args, int threads);
 
-// dW: acc [vocab, hidden_size] fp32 += dz [vocab, rows] x [rows, hidden_size], with dz as the backward left it.
+// dW: acc [vocab, hidden_size] fp32 = dz [vocab, rows] x [rows, hidden_size], or += to accumulate, with dz as the
+// backward left it.
 void linear_logps_weight_grad_cpu(const bf16* dz, int64_t tile_stride, int64_t rows, int64_t vocab, const bf16* hidden,
-                                  int64_t hidden_size, float* acc, void* workspace, int threads);
+                                  int64_t hidden_size, float* acc, bool accumulate, void* workspace, int threads);
 int64_t linear_logps_weight_grad_workspace(int64_t rows, int64_t hidden_size, int threads);
 
 // dX: out [rows, hidden_size] bf16 contiguous = dz^T [rows, vocab] W [vocab, hidden_size].

@@ -25,8 +25,8 @@ from fastpref.plan import (
     check_tile,
     choose_kind,
     even_chunks,
-    narrows_in_place,
     logit_bytes,
+    narrows_in_place,
     product_of,
     rows_of_tile,
 )
@@ -423,9 +423,13 @@ class Gradients:
         low = dz @ head.adapter_b if head.adapter_b is not None else None
         if self.needs_hidden:
             if isinstance(where, slice):
-                dx = torch.mm(dz, head.weight, out=self.hidden[where])
+                dx = self.hidden[where]
             else:
-                dx = torch.mm(dz, head.weight)
+                dx = torch.empty_like(x)
+            if head.product == "native":
+                _hidden_grad_native(dz, head.weight, dx)
+            else:
+                torch.mm(dz, head.weight, out=dx)
             if low is not None:
                 dx.addmm_(low, head.adapter_a)
             if not isinstance(where, slice):
@@ -445,7 +449,7 @@ class Gradients:
         if total.dtype == dz.dtype:
             torch.addmm(total, dz.t(), x, beta=0 if fresh else 1, out=total)
         elif self.head.product == "native":
-            self._add_weight_native(dz, x)
+            _weight_grad_native(dz, x.contiguous(), total, not fresh)
         elif self.head.product == "out_dtype":
             torch.addmm(total, dz.t(), x, out_dtype=total.dtype, beta=0 if fresh else 1, out=total)
         else:
@@ -453,24 +457,6 @@ class Gradients:
             for v in range(0, total.shape[0], step):
                 block = dz[:, v : v + step].t() @ x
                 total[v : v + step].copy_(block) if fresh else total[v : v + step].add_(block)
-
-    def _add_weight_native(self, dz: Tensor, x: Tensor) -> None:
-        core, threads, x = _native._core, torch.get_num_threads(), x.contiguous()
-        if self.fresh:
-            self.weight.zero_()
-        size = core.linear_logps_weight_grad_workspace(*x.shape, threads)
-        workspace = torch.empty(size, dtype=torch.uint8)
-        core.linear_logps_weight_grad_cpu(
-            dz.data_ptr(),
-            dz.stride(1),
-            dz.shape[0],
-            dz.shape[1],
-            x.data_ptr(),
-            x.shape[1],
-            self.weight.data_ptr(),
-            workspace.data_ptr(),
-            threads,
-        )
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """In the inputs' dtype; whatever is not asked for is empty."""
@@ -482,6 +468,41 @@ class Gradients:
         head.tile_memory.clear()
         head.tile = None
         return self.hidden, *(total.to(head.dtype) for total in (self.weight, self.bias, self.a, self.b))
+
+
+def _hidden_grad_native(dz: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out [rows, H] = dz [rows, V] weight, for dz as the native tile has it."""
+    core, threads = _native._core, torch.get_num_threads()
+    size = core.linear_logps_hidden_grad_workspace(*out.shape, dz.shape[1], threads)
+    workspace = torch.empty(size, dtype=torch.uint8)
+    core.linear_logps_hidden_grad_cpu(
+        dz.data_ptr(),
+        dz.stride(1),
+        *dz.shape,
+        weight.data_ptr(),
+        weight.stride(0),
+        out.shape[1],
+        out.data_ptr(),
+        workspace.data_ptr(),
+        threads,
+    )
+
+
+def _weight_grad_native(dz: Tensor, x: Tensor, total: Tensor, accumulate: bool) -> None:
+    """total [V, H] float32 (+)= dz^T x."""
+    core, threads = _native._core, torch.get_num_threads()
+    workspace = torch.empty(core.linear_logps_weight_grad_workspace(*x.shape, threads), dtype=torch.uint8)
+    core.linear_logps_weight_grad_cpu(
+        dz.data_ptr(),
+        dz.stride(1),
+        *dz.shape,
+        x.data_ptr(),
+        x.shape[1],
+        total.data_ptr(),
+        accumulate,
+        workspace.data_ptr(),
+        threads,
+    )
 
 
 # ---- operators ----
@@ -669,7 +690,7 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return (gradient * factor).to(gradient.dtype)
     if factor.dim() == 0 and factor.device.type == "cpu" and factor == 1:
-        return gradient
+        return gradient.detach()  # a tensor of its own, which .grad can take over without a copy
     return gradient.detach().mul_(factor)
 
 

@@ -211,6 +211,9 @@ def plan(
         tile = 0 if kind == "score" else _native.padded_rows(largest) * vocab_size * per_logit
         core, rank = _native._core, 3 * adapter_rank
         workspace = core.linear_logps_workspace(largest, hidden_size, vocab_size, rank, stats, threads)
+        if hidden_grad:
+            adding = core.linear_logps_hidden_grad_workspace(largest, hidden_size, vocab_size, threads)
+            workspace = max(workspace, adding)
         if weight_grad and accumulator != item:
             workspace = max(workspace, core.linear_logps_weight_grad_workspace(largest, hidden_size, threads))
         tile += workspace

@@ -78,6 +78,7 @@ struct WeightGradPass {
   const bf16* dz;
   int64_t tile_stride, rows, vocab, hidden_size;
   float* acc;
+  bool accumulate;
   Product product;
   int64_t steps, groups, chunk_groups;  // steps of 32 tokens, groups of 32 hidden columns
   bf16* hidden;                         // [groups][steps] packed
@@ -579,7 +580,7 @@ __attribute__((flatten)) void scatter(const BackwardPass& pass, int64_t begin, i
   }
 }
 
-template <Product PRODUCT>
+template <Product PRODUCT, bool ACCUMULATE>
 __attribute__((flatten)) void weight_grad(const WeightGradPass& pass, int64_t slice, bf16* panel) {
   const int64_t begin = slice * slice_rows, end = smaller(begin + slice_rows, pass.vocab), hidden = pass.hidden_size;
   const int64_t group_elements = pass.steps * block_elements;
@@ -598,7 +599,7 @@ __attribute__((flatten)) void weight_grad(const WeightGradPass& pass, int64_t sl
           // the next block of acc on its way: a tile load of 16 distant lines would wait for each
           const float* ahead = g + 1 < end_group ? out + block : pass.acc + (v + block) * hidden + first_group * block;
           int left = g + 1 < end_group || v + block < end ? block : 0;
-          multiply<PRODUCT, true>(panel, group, pass.steps, out, hidden, [&]() __attribute__((always_inline)) {
+          multiply<PRODUCT, ACCUMULATE>(panel, group, pass.steps, out, hidden, [&]() __attribute__((always_inline)) {
             for (int i = 0; i < 2 && left > 0; i++, left--, ahead += hidden) {
               __builtin_prefetch(ahead, 1);
               __builtin_prefetch(ahead + 16, 1);
@@ -608,7 +609,8 @@ __attribute__((flatten)) void weight_grad(const WeightGradPass& pass, int64_t sl
         }
         multiply<PRODUCT, false>(panel, group, pass.steps, edge, block, [] {});
         for (int64_t r = 0; r < count; r++)
-          for (int64_t c = 0; c < columns; c++) out[r * hidden + c] += edge[r * block + c];
+          for (int64_t c = 0; c < columns; c++)
+            out[r * hidden + c] = (ACCUMULATE ? out[r * hidden + c] : 0.0f) + edge[r * block + c];
       }
     }
   }
@@ -682,8 +684,11 @@ void pack_weight_grad_group(const WeightGradPass& pass, const bf16* hidden, int6
 }
 
 void weight_grad_slice(const WeightGradPass& pass, int64_t slice, bf16* panel) {
-  if (pass.product == Product::amx) return weight_grad<Product::amx>(pass, slice, panel);
-  return weight_grad<Product::avx512_bf16>(pass, slice, panel);
+  if (pass.product == Product::amx)
+    return pass.accumulate ? weight_grad<Product::amx, true>(pass, slice, panel)
+                           : weight_grad<Product::amx, false>(pass, slice, panel);
+  return pass.accumulate ? weight_grad<Product::avx512_bf16, true>(pass, slice, panel)
+                         : weight_grad<Product::avx512_bf16, false>(pass, slice, panel);
 }
 
 void hidden_grad_partial(const HiddenGradPass& pass, int64_t split, int64_t chunk, bf16* packed) {
@@ -941,7 +946,7 @@ struct HiddenGradLayout {
   HiddenGradLayout(int64_t rows, int64_t hidden_size, int64_t vocab, int threads)
       : groups(divide_up(rows, block)), columns(divide_up(hidden_size, block)) {
     const int64_t partial_bytes = groups * columns * block_elements * 4;
-    constexpr int64_t most_splits = 16, most_bytes = 64 << 20;  // whatever the threads
+    constexpr int64_t most_splits = 16, most_bytes = 20 << 20;  // whatever the threads
     splits = divide_up(vocab, 8 * k_rows);
     splits = splits < most_splits ? splits : most_splits;
     while (splits > 1 && splits * partial_bytes > most_bytes) splits--;
@@ -1030,10 +1035,10 @@ void linear_logps_bwd_cpu(const LinearLogpsBackward& args, int threads) {
 }
 
 void linear_logps_weight_grad_cpu(const bf16* dz, int64_t tile_stride, int64_t rows, int64_t vocab, const bf16* hidden,
-                                  int64_t hidden_size, float* acc, void* workspace, int threads) {
+                                  int64_t hidden_size, float* acc, bool accumulate, void* workspace, int threads) {
   const Product product = need_product();
   check_tile(dz, tile_stride, rows, vocab);
-  if (rows == 0 || hidden_size == 0) return;
+  if (hidden_size == 0 || (rows == 0 && accumulate)) return;
   const int64_t steps = divide_up(rows, block), groups = divide_up(hidden_size, block);
   const WeightGradPass pass{dz,
                             tile_stride,
@@ -1041,6 +1046,7 @@ void linear_logps_weight_grad_cpu(const bf16* dz, int64_t tile_stride, int64_t r
                             vocab,
                             hidden_size,
                             acc,
+                            accumulate,
                             product,
                             steps,
                             groups,
@@ -1092,7 +1098,8 @@ bool linear_logps_fwd_cpu(const LinearLogpsForward&, int) {
   return false;
 }
 void linear_logps_bwd_cpu(const LinearLogpsBackward&, int) { need_product(); }
-void linear_logps_weight_grad_cpu(const bf16*, int64_t, int64_t, int64_t, const bf16*, int64_t, float*, void*, int) {
+void linear_logps_weight_grad_cpu(const bf16*, int64_t, int64_t, int64_t, const bf16*, int64_t, float*, bool, void*,
+                                  int) {
   need_product();
 }
 void linear_logps_hidden_grad_cpu(const bf16*, int64_t, int64_t, int64_t, const bf16*, int64_t, int64_t, bf16*, void*,
