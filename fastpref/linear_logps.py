@@ -189,17 +189,20 @@ class Head:
             self.tile_memory.append(_native.empty((size,), torch.uint8, self.device))
         return self.tile_memory[0][:size].view(dtype).view(rows, columns)
 
-    def form(self, x: Tensor, labels: Tensor) -> None:
-        """The tile of x, for `turn` alone."""
+    def form(self, x: Tensor, labels: Tensor, logps: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """The tile of x, whose logps and lse an earlier fold gave, for `turn`; and those that fit it exactly."""
         if self.product == "native":
-            self._fold_native(x, labels, keep=True)
-        else:
-            self._multiply(x)
+            return self.fold(x, labels, keep=True)[:2]
+        self._multiply(x)
+        return logps, lse
 
     def fold(self, x: Tensor, labels: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         """logps [rows], lse [2, rows] and stats [4 or 0, rows] of token_logps; `keep`: the tile stays for turn."""
         if self.product == "native":
-            return self._fold_native(x, labels, keep)
+            folded = self._fold_native(x, labels, keep)
+            if folded is not None:
+                return folded
+            self.product = "upcast"  # from here on: a logit was beyond float16
         self._multiply(x)
         if self.shard is not None:
             return self._fold_shard(labels)
@@ -264,8 +267,7 @@ class Head:
         dist.all_gather(every, own, group=self.shard.group)
         every = torch.stack(every, 1)  # [2 or 8, ranks, rows]
         others, target = every[0].logsumexp(0), every[1].amax(0)
-        logps = -torch.nn.functional.softplus(others - target)
-        logps = torch.where(target == -torch.inf, target, logps)
+        logps = torch.nn.functional.logsigmoid(target - others)
         total = torch.logaddexp(others, target)
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         hi = (total / self.multiplier).to(dtype)
@@ -315,7 +317,8 @@ class Head:
 
     # the native tile product, vocabulary-major: [V, stride] of 16 bits, tokens contiguous
 
-    def _fold_native(self, x: Tensor, labels: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _fold_native(self, x: Tensor, labels: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+        """As fold; None if a logit does not fit the tile."""
         core, n, threads = _native._core, x.shape[0], torch.get_num_threads()
         x, labels = x.contiguous(), labels.contiguous()
         low, b = self._low_rank_native(x)
@@ -351,10 +354,7 @@ class Head:
             workspace.data_ptr(),
             threads,
         )
-        if not fits:  # a logit beyond float16: from here on in float32
-            self.product = "upcast"
-            self._multiply(x)
-        return outputs
+        return outputs if fits else None
 
     def _low_rank_native(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """x A^T and B for the product: three bf16 columns, each what the one before rounded off, hold a float32 one."""
@@ -537,7 +537,7 @@ def _fwd(
             rows.put(logps, where, row_logps)
             rows.put(lse, where, row_lse, 1)
             rows.put(values, where, row_values, 1)
-        ref_logps = logps.new_zeros(labels.shape if ref_hidden is not None else 0)
+        ref_logps = _ref_zeros(ref_hidden, labels)
         if ref_hidden is not None:
             ref = head.like(ref_weight, ref_bias)
             for begin, end in chunks:
@@ -567,6 +567,12 @@ def fwd_outputs(hidden, labels, stats) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.new_zeros(tokens, dtype=dtype), hidden.new_zeros((2, tokens), dtype=dtype), values
 
 
+def _ref_zeros(ref_hidden: Tensor | None, labels: Tensor) -> Tensor:
+    if ref_hidden is None:
+        return labels.new_zeros(0, dtype=torch.float32)
+    return fwd_outputs(ref_hidden, labels, False)[0]
+
+
 def _fwd_fake(
     hidden, weight, bias, adapter_a, adapter_b, labels, cu_seqlens, spans, ref_hidden, ref_weight, ref_bias,
     temperature, softcap, scale, ignore_index, stats, unit, max_active_tokens, *rest,
@@ -578,7 +584,7 @@ def _fwd_fake(
         lse,
         values,
         hidden.new_empty(hidden.shape if unit else 0),
-        logps.new_empty(labels.shape if ref_hidden is not None else 0),
+        _ref_zeros(ref_hidden, labels),
         labels.new_empty(labels.shape),
         torch.empty(0 if max_active_tokens >= 0 else bounds, dtype=torch.int64, device="cpu"),
     )
@@ -598,8 +604,7 @@ def _bwd(
         for begin, end in chunks:
             where, y = rows.where(begin, end), rows.labels[begin:end]
             x = rows.take(hidden, where, y)
-            head.form(x, y)
-            saved = take(logps, where), take(lse.t(), where).t()
+            saved = head.form(x, y, take(logps, where), take(lse.t(), where).t())
             gradients.add(head.turn(take(grad, where), y, *saved), x, where)
         return gradients.finish()
 

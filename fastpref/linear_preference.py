@@ -173,9 +173,10 @@ def _fwd(
             if rows.padded:
                 coefficients.masked_fill_(rows.overflow, torch.nan)
             for i, j in parts:
+                fit = logps[i:j], lse[:, i:j]
                 if not resident:
-                    head.form(x[i:j], y[i:j])
-                dz = head.turn(coefficients[i:j], y[i:j], logps[i:j], lse[:, i:j])
+                    fit = head.form(x[i:j], y[i:j], *fit)
+                dz = head.turn(coefficients[i:j], y[i:j], *fit)
                 part = slice(where.start + i, where.start + j) if isinstance(where, slice) else where[i:j]
                 gradients.add(dz, x[i:j], part)
             out.put(rows, group, total, gathered)

@@ -213,8 +213,9 @@ def check(tensors, labels, trained=TRAINED["all"], backend=None, transform=None,
 
 
 def close(got, expected, rtol=0.0, atol=1e-10):
-    """(log-probs, gradients) against the same."""
-    torch.testing.assert_close(got[0].double(), expected[0].double(), rtol=rtol, atol=atol)
+    """(log-probs, gradients) against the same; float32 log-probs may be off by a few units in the last place."""
+    few = rtol if got[0].dtype == torch.float64 else max(rtol, 1e-6)
+    torch.testing.assert_close(got[0].double(), expected[0].double(), rtol=few, atol=atol)
     assert got[1].keys() == expected[1].keys()
     for name in got[1]:
         size = expected[1][name].abs().max().item() if expected[1][name].numel() else 0.0
@@ -427,9 +428,12 @@ def large_and_exact(size, dtype=torch.bfloat16, device="cpu"):
     unit = 2.0 ** round(math.log2(size / 40))
     hidden = torch.randint(-4, 5, (40, 16)).to(device, dtype)
     weight = (torch.randint(-8, 9, (77, 16)) * unit).to(device, dtype)
-    labels = (hidden.double() @ weight.double().t()).argmax(-1)
+    logits = hidden.double() @ weight.double().t()
+    labels = logits.argmax(-1)
     labels[::2] = torch.randint(0, 77, (20,), device=device)
     labels[::5] = -100
+    if size > 2.0**50:  # log 2 is lost there, in float64 too: nobody can tell a tie from certainty
+        labels[(logits == logits.amax(-1, keepdim=True)).sum(-1) > 1] = -100
     return {"hidden": hidden, "weight": weight}, labels
 
 
@@ -652,13 +656,13 @@ def test_shift_is_hugging_faces_convention(backend):
     logps, gradients = run(fused, tensors, labels, grad, shift=True, backend=backend.name)
     by_hand = {**tensors, "hidden": tensors["hidden"][:, :-1]}
     expected, expected_gradients = run(fused, by_hand, labels[:, 1:], grad[:, :-1], backend=backend.name)
-    torch.testing.assert_close(logps[:, :-1], expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(logps[:, :-1], expected, rtol=1e-6, atol=2e-6)
     assert (logps[:, -1] == 0).all()
     assert (gradients["hidden"][:, -1] == 0).all()
     torch.testing.assert_close(gradients["hidden"][:, :-1], expected_gradients["hidden"])
     torch.testing.assert_close(gradients["weight"], expected_gradients["weight"], rtol=1e-5, atol=1e-5)
     one_sequence = fused({**tensors, "hidden": tensors["hidden"][0]}, labels[0], shift=True, backend=backend.name)
-    torch.testing.assert_close(one_sequence, logps[0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(one_sequence, logps[0], rtol=1e-6, atol=2e-6)
     one_token = fused({**tensors, "hidden": tensors["hidden"][:, :1]}, labels[:, :1], shift=True, backend=backend.name)
     assert (one_token == 0).all()
 
@@ -747,7 +751,7 @@ def test_a_masked_column_has_no_probability_and_no_gradient(backend):
         for trained in (TRAINED["hidden"], TRAINED["all"]):
             logps, gradients = run(fused, tensors, labels, grad, trained, backend=backend.name)
             expected, expected_gradients = run(fused, kept, labels, grad, trained, backend=backend.name)
-            torch.testing.assert_close(logps, expected, rtol=0, atol=3e-6)
+            torch.testing.assert_close(logps, expected, rtol=1e-6, atol=2e-6)
             atol = 1e-5 if dtype == torch.float32 else 2**-6
             torch.testing.assert_close(gradients["hidden"], expected_gradients["hidden"], rtol=atol, atol=atol)
             for name in trained[1:]:
@@ -788,7 +792,7 @@ def test_a_bad_token_stays_in_its_row(backend, dtype, value):
         logps, gradients = run(fused, tensors, labels, grad, trained, backend=backend.name)
         assert logps[5].isnan()
         good = torch.arange(33, device=backend.device) != 5
-        torch.testing.assert_close(logps[good], expected[0][good], rtol=0, atol=2e-6)
+        torch.testing.assert_close(logps[good], expected[0][good], rtol=1e-6, atol=2e-6)
         bound = 1e-5 if dtype == torch.float32 else 2**-6
         torch.testing.assert_close(gradients["hidden"][good], expected[1]["hidden"][good], rtol=bound, atol=bound)
         assert gradients["hidden"][5].isnan().all()
@@ -847,7 +851,7 @@ def test_hidden_layouts(backend, layout, dtype):
     for trained in ("hidden", "all"):
         got = run(fused, {**tensors, "hidden": hidden}, labels, grad, TRAINED[trained], backend=backend.name)
         expected = run(fused, contiguous, labels, grad, TRAINED[trained], backend=backend.name)
-        torch.testing.assert_close(got[0], expected[0], rtol=0, atol=2e-6)
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=2e-6)
         close(got, expected, atol=1e-5 if dtype == torch.float32 else 2**-7)
 
 
@@ -954,7 +958,7 @@ def test_every_plan_gives_the_same(backend, dtype):
     full = run(fused, tensors, labels, grad, backend=backend.name)
     for name, trained in TRAINED.items():
         logps, gradients = run(fused, tensors, labels, grad, trained, backend=backend.name)
-        torch.testing.assert_close(logps, full[0], rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(logps, full[0], rtol=1e-6, atol=1e-6, msg=name)
         close((logps, gradients), (logps, {key: full[1][key] for key in gradients}), atol=loosely(dtype))
 
 
@@ -966,13 +970,13 @@ def test_every_budget_gives_the_same(backend, dtype, trained):
     expected = run(fused, tensors, labels, grad, TRAINED[trained], backend=backend.name)
     for rows in (1, 2, 7, 22, 23, 10**6):
         got = run(fused, tensors, labels, grad, TRAINED[trained], backend=backend.name, max_tile_bytes=rows * 203 * 4)
-        torch.testing.assert_close(got[0], expected[0], rtol=0, atol=2e-6)
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=2e-6)
         close(got, expected, atol=loosely(dtype))
 
 
 def test_a_budget_below_one_row_is_one_row():
     tensors, labels = make((5,))
-    torch.testing.assert_close(fused(tensors, labels, max_tile_bytes=1), fused(tensors, labels), rtol=0, atol=2e-6)
+    torch.testing.assert_close(fused(tensors, labels, max_tile_bytes=1), fused(tensors, labels), rtol=1e-6, atol=2e-6)
 
 
 @dtypes
@@ -983,7 +987,7 @@ def test_scoring_and_training_agree_with_another_number_of_tokens(backend, dtype
     for rows in (slice(0, 1), slice(5, 22), slice(31, 64)):
         part = {**tensors, "hidden": tensors["hidden"][rows].requires_grad_()}
         torch.testing.assert_close(
-            fused(part, labels[rows], backend=backend.name).detach(), whole[rows], rtol=0, atol=4e-6
+            fused(part, labels[rows], backend=backend.name).detach(), whole[rows], rtol=1e-6, atol=4e-6
         )
 
 
@@ -1133,7 +1137,7 @@ def test_a_fixed_capacity_changes_nothing(backend, dtype, trained):
     for capacity in (active, active + 1, 40, 1000):
         options = {"max_active_tokens": capacity, "backend": backend.name}
         got = run(fused, tensors, labels, grad, TRAINED[trained], **options)
-        torch.testing.assert_close(got[0], expected[0], rtol=0, atol=2e-6)
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=2e-6)
         close(got, expected, atol=loosely(dtype))
         tiled = run(fused, tensors, labels, grad, TRAINED[trained], max_tile_bytes=3 * 203 * 4, **options)
         close(tiled, expected, atol=loosely(dtype))
@@ -1605,7 +1609,7 @@ def test_autocast(low, trained):
     if trained != "score":
         logps.backward(grad)
     expected, gradients = run(fused, cast(tensors, torch.bfloat16), labels, grad, TRAINED[trained])
-    torch.testing.assert_close(logps.detach(), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(logps.detach(), expected, rtol=1e-6, atol=2e-6)
     for name in TRAINED[trained]:
         assert leaves[name].grad.dtype == mixed[name].dtype
         torch.testing.assert_close(leaves[name].grad.bfloat16(), gradients[name], rtol=2**-6, atol=2**-6)
