@@ -13,7 +13,7 @@ import verify
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="T up to 8192 and every vocabulary, instead of four minutes")
+    parser.addoption("--full", action="store_true", help="longer batches, every vocabulary, larger heads: hours")
 
 
 @pytest.hookimpl(tryfirst=True)

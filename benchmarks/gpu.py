@@ -143,8 +143,8 @@ class Run:
 
     def numerics(self):
         """What the benchmarks are gated by."""
-        keyword = "test_one_row and cpu" if self.dry_run else verify.NUMERICS
-        status = self.pytest("numerics", ["tests/test_token_logps.py"], keyword)
+        keyword = "(test_one_row or test_leading_dimensions) and cpu" if self.dry_run else verify.LINEAR_NUMERICS
+        status = self.pytest("numerics", ["tests/test_token_logps.py", "tests/test_linear_logps.py"], keyword)
         counts = self.results["tests"]["by_backend"]
         for backend in BACKENDS:
             count = counts.get(self.tested(backend), {"passed": 0, "failed": 0})
@@ -166,7 +166,7 @@ class Run:
         if self.dry_run:
             self.pytest("tests", ["tests/test_token_logps.py"], "test_int32_labels")
         else:
-            self.pytest("tests", ["tests"], f"not ({verify.NUMERICS})")
+            self.pytest("tests", ["tests"], f"not ({verify.LINEAR_NUMERICS})")
 
     def sanitizer(self):
         tool = shutil.which("compute-sanitizer")

@@ -11,10 +11,13 @@ import sys
 import time
 import warnings
 
+import linear_peers
 import peers
 import torch
-from contest import Case, measured
+from contest import Case, LinearCase, measured
 from measure import copy_gbps
+
+import fastpref
 
 # the most telling first: time may run out
 SHAPES = [  # tokens, vocabulary, dtype, masked
@@ -25,12 +28,16 @@ SHAPES = [  # tokens, vocabulary, dtype, masked
     (8192, 32000, "bfloat16", 0.0),
     (8192, 152064, "bfloat16", 0.0),
 ]
+LINEAR_SHAPES = [(8192, 4096, 128256, "bfloat16", trained, 0.0) for trained in (True, False)]
 DRY_SHAPES = [(8, 300, "bfloat16", 0.5)]
+DRY_LINEAR_SHAPES = [(16, 24, 300, "bfloat16", trained, 0.5) for trained in (True, False)]
 COMPILED_VOCAB = 128256  # the compiler takes seconds per shape; one vocabulary tells
 BACKENDS = ("triton", "native")  # the order that fastpref itself tries them in on a GPU
 _FASTPREF = {
     "token_logps": (peers.TOKEN_PEERS, "fastpref"),
     "preference": (peers.PREFERENCE_PEERS, "fastpref_step"),
+    "linear_logps": (linear_peers.LOGPS_PEERS, "fastpref_linear"),
+    "linear_preference": (linear_peers.STEP_PEERS, "fastpref_linear_step"),
 }
 ROUND_SECONDS = 2.0  # per case, and 30 rounds at most
 
@@ -58,15 +65,18 @@ def emit(line: dict) -> None:
     print(json.dumps(line), flush=True)
 
 
-def planned(dry_run: bool) -> list[Case]:
+def planned(dry_run: bool) -> list[Case | LinearCase]:
     shapes = DRY_SHAPES if dry_run else SHAPES
+    linear_shapes = DRY_LINEAR_SHAPES if dry_run else LINEAR_SHAPES
     token_cases = [Case("token_logps", mode, *shape) for shape in shapes for mode in ("step", "forward")]
     tokens, vocab, dtype, _ = shapes[0]
     steps = [
         Case("preference", "step", tokens, vocab, dtype, 0.5, loss="rdpo"),
         Case("preference", "step", 32, 64, "float32", 0.5, loss="rdpo"),  # what a call costs beside the work
     ]
-    return token_cases[:2] + steps + token_cases[2:]
+    linear = [LinearCase("linear_preference", "step", *s, loss="sigmoid", reference="given") for s in linear_shapes]
+    linear += [LinearCase("linear_logps", "step", *s) for s in linear_shapes]
+    return token_cases[:2] + steps + linear + token_cases[2:]
 
 
 def cases(device, seconds: float, refused: dict, bandwidth: dict, dry_run: bool) -> None:
@@ -103,20 +113,21 @@ def _measure(case, device, refused, bandwidth, flush) -> dict:
             backend = next((backend for backend in BACKENDS if backend in name), None)
             if reason := reasons[backend] if backend else "the backends are measured by name here":
                 leave_out[name] = reason
+    if device.type == "cpu":
+        leave_out |= dict.fromkeys(["cce_compiled", "cce_compiled_step"], "its compiler is left out of a dry run")
     if case.vocab not in (COMPILED_VOCAB, DRY_SHAPES[0][1]):
         leave_out |= dict.fromkeys(["compiled", "compiled_step"], f"compiled at V={COMPILED_VOCAB} only, to save time")
     return measured(case, device, bandwidth, ROUND_SECONDS, subject=subject, leave_out=leave_out, flush=flush)
 
 
-def _fitting(case: Case, device) -> Case:
-    """Fewer tokens where the largest peer, about eight fp32 copies of the logits, would not fit."""
+def _fitting(case, device):
+    """Fewer tokens where the largest peer would not fit."""
     if device.type != "cuda":
         return case
     free, _ = torch.cuda.mem_get_info()
-    tokens = case.tokens
-    while tokens > 512 and 32 * tokens * case.vocab > free:
-        tokens //= 2
-    return case._replace(tokens=tokens)
+    while case.tokens > 512 and case.largest_bytes() > free:
+        case = case._replace(tokens=case.tokens // 2)
+    return case
 
 
 def _cache_flusher(device):
@@ -135,6 +146,8 @@ def tiny(device) -> None:
         for rows, vocab in ((3, 5003), (5, 3)):
             for dtype in (torch.float32, torch.bfloat16):
                 _tiny_step(function, torch.randn(rows, vocab, device=device).to(dtype))
+                for trained in (True, False):
+                    _tiny_linear_step(backend, trained, rows, vocab, dtype, device)
         emit({"tiny": f"{backend}: clean"})
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -149,6 +162,19 @@ def _tiny_step(function, logits) -> None:
     logps.sum().backward()
     torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=1e-5)
     assert leaf.grad.isfinite().all()
+
+
+def _tiny_linear_step(backend, trained, rows, vocab, dtype, device) -> None:
+    hidden = torch.randn(rows, 7, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, 7, device=device).to(dtype).requires_grad_(trained)
+    labels = torch.arange(rows, device=device) % vocab
+    labels[1] = peers.IGNORE
+    expected = peers.eager(hidden.double() @ weight.double().t(), labels)
+    logps = fastpref.linear_token_logps(hidden, weight, labels, backend=backend)
+    logps.sum().backward()
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-4, atol=1e-4)
+    assert hidden.grad.isfinite().all()
+    assert not trained or weight.grad.isfinite().all()
 
 
 if __name__ == "__main__":

@@ -114,6 +114,55 @@ class Competitor:
             self.logits.restore()
 
 
+class HeadCompetitor:
+    """One peer from hidden states and LM head. `call` takes both and returns what is differentiated and compared.
+
+    Every run has leaves of its own, so that no gradient is added to an earlier one. `received` is left with the
+    gradients of the hidden states and of the weight, None where the head is frozen.
+    """
+
+    def __init__(self, name, function, hidden: Tensor, weight: Tensor, call, grad: Tensor | None, backward, trained):
+        self.name, self.title, self.around = name, function.title, function.around
+        self.hidden, self.weight, self.call, self.grad = hidden, weight, call, grad
+        self.backward, self.trained = backward, trained
+        self.received = ()
+
+    def run(self, mark=lambda: None):
+        """Forward, or forward and backward; returns what is compared."""
+        hidden = self.hidden.detach().requires_grad_(self.backward)
+        weight = self.weight.detach().requires_grad_(self.backward and self.trained)
+        with self.around(), torch.set_grad_enabled(self.backward):
+            mark()
+            differentiated, compared = self.call(hidden, weight)
+            mark()
+            if self.backward:
+                differentiated.backward(None if self.grad is None else self.grad.to(differentiated.dtype))
+                mark()
+                self.received = (hidden.grad, weight.grad)
+        return compared.detach()
+
+    def clean(self):
+        self.received = ()
+
+
+class Gemm:
+    """The bare product of the rows that count with the head, into memory that is there: the unit U of the others."""
+
+    name, title = "gemm", "bare GEMM (U)"
+
+    def __init__(self, rows: Tensor, weight: Tensor):
+        self.rows, self.weight = rows, weight.t()
+        self.out = torch.empty(rows.shape[0], weight.shape[0], dtype=rows.dtype, device=rows.device).zero_()
+
+    def run(self, mark=lambda: None):
+        mark()
+        torch.mm(self.rows, self.weight, out=self.out)
+        mark()
+
+    def clean(self):
+        pass
+
+
 def try_out(competitors, absent: dict, must_run: str) -> list[Competitor]:
     """Runs each once (compilation, first allocations); one that fails is entered into `absent`, the subject raises."""
     ready = []
@@ -132,23 +181,33 @@ def try_out(competitors, absent: dict, must_run: str) -> list[Competitor]:
 
 # ---- rounds ----
 
-PLAIN = ("eager", "eager_step")  # what speed-ups are counted from
+PLAIN = ("eager", "eager_step", "plain_head", "plain_head_step")  # what speed-ups are counted from
 
 
 class Rounds:
-    """Samples of all competitors, taken in turn: round k holds the k-th sample of each."""
+    """Samples of all competitors, taken in turn: round k holds the k-th sample of each.
 
-    def __init__(self, competitors, device: torch.device, subject: str, before=lambda: None):
-        self.competitors, self.device, self.before = competitors, device, before
+    With a `unit`, that runs before each sample, and the two are read as a pair. `few` names those that leave after
+    FEW rounds, so that the slowest do not take most of the time.
+    """
+
+    FEW = 2
+
+    def __init__(self, competitors, device: torch.device, subject: str, before=lambda: None, unit=None, few=()):
+        self.competitors, self.device, self.before, self.unit = competitors, device, before, unit
+        self.few = frozenset(few) - {subject}
         self.subject = next(c for c in competitors if c.name == subject)
         self.samples = {c.name: [] for c in competitors}
+        self.unit_samples = {c.name: [] for c in competitors}
 
     def play_others(self):
+        played = len(self.samples[self.subject.name])
         others = [c for c in self.competitors if c is not self.subject]
-        turn = len(self.samples[self.subject.name]) % max(len(others), 1)
+        others = [c for c in others if played < self.FEW or c.name not in self.few]
+        turn = played % max(len(others), 1)
         for competitor in others[turn:] + others[:turn]:
             self._play(competitor)
-        self.before()
+        self._prepare(self.subject)
 
     def play_subject(self):
         marks = new_marks(self.device)
@@ -160,8 +219,16 @@ class Rounds:
         self.samples[self.subject.name][-1] = marks.read_ms()
         self.subject.clean()
 
-    def _play(self, competitor):
+    def _prepare(self, competitor):
         self.before()
+        if self.unit is not None:
+            marks = new_marks(self.device)
+            self.unit.run(marks)
+            self.unit_samples[competitor.name].append(marks.read_ms()[0])
+            self.before()
+
+    def _play(self, competitor):
+        self._prepare(competitor)
         marks = new_marks(self.device)
         competitor.run(marks)
         self.samples[competitor.name].append(marks.read_ms())
@@ -183,20 +250,35 @@ class Rounds:
             own = totals[competitor.name]
             summary[competitor.name] = {
                 "title": competitor.title,
+                "rounds": len(own),
                 "median_ms": statistics.median(own),
                 "min_ms": min(own),
                 "max_ms": max(own),
                 "times_subject": _median_ratio(own, totals[self.subject.name]),
                 "speedup_over_plain": _median_ratio(totals[plain], own) if plain else None,
             }
+            if self.unit is not None:
+                summary[competitor.name]["times_unit"] = _median_ratio(own, self.unit_samples[competitor.name])
             if len(samples[0]) == 2:
                 for index, segment in enumerate(("forward_ms", "backward_ms")):
                     summary[competitor.name][segment] = statistics.median(sample[index] for sample in samples)
         return summary
 
+    def unit_summary(self) -> dict:
+        samples = [sample for samples in self.unit_samples.values() for sample in samples]
+        return {
+            "title": self.unit.title,
+            "rounds": len(samples),
+            "median_ms": statistics.median(samples),
+            "min_ms": min(samples),
+            "max_ms": max(samples),
+            "times_unit": 1.0,
+        }
+
 
 def _median_ratio(above, below) -> float:
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+    """Of the rounds that both were in."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=False))
 
 
 # ---- memory ----
@@ -320,3 +402,60 @@ class Truth:
         """Largest error of a token's gradient, as a share of that gradient's norm."""
         rows = gradient.reshape(-1, gradient.shape[-1])[self.rows].double()
         return ((rows - self.gradient).norm(dim=-1) / self.gradient.norm(dim=-1)).max().item()
+
+
+class HeadTruth:
+    """Log-probs of every token in float64, and from their gradient those of hidden states and weight."""
+
+    ROWS = 128  # at a time: float64 logits of all rows would be the largest tensor of the benchmark
+
+    def __init__(self, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index=-100):
+        self.labels, self.ignore_index = labels, ignore_index
+        self.kept = (labels != ignore_index).flatten()
+        self.rows = hidden.reshape(-1, hidden.shape[-1])[self.kept].double()
+        self.weight = weight.double()
+        self.target = labels.flatten()[self.kept].unsqueeze(-1)
+        self.shape = labels.shape
+        pieces = [log_p.gather(-1, target).squeeze(-1) for _, target, log_p in self._slices()]
+        self.kept_logps = torch.cat(pieces) if pieces else self.rows.new_zeros(0)
+
+    def _slices(self):
+        for rows, target in zip(self.rows.split(self.ROWS), self.target.split(self.ROWS), strict=True):
+            yield rows, target, torch.log_softmax(rows @ self.weight.t(), -1)
+
+    def of(self, hidden: Tensor) -> "HeadTruth":
+        """Of other hidden states before the same head and labels."""
+        return HeadTruth(hidden, self.weight, self.labels, self.ignore_index)
+
+    @property
+    def logps(self) -> Tensor:
+        return self.kept_logps.new_zeros(self.kept.shape).masked_scatter(self.kept, self.kept_logps).view(self.shape)
+
+    def differentiate(self, grad: Tensor, trained: bool):
+        """grad: of the log-probs, in the shape of labels."""
+        self.hidden_gradient = torch.empty_like(self.rows)
+        self.weight_gradient = torch.zeros_like(self.weight) if trained else None
+        coefficients = grad.flatten()[self.kept].double().unsqueeze(-1)
+        start = 0
+        for rows, target, log_p in self._slices():
+            band = slice(start, start := start + rows.shape[0])
+            unit = log_p.exp_().neg_()
+            # 1 - p as the sum of the others: 1 - exp(log p) cancels where p is almost 1
+            unit.scatter_(-1, target, 0.0).scatter_(-1, target, -unit.sum(-1, keepdim=True))
+            unit.mul_(coefficients[band])
+            torch.mm(unit, self.weight, out=self.hidden_gradient[band])
+            if trained:
+                self.weight_gradient.addmm_(unit.t(), rows)
+
+    def logps_errors(self, logps: Tensor) -> Tensor:
+        """Absolute error of each token that counts, in nats."""
+        return (logps.flatten()[self.kept].double() - self.kept_logps).abs()
+
+    def hidden_errors(self, gradient: Tensor) -> Tensor:
+        """Error of the gradient of each token that counts, as a share of that gradient's norm."""
+        rows = gradient.reshape(-1, gradient.shape[-1])[self.kept].double()
+        return (rows - self.hidden_gradient).norm(dim=-1) / self.hidden_gradient.norm(dim=-1)
+
+    def weight_error(self, gradient: Tensor) -> float:
+        """Of the whole matrix, as a share of its norm."""
+        return ((gradient.double() - self.weight_gradient).norm() / self.weight_gradient.norm()).item()

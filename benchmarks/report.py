@@ -33,7 +33,7 @@ def load(raw: dict) -> dict:
     records = [entry["extra_info"] for entry in raw["benchmarks"] if "competitors" in entry["extra_info"]]
     return {
         "machine": raw["machine_info"],
-        "bandwidth": records[0]["bandwidth"] if records else {},
+        "bandwidth": next((record["bandwidth"] for record in records if "bandwidth" in record), {}),
         "cases": records,
     }
 
@@ -48,7 +48,9 @@ def markdown(results: dict) -> str:
     parts = [f"# Benchmarks, {machine.get('date', 'no date')[:10]}, {device}", _facts(results)]
     parts[1:1] = _caution(results)
     parts += _stages(results) + _tests(results)
-    parts.append(_LEGEND)
+    linear = [record for record in results["cases"] if "hidden_size" in record]
+    parts += [_LEGEND] if len(linear) < len(results["cases"]) else []
+    parts += [_LINEAR_LEGEND] if linear else []
     parts += [_case(record) for record in results["cases"]] or ["No case was measured."]
     return "\n\n".join(parts) + "\n"
 
@@ -61,6 +63,16 @@ _LEGEND = (
     "call, gradient included. Errors are against float64 of the same logits: log-probs (or margins) absolute in nats, "
     "gradients per token relative to the token's gradient. Rows that overwrite the logits get them back by a copy "
     "outside the timing."
+)
+_LINEAR_LEGEND = (
+    "From hidden states and LM head: medians of rounds in which every row ran once; rows that take three times "
+    "fastpref's time leave after two. *U* is the row's time over that of one bare GEMM of the tokens that count with "
+    "the head, in the same dtype, into memory that is there; that GEMM runs before each single run, and *U* is the "
+    "median of the ratios of these pairs. *over plain*: how many times faster than linear + log_softmax + gather. Peak "
+    "is memory beyond what was there before the call; *beyond gradients* is that less the gradients asked for. Errors "
+    "are against float64 of the same inputs: log-probs (or margins, beta included) absolute in nats, the largest; the "
+    "hidden states' gradient per token, relative to that token's gradient, the largest; the head's gradient as a "
+    "matrix, relative to its norm."
 )
 
 
@@ -125,6 +137,10 @@ def _tests(results: dict) -> list[str]:
 
 
 def _case(record: dict) -> str:
+    return _linear_case(record) if "hidden_size" in record else _logits_case(record)
+
+
+def _logits_case(record: dict) -> str:
     step = record["mode"] == "step"
     title = f"{record['op']}, {'forward and backward' if step else 'forward'}, T={record['tokens']}, "
     title += f"V={record['vocab']}, {record['dtype']}, {100 * record['masked']:.0f} % ignored"
@@ -132,7 +148,7 @@ def _case(record: dict) -> str:
     title += ", THP_MEM_ALLOC_ENABLE=1" if record.get("huge_page_allocator") else ""
     head = ["", "ms", "min–max", "over plain", "GB/s", f"of {record['bandwidth_kind']} bandwidth", "peak MiB", "error"]
     head += ["gradient error"] if step else []
-    lines = [f"## {title}", "", _row(head), "|---" + "|---:" * (len(head) - 1) + "|"]
+    rows = []
     for row in record["competitors"].values():
         cells = [
             row["title"],
@@ -141,17 +157,69 @@ def _case(record: dict) -> str:
             f"{row['speedup_over_plain']:.2f}×" if row["speedup_over_plain"] else "?",
             _significant(row["gbps"]),
             f"{100 * row['bandwidth_share']:.0f} %",
-            "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}",
+            _mebibytes(row, "peak_bytes"),
             f"{row['error']:.1e}",
         ]
-        lines.append(_row(cells + ([f"{row['gradient_error']:.1e}"] if step else [])))
-    lines += ["", f"{record['rounds']} rounds; gradient {record['gradient_bytes'] / 2**20:.1f} MiB."]
-    if record["absent"]:
-        reasons = {}
-        for name, reason in record["absent"].items():
-            reasons.setdefault(reason, []).append(name)
-        lines.append("Absent: " + "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()) + ".")
-    return "\n".join(lines)
+        rows.append(cells + ([f"{row['gradient_error']:.1e}"] if step else []))
+    rounds = f"{record['rounds']} rounds; gradient {record['gradient_bytes'] / 2**20:.1f} MiB."
+    return "\n".join([f"## {title}\n\n{table(head, rows)}\n", rounds, *_absent(record)])
+
+
+def _linear_case(record: dict) -> str:
+    step = record["mode"] == "step"
+    title = f"{record['op']}, {'forward and backward' if step else 'forward'}, T={record['tokens']}, "
+    title += f"H={record['hidden_size']}, V={record['vocab']}, {record['dtype']}, "
+    title += f"{'trained' if record['trained'] else 'frozen'} head, " if step else ""
+    title += f"{100 * record['masked']:.0f} % ignored"
+    title += f", {record['loss']}, reference {record['reference']}" if record["loss"] else ""
+    head = ["", "U", "ms", "min–max", "over plain", "peak MiB", *(["beyond gradients MiB"] if step else []), "error"]
+    head += ["hidden gradient error", "head gradient error"] if step else []
+    rows = []
+    for row in record["competitors"].values():
+        speedup = row.get("speedup_over_plain")
+        cells = [
+            row["title"] + (f" ({row['rounds']} rounds)" if row["rounds"] < record["rounds"] else ""),
+            f"{row['times_unit']:.2f}",
+            _significant(row["median_ms"]),
+            f"{_significant(row['min_ms'])}–{_significant(row['max_ms'])}",
+            f"{speedup:.2f}×" if speedup else "",
+            _mebibytes(row, "peak_bytes"),
+            *([_mebibytes(row, "beyond_gradients_bytes")] if step else []),
+            *(f"{row[key]:.1e}" if key in row else "" for key in ("error", *(_GRADIENT_ERRORS if step else ()))),
+        ]
+        rows.append(cells)
+    gemm = record["competitors"]["gemm"]
+    plan = record["plan"]
+    lines = [
+        f"## {title}\n\n{table(head, rows)}\n",
+        f"{record['rounds']} rounds; U at {_significant(record['unit_flop'] / gemm['median_ms'] / 1e9)} TFLOP/s; "
+        f"gradients {record['gradient_bytes'] / 2**20:.1f} MiB. fastpref's plan: {plan['kind']}, "
+        f"{plan['gemm_passes']} GEMM passes, {plan['product']}, {plan['predicted_bytes'] / 2**20:.1f} MiB predicted.",
+    ]
+    return "\n".join(lines + _absent(record))
+
+
+_GRADIENT_ERRORS = ("hidden_error", "weight_error")
+
+
+def _mebibytes(row: dict, key: str) -> str:
+    if key not in row:
+        return ""
+    return "?" if row[key] is None else f"{row[key] / 2**20:.1f}"
+
+
+def _absent(record: dict) -> list[str]:
+    if not record["absent"]:
+        return []
+    reasons = {}
+    for name, reason in record["absent"].items():
+        reasons.setdefault(reason, []).append(name)
+    return ["Absent: " + "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()) + "."]
+
+
+def table(head: list, rows: list) -> str:
+    """The first column to the left, numbers to the right."""
+    return "\n".join([_row(head), "|---" + "|---:" * (len(head) - 1) + "|", *map(_row, rows)])
 
 
 def _row(cells) -> str:

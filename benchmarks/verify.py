@@ -10,11 +10,23 @@ TESTS = HERE.parent / "tests"
 
 # of test_token_logps.py: values, gradients and overwritten memory, on the backends a CPU benchmark measures
 NUMERICS = "matches_float64 or accuracy_goal or confident_tokens or ignored_rows or inplace_backward_is"
+# of test_linear_logps.py, beside those of the same name: every plan, the products of 16-bit inputs
+LINEAR_NUMERICS = f"{NUMERICS} or every_plan or bf16_log_probs or rounded_logits or products_agree or ignored_tokens"
+_ON_CPU = "not triton and not interpreter and not cuda"
+_LINEAR_LOGPS = ("test_linear_logps.py", f"({LINEAR_NUMERICS}) and {_ON_CPU}")
 _OPS = {
     "bench_token_logps": [("test_token_logps.py", f"({NUMERICS}) and not triton and not cuda")],
     "bench_preference": [
         ("test_token_logps.py", f"({NUMERICS}) and not triton and not cuda and not softcap"),
         ("test_preference.py", "(everyone_writes or native_epilogue_is or ln_2 or inplace_backward) and not triton"),
+    ],
+    "bench_linear_logps": [_LINEAR_LOGPS],
+    "bench_linear_preference": [
+        _LINEAR_LOGPS,
+        (
+            "test_linear_preference.py",
+            "(test_every_plan or every_form or test_precision or rounded_logits) and not cuda",
+        ),
     ],
 }
 ENVIRONMENT = {"FASTPREF_TEST_SEED": "0"}  # unless the caller sets it: two runs of a gate should agree

@@ -51,6 +51,113 @@ def test_peers_agree_with_float64(load, op, dtype, monkeypatch):
         assert check["gradient_error"] <= (1e-5 if dtype == "float32" else 2e-2), name
 
 
+LINEAR = {"tokens": 32, "hidden_size": 16, "vocab": 300, "masked": 0.5}
+LINEAR_SUBJECTS = {"linear_logps": "fastpref_linear", "linear_preference": "fastpref_linear_step"}
+
+
+def linear_case(contest, op, dtype="float32", trained=True, reference="given", **more):
+    step = {"loss": "sigmoid", "reference": reference} if op == "linear_preference" else {}
+    return contest.LinearCase(op, "step", dtype=dtype, trained=trained, **(LINEAR | step | more))
+
+
+@pytest.fixture
+def uncompiled():
+    """The peers that compile themselves run as they are written: seconds less for each."""
+    warnings.simplefilter("ignore")  # the peers' warnings are theirs
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("op", "dtype", "trained", "reference"),
+    [
+        ("linear_logps", "float32", False, ""),
+        ("linear_logps", "bfloat16", True, ""),
+        ("linear_preference", "float32", True, "scored"),
+        ("linear_preference", "bfloat16", False, "given"),
+    ],
+)
+def test_peers_agree_with_float64_from_hidden_states(load, op, dtype, trained, reference):
+    contest, peers = load("contest"), load("linear_peers")
+    made = contest.LinearContest(linear_case(contest, op, dtype, trained, reference), CPU)
+    table = peers.LOGPS_PEERS if op == "linear_logps" else peers.STEP_PEERS
+    plain = "plain_head" if op == "linear_logps" else "plain_head_step"
+    assert made.checks.keys() >= {LINEAR_SUBJECTS[op], plain}
+    assert made.checks.keys() | made.absent.keys() == table.keys()  # present, or absent with a reason
+    assert all(made.absent.values())
+    for name, check in made.checks.items():
+        exact = dtype == "float32" or (name.startswith("fastpref") and "rounded" not in name)
+        assert check["error"] <= (1e-5 if exact else 0.2), name
+        assert check["hidden_error"] <= (1e-5 if dtype == "float32" else 5e-2), name
+        assert ("weight_error" in check) == trained
+        assert not trained or check["weight_error"] <= (1e-5 if dtype == "float32" else 5e-2), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_bare_product_is_read_before_every_run(load):
+    contest, peers = load("contest"), load("linear_peers")
+    case = linear_case(contest, "linear_logps")
+    kept = {"fastpref_linear", "plain_head", "plain_head_counted"}
+    made = contest.LinearContest(case, CPU, leave_out=dict.fromkeys(peers.LOGPS_PEERS.keys() - kept, "not here"))
+    made.rounds.few = frozenset({"plain_head"})
+    made.rounds.play(4)
+    assert {name: len(samples) for name, samples in made.rounds.samples.items()} == {
+        "fastpref_linear": 4,
+        "plain_head": made.rounds.FEW,
+        "plain_head_counted": 4,
+    }
+    assert all(len(made.rounds.unit_samples[name]) == len(made.rounds.samples[name]) for name in kept)
+    record = made.record()
+    assert record["unit_flop"] == 2 * 16 * 16 * 300  # half of the tokens count
+    assert record["gradient_bytes"] == (32 + 300) * 16 * 4
+    assert record["plan"]["kind"] == "recompute"
+    assert record["competitors"]["gemm"]["rounds"] == 4 + 2 + 4
+    assert record["competitors"]["plain_head"]["times_unit"] > 0
+
+
+def test_truth_in_float64_is_autograds(load):
+    measure = load("measure")
+    hidden, weight = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (7, 11))
+    labels = torch.tensor([3, -100, 0, 10, 5, -100, 5])
+    grad = torch.randn(7, dtype=torch.float64)
+    measure.HeadTruth.ROWS = 2
+    truth = measure.HeadTruth(hidden.detach(), weight.detach(), labels)
+    truth.differentiate(grad, trained=True)
+    kept = labels != -100
+    logps = torch.log_softmax(hidden @ weight.t(), -1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    logps = torch.where(kept, logps, 0.0)
+    logps.backward(grad)
+    torch.testing.assert_close(truth.logps, logps.detach())
+    assert truth.hidden_errors(hidden.grad).max() < 1e-12
+    assert truth.weight_error(weight.grad) < 1e-12
+    assert truth.logps_errors(logps.detach() + 1).min() > 0.99
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.filterwarnings("ignore")
+def test_accuracy_table(load, capsys, tmp_path):
+    accuracy = load("accuracy")
+    shape = ["--vocab", "300", "--lengths", "8", "32", "--hidden-size", "64"]
+    assert accuracy.main([*shape, "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "| V=300, L=8 | V=300, L=32 |" in text
+    (path,) = tmp_path.glob("*-accuracy.json")
+    results = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() == text
+    errors = {(e["dtype"], e["what"], e["at"]): e["error"] for e in results["errors"] if e["peer"] == "fastpref"}
+    for dtype in ("float32", "bfloat16"):
+        assert errors[dtype, "logps max", None] < 2e-5
+        assert errors[dtype, "margin", "L=32"] < 5e-4
+        assert errors[dtype, "sure", "p=0.9999"] < 1e-4
+        assert errors[dtype, "token", "p=0.9999"] < (1e-4 if dtype == "float32" else 1e-2)
+        assert errors[dtype, "step", "head"] < (1e-4 if dtype == "float32" else 1e-2)
+    with pytest.raises(SystemExit):
+        accuracy.main(["--lengths", "3", "32"])
+    assert "--lengths must divide the longest, 32" in capsys.readouterr().err
+
+
 def test_rounds_restore_what_a_peer_overwrites(load):
     contest = load("contest")
     case = contest.Case("token_logps", "step", 8, 50, "float32")
@@ -98,6 +205,14 @@ def test_the_gate_cannot_be_emptied(load, monkeypatch, tmp_path):
     assert "exit code 5" in nothing
 
 
+def test_the_gate_finds_its_tests(load):
+    verify = load("verify")
+    assert {path.stem for path in BENCHMARKS.glob("bench_*.py")} == set(verify._OPS)
+    for path, keyword in verify.required(verify._OPS):
+        done = run("-m", "pytest", path, "-k", keyword, "--collect-only", "-q", "-p", "no:cacheprovider")
+        assert done.returncode == 0, done.stdout[-2000:]
+
+
 RECORD = {
     "op": "token_logps", "mode": "step", "tokens": 8, "vocab": 50, "dtype": "float32", "masked": 0.5, "loss": "",
     "name": "step-8x50", "rounds": 5, "gradient_bytes": 1600, "bandwidth_kind": "copy",
@@ -131,6 +246,26 @@ def test_report(load, tmp_path, capsys, monkeypatch):
     assert not path.with_suffix(".png").exists()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_report_of_a_head(load, tmp_path):
+    contest, peers, report = load("contest"), load("linear_peers"), load("report")
+    kept = {"fastpref_linear_step", "plain_head_step"}
+    leave_out = dict.fromkeys(peers.STEP_PEERS.keys() - kept, "not here")
+    record = contest.measured(linear_case(contest, "linear_preference"), CPU, {}, 0.0, leave_out=leave_out)
+    record = json.loads(json.dumps(record))
+    raw = {"machine_info": {"cpu": "a CPU"}, "benchmarks": [{"extra_info": record}]}
+    text = report.markdown(report.load(raw))
+    assert (
+        "## linear_preference, forward and backward, T=32, H=16, V=300, float32, trained head, 50 % ignored, sigmoid, "
+        "reference given" in text
+    )
+    assert "| bare GEMM (U) | 1.00 |" in text
+    assert "\n| fastpref | " in text
+    assert "fastpref's plan: pair_resident, 3.0 GEMM passes, float32" in text
+    assert "gradients 0.0 MiB" in text
+    assert "GB/s counts" not in text  # the legend of the benchmarks from logits
+
+
 def test_report_draws(load, tmp_path):
     pytest.importorskip("matplotlib")
     load("report").plot({"cases": [RECORD]}, tmp_path / "plot.png")
@@ -153,6 +288,10 @@ def test_gpu_rehearsal(tmp_path):
         "forward-8x300-bfloat16-masked50",
         "rdpo-step-8x300-bfloat16-masked50",
         "rdpo-step-32x64-float32-masked50",
+        "sigmoid-step-16x24x300-bfloat16-trained-masked50-reference_given",
+        "sigmoid-step-16x24x300-bfloat16-frozen-masked50-reference_given",
+        "step-16x24x300-bfloat16-trained-masked50",
+        "step-16x24x300-bfloat16-frozen-masked50",
     ]
     for case in results["cases"]:
         assert any("native" in name for name in case["competitors"])
@@ -163,6 +302,8 @@ def test_gpu_rehearsal(tmp_path):
     assert "nothing in this file was measured on a GPU" in text
     assert text.count("\n## token_logps") == 2
     assert text.count("\n## preference") == 2
+    assert text.count("\n## linear_preference") == 2
+    assert text.count("\n## linear_logps") == 2
 
 
 def test_gpu_without_a_gpu(tmp_path):
