@@ -2,8 +2,8 @@
 
 Prints tables per dtype, for fastpref and for every peer that runs here: log-probs of tokens, margins of pairs by
 completion length, gradients, and tokens the model is sure of apart. Log-probs are taken in slices of tokens, which
-changes no token's value and lets peers that keep all logits take part. Takes about half an hour on two cores; --quick,
-one vocabulary and no long completions, a minute or two.
+changes no token's value and lets peers that keep all logits take part. Takes an hour or more on two cores; --quick,
+one vocabulary and no long completions, minutes.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastpref
 from fastpref.cli import main
 from fastpref.curate import InputError, read_scored_samples, select_pairs
 from fastpref.demo.samples import embedded_samples
@@ -64,13 +66,15 @@ def test_it_ends_on_one_screen_with_two_blocks(run):
         "  untouched model",
         "length-matched accuracy ",
         "Spearman(margin, rating gap) ",
-        "Cost: 5 identical steps",
+        "Cost: 5 identical steps, logits [8, up to ",
         "step time, ms ",
         "peak memory, MB ",
         "largest margin error ",
-        "losses equal to 1e-05",
+        "losses equal to 1e-05 ",
     ):
         assert any(line.startswith(start) for line in lines), start
+    columns = [re.split("  +", line.strip()) for line in lines]
+    assert ["plain PyTorch", "fastpref, logits", "fastpref, hidden"] in columns
 
 
 def test_malformed_lines_are_reported_and_counted(run):
@@ -92,13 +96,17 @@ def test_the_numbers_are_whole(run):
         assert 0 <= low <= row["value"] <= high <= 1 and (row["n"], row["seeds"]) == (pairs["held_out"], seeds), name
     assert -1 <= training["spearman_margin_gap"]["value"] <= 1
     assert training["beta_rating"] > 0
-    assert cost["losses_equal"] and cost["loss_difference"] <= 1e-5 and cost["gradient_difference"] < 1e-4
-    assert cost["vocabulary"] == 32_768 and cost["steps"] == 5
-    assert cost["fastpref"]["margin_error"] < 1e-4 and cost["plain"]["margin_error"] < 1e-4
+    assert cost["losses_equal"]
+    for prefix in ("", "linear_"):
+        assert cost[f"{prefix}loss_difference"] <= 1e-5 and cost[f"{prefix}gradient_difference"] < 1e-4
+        low, high = cost[f"{prefix}step_time_ratio_range"]
+        assert 0 < low <= cost[f"{prefix}step_time_ratio"] <= high
+    assert (cost["vocabulary"], cost["width"], cost["steps"]) == (32_768, 128, 5)
+    assert max(cost[name]["margin_error"] for name in ("plain", "fastpref", "linear")) < 1e-4
     if sys.platform == "linux" and cost["plain"]["peak_mb"] is not None:
         logits_mb = cost["sequences"] * cost["tokens"] * cost["vocabulary"] * 4 / 1e6
         assert cost["plain"]["peak_mb"] > 1.5 * logits_mb  # logits and their log-softmax, at the least
-        assert cost["fastpref"]["peak_mb"] < cost["plain"]["peak_mb"]
+        assert cost["linear"]["peak_mb"] < cost["fastpref"]["peak_mb"] < cost["plain"]["peak_mb"]
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys):
@@ -215,6 +223,38 @@ def test_real_data_shows_what_methods_md_says():
     assert max(map(chosen.count, chosen)) == 79
 
 
+# ---- training
+
+
+def test_training_and_evaluation_form_no_logits(monkeypatch):
+    """They call neither the model's forward nor what takes logits."""
+
+    def refuse(*arguments, **keywords):
+        raise AssertionError("logits [sequences, tokens, vocabulary] were formed")
+
+    monkeypatch.setattr(demo.TinyTransformer, "forward", refuse)
+    monkeypatch.setattr(fastpref, "token_logps", refuse)
+    monkeypatch.setattr(fastpref, "preference_loss", refuse)
+    task, _ = demo.prepare(embedded_samples(24, 6), "raw")
+    with demo.Progress(100) as progress:
+        training, model, batches = demo.train_and_evaluate(task, demo.DemoOptions(steps=2, seeds=1), progress)
+    assert training["held_out_accuracy"]["n"] == len(task.held_out) and len(batches) == demo.COST_STEPS
+    with pytest.raises(AssertionError, match="were formed"):
+        model(batches[0].ids)
+
+
+def test_log_probs_are_those_of_the_logits():
+    torch.manual_seed(0)
+    model = demo.TinyTransformer()
+    ids, labels = demo.pad([demo.join_tokens([5, 6], [7, 8, 9]), demo.join_tokens([5], [])])
+    with torch.no_grad():
+        expected = torch.zeros(ids.shape)
+        logps = model(ids)[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+        expected[:, :-1] = torch.where(labels[:, 1:] == demo.IGNORE, 0, logps)
+        assert model.hidden_states(ids).shape == (2, ids.shape[1], demo.WIDTH)
+        torch.testing.assert_close(demo.label_logps(model, ids, labels), expected, atol=1e-5, rtol=0)
+
+
 # ---- estimates
 
 
@@ -262,8 +302,11 @@ class TinyModel(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(50, 8)
 
+    def hidden_states(self, ids):
+        return self.embedding(ids)
+
     def forward(self, ids):
-        return self.embedding(ids) @ self.embedding.weight.T
+        return self.hidden_states(ids) @ self.embedding.weight.T
 
 
 @pytest.fixture
@@ -277,17 +320,37 @@ def batch():
     return demo_cost.Batch(ids, labels, torch.randn(4, 9) * scored, torch.tensor([1.0, 2.0]))
 
 
-def test_plain_fused_and_float64_are_one_computation(batch):
+def test_plain_fused_linear_and_float64_are_one_computation(batch):
     torch.manual_seed(1)
     cost = demo_cost.measure_cost(TinyModel(), [batch] * 3, 0.1, 0.4, lambda: None)
-    assert cost["losses_equal"] and cost["gradient_difference"] < 1e-5
-    assert 0 < max(cost["plain"]["margin_error"], cost["fastpref"]["margin_error"]) < 1e-5
-    low, high = cost["step_time_ratio_range"]
-    assert 0 < low <= cost["step_time_ratio"] <= high
+    assert cost["losses_equal"]
+    assert 0 < max(cost[name]["margin_error"] for name in ("plain", "fastpref", "linear")) < 1e-5
+    for prefix in ("", "linear_"):
+        assert cost[f"{prefix}gradient_difference"] < 1e-5
+        low, high = cost[f"{prefix}step_time_ratio_range"]
+        assert 0 < low <= cost[f"{prefix}step_time_ratio"] <= high
 
 
-def test_a_loss_that_differs_is_noticed(batch, monkeypatch):
-    plain_loss = demo_cost.plain_loss
-    monkeypatch.setattr(demo_cost, "plain_loss", lambda *a: (plain_loss(*a)[0] * (1 + 5e-5), plain_loss(*a)[1]))
+@pytest.mark.parametrize("which", ["plain", "fused", "linear"])
+def test_a_loss_that_differs_is_noticed(batch, monkeypatch, which):
+    original = getattr(demo_cost, f"{which}_loss")
+
+    def wrong(*arguments):
+        output = original(*arguments)
+        loss = output[0] * (1 + 5e-5)
+        return (loss, output[1]) if which == "plain" else output._replace(loss=loss)
+
+    monkeypatch.setattr(demo_cost, f"{which}_loss", wrong)
     cost = demo_cost.measure_cost(TinyModel(), [batch], 0.1, 0.4, lambda: None)
-    assert not cost["losses_equal"] and cost["loss_difference"] == pytest.approx(5e-5, rel=0.1)
+    assert not cost["losses_equal"]
+    for prefix, differs in {"": which != "linear", "linear_": which != "fused"}.items():
+        assert (cost[f"{prefix}loss_difference"] > 1e-5) == differs
+        if differs:
+            assert cost[f"{prefix}loss_difference"] == pytest.approx(5e-5, rel=0.1)
+
+
+def test_a_system_that_hides_its_memory_keeps_the_screen_whole(run):
+    numbers = run[1]
+    untold = {name: numbers["cost"][name] | {"peak_mb": None} for name in ("plain", "fastpref", "linear")}
+    lines = demo_report.screen(numbers | {"cost": numbers["cost"] | untold}).splitlines()
+    assert len(lines) == 24 and any(re.fullmatch("peak memory, MB +this system does not tell", line) for line in lines)

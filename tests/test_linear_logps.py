@@ -85,6 +85,15 @@ def make(
 BACKENDS = [("reference", "cpu"), ("native", "cpu"), ("native", "cuda"), ("triton", "cuda")]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Thousands of tiny products: two threads that get one core between them would wait for each other at each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Backend(NamedTuple):
     name: str
     device: torch.device
@@ -174,10 +183,8 @@ def terms(tensors, labels, grad, transform):
     return {"hidden": (dz @ weight).view(t["hidden"].shape), **sizes}
 
 
-def by_row(gradient):
-    """Rows of which each has a size of its own; a few terms may cancel, and their rounding is what is left."""
-    few = gradient.dim() == 1 or gradient.shape[-1] < 16
-    return gradient.reshape(1, -1) if few else gradient.reshape(-1, gradient.shape[-1])
+def rms(value, true):
+    return (value.double() - true).square().mean().sqrt().item()
 
 
 def check(tensors, labels, trained=TRAINED["all"], backend=None, transform=None, **options):
@@ -208,8 +215,15 @@ def check(tensors, labels, trained=TRAINED["all"], backend=None, transform=None,
     _, same_gradients = run(plain, tensors, labels, grad, trained, **transform)
     assert_no_worse(logps.reshape(1, -1), same.reshape(1, -1), truth.reshape(1, -1), torch.float32, "logps")
     for name, gradient in gradients.items():
-        rows = (by_row(g) for g in (gradient, same_gradients[name], true_gradients[name]))
-        assert_no_worse(*rows, dtype, f"gradient of {name}")
+        # Each entry is bounded above; against PyTorch all are one row, for what is left where terms cancel is chance.
+        # So is which of two float32 sums meets the worst rounding: there the usual error is compared.
+        three = (gradient, same_gradients[name], true_gradients[name])
+        if dtype == torch.float32:
+            ours, theirs = (rms(g, true_gradients[name]) for g in three[:2])
+            allowed = 1.5 * theirs + torch.finfo(dtype).eps * rms(true_gradients[name], 0.0)
+            assert ours <= allowed, f"gradient of {name} off by {ours:.2e} rms, PyTorch by {theirs:.2e}"
+        else:
+            assert_no_worse(*(g.reshape(1, -1) for g in three), dtype, f"gradient of {name}")
 
 
 def close(got, expected, rtol=0.0, atol=1e-10):
@@ -362,9 +376,6 @@ def test_rounded_logits_are_no_worse_than_pytorchs(backend, dtype, extras):
     def peer(t, y):
         z = torch.log_softmax(project(t).float(), -1)
         return torch.where(y == -100, 0.0, z.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1))
-
-    def rms(value, true):
-        return (value.double() - true).square().mean().sqrt().item()
 
     for trained in ("score", "hidden", "all"):
         options = {"logits_dtype": dtype, "backend": backend.name}
@@ -560,18 +571,19 @@ class TestProducts:
             for name, gradient in got[1].items():
                 assert_no_worse(gradient, same[1][name], truth[1][name], torch.bfloat16, name)
 
-    def test_threads_and_repeats_change_no_bit(self):
-        tensors, labels = make((70,), 40, 5003, torch.bfloat16)
-        grad, threads = torch.randn(70), torch.get_num_threads()
-        try:
-            results = []
-            for count in (1, 2, 2):
-                torch.set_num_threads(count)
-                results.append(run(fused, tensors, labels, grad, ())[0])
-        finally:
+    def test_threads_and_repeats(self):
+        tensors, labels = make((70,), 40, 5003, torch.bfloat16, bias=True, rank=2)
+        grad, results = torch.randn(70), []
+        for threads in (1, 2, 2, 5):  # the fixture of this module puts the number back
             torch.set_num_threads(threads)
-        torch.testing.assert_close(results[1], results[2], rtol=0, atol=0)
-        torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
+            for budget in (None, 40 * 5003 * 2):
+                results.append(run(fused, tensors, labels, grad, max_tile_bytes=budget))
+            check(tensors, labels)
+            check(tensors, labels, TRAINED["hidden"])
+        torch.testing.assert_close(results[2:4], results[4:6], rtol=0, atol=0)
+        for other in results[1:]:
+            torch.testing.assert_close(other[0], results[0][0], rtol=0, atol=1e-6)
+            close(other, results[0], atol=2**-6)
 
 
 def test_products_agree():

@@ -1,4 +1,5 @@
-"""What a preference step costs: plain PyTorch against fastpref, on the same weights and the same batches."""
+"""What a preference step costs: plain PyTorch against fastpref from logits and from hidden states, on the same weights
+and the same batches."""
 
 import ctypes
 import gc
@@ -26,19 +27,26 @@ class Batch:
     rating_gap: Tensor  # [B] fp32
 
 
-def fused_loss(logits, batch, beta, beta_rating):
+def linear_loss(hidden, weight, batch, beta, beta_rating) -> fastpref.PreferenceOutput:
+    """RDPO by fastpref from hidden states [2B, T, H] and the head [V, H]; the logits are never stored."""
+    return fastpref.linear_preference_loss(hidden, weight, batch.labels, **rdpo(batch, beta, beta_rating))
+
+
+def fused_loss(logits, batch, beta, beta_rating) -> fastpref.PreferenceOutput:
     """RDPO by fastpref. The gradient replaces the logits [2B, T, V] in place: nothing else reads them."""
-    return fastpref.preference_loss(
-        logits,
-        batch.labels,
-        ref_token_logps=batch.ref_token_logps,
-        loss="rdpo",
-        loss_options={"beta_rating": beta_rating},
-        beta=beta,
-        rating_gap=batch.rating_gap,
-        shift=True,
-        inplace_backward=True,
-    )
+    return fastpref.preference_loss(logits, batch.labels, inplace_backward=True, **rdpo(batch, beta, beta_rating))
+
+
+def rdpo(batch, beta, beta_rating) -> dict:
+    """What both forms of the loss are told."""
+    return {
+        "ref_token_logps": batch.ref_token_logps,
+        "loss": "rdpo",
+        "loss_options": {"beta_rating": beta_rating},
+        "beta": beta,
+        "rating_gap": batch.rating_gap,
+        "shift": True,
+    }
 
 
 def plain_loss(logits, batch, beta, beta_rating) -> tuple[Tensor, Tensor]:
@@ -52,63 +60,76 @@ def plain_loss(logits, batch, beta, beta_rating) -> tuple[Tensor, Tensor]:
 
 
 def measure_cost(model, batches, beta, beta_rating, advance) -> dict:
-    """Forward, loss and backward of every batch, by both, interleaved; the weights stay as they are.
+    """Forward, loss and backward of every batch, by all three, interleaved; the weights stay as they are.
 
-    Times are medians over the batches, the ratio is the median of the ratios per batch. Peak memory is the growth of
-    the resident set during a step, the largest over the batches (None where the system does not tell). Margin errors
-    are against float64 log-probs of the same fp32 logits.
+    "plain" and "fastpref" take the model's logits, "linear" its hidden states and its head. Times are medians over the
+    batches, a ratio is the median of the ratios per batch to plain. Peak memory is the growth of the resident set
+    during a step, the largest over the batches (None where the system does not tell). Margin errors are those of
+    margin_errors. Differences of loss and gradient are relative to plain, the largest over the batches.
     """
     methods = {
-        "plain": lambda logits, batch: plain_loss(logits, batch, beta, beta_rating)[0],
-        "fastpref": lambda logits, batch: fused_loss(logits, batch, beta, beta_rating).loss,
+        "plain": lambda batch: plain_loss(model(batch.ids), batch, beta, beta_rating)[0],
+        "fastpref": lambda batch: fused_loss(model(batch.ids), batch, beta, beta_rating).loss,
+        "linear": lambda batch: (
+            linear_loss(model.hidden_states(batch.ids), model.embedding.weight, batch, beta, beta_rating).loss
+        ),
     }
     for loss in methods.values():
         run_step(model, batches[0], loss)  # warm-up: thread pools, lazy imports
-    seconds, peaks = ({name: [] for name in methods} for _ in range(2))
+    names = list(methods)
+    seconds, peaks = ({name: [] for name in names} for _ in range(2))
     losses, gradients = {}, {}
-    margin_error = dict.fromkeys(methods, 0.0)
-    loss_difference = gradient_difference = 0.0
+    margin_error, loss_difference, gradient_difference = (dict.fromkeys(names, 0.0) for _ in range(3))
     for number, batch in enumerate(batches):
-        for name in list(methods)[:: 1 if number % 2 else -1]:
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
             peak = PeakGrowth()
             losses[name], gradients[name], elapsed = run_step(model, batch, methods[name])
             peaks[name].append(peak.bytes())
             seconds[name].append(elapsed)
-        loss_difference = max(loss_difference, relative(losses["fastpref"] - losses["plain"], losses["plain"]))
-        difference = torch.linalg.vector_norm(gradients["fastpref"] - gradients["plain"])
-        gradient_difference = max(
-            gradient_difference, relative(difference, torch.linalg.vector_norm(gradients["plain"]))
-        )
-        for name, error in margin_errors(model, batch, beta, beta_rating).items():
-            margin_error[name] = max(margin_error[name], error)
+        errors = margin_errors(model, batch, beta, beta_rating)
+        for name in names:
+            apart = relative(losses[name] - losses["plain"], losses["plain"])
+            loss_difference[name] = max(loss_difference[name], apart)
+            apart = relative(*map(torch.linalg.vector_norm, (gradients[name] - gradients["plain"], gradients["plain"])))
+            gradient_difference[name] = max(gradient_difference[name], apart)
+            margin_error[name] = max(margin_error[name], errors[name])
         advance()
-    ratios = [fused / plain for fused, plain in zip(seconds["fastpref"], seconds["plain"], strict=True)]
+    ratios = {name: [own / plain for own, plain in zip(seconds[name], seconds["plain"], strict=True)] for name in names}
     return {
         "steps": len(batches),
         "sequences": len(batches[0].ids),
         "tokens": max(batch.ids.shape[1] for batch in batches),
         "vocabulary": model.embedding.num_embeddings,
+        "width": model.embedding.embedding_dim,
         **{
             name: {
                 "step_seconds": statistics.median(seconds[name]),
                 "peak_mb": None if None in peaks[name] else max(peaks[name]) / MB,
                 "margin_error": margin_error[name],
             }
-            for name in methods
+            for name in names
         },
-        "step_time_ratio": statistics.median(ratios),
-        "step_time_ratio_range": [min(ratios), max(ratios)],
+        **against_plain("", "fastpref", ratios, loss_difference, gradient_difference),
+        **against_plain("linear_", "linear", ratios, loss_difference, gradient_difference),
         "loss_tolerance": LOSS_TOLERANCE,
-        "loss_difference": loss_difference,
-        "gradient_difference": gradient_difference,
-        "losses_equal": loss_difference <= LOSS_TOLERANCE,
+        "losses_equal": max(loss_difference.values()) <= LOSS_TOLERANCE,
+    }
+
+
+def against_plain(prefix, name, ratios, loss_difference, gradient_difference) -> dict:
+    return {
+        f"{prefix}step_time_ratio": statistics.median(ratios[name]),
+        f"{prefix}step_time_ratio_range": [min(ratios[name]), max(ratios[name])],
+        f"{prefix}loss_difference": loss_difference[name],
+        f"{prefix}gradient_difference": gradient_difference[name],
     }
 
 
 def run_step(model, batch, loss) -> tuple[Tensor, Tensor, float]:
     """(loss, gradient of the embedding table, seconds); no gradient is left behind."""
     started = time.perf_counter()
-    value = loss(model(batch.ids), batch)
+    value = loss(batch)
     value.backward()
     elapsed = time.perf_counter() - started
     gradient = model.embedding.weight.grad
@@ -124,22 +145,29 @@ def relative(difference, size) -> float:
 
 @torch.no_grad()
 def margin_errors(model, batch, beta, beta_rating) -> dict[str, float]:
-    """Largest |margin - float64 margin| of both, all three from one set of fp32 logits."""
-    logits = model(batch.ids)
-    truth = exact_margins(logits, batch, beta)
+    """Largest |margin - float64 margin| of each, all from one set of fp32 hidden states and one head.
+
+    The product of the two is in everyone's error: plain and fastpref share one set of fp32 logits, linear forms its
+    own, the truth is float64 from the product on.
+    """
+    hidden, weight = model.hidden_states(batch.ids), model.embedding.weight
+    logits = hidden @ weight.T
     margins = {
         "plain": plain_loss(logits, batch, beta, beta_rating)[1],
         "fastpref": fused_loss(logits, batch, beta, beta_rating).margins,
+        "linear": linear_loss(hidden, weight, batch, beta, beta_rating).margins,
     }
+    truth = exact_margins(hidden, weight, batch, beta)
     return {name: (margin.double() - truth).abs().max().item() for name, margin in margins.items()}
 
 
-def exact_margins(logits, batch, beta) -> Tensor:
-    """[B] float64. One sequence at a time: all of them in float64 would not fit where the step itself does."""
-    log_ratios = []
-    for row, labels, ref_logps in zip(logits, batch.labels, batch.ref_token_logps, strict=True):
+def exact_margins(hidden, weight, batch, beta) -> Tensor:
+    """[B] float64. One sequence at a time: all logits in float64 would not fit where the step itself does."""
+    log_ratios, weight = [], weight.double()
+    for row, labels, ref_logps in zip(hidden, batch.labels, batch.ref_token_logps, strict=True):
         scored = labels[1:] != -100
-        logps = row[:-1][scored].double().log_softmax(-1).gather(-1, labels[1:][scored][:, None])[:, 0]
+        logits = row[:-1][scored].double() @ weight.T
+        logps = logits.log_softmax(-1).gather(-1, labels[1:][scored][:, None])[:, 0]
         log_ratios.append((logps - ref_logps[:-1][scored].double()).sum())
     chosen, rejected = torch.stack(log_ratios).chunk(2)
     return beta * (chosen - rejected)

@@ -147,24 +147,35 @@ def row(name, estimate, remark="") -> str:
 
 
 def cost_block(cost) -> list[str]:
-    plain, fused = cost["plain"], cost["fastpref"]
-    low, high = cost["step_time_ratio_range"]
-    if plain["peak_mb"] is None or fused["peak_mb"] is None:
-        peak = "peak memory, MB               this system does not tell"
-    else:
-        ratio = fused["peak_mb"] / plain["peak_mb"]
-        peak = f"{'peak memory, MB':<30}{plain['peak_mb']:>13.0f}{fused['peak_mb']:>12.0f}   ratio {ratio:.2f}"
+    """Plain PyTorch, fastpref from logits and fastpref from hidden states; ratios and differences are to the first."""
+    plain, methods = cost["plain"], {"": cost["fastpref"], "linear_": cost["linear"]}
+    times, peaks, margins, differences = [], [], [], []
+    for prefix, own in methods.items():
+        low, high = cost[f"{prefix}step_time_ratio_range"]
+        ratio = f"ratio {cost[f'{prefix}step_time_ratio']:.2f} ({low:.2f}-{high:.2f})"
+        times.append(f"{own['step_seconds'] * 1e3:>8.0f} {ratio}")
+        if None not in (plain["peak_mb"], own["peak_mb"]):
+            peaks.append(f"{own['peak_mb']:>8.0f} ratio {own['peak_mb'] / plain['peak_mb']:.2f}")
+        margins.append(f"{own['margin_error']:>8.1e}")
+        apart, gradient_apart = cost[f"{prefix}loss_difference"], cost[f"{prefix}gradient_difference"]
+        differences.append(f"{apart:>8.1e}, gradient {gradient_apart:.1e}")
+    equal = "equal" if cost["losses_equal"] else "NOT EQUAL"
     return [
         f"Cost: {cost['steps']} identical steps, logits [{cost['sequences']}, up to {cost['tokens']}, "
-        f"{cost['vocabulary']}] fp32",
-        f"{'':<30}{'plain PyTorch':>13}{'fastpref':>12}",
-        f"{'step time, ms':<30}{plain['step_seconds'] * 1e3:>13.0f}{fused['step_seconds'] * 1e3:>12.0f}"
-        f"   ratio {cost['step_time_ratio']:.2f} ({low:.2f} to {high:.2f})",
-        peak,
-        f"{'largest margin error':<30}{plain['margin_error']:>13.1e}{fused['margin_error']:>12.1e}   against float64",
-        f"losses {'equal' if cost['losses_equal'] else 'NOT EQUAL'} to {cost['loss_tolerance']:g}: relative difference "
-        f"{cost['loss_difference']:.1e}, of the gradients {cost['gradient_difference']:.1e}",
+        f"{cost['vocabulary']}] = hidden [.., {cost['width']}] x head, fp32",
+        cost_row("", "plain PyTorch", ["   fastpref, logits", "   fastpref, hidden"]),
+        cost_row("step time, ms", f"{plain['step_seconds'] * 1e3:.0f}", times),
+        cost_row("peak memory, MB", f"{plain['peak_mb']:.0f}", peaks)
+        if len(peaks) == len(methods)
+        else f"{'peak memory, MB':<25}this system does not tell",
+        cost_row("largest margin error", f"{plain['margin_error']:.1e}", margins),
+        cost_row(f"losses {equal} to {cost['loss_tolerance']:g}", "", differences),
+        "differences are relative to plain PyTorch, margin errors against float64 from the hidden states on",
     ]
+
+
+def cost_row(name, plain, cells) -> str:
+    return f"{name:<25}{plain:>13}{''.join(f'{cell:<31}' for cell in cells)}".rstrip()
 
 
 def count(number, thing) -> str:

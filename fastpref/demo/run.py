@@ -1,7 +1,8 @@
 """`fastpref demo`: scored samples -> pairs -> RDPO on a small transformer -> what it learnt and what it cost.
 
-Small enough for two CPU cores and three minutes, but with a table of 32,768 rows, so that the logits [sequences,
-tokens, vocabulary] dominate memory as they do in a real run. Every number it returns is measured in this run.
+Small enough for two CPU cores and three minutes, but with a table of 32,768 rows, so that logits [sequences, tokens,
+vocabulary] would dominate memory as they do in a real run. Training and evaluation go from hidden states to log-probs
+and never form them; the cost is measured with and without. Every number it returns is measured in this run.
 """
 
 import copy
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 import fastpref
 from fastpref.curate import InputError, PairSelection, ScoredSamples, read_scored_samples, select_pairs, to_logit
-from fastpref.demo.cost import Batch, fused_loss, measure_cost
+from fastpref.demo.cost import Batch, linear_loss, measure_cost
 from fastpref.demo.report import accuracy, spearman
 from fastpref.demo.samples import embedded_samples
 
@@ -308,9 +309,11 @@ class TinyTransformer(nn.Module):
         for table in (self.embedding, self.position):
             nn.init.normal_(table.weight, std=0.05)
 
+    def hidden_states(self, ids):  # [sequences, tokens] -> [sequences, tokens, WIDTH], what the head is applied to
+        return self.norm(self.blocks(self.embedding(ids) + self.position.weight[: ids.shape[1]]))
+
     def forward(self, ids):  # [sequences, tokens] -> logits [sequences, tokens, VOCABULARY]
-        x = self.embedding(ids) + self.position.weight[: ids.shape[1]]
-        return self.norm(self.blocks(x)) @ self.embedding.weight.T
+        return self.hidden_states(ids) @ self.embedding.weight.T
 
 
 # ---- training
@@ -352,8 +355,7 @@ def warm_up(model, pairs, steps, generator, progress) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), WARMUP_LEARNING_RATE, weight_decay=0.0)
     for indices in pair_order(len(pairs), steps, generator):
         ids, labels = pad([pairs.tokens[i] for i in indices])
-        logps = fastpref.token_logps(model(ids), labels, shift=True, inplace_backward=True)
-        update(model, optimizer, -logps.sum() / (labels != IGNORE).sum())
+        update(model, optimizer, -label_logps(model, ids, labels).sum() / (labels != IGNORE).sum())
         progress.advance()
 
 
@@ -361,8 +363,14 @@ def train_rdpo(policy, reference, pairs, steps, generator, beta_rating, progress
     optimizer = torch.optim.AdamW(policy.parameters(), LEARNING_RATE, weight_decay=0.0)
     for indices in pair_order(len(pairs), steps, generator):
         batch = reference_batch(reference, pairs, indices)
-        update(policy, optimizer, fused_loss(policy(batch.ids), batch, BETA, beta_rating).loss)
+        hidden = policy.hidden_states(batch.ids)
+        update(policy, optimizer, linear_loss(hidden, policy.embedding.weight, batch, BETA, beta_rating).loss)
         progress.advance()
+
+
+def label_logps(model, ids, labels) -> Tensor:
+    """[sequences, tokens] fp32, entry t for the label at t + 1, 0 where that is IGNORE; no logits are stored."""
+    return fastpref.linear_token_logps(model.hidden_states(ids), model.embedding.weight, labels, shift=True)
 
 
 def update(model, optimizer, loss) -> None:
@@ -377,7 +385,7 @@ def reference_batch(reference, pairs, indices) -> Batch:
     """The pairs at `indices`, chosen first, with the reference's log-probs."""
     ids, labels = pad([pairs.tokens[i] for i in [*indices, *(len(pairs) + indices)]])
     gap = torch.tensor(pairs.gap[indices], dtype=torch.float32)
-    return Batch(ids, labels, fastpref.token_logps(reference(ids), labels, shift=True), gap)
+    return Batch(ids, labels, label_logps(reference, ids, labels), gap)
 
 
 # ---- evaluation
@@ -409,7 +417,7 @@ def summed_logps(model, tokens) -> np.ndarray:
     for start in range(0, len(distinct), 2 * PAIRS_PER_STEP):
         group = distinct[start : start + 2 * PAIRS_PER_STEP]
         ids, labels = pad(group)
-        logps = fastpref.token_logps(model(ids), labels, shift=True).double().sum(-1).tolist()
+        logps = label_logps(model, ids, labels).double().sum(-1).tolist()
         sums.update(zip(group, logps, strict=True))
     return np.array([sums[t] for t in tokens])
 
