@@ -14,7 +14,18 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("fastpref", "torch", "triton", "numpy", "trl", "transformers", "liger-kernel", "pytest", "pytest-benchmark")
+PACKAGES = (
+    "fastpref",
+    "torch",
+    "triton",
+    "numpy",
+    "trl",
+    "transformers",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "pytest",
+    "pytest-benchmark",
+)
 
 
 def facts() -> dict:

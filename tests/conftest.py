@@ -149,9 +149,8 @@ def two_ranks(tmp_path):
             )
             for rank in range(2)
         ]
-        for process in ranks:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
+        errors = [process.communicate(timeout=120)[1] for process in ranks]
+        assert not any(process.returncode for process in ranks), "\n".join(errors)
         return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
     return run
