@@ -76,7 +76,7 @@ std::map<std::string, std::string> build_info() {
       {"compiler", __VERSION__},
       {"simd", simd_level_name(simd_level())},
       {"threads", parallel_runtime()},
-      {"linear product", linear_logps_product()},
+      {"linear_product", linear_logps_product()},
 #ifdef FASTPREF_WITH_CUDA
       {"cuda", FASTPREF_CUDA_VERSION},
       {"cuda_architectures", FASTPREF_CUDA_ARCHS},

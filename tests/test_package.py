@@ -18,13 +18,18 @@ def test_tests_meet_the_installed_package():
 def test_public_names():
     assert set(fastpref.__all__) == {
         "CudaError",
+        "FusedLMHead",
+        "Plan",
         "PreferenceOutput",
         "SequenceLogps",
         "TokenStats",
         "__version__",
         "build_info",
         "curate",
+        "linear_preference_loss",
+        "linear_token_logps",
         "losses",
+        "plan",
         "preference_loss",
         "sequence_logps",
         "set_simd_level",
