@@ -792,7 +792,8 @@ def linear_token_logps(
     """token_logps of the logits hidden @ weight.T (+ bias), which are never stored.
 
     Differentiable by hidden, weight, bias and adapter, once. What asks for a gradient decides the work: nothing, one
-    product; hidden alone, two (a frozen head); the head too, four.
+    product; hidden alone, two (a frozen head), in float16 three: its gradients wait for the loss scale; the head too,
+    four.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64.
@@ -859,7 +860,7 @@ def gather(
 ):  # fmt: skip
     """hidden [tokens, H], labels [tokens] -> logps [tokens], stats [4 or 0, tokens], the reference's logps or None."""
     head_grad = any(t is not None and t.requires_grad for t in (weight, bias, adapter_a, adapter_b))
-    kind = choose_kind(hidden.requires_grad, head_grad, False) if torch.is_grad_enabled() else "score"
+    kind = choose_kind(hidden.requires_grad, head_grad, False, hidden.dtype) if torch.is_grad_enabled() else "score"
     # without a gradient too, as in token_logps; but torch.compile cannot trace a function that has none
     run = linear_logps_fwd if kind == "score" and torch.compiler.is_compiling() else _LinearLogps.apply
     logps, _, values, _, ref_logps, _, _ = run(

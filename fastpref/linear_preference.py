@@ -377,10 +377,11 @@ def linear_preference_loss(
     layout = Sequences(labels, ignore_index, cu_seqlens, sequence_group)
 
     head_grad = any(t is not None and t.requires_grad for t in (weight, bias, a, b))
-    resident = is_resident(loss, loss_options, reduction, hidden.dtype) and sequence_group is None
+    resident = is_resident(loss, loss_options, reduction) and sequence_group is None
     if torch.compiler.is_compiling():
         resident = resident and _is_constant(loss, loss_options)
-    if torch.is_grad_enabled() and choose_kind(hidden.requires_grad, head_grad, resident) == "pair_resident":
+    kind = choose_kind(hidden.requires_grad, head_grad, resident, hidden.dtype)
+    if torch.is_grad_enabled() and kind == "pair_resident":
         like = torch.empty(sequences // 2, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         weights = pair_scale(like, pair_weights, reduction, num_items)
         data = [None if t is None else t.detach() for t in (ref_token_logps, ref_logps, rating_gap, scores)]

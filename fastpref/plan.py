@@ -103,16 +103,19 @@ def rows_of_pairs(bounds: Sequence[int], begin: int, end: int) -> int:
     return bounds[end] - bounds[begin] + bounds[pairs + end] - bounds[pairs + begin]
 
 
-def choose_kind(hidden_grad: bool, head_grad: bool, resident: bool) -> str:
+def choose_kind(hidden_grad: bool, head_grad: bool, resident: bool, dtype: torch.dtype) -> str:
     """resident: the loss is separable and reduced to a scalar, so that a pair's coefficient exists with its tile."""
+    if not (hidden_grad or head_grad):
+        return "score"
+    if dtype == torch.float16:  # its gradients need the loss scale, which only arrives with the backward
+        return "recompute"
     if head_grad:
         return "pair_resident" if resident else "recompute"
-    return "unit" if hidden_grad else "score"
+    return "unit"
 
 
-def is_resident(loss, loss_options, reduction: str, dtype: torch.dtype) -> bool:
-    """float16 is left out: its gradients need the loss scale, which only arrives with the backward."""
-    return reduction != "none" and dtype != torch.float16 and losses.traits(loss, loss_options).separable
+def is_resident(loss, loss_options, reduction: str) -> bool:
+    return reduction != "none" and losses.traits(loss, loss_options).separable
 
 
 def plan(
@@ -181,7 +184,8 @@ def plan(
         raise ValueError(f"total_tokens must be at least the {tokens} tokens that count, got {total_tokens}")
 
     head_grad = weight_grad or bias_grad or adapter_grad
-    kind = choose_kind(hidden_grad, head_grad, loss is not None and is_resident(loss, loss_options, reduction, dtype))
+    resident = loss is not None and is_resident(loss, loss_options, reduction)
+    kind = choose_kind(hidden_grad, head_grad, resident, dtype)
     product = product_of(dtype, device, logits_dtype, backend, False)
     per_logit = logit_bytes(product, dtype, device, backend)
     tile_rows = rows_of_tile(vocab_size, per_logit, device, max_tile_bytes)

@@ -420,8 +420,7 @@ def test_confident_tokens_keep_their_gradient(backend, probability, dtype):
         low, high = (middle, high) if p < probability else (low, middle)
     tensors["hidden"] = hidden
     grad = torch.full((1,), 1024.0, device=backend.device)  # a loss scale: float16 has no small numbers
-    # a frozen head forms its gradient before it hears of the scale
-    bound = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-7}[dtype]
+    bound = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-10}[dtype]
     for trained in ("hidden", "all"):
         logps, gradients = run(fused, tensors, labels, grad, TRAINED[trained], backend=backend.name)
         truth, true_gradients = run(exact, cast(tensors, torch.float64), labels, grad, TRAINED[trained])
