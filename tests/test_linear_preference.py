@@ -1174,6 +1174,8 @@ def test_plans():
     assert plan(loss="kto", loss_options={"z0": 0.0}).kind == "pair_resident"
     assert plan(hidden_grad=False, weight_grad=False).kind == "score"
     assert plan(hidden_grad=False, weight_grad=False).gemm_passes == 1
+    assert plan(dtype=torch.float16).kind == "recompute"  # a loss scale arrives with the backward
+    assert plan(dtype=torch.float16, weight_grad=False).gemm_passes == 3
     primitive = partial(fastpref.plan, 360, **sizes)
     assert primitive().kind == "recompute"
     assert primitive(weight_grad=False).kind == "unit"
