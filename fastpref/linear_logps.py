@@ -743,10 +743,10 @@ def check_head(hidden, weight, bias, adapter, name="weight", hidden_name="hidden
         _checks.tensor("adapter A", a)
         _checks.tensor("adapter B", b)
         rank = a.shape[0] if a.dim() == 2 else 1
-        expected["adapter A"] = (a, torch.Size([rank, weight.shape[1]]))
-        expected["adapter B"] = (b, torch.Size([weight.shape[0], rank]))
+        expected["adapter A"] = (a, (rank, weight.shape[1]))
+        expected["adapter B"] = (b, (weight.shape[0], rank))
     for what, (value, shape) in expected.items():
-        if value.shape != shape:
+        if tuple(value.shape) != tuple(shape):
             raise ValueError(f"{what} must have shape {list(shape)}, got {list(value.shape)}")
         if value.dtype != hidden.dtype:
             raise TypeError(

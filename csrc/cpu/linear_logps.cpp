@@ -813,14 +813,6 @@ struct ForwardLayout {
         bytes(panels + threads * packed_bytes(steps) + 64) {}
 };
 
-void check_labels(const int64_t* labels, int64_t rows, int64_t vocab, int64_t ignore_index) {
-  for (int64_t row = 0; row < rows; row++)
-    check((labels[row] >= 0 && labels[row] < vocab) || labels[row] == ignore_index,
-          "labels must lie in [0, " + std::to_string(vocab) +
-              ") or equal ignore_index=" + std::to_string(ignore_index) + ", got " + std::to_string(labels[row]) +
-              " at position " + std::to_string(row));
-}
-
 void check_tile(const void* tile, int64_t tile_stride, int64_t rows, int64_t vocab) {
   check(tile_stride >= rows && tile_stride % block == 0, "tile_stride must be a multiple of 32 and at least " +
                                                              std::to_string(rows) + ", got " +

@@ -332,14 +332,6 @@ FASTPREF_DISPATCH(token_logps_bwd_rows, TokenLogpsBackward)
 
 namespace {
 
-void check_labels(const LogitRows& logits, const int64_t* labels, int64_t ignore_index) {
-  for (int64_t row = 0; row < logits.rows(); row++)
-    check((labels[row] >= 0 && labels[row] < logits.vocab) || labels[row] == ignore_index,
-          "labels must lie in [0, " + std::to_string(logits.vocab) +
-              ") or equal ignore_index=" + std::to_string(ignore_index) + ", got " + std::to_string(labels[row]) +
-              " at position " + std::to_string(row));
-}
-
 int64_t rows_per_chunk(const LogitRows& logits) {  // about 64 Ki columns: long enough to amortise handing it out
   return logits.vocab >= 65536 ? 1 : 65536 / (logits.vocab > 0 ? logits.vocab : 1);
 }
@@ -347,7 +339,7 @@ int64_t rows_per_chunk(const LogitRows& logits) {  // about 64 Ki columns: long 
 }  // namespace
 
 void token_logps_fwd_cpu(const TokenLogpsForward& args, int threads) {
-  check_labels(args.logits, args.labels, args.ignore_index);
+  check_labels(args.labels, args.logits.rows(), args.logits.vocab, args.ignore_index);
   const SimdLevel level = simd_level();
   parallel_for(args.logits.rows(), rows_per_chunk(args.logits), threads,
                [&](int64_t begin, int64_t end) { token_logps_fwd_rows(level, args, begin, end); });
@@ -356,7 +348,8 @@ void token_logps_fwd_cpu(const TokenLogpsForward& args, int threads) {
 void token_logps_bwd_cpu(const TokenLogpsBackward& args, int threads) {
   check(args.out.dtype == args.logits.dtype || args.logits.dtype == DType::f32,
         "out must have the logits' dtype, or be bfloat16 or float16 of float32 logits");
-  check_labels(args.logits, args.labels, args.ignore_index);  // the caller may have changed them since the forward
+  check_labels(args.labels, args.logits.rows(), args.logits.vocab,
+               args.ignore_index);  // the caller may have changed them since the forward
   const SimdLevel level = simd_level();
   parallel_for(args.logits.rows(), rows_per_chunk(args.logits), threads,
                [&](int64_t begin, int64_t end) { token_logps_bwd_rows(level, args, begin, end); });
