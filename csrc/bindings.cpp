@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bradley_terry.h"
 #include "check.h"
 #include "linear_logps.h"
 #include "parallel.h"
@@ -168,6 +169,18 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       },
       release());
   m.def("linear_logps_hidden_grad_workspace", &linear_logps_hidden_grad_workspace);
+  m.def(
+      "bradley_terry_cpu",
+      [](uintptr_t data, bool is_double, bool counts, bool robust, int64_t batch, int64_t items, int64_t max_iter,
+         double tol, double ridge, uintptr_t scores, uintptr_t rejected, uintptr_t components, uintptr_t info,
+         uintptr_t workspace, int threads) {
+        bradley_terry_cpu({pointer<const void>(data), is_double, counts, robust, batch, items, max_iter, tol, ridge,
+                           pointer<void>(scores), pointer<float>(rejected), pointer<int64_t>(components),
+                           pointer<double>(info), pointer<void>(workspace)},
+                          threads);
+      },
+      release());
+  m.def("bradley_terry_workspace", &bradley_terry_workspace);
 #ifdef FASTPREF_WITH_CUDA
   m.def(
       "token_logps_fwd_cuda",

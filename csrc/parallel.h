@@ -1,5 +1,6 @@
 // A parallel loop over rows on the threads torch already has, the SIMD level chosen for this machine, and page advice.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -14,6 +15,15 @@ template <class F>
 void parallel_for(int64_t count, int64_t chunk, int threads, const F& f) {
   parallel_for(
       count, chunk, threads, [](const void* c, int64_t b, int64_t e) { (*static_cast<const F*>(c))(b, e); }, &f);
+}
+
+// f(i, slot) for i in [0, count), slot < threads telling concurrent calls apart: each has scratch memory of its own.
+template <class F>
+void parallel_with_slot(int64_t count, int threads, const F& f) {
+  std::atomic<int64_t> next{0};
+  parallel_for(threads, 1, threads, [&](int64_t slot, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i, slot);
+  });
 }
 
 // "openmp (<library>)" or "std::thread": what parallel_for runs on.

@@ -783,15 +783,6 @@ T* aligned(void* p) {
   return reinterpret_cast<T*>(round_up(reinterpret_cast<intptr_t>(p), 64));
 }
 
-// f(i, slot) for i in [0, count), slot < threads telling concurrent calls apart: each has scratch memory of its own.
-template <class F>
-void parallel_with_slot(int64_t count, int threads, const F& f) {
-  std::atomic<int64_t> next{0};
-  parallel_for(threads, 1, threads, [&](int64_t slot, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i, slot);
-  });
-}
-
 int64_t groups_per_chunk(int64_t groups, int64_t steps) {  // chunks of about the same size
   const int64_t most = chunk_bytes / (steps * block_elements * 2);
   return most < 1 ? 1 : divide_up(groups, divide_up(groups, most));
