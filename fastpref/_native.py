@@ -74,7 +74,8 @@ def build_info() -> dict:
     """What was built, what was found, and which backend serves which op on which device, or why none does."""
     from fastpref import (
         __version__,
-        linear_preference_loss,  # noqa: F401  (imports every op, which enters itself in OPS)
+        linear_preference_loss,  # noqa: F401  (imports its ops, which enter themselves in OPS)
+        residual_pass,  # noqa: F401
     )
     from fastpref._library import OPS
 

@@ -1,0 +1,404 @@
+"""One read of a matrix D against thin factors: what robust PCA needs of R = scale * D - left right^T, and no more.
+
+With the low-rank part kept as two thin factors, an iteration of accelerated alternating projections, of scaled gradient
+descent or of annealed M-estimation needs the clipped residual E = psi(R) only in the products E right and E^T left, and
+a few sums. In plain PyTorch R and E are two tensors of D's size, written and read several times. Here D is read once,
+tile by tile, and nothing of its size is written. A missing entry is NaN (int8: -128), and there E is 0.
+
+Floor: one read of D, and 6 r flops per entry (three products with a factor of r columns).
+
+psi, with zeta the scale beyond which an entry counts as corrupted:
+    hard      R where |R| <= zeta, else 0          (alternating projections: Netrapalli et al. 2014, arXiv:1410.7660)
+    soft      R clipped to [-zeta, zeta]           (Huber)
+    cauchy    R / (1 + (R / zeta)^2)               (a redescending M-estimator)
+    identity  R
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref import _checks, _library
+
+PSI = ("hard", "soft", "cauchy", "identity")
+STRUCTURES = ("general", "skew")
+BINS = 8160  # of |R|: 32 per power of two, over all of float32
+_BIN_SHIFT = 18  # bits of a float32 below its bin
+_SAMPLE_ROWS, _SAMPLE_COLUMNS = 8, 32  # a block of entries that the histogram takes or leaves
+_SAMPLE_SHIFT = 23  # odd: from one band of rows to the next, the blocks taken move on to other columns
+_REFERENCE_BYTES = 64 << 20  # the reference works through the rows in float64 blocks of this size
+
+
+class ResidualPass(NamedTuple):
+    """What one read of the matrix gives. Factors and their products are float64 for a float64 matrix, else float32."""
+
+    left_grad: Tensor  # [m, r]: E right
+    right_grad: Tensor  # [n, r]: E^T left
+    sum_squares: Tensor  # [] float64: sum of E^2
+    observed: Tensor  # [] int64: entries that are not missing
+    kept: Tensor  # [] int64: observed entries with |R| <= zeta
+    max_kept: Tensor  # [] float64: the largest |R| among the kept, 0 where there is none
+    histogram: Tensor  # [BINS] int64: |R| of (a subset of) the observed entries
+    row_squares: Tensor  # [m] float64: sum of R^2 over the row's observed entries; [0] unless squares=True
+    column_squares: Tensor  # [n] float64: the same of the columns
+
+
+# ---- reference: the specification ----
+
+
+def _sample_stride(m: int, n: int) -> int:
+    """One block in so many enters the histogram: all of them up to 2^15 entries, then fewer, at least one in 64.
+
+    A power of two, so that _SAMPLE_SHIFT leads through every residue and no column is left out of a tall matrix.
+    """
+    stride = 1
+    while stride < 64 and m * n > stride << 15:
+        stride *= 2
+    return stride
+
+
+def _sampled(rows: Tensor, columns: Tensor, stride: int) -> Tensor:
+    """[rows, columns] bool: the entries that enter the histogram."""
+    band = rows.div(_SAMPLE_ROWS, rounding_mode="floor") * _SAMPLE_SHIFT
+    return (band.unsqueeze(1) + columns.div(_SAMPLE_COLUMNS, rounding_mode="floor")) % stride == 0
+
+
+def _values(block: Tensor, dtype: torch.dtype) -> Tensor:
+    """Entries as floating-point numbers, NaN where missing."""
+    values = block.to(dtype)
+    return values.masked_fill(block == -128, torch.nan) if block.dtype == torch.int8 else values
+
+
+def _psi(residual: Tensor, psi: str, zeta: float) -> Tensor:
+    if psi == "hard":
+        return residual.where(residual.abs() <= zeta, 0.0)
+    if psi == "soft":
+        return residual.clamp(-zeta, zeta)
+    if psi == "cauchy":
+        return residual / (1 + (residual / zeta).square())
+    return residual
+
+
+def _row_blocks(matrix: Tensor):
+    """Slices of rows that fit _REFERENCE_BYTES in float64."""
+    rows, columns = matrix.shape
+    step = max(1, _REFERENCE_BYTES // (8 * max(columns, 1)))
+    return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
+
+
+def residual_pass_ref(
+    matrix: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    psi: str = "cauchy",
+    zeta: float = torch.inf,
+    scale: float = 1.0,
+    structure: str = "general",
+    row_weights: Tensor | None = None,
+    column_weights: Tensor | None = None,
+    squares: bool = False,
+) -> ResidualPass:
+    """What residual_pass computes, in plain float64 PyTorch, in blocks of rows."""
+    m, n = matrix.shape
+    device = matrix.device
+    left, right = left.double(), right.double()
+    row_weights = torch.ones(m, device=device).double() if row_weights is None else row_weights.double()
+    column_weights = torch.ones(n, device=device).double() if column_weights is None else column_weights.double()
+    skew = structure == "skew"
+    left_grad = torch.zeros_like(left)
+    right_grad = torch.zeros_like(right)
+    sum_squares, max_kept, top = torch.zeros(3, dtype=torch.float64, device=device)
+    observed, kept = torch.zeros(2, dtype=torch.int64, device=device)
+    histogram = torch.zeros(BINS, dtype=torch.int64, device=device)
+    row_squares = torch.zeros(m, dtype=torch.float64, device=device)
+    column_squares = torch.zeros(n, dtype=torch.float64, device=device)
+    columns = torch.arange(n, device=device)
+    stride = _sample_stride(m, n)
+    for block in _row_blocks(matrix):
+        rows = torch.arange(block.start, block.stop, device=device)
+        values = _values(matrix[block], torch.float64)
+        if skew:
+            values = values.masked_fill(columns <= rows.unsqueeze(1), torch.nan)
+        seen = ~values.isnan()
+        residual = values.mul(scale).addmm_(left[block], right.t(), alpha=-1)
+        e = _psi(residual, psi, zeta).mul_(row_weights[block].unsqueeze(1)).mul_(column_weights)
+        e = e.where(seen, 0.0)
+        magnitude = residual.abs().where(seen, 0.0)
+        keeps = seen & (magnitude <= zeta)
+        left_grad[block] += e @ right
+        right_grad += e.t() @ left[block]
+        if skew:  # E below the diagonal is -E^T
+            left_grad -= e.t() @ right[block]
+            right_grad[block] -= e @ left
+        sum_squares += e.square().sum()
+        observed += seen.sum()
+        kept += keeps.sum()
+        if magnitude.numel():
+            max_kept = torch.maximum(max_kept, magnitude.where(keeps, 0.0).amax())
+            top = torch.maximum(top, magnitude.amax())
+        bits = magnitude[seen & _sampled(rows, columns, stride)].float().view(torch.int32)
+        histogram += torch.bincount((bits >> _BIN_SHIFT).clamp_(max=BINS - 1), minlength=BINS)
+        if squares:
+            row_squares[block] += magnitude.square().sum(1)
+            column_squares += magnitude.square().sum(0)
+    _check_largest(float(top), matrix)
+    if skew:
+        sum_squares, observed, kept, histogram = sum_squares * 2, observed * 2, kept * 2, histogram * 2
+        row_squares = row_squares + column_squares
+        column_squares = row_squares.clone()
+    if not squares:
+        row_squares, column_squares = row_squares[:0].clone(), column_squares[:0].clone()
+    return ResidualPass(
+        left_grad, right_grad, sum_squares, observed, kept, max_kept, histogram, row_squares, column_squares
+    )
+
+
+def _check_largest(largest: float, matrix: Tensor) -> None:
+    """Raises where the largest |R| is not finite."""
+    if largest < torch.inf:
+        return
+    for block in _row_blocks(matrix):
+        infinite = matrix[block].isinf()
+        if infinite.any():
+            row, column = infinite.nonzero()[0].tolist()
+            value, row = float(matrix[block][row, column]), row + block.start
+            raise ValueError(f"matrix must be finite or missing (NaN), got {value} at row {row}, column {column}")
+    raise ValueError("scale * matrix - left right^T must be finite, but a factor is not, or the product overflows")
+
+
+def _reference(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares) -> ResidualPass:
+    result = residual_pass_ref(
+        matrix,
+        left,
+        right,
+        psi=psi,
+        zeta=zeta,
+        scale=scale,
+        structure="skew" if skew else "general",
+        row_weights=row_weights,
+        column_weights=column_weights,
+        squares=squares,
+    )
+    return result._replace(left_grad=result.left_grad.to(left.dtype), right_grad=result.right_grad.to(left.dtype))
+
+
+# ---- operator: the backend is chosen here, on real tensors ----
+
+_library.OPS["residual_pass"] = {
+    "reference": _library.reference_reason,
+}
+
+
+def _choose(matrix: Tensor, backend: str) -> str:
+    return "reference"
+
+
+def _by_rows(matrix: Tensor) -> bool:
+    rows, columns = matrix.shape
+    return (columns <= 1 or matrix.stride(1) == 1) and (rows <= 1 or matrix.stride(0) >= columns)
+
+
+def _pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares, backend):
+    run = {"reference": _reference}[_choose(matrix, backend)]
+    if _by_rows(matrix):
+        return tuple(run(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares))
+    # columns are what lies contiguous: the transpose is a view of which rows are
+    result = run(matrix.t(), right, left, psi, zeta, scale, skew, column_weights, row_weights, squares)
+    return (
+        result.right_grad,
+        result.left_grad,
+        *result[2:7],
+        result.column_squares,
+        result.row_squares,
+    )
+
+
+def _pass_fake(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares, backend):
+    m, n = matrix.shape
+    return (
+        left.new_empty(left.shape),
+        right.new_empty(right.shape),
+        left.new_empty((), dtype=torch.float64),
+        left.new_empty((), dtype=torch.int64),
+        left.new_empty((), dtype=torch.int64),
+        left.new_empty((), dtype=torch.float64),
+        left.new_empty((BINS,), dtype=torch.int64),
+        left.new_empty((m if squares else 0,), dtype=torch.float64),
+        left.new_empty((n if squares else 0,), dtype=torch.float64),
+    )
+
+
+_residual_pass = _library.define(
+    "residual_pass(Tensor matrix, Tensor left, Tensor right, str psi, float zeta, float scale, bool skew, "
+    "Tensor? row_weights, Tensor? column_weights, bool squares, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _pass,
+    _pass_fake,
+)
+
+
+# ---- public ----
+
+MATRIX_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)
+
+
+def factor_dtype(matrix: Tensor) -> torch.dtype:
+    """The dtype of factors and arithmetic: float64 for a float64 matrix, else float32."""
+    return torch.float64 if matrix.dtype == torch.float64 else torch.float32
+
+
+def check_matrix(matrix) -> None:
+    """matrix is two-dimensional, of a dtype that is read as it lies, with contiguous rows or contiguous columns."""
+    _checks.tensor("matrix", matrix)
+    if matrix.dtype not in MATRIX_DTYPES:
+        raise TypeError(f"matrix must be float32, float64, bfloat16, float16 or int8, got {matrix.dtype}")
+    if matrix.dim() != 2:
+        raise ValueError(f"matrix must have shape [m, n], got {list(matrix.shape)}")
+    if not _by_rows(matrix) and not _by_rows(matrix.t()):
+        raise ValueError(
+            "matrix must have contiguous rows that do not overlap (row stride >= n), or contiguous columns; "
+            f"call .contiguous(), which copies it; got strides {matrix.stride()} for shape {list(matrix.shape)}"
+        )
+
+
+def _check_factors(matrix: Tensor, left, right) -> None:
+    dtype = factor_dtype(matrix)
+    for name, factor, length in (("left", left, matrix.shape[0]), ("right", right, matrix.shape[1])):
+        _checks.tensor(name, factor)
+        if factor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype} for a {matrix.dtype} matrix, got {factor.dtype}")
+        if factor.dim() != 2 or factor.shape[0] != length:
+            raise ValueError(
+                f"{name} must have shape [{length}, r] to match matrix {list(matrix.shape)}, got {list(factor.shape)}"
+            )
+        _checks.same_device(name, factor, "matrix", matrix)
+    if left.shape[1] != right.shape[1]:
+        raise ValueError(
+            f"left and right must have as many columns, got shapes {list(left.shape)} and {list(right.shape)}"
+        )
+
+
+def _check_number(name: str, value, meaning: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {meaning}, got {type(value).__name__}")
+
+
+def _check_scale(scale) -> None:
+    _check_number("scale", scale, "a finite float")
+    if not abs(scale) < torch.inf:
+        raise ValueError(f"scale must be a finite float, got {scale}")
+
+
+def residual_pass(
+    matrix: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    psi: str = "cauchy",
+    zeta: float = torch.inf,
+    scale: float = 1.0,
+    structure: str = "general",
+    row_weights: Tensor | None = None,
+    column_weights: Tensor | None = None,
+    squares: bool = False,
+    backend: str | None = None,
+) -> ResidualPass:
+    """E right, E^T left and statistics of E = w_i w_j psi(R), R = scale * matrix - left right^T, in one read of matrix.
+
+    Args:
+        matrix: [m, n] float32, float64, bfloat16, float16 or int8; NaN (int8: -128) is missing, and there E is 0. Read
+            where it lies, which may be a memory-mapped file: rows with unit stride and any distance, or a transpose of
+            such rows.
+        left, right: [m, r] and [n, r], any r >= 0; float64 for a float64 matrix, else float32. Finite.
+        psi: "hard", "soft", "cauchy" or "identity", as the module describes them.
+        zeta: the scale of psi, positive; inf keeps everything.
+        scale: what the stored numbers are multiplied by.
+        structure: "skew" for a skew-symmetric matrix and product left right^T: only the upper triangle is read (of a
+            column-major matrix the lower one), and the other half follows from it, missing entries included. The
+            diagonal, which is 0, is not read, and not counted as observed.
+        row_weights, column_weights: [m] and [n], of the factors' dtype: multiplied onto E.
+        squares: also the sums of R^2 by row and by column.
+        backend: None (the fastest), "native", "triton" or "reference".
+
+    Returns:
+        ResidualPass, detached: this is not differentiable. `observed`, `kept`, `max_kept`, `histogram` and the sums by
+        row and column are of R, whatever the weights. `histogram` counts blocks of 8 x 32 entries: all of them up to
+        2^15 entries, then every second, fourth, ... up to every 64th, moved along from one band of 8 rows to the next,
+        the same on every backend; bin b holds the float32 numbers whose upper bits are b (histogram_median reads it).
+        The result does not depend on the number of threads.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong type, shape, dtype, device or memory layout, and on CPU for an
+            infinite entry, which it names, infinite factors, or a residual beyond the range of the dtype (on a GPU E is
+            NaN there).
+        RuntimeError: for a backend that cannot serve, with the reason.
+    """
+    check_matrix(matrix)
+    _check_factors(matrix, left, right)
+    for name, value, choices in (("psi", psi, PSI), ("structure", structure, STRUCTURES)):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    _check_number("zeta", zeta, "a positive float")
+    if not zeta > 0:
+        raise ValueError(f"zeta must be positive, got {zeta}")
+    _check_scale(scale)
+    if structure == "skew" and matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"structure='skew' needs a square matrix, got shape {list(matrix.shape)}")
+    for name, weights, length in (("row_weights", row_weights, 0), ("column_weights", column_weights, 1)):
+        if weights is not None:
+            _checks.vector(name, weights, matrix.shape[length], "one per " + name[:-8], "matrix", matrix)
+            if weights.dtype != left.dtype:
+                raise TypeError(f"{name} must be {left.dtype} like left, got {weights.dtype}")
+    _library.check_backend("residual_pass", backend)
+    tensors = (None if t is None else t.detach() for t in (matrix, left, right, row_weights, column_weights))
+    matrix, left, right, row_weights, column_weights = tensors
+    options = (psi, float(zeta), float(scale), structure == "skew", row_weights, column_weights, squares, backend or "")
+    return ResidualPass(*_residual_pass(matrix, left, right, *options))
+
+
+def histogram_median(histogram: Tensor) -> float:
+    """The median of what a ResidualPass.histogram counts, to 1.6 % (half a bin); NaN where it is empty."""
+    counts = histogram.cpu().cumsum(0)
+    total = int(counts[-1])
+    if total == 0:
+        return float("nan")
+    bin_ = int(torch.searchsorted(counts, (total - 1) // 2, right=True))
+    if bin_ == 0:
+        return 0.0  # zero, or a subnormal number
+    low, high = torch.tensor([bin_ << _BIN_SHIFT, (bin_ + 1) << _BIN_SHIFT], dtype=torch.int32).view(torch.float32)
+    return float(low.double() + high.double()) / 2
+
+
+def outliers(
+    matrix: Tensor, left: Tensor, right: Tensor, threshold: float, *, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where |R| > threshold, R = scale * matrix - left right^T: rows, columns and values of R, sorted by row, column.
+
+    Args:
+        matrix, left, right, scale: as residual_pass takes them.
+        threshold: not negative.
+
+    Returns:
+        (rows, columns, values): [k] int64, [k] int64, and [k] of the factors' dtype. A missing entry is no outlier.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong type, shape, dtype, device or memory layout.
+    """
+    check_matrix(matrix)
+    _check_factors(matrix, left, right)
+    _check_number("threshold", threshold, "a float that is not negative")
+    if not threshold >= 0:
+        raise ValueError(f"threshold must not be negative, got {threshold}")
+    _check_scale(scale)
+    matrix, left, right = matrix.detach(), left.detach(), right.detach()
+    found = []
+    for block in _row_blocks(matrix):
+        residual = _values(matrix[block], left.dtype).mul(scale).addmm_(left[block], right.t(), alpha=-1)
+        rows, columns = (residual.abs() > threshold).nonzero(as_tuple=True)
+        found.append((rows + block.start, columns, residual[rows, columns]))
+    if not found:
+        empty = torch.empty(0, dtype=torch.int64, device=matrix.device)
+        return empty, empty.clone(), left.new_empty(0)
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
