@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import _checks, _library
+from fastpref import _checks, _library, _native
 
 PSI = ("hard", "soft", "cauchy", "identity")
 STRUCTURES = ("general", "skew")
@@ -123,7 +123,7 @@ def residual_pass_ref(
             values = values.masked_fill(columns <= rows.unsqueeze(1), torch.nan)
         seen = ~values.isnan()
         residual = values.mul(scale).addmm_(left[block], right.t(), alpha=-1)
-        e = _psi(residual, psi, zeta).mul_(row_weights[block].unsqueeze(1)).mul_(column_weights)
+        e = _psi(residual, psi, zeta) * row_weights[block].unsqueeze(1) * column_weights
         e = e.where(seen, 0.0)
         magnitude = residual.abs().where(seen, 0.0)
         keeps = seen & (magnitude <= zeta)
@@ -184,15 +184,94 @@ def _reference(matrix, left, right, psi, zeta, scale, skew, row_weights, column_
     return result._replace(left_grad=result.left_grad.to(left.dtype), right_grad=result.right_grad.to(left.dtype))
 
 
+# ---- native ----
+
+_DTYPE_CODES = _native.DTYPE_CODES | {torch.float64: 3, torch.int8: 4}  # csrc/residual_pass.h
+
+
+def _product_factors(left: Tensor, right: Tensor, skew: bool) -> tuple[Tensor, Tensor]:
+    """The factors that E is multiplied with, by row and by column, contiguous; R takes their first r columns.
+
+    E of a skew-symmetric matrix is U - U^T, U its upper triangle: E right = U right - U^T right and
+    E^T left = U^T left - U left, so U meets [left | -right] and [right | -left].
+    """
+    if skew:
+        return torch.cat([left, -right], 1), torch.cat([right, -left], 1)
+    return left.contiguous(), right.contiguous()
+
+
+def _from_products(by_row, by_column, rank, skew):
+    """left_grad and right_grad from the products with _product_factors."""
+    if skew:
+        return by_row[:, :rank] + by_column[:, rank:], by_column[:, :rank] + by_row[:, rank:]
+    return by_row, by_column
+
+
+def _native_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares) -> ResidualPass:
+    m, n = matrix.shape
+    rank = left.shape[1]
+    left, right = _product_factors(left, right, skew)
+    row_weights, column_weights = (None if w is None else w.contiguous() for w in (row_weights, column_weights))
+    by_row, by_column = torch.empty_like(left), torch.empty_like(right)
+    row_squares = torch.empty(m if squares else 0, dtype=torch.float64)
+    column_squares = torch.empty(n if squares else 0, dtype=torch.float64)
+    sums = torch.empty(3, dtype=torch.float64)
+    counts = torch.empty(2 + BINS, dtype=torch.int64)
+    args = _native._core.ResidualPass(
+        matrix.data_ptr(),
+        _DTYPE_CODES[matrix.dtype],
+        m,
+        n,
+        matrix.stride(0),
+        left.data_ptr(),
+        right.data_ptr(),
+        rank,
+        left.shape[1],
+        PSI.index(psi),
+        zeta,
+        scale,
+        skew,
+        _native.address(row_weights),
+        _native.address(column_weights),
+        _sample_stride(m, n),
+        by_row.data_ptr(),
+        by_column.data_ptr(),
+        squares,
+        row_squares.data_ptr(),
+        column_squares.data_ptr(),
+        sums.data_ptr(),
+        counts.data_ptr(),
+    )
+    workspace = _native.empty(_native._core.residual_pass_workspace(args), torch.uint8, matrix.device)
+    _native._core.residual_pass_cpu(args, workspace.data_ptr(), torch.get_num_threads())
+    _check_largest(float(sums[2]), matrix)
+    if skew:
+        sums[0] *= 2
+        counts *= 2
+        if squares:
+            row_squares += column_squares
+            column_squares = row_squares.clone()
+    left_grad, right_grad = _from_products(by_row, by_column, rank, skew)
+    # clones: outputs of an operator must not share memory
+    observed, kept, histogram = counts[0].clone(), counts[1].clone(), counts[2:].clone()
+    sum_squares, max_kept = sums[0].clone(), sums[1].clone()
+    return ResidualPass(
+        left_grad, right_grad, sum_squares, observed, kept, max_kept, histogram, row_squares, column_squares
+    )
+
+
 # ---- operator: the backend is chosen here, on real tensors ----
 
+
+def _native_reason(device: str) -> str | None:
+    return _library.native_reason(device) if device == "cpu" else f"there is no native kernel for {device}"
+
+
 _library.OPS["residual_pass"] = {
+    "native": _native_reason,
+    "triton": lambda device: "not written yet",
     "reference": _library.reference_reason,
 }
-
-
-def _choose(matrix: Tensor, backend: str) -> str:
-    return "reference"
 
 
 def _by_rows(matrix: Tensor) -> bool:
@@ -201,7 +280,8 @@ def _by_rows(matrix: Tensor) -> bool:
 
 
 def _pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares, backend):
-    run = {"reference": _reference}[_choose(matrix, backend)]
+    chosen = _library.choose_backend("residual_pass", backend, matrix.device.type)
+    run = {"native": _native_pass, "reference": _reference}[chosen]
     if _by_rows(matrix):
         return tuple(run(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares))
     # columns are what lies contiguous: the transpose is a view of which rows are
