@@ -48,12 +48,12 @@ class ResidualPass(NamedTuple):
 
 
 def _sample_stride(m: int, n: int) -> int:
-    """One block in so many enters the histogram: all of them up to 2^15 entries, then fewer, at least one in 64.
+    """One block in so many enters the histogram: all of them up to 2^15 entries, then fewer, at least one in 256.
 
     A power of two, so that _SAMPLE_SHIFT leads through every residue and no column is left out of a tall matrix.
     """
     stride = 1
-    while stride < 64 and m * n > stride << 15:
+    while stride < 256 and m * n > stride << 15:
         stride *= 2
     return stride
 
@@ -405,7 +405,7 @@ def residual_pass(
     Returns:
         ResidualPass, detached: this is not differentiable. `observed`, `kept`, `max_kept`, `histogram` and the sums by
         row and column are of R, whatever the weights. `histogram` counts blocks of 8 x 32 entries: all of them up to
-        2^15 entries, then every second, fourth, ... up to every 64th, moved along from one band of 8 rows to the next,
+        2^15 entries, then every second, fourth, ... up to every 256th, moved along from one band of 8 rows to the next,
         the same on every backend; bin b holds the float32 numbers whose upper bits are b (histogram_median reads it).
         The result does not depend on the number of threads.
 

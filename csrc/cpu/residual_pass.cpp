@@ -238,7 +238,7 @@ void count(const V (&r)[block_rows][2], int32_t* histogram) {
 
 // sums[k][i] += sum_j factors[k][j] e[i][j]
 template <int K, class F>
-inline void dots(const F* factors, int64_t stride, const F* e, int64_t begin, int64_t end, VectorOf<F>* sums) {
+inline void dots(const F* factors, const F* e, int64_t stride, int64_t begin, int64_t end, VectorOf<F>* sums) {
   using V = VectorOf<F>;
   V total[K][block_rows] = {};
   for (int64_t j = begin; j < end; j += lanes<F>) {
@@ -246,7 +246,7 @@ inline void dots(const F* factors, int64_t stride, const F* e, int64_t begin, in
     for (int k = 0; k < K; k++) b[k] = load_vector<V>(factors + k * stride + j);
 #pragma GCC unroll 8
     for (int i = 0; i < block_rows; i++) {
-      const V x = load_vector<V>(e + i * max_panel + j);
+      const V x = load_vector<V>(e + i * stride + j);
       for (int k = 0; k < K; k++) total[k][i] += b[k] * x;
     }
   }
@@ -304,8 +304,12 @@ void meet(const ResidualPass& args, const D* next, const Block<Factor_t<D>>& blo
         r[i][1] -= a[i] * b1;
       }
     }
-    if ((block.first / sample_rows * sample_shift + column / sample_columns) % args.sample_stride == 0)
-      count<F>(r, histogram);
+    if (((block.first / sample_rows * sample_shift + column / sample_columns) & (args.sample_stride - 1)) == 0) {
+      V sampled[block_rows][2];  // a copy: the address of r itself would keep it out of registers
+      for (int i = 0; i < block_rows; i++)
+        for (int half = 0; half < 2; half++) sampled[i][half] = r[i][half];
+      count<F>(sampled, histogram);
+    }
     if constexpr (EXTRA) {
       if (args.squares) {
         V by_column[2] = {};
@@ -337,7 +341,7 @@ void meet(const ResidualPass& args, const D* next, const Block<Factor_t<D>>& blo
                  block.factors[width * block_rows + i];
         }
         squares += y * y;
-        store_whole(e + i * max_panel + j + half * L, y);
+        store_whole(e + i * panel.stride + j + half * L, y);
         r[i][half] = y;
       }
     }
@@ -356,12 +360,12 @@ void meet(const ResidualPass& args, const D* next, const Block<Factor_t<D>>& blo
   }
   int64_t k = 0;
   for (; k + dot_columns <= width; k += dot_columns)
-    dots<dot_columns>(panel.factors + k * panel.stride, panel.stride, e, begin, end, block.sums + k * block_rows);
+    dots<dot_columns>(panel.factors + k * panel.stride, e, panel.stride, begin, end, block.sums + k * block_rows);
   if constexpr (dot_columns == 3) {
     if (width - k == 2)
-      dots<2>(panel.factors + k * panel.stride, panel.stride, e, begin, end, block.sums + k * block_rows), k += 2;
+      dots<2>(panel.factors + k * panel.stride, e, panel.stride, begin, end, block.sums + k * block_rows), k += 2;
   }
-  if (k < width) dots<1>(panel.factors + k * panel.stride, panel.stride, e, begin, end, block.sums + k * block_rows);
+  if (k < width) dots<1>(panel.factors + k * panel.stride, e, panel.stride, begin, end, block.sums + k * block_rows);
   totals.top = top;
   totals.kept_top = kept_top;
   totals.squares += lane_sum(squares);
