@@ -21,6 +21,12 @@ from torch import Tensor
 
 from fastpref import _checks, _library, _native
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # _library.triton_reason tells whoever asks for it
+    triton = None
+
 PSI = ("hard", "soft", "cauchy", "identity")
 STRUCTURES = ("general", "skew")
 BINS = 8160  # of |R|: 32 per power of two, over all of float32
@@ -144,14 +150,13 @@ def residual_pass_ref(
             row_squares[block] += magnitude.square().sum(1)
             column_squares += magnitude.square().sum(0)
     _check_largest(float(top), matrix)
-    if skew:
-        sum_squares, observed, kept, histogram = sum_squares * 2, observed * 2, kept * 2, histogram * 2
-        row_squares = row_squares + column_squares
-        column_squares = row_squares.clone()
     if not squares:
         row_squares, column_squares = row_squares[:0].clone(), column_squares[:0].clone()
-    return ResidualPass(
-        left_grad, right_grad, sum_squares, observed, kept, max_kept, histogram, row_squares, column_squares
+    return _doubled(
+        ResidualPass(
+            left_grad, right_grad, sum_squares, observed, kept, max_kept, histogram, row_squares, column_squares
+        ),
+        skew,
     )
 
 
@@ -184,9 +189,7 @@ def _reference(matrix, left, right, psi, zeta, scale, skew, row_weights, column_
     return result._replace(left_grad=result.left_grad.to(left.dtype), right_grad=result.right_grad.to(left.dtype))
 
 
-# ---- native ----
-
-_DTYPE_CODES = _native.DTYPE_CODES | {torch.float64: 3, torch.int8: 4}  # csrc/residual_pass.h
+# ---- what the kernels share ----
 
 
 def _product_factors(left: Tensor, right: Tensor, skew: bool) -> tuple[Tensor, Tensor]:
@@ -205,6 +208,280 @@ def _from_products(by_row, by_column, rank, skew):
     if skew:
         return by_row[:, :rank] + by_column[:, rank:], by_column[:, :rank] + by_row[:, rank:]
     return by_row, by_column
+
+
+def _doubled(upper: ResidualPass, skew: bool) -> ResidualPass:
+    """The sums of a whole skew-symmetric matrix from those of its upper triangle."""
+    if not skew:
+        return upper
+    squares = upper.row_squares + upper.column_squares
+    return upper._replace(
+        sum_squares=upper.sum_squares * 2,
+        observed=upper.observed * 2,
+        kept=upper.kept * 2,
+        histogram=upper.histogram * 2,
+        row_squares=squares,
+        column_squares=squares.clone(),
+    )
+
+
+# ---- Triton ----
+
+# A program takes a block of rows through a range of columns. E right stays in registers from the first column to the
+# last. E^T left needs sums over rows, that is over programs: each writes its own part, [columns, r] per block of rows,
+# and the parts are added up afterwards, in order. That moves r / _BLOCK of D's size once more out and in; float atomics
+# would move as much and not be deterministic, a second kernel along columns would read D again. Rows go in slabs, so
+# that the parts of one slab are all that is ever held.
+_BLOCK = 64
+_SLAB = 64  # blocks of rows
+_PROGRAMS = 512  # a few per multiprocessor
+
+if triton is not None:
+    _PSI = {name: index for index, name in enumerate(PSI)}
+    _HARD, _SOFT, _CAUCHY = (tl.constexpr(_PSI[name]) for name in ("hard", "soft", "cauchy"))
+    _INF = tl.constexpr(float("inf"))
+    _NAN = tl.constexpr(float("nan"))
+    _T_BINS = tl.constexpr(BINS)
+    _T_BIN_SHIFT = tl.constexpr(_BIN_SHIFT)
+    _T_SAMPLE_ROWS, _T_SAMPLE_COLUMNS = tl.constexpr(_SAMPLE_ROWS), tl.constexpr(_SAMPLE_COLUMNS)
+    _T_SAMPLE_SHIFT = tl.constexpr(_SAMPLE_SHIFT)
+
+    @triton.jit
+    def _residual_pass_kernel(
+        matrix_ptr,  # [M, N], rows `stride` apart
+        left_ptr,  # [M, width] fp32: R takes the first `rank` columns
+        right_ptr,  # [N, width] fp32
+        row_weights_ptr,  # [M] fp32
+        column_weights_ptr,  # [N] fp32
+        row_parts_ptr,  # [groups, M, BLOCK_Q] fp32: E right[:, first_q:] over a group of columns
+        column_parts_ptr,  # [blocks of this slab, N, BLOCK_Q] fp32: E^T left[:, first_q:] over a block of rows
+        squares_ptr,  # [blocks, groups] fp32: sum of E^2
+        kept_top_ptr,  # [blocks, groups] fp32
+        counts_ptr,  # [2, blocks, groups] int32: observed, kept
+        histogram_ptr,  # [BINS] int32
+        row_squares_ptr,  # [groups, M] fp32
+        column_squares_ptr,  # [blocks, N] fp32
+        first_block,
+        blocks,
+        M,
+        N,
+        stride,
+        rank,
+        width,
+        first_q,
+        columns_per_group,
+        sample_mask,
+        scale,
+        zeta,
+        inverse_zeta,
+        PSI: tl.constexpr,
+        UPPER: tl.constexpr,
+        WEIGHTED: tl.constexpr,
+        SQUARES: tl.constexpr,
+        STATS: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        BLOCK_Q: tl.constexpr,
+    ):
+        slab_block = tl.program_id(0)
+        block = first_block + slab_block
+        group = tl.program_id(1)
+        groups = tl.num_programs(1)
+        scale = tl.cast(scale, tl.float32)
+        zeta = tl.cast(zeta, tl.float32)
+        inverse_zeta = tl.cast(inverse_zeta, tl.float32)
+        rows = block * BLOCK + tl.arange(0, BLOCK)
+        lane = tl.arange(0, BLOCK)
+        ks = tl.arange(0, BLOCK_K)
+        qs = first_q + tl.arange(0, BLOCK_Q)
+        row_offsets = rows.to(tl.int64)
+        begin = group * columns_per_group
+        end = tl.minimum(begin + columns_per_group, N)
+        if UPPER:  # groups are whole blocks, so this is where one begins
+            begin = tl.maximum(begin, (block * BLOCK + 1) // BLOCK * BLOCK)
+        a_q = tl.load(
+            left_ptr + row_offsets[:, None] * width + qs[None, :],
+            mask=(rows < M)[:, None] & (qs < width)[None, :],
+            other=0.0,
+        )
+        row_part = tl.zeros((BLOCK, BLOCK_Q), tl.float32)
+        squares = tl.zeros((BLOCK,), tl.float32)
+        kept_top = tl.zeros((BLOCK,), tl.float32)
+        observed = tl.zeros((BLOCK,), tl.int32)
+        kept = tl.zeros((BLOCK,), tl.int32)
+        row_squares = tl.zeros((BLOCK,), tl.float32)
+        for start in range(begin, end, BLOCK):
+            cols = start + lane
+            inside = (rows < M)[:, None] & (cols < N)[None, :]
+            if UPPER:
+                inside = inside & (cols[None, :] > rows[:, None])
+            stored = tl.load(matrix_ptr + row_offsets[:, None] * stride + cols[None, :], mask=inside, other=0)
+            value = stored.to(tl.float32)
+            if matrix_ptr.dtype.element_ty == tl.int8:
+                seen = inside & (value != -128.0)
+            else:
+                seen = inside & (value == value)
+            r = value * scale
+            for k in range(0, rank, BLOCK_K):
+                a = tl.load(
+                    left_ptr + row_offsets[:, None] * width + (k + ks)[None, :],
+                    mask=(rows < M)[:, None] & (k + ks < rank)[None, :],
+                    other=0.0,
+                )
+                b = tl.load(
+                    right_ptr + cols.to(tl.int64)[None, :] * width + (k + ks)[:, None],
+                    mask=(cols < N)[None, :] & (k + ks < rank)[:, None],
+                    other=0.0,
+                )
+                r -= tl.dot(a, b, input_precision="ieee")
+            size = tl.abs(r)
+            if PSI == _HARD:
+                e = tl.where(size <= zeta, r, 0.0)
+            elif PSI == _SOFT:
+                e = tl.minimum(tl.maximum(r, -zeta), zeta)
+            elif PSI == _CAUCHY:
+                t = r * inverse_zeta
+                e = r / (1.0 + t * t)
+            else:
+                e = r
+            e = tl.where(seen, tl.where(size < _INF, e, _NAN), 0.0)
+            if WEIGHTED:
+                e *= tl.load(row_weights_ptr + rows, mask=rows < M, other=0.0)[:, None]
+                e *= tl.load(column_weights_ptr + cols, mask=cols < N, other=0.0)[None, :]
+            if STATS:
+                squares += tl.sum(e * e, 1)
+                keeps = seen & (size <= zeta)
+                observed += tl.sum(seen.to(tl.int32), 1)
+                kept += tl.sum(keeps.to(tl.int32), 1)
+                kept_top = tl.maximum(kept_top, tl.max(tl.where(keeps, size, 0.0), 1))
+                place = (rows // _T_SAMPLE_ROWS * _T_SAMPLE_SHIFT)[:, None] + (cols // _T_SAMPLE_COLUMNS)[None, :]
+                counted = seen & ((place & sample_mask) == 0)
+                if tl.max(tl.max(counted.to(tl.int32), 1), 0) > 0:
+                    bins = tl.minimum(size.to(tl.int32, bitcast=True) >> _T_BIN_SHIFT, _T_BINS - 1)
+                    tl.atomic_add(histogram_ptr + bins, 1, mask=counted, sem="relaxed")
+                if SQUARES:
+                    square = tl.where(seen, r * r, 0.0)
+                    row_squares += tl.sum(square, 1)
+                    column_square = column_squares_ptr + block.to(tl.int64) * N + cols
+                    tl.store(column_square, tl.sum(square, 0), mask=cols < N)
+            b_q = tl.load(
+                right_ptr + cols.to(tl.int64)[:, None] * width + qs[None, :],
+                mask=(cols < N)[:, None] & (qs < width)[None, :],
+                other=0.0,
+            )
+            row_part += tl.dot(e, b_q, input_precision="ieee")
+            column_part = tl.dot(tl.trans(e), a_q, input_precision="ieee")
+            out = column_parts_ptr + (slab_block.to(tl.int64) * N + cols)[:, None] * BLOCK_Q + (qs - first_q)[None, :]
+            tl.store(out, column_part, mask=(cols < N)[:, None] & (qs >= 0)[None, :])
+        out = row_parts_ptr + (group * M + row_offsets)[:, None] * BLOCK_Q + (qs - first_q)[None, :]
+        tl.store(out, row_part, mask=(rows < M)[:, None] & (qs >= 0)[None, :])
+        if STATS:
+            program = block * groups + group
+            tl.store(squares_ptr + program, tl.sum(squares, 0))
+            tl.store(kept_top_ptr + program, tl.max(kept_top, 0))
+            tl.store(counts_ptr + program, tl.sum(observed, 0))
+            tl.store(counts_ptr + blocks * groups + program, tl.sum(kept, 0))
+            if SQUARES:
+                tl.store(row_squares_ptr + group * M + row_offsets, row_squares, mask=rows < M)
+
+
+def _factor_block(columns: int) -> int:
+    """Columns of a factor held at once: what tl.dot takes, and no more than registers hold."""
+    return min(64, max(16, 1 << max(columns - 1, 0).bit_length()))
+
+
+def _triton_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares) -> ResidualPass:
+    m, n = matrix.shape
+    rank = left.shape[1]
+    left, right = _product_factors(left, right, skew)
+    width = left.shape[1]
+    weighted = row_weights is not None or column_weights is not None
+    if weighted:
+        row_weights = left.new_ones(m) if row_weights is None else row_weights.contiguous()
+        column_weights = left.new_ones(n) if column_weights is None else column_weights.contiguous()
+    blocks, column_blocks = -(-m // _BLOCK), -(-n // _BLOCK)
+    groups = max(1, min(column_blocks, -(-_PROGRAMS // max(min(blocks, _SLAB), 1))))
+    columns_per_group = -(-column_blocks // groups) * _BLOCK
+    block_q = _factor_block(width)
+    by_row, by_column = torch.zeros_like(left), torch.zeros_like(right)
+    square_sums, kept_top = left.new_zeros(2, blocks * groups)
+    counts = torch.zeros(2, blocks * groups, dtype=torch.int32, device=left.device)
+    histogram = torch.zeros(BINS, dtype=torch.int32, device=left.device)
+    row_squares = left.new_zeros(groups, m if squares else 0)
+    column_squares = left.new_zeros(blocks, n if squares else 0)
+    row_parts = left.new_empty(groups, m, block_q)
+    column_parts = left.new_empty(min(blocks, _SLAB), n, block_q)
+    with torch.cuda.device_of(matrix):
+        for first_q in range(0, max(width, 1) if m and n else 0, block_q):
+            taken = slice(first_q, min(first_q + block_q, width))
+            for first_block in range(0, blocks, _SLAB):
+                slab = min(_SLAB, blocks - first_block)
+                if skew:  # nothing is written below the diagonal
+                    column_parts.zero_()
+                _residual_pass_kernel[(slab, groups)](
+                    matrix,
+                    left,
+                    right,
+                    row_weights if weighted else left,
+                    column_weights if weighted else right,
+                    row_parts,
+                    column_parts,
+                    square_sums,
+                    kept_top,
+                    counts,
+                    histogram,
+                    row_squares,
+                    column_squares,
+                    first_block,
+                    blocks,
+                    m,
+                    n,
+                    matrix.stride(0),
+                    rank,
+                    width,
+                    first_q,
+                    columns_per_group,
+                    _sample_stride(m, n) - 1,
+                    scale,
+                    zeta,
+                    min(1 / zeta, torch.finfo(torch.float32).max),
+                    PSI=_PSI[psi],
+                    UPPER=skew,
+                    WEIGHTED=weighted,
+                    SQUARES=squares,
+                    STATS=first_q == 0,
+                    BLOCK=_BLOCK,
+                    BLOCK_K=_factor_block(rank),
+                    BLOCK_Q=block_q,
+                    **_LAUNCH,
+                )
+                by_column[:, taken] += column_parts[:slab].sum(0)[:, : taken.stop - taken.start]
+            by_row[:, taken] = row_parts.sum(0)[:, : taken.stop - taken.start]
+    left_grad, right_grad = _from_products(by_row, by_column, rank, skew)
+    totals = counts.sum(1, dtype=torch.int64)
+    max_kept = kept_top.amax().double() if kept_top.numel() else left.new_zeros((), dtype=torch.float64)
+    return _doubled(
+        ResidualPass(
+            left_grad,
+            right_grad,
+            square_sums.sum(dtype=torch.float64),
+            totals[0].clone(),
+            totals[1].clone(),
+            max_kept,
+            histogram.long(),
+            row_squares.sum(0, dtype=torch.float64),
+            column_squares.sum(0, dtype=torch.float64),
+        ),
+        skew,
+    )
+
+
+_LAUNCH = {"num_warps": 8, "num_stages": 1}
+
+
+# ---- native ----
+
+_DTYPE_CODES = _native.DTYPE_CODES | {torch.float64: 3, torch.int8: 4}  # csrc/residual_pass.h
 
 
 def _native_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares) -> ResidualPass:
@@ -245,19 +522,10 @@ def _native_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, colum
     workspace = _native.empty(_native._core.residual_pass_workspace(args), torch.uint8, matrix.device)
     _native._core.residual_pass_cpu(args, workspace.data_ptr(), torch.get_num_threads())
     _check_largest(float(sums[2]), matrix)
-    if skew:
-        sums[0] *= 2
-        counts *= 2
-        if squares:
-            row_squares += column_squares
-            column_squares = row_squares.clone()
     left_grad, right_grad = _from_products(by_row, by_column, rank, skew)
     # clones: outputs of an operator must not share memory
-    observed, kept, histogram = counts[0].clone(), counts[1].clone(), counts[2:].clone()
-    sum_squares, max_kept = sums[0].clone(), sums[1].clone()
-    return ResidualPass(
-        left_grad, right_grad, sum_squares, observed, kept, max_kept, histogram, row_squares, column_squares
-    )
+    totals = (sums[0].clone(), counts[0].clone(), counts[1].clone(), sums[1].clone(), counts[2:].clone())
+    return _doubled(ResidualPass(left_grad, right_grad, *totals, row_squares, column_squares), skew)
 
 
 # ---- operator: the backend is chosen here, on real tensors ----
@@ -269,9 +537,17 @@ def _native_reason(device: str) -> str | None:
 
 _library.OPS["residual_pass"] = {
     "native": _native_reason,
-    "triton": lambda device: "not written yet",
+    "triton": _library.triton_reason,
     "reference": _library.reference_reason,
 }
+
+
+def _choose(matrix: Tensor, backend: str) -> str:
+    if matrix.dtype == torch.float64 and backend == "triton":
+        raise TypeError("backend='triton' takes float32, bfloat16, float16 or int8 matrices, got torch.float64")
+    if matrix.dtype == torch.float64 and matrix.device.type != "cpu":
+        return "reference"
+    return _library.choose_backend("residual_pass", backend, matrix.device.type)
 
 
 def _by_rows(matrix: Tensor) -> bool:
@@ -280,8 +556,7 @@ def _by_rows(matrix: Tensor) -> bool:
 
 
 def _pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares, backend):
-    chosen = _library.choose_backend("residual_pass", backend, matrix.device.type)
-    run = {"native": _native_pass, "reference": _reference}[chosen]
+    run = {"native": _native_pass, "triton": _triton_pass, "reference": _reference}[_choose(matrix, backend)]
     if _by_rows(matrix):
         return tuple(run(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares))
     # columns are what lies contiguous: the transpose is a view of which rows are
@@ -411,8 +686,8 @@ def residual_pass(
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, shape, dtype, device or memory layout, and on CPU for an
-            infinite entry, which it names, infinite factors, or a residual beyond the range of the dtype (on a GPU E is
-            NaN there).
+            infinite entry, which it names, factors that are not finite, or a residual beyond the range of the dtype (in
+            Triton E is NaN there).
         RuntimeError: for a backend that cannot serve, with the reason.
     """
     check_matrix(matrix)
