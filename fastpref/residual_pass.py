@@ -229,12 +229,14 @@ def _doubled(upper: ResidualPass, skew: bool) -> ResidualPass:
 
 # A program takes a block of rows through a range of columns. E right stays in registers from the first column to the
 # last. E^T left needs sums over rows, that is over programs: each writes its own part, [columns, r] per block of rows,
-# and the parts are added up afterwards, in order. That moves r / _BLOCK of D's size once more out and in; float atomics
-# would move as much and not be deterministic, a second kernel along columns would read D again. Rows go in slabs, so
-# that the parts of one slab are all that is ever held.
-_BLOCK = 64
+# and the parts are added up afterwards, in order. That moves r / _BLOCK_M of D's size once more out and in; float
+# atomics would move as much and not be deterministic, a second kernel along columns would read D again. Rows go in
+# slabs, so that the parts of one slab are all that is ever held. Factors of more than 32 columns cost a read of D for
+# each 32: more of them do not fit into registers beside the tile.
+_BLOCK_M, _BLOCK_N = 64, 32
 _SLAB = 64  # blocks of rows
 _PROGRAMS = 512  # a few per multiprocessor
+_LAUNCH = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}  # the default changes to off in Triton 3.10
 
 if triton is not None:
     _PSI = {name: index for index, name in enumerate(PSI)}
@@ -279,7 +281,8 @@ if triton is not None:
         WEIGHTED: tl.constexpr,
         SQUARES: tl.constexpr,
         STATS: tl.constexpr,
-        BLOCK: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
         BLOCK_Q: tl.constexpr,
     ):
@@ -290,27 +293,27 @@ if triton is not None:
         scale = tl.cast(scale, tl.float32)
         zeta = tl.cast(zeta, tl.float32)
         inverse_zeta = tl.cast(inverse_zeta, tl.float32)
-        rows = block * BLOCK + tl.arange(0, BLOCK)
-        lane = tl.arange(0, BLOCK)
+        rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        lane = tl.arange(0, BLOCK_N)
         ks = tl.arange(0, BLOCK_K)
         qs = first_q + tl.arange(0, BLOCK_Q)
         row_offsets = rows.to(tl.int64)
         begin = group * columns_per_group
         end = tl.minimum(begin + columns_per_group, N)
         if UPPER:  # groups are whole blocks, so this is where one begins
-            begin = tl.maximum(begin, (block * BLOCK + 1) // BLOCK * BLOCK)
+            begin = tl.maximum(begin, (block * BLOCK_M + 1) // BLOCK_N * BLOCK_N)
         a_q = tl.load(
             left_ptr + row_offsets[:, None] * width + qs[None, :],
             mask=(rows < M)[:, None] & (qs < width)[None, :],
             other=0.0,
         )
-        row_part = tl.zeros((BLOCK, BLOCK_Q), tl.float32)
-        squares = tl.zeros((BLOCK,), tl.float32)
-        kept_top = tl.zeros((BLOCK,), tl.float32)
-        observed = tl.zeros((BLOCK,), tl.int32)
-        kept = tl.zeros((BLOCK,), tl.int32)
-        row_squares = tl.zeros((BLOCK,), tl.float32)
-        for start in range(begin, end, BLOCK):
+        row_part = tl.zeros((BLOCK_M, BLOCK_Q), tl.float32)
+        squares = tl.zeros((BLOCK_M,), tl.float32)
+        kept_top = tl.zeros((BLOCK_M,), tl.float32)
+        observed = tl.zeros((BLOCK_M,), tl.int32)
+        kept = tl.zeros((BLOCK_M,), tl.int32)
+        row_squares = tl.zeros((BLOCK_M,), tl.float32)
+        for start in range(begin, end, BLOCK_N):
             cols = start + lane
             inside = (rows < M)[:, None] & (cols < N)[None, :]
             if UPPER:
@@ -387,7 +390,7 @@ if triton is not None:
 
 def _factor_block(columns: int) -> int:
     """Columns of a factor held at once: what tl.dot takes, and no more than registers hold."""
-    return min(64, max(16, 1 << max(columns - 1, 0).bit_length()))
+    return min(32, max(16, 1 << max(columns - 1, 0).bit_length()))
 
 
 def _triton_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares) -> ResidualPass:
@@ -399,9 +402,9 @@ def _triton_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, colum
     if weighted:
         row_weights = left.new_ones(m) if row_weights is None else row_weights.contiguous()
         column_weights = left.new_ones(n) if column_weights is None else column_weights.contiguous()
-    blocks, column_blocks = -(-m // _BLOCK), -(-n // _BLOCK)
+    blocks, column_blocks = -(-m // _BLOCK_M), -(-n // _BLOCK_N)
     groups = max(1, min(column_blocks, -(-_PROGRAMS // max(min(blocks, _SLAB), 1))))
-    columns_per_group = -(-column_blocks // groups) * _BLOCK
+    columns_per_group = -(-column_blocks // groups) * _BLOCK_N
     block_q = _factor_block(width)
     by_row, by_column = torch.zeros_like(left), torch.zeros_like(right)
     square_sums, kept_top = left.new_zeros(2, blocks * groups)
@@ -450,7 +453,8 @@ def _triton_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, colum
                     WEIGHTED=weighted,
                     SQUARES=squares,
                     STATS=first_q == 0,
-                    BLOCK=_BLOCK,
+                    BLOCK_M=_BLOCK_M,
+                    BLOCK_N=_BLOCK_N,
                     BLOCK_K=_factor_block(rank),
                     BLOCK_Q=block_q,
                     **_LAUNCH,
@@ -474,9 +478,6 @@ def _triton_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, colum
         ),
         skew,
     )
-
-
-_LAUNCH = {"num_warps": 8, "num_stages": 1}
 
 
 # ---- native ----
