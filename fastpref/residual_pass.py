@@ -93,30 +93,19 @@ def _row_blocks(matrix: Tensor):
     return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 
-def residual_pass_ref(
-    matrix: Tensor,
-    left: Tensor,
-    right: Tensor,
-    *,
-    psi: str = "cauchy",
-    zeta: float = torch.inf,
-    scale: float = 1.0,
-    structure: str = "general",
-    row_weights: Tensor | None = None,
-    column_weights: Tensor | None = None,
-    squares: bool = False,
-) -> ResidualPass:
-    """What residual_pass computes, in plain float64 PyTorch, in blocks of rows."""
+def _reference(
+    matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares
+) -> tuple[ResidualPass, float]:
+    """What residual_pass_ref returns, and the largest |R|."""
     m, n = matrix.shape
     device = matrix.device
     left, right = left.double(), right.double()
     row_weights = torch.ones(m, device=device).double() if row_weights is None else row_weights.double()
     column_weights = torch.ones(n, device=device).double() if column_weights is None else column_weights.double()
-    skew = structure == "skew"
     left_grad = torch.zeros_like(left)
     right_grad = torch.zeros_like(right)
-    sum_squares, max_kept, top = torch.zeros(3, dtype=torch.float64, device=device)
-    observed, kept = torch.zeros(2, dtype=torch.int64, device=device)
+    sum_squares, max_kept, top = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+    observed, kept = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
     histogram = torch.zeros(BINS, dtype=torch.int64, device=device)
     row_squares = torch.zeros(m, dtype=torch.float64, device=device)
     column_squares = torch.zeros(n, dtype=torch.float64, device=device)
@@ -149,15 +138,12 @@ def residual_pass_ref(
         if squares:
             row_squares[block] += magnitude.square().sum(1)
             column_squares += magnitude.square().sum(0)
-    _check_largest(float(top), matrix)
     if not squares:
         row_squares, column_squares = row_squares[:0].clone(), column_squares[:0].clone()
-    return _doubled(
-        ResidualPass(
-            left_grad, right_grad, sum_squares, observed, kept, max_kept, histogram, row_squares, column_squares
-        ),
-        skew,
+    result = ResidualPass(
+        left_grad, right_grad, sum_squares, observed, kept, max_kept, histogram, row_squares, column_squares
     )
+    return _doubled(result, skew), float(top)
 
 
 def _check_largest(largest: float, matrix: Tensor) -> None:
@@ -173,20 +159,24 @@ def _check_largest(largest: float, matrix: Tensor) -> None:
     raise ValueError("scale * matrix - left right^T must be finite, but a factor is not, or the product overflows")
 
 
-def _reference(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares) -> ResidualPass:
-    result = residual_pass_ref(
-        matrix,
-        left,
-        right,
-        psi=psi,
-        zeta=zeta,
-        scale=scale,
-        structure="skew" if skew else "general",
-        row_weights=row_weights,
-        column_weights=column_weights,
-        squares=squares,
-    )
-    return result._replace(left_grad=result.left_grad.to(left.dtype), right_grad=result.right_grad.to(left.dtype))
+def residual_pass_ref(
+    matrix: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    psi: str = "cauchy",
+    zeta: float = torch.inf,
+    scale: float = 1.0,
+    structure: str = "general",
+    row_weights: Tensor | None = None,
+    column_weights: Tensor | None = None,
+    squares: bool = False,
+) -> ResidualPass:
+    """What residual_pass computes, in plain float64 PyTorch, in blocks of rows; float64 products whatever the input."""
+    skew = structure == "skew"
+    result, largest = _reference(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares)
+    _check_largest(largest, matrix)
+    return result
 
 
 # ---- what the kernels share ----
@@ -393,7 +383,7 @@ def _factor_block(columns: int) -> int:
     return min(32, max(16, 1 << max(columns - 1, 0).bit_length()))
 
 
-def _triton_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares) -> ResidualPass:
+def _triton_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares):
     m, n = matrix.shape
     rank = left.shape[1]
     left, right = _product_factors(left, right, skew)
@@ -464,20 +454,18 @@ def _triton_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, colum
     left_grad, right_grad = _from_products(by_row, by_column, rank, skew)
     totals = counts.sum(1, dtype=torch.int64)
     max_kept = kept_top.amax().double() if kept_top.numel() else left.new_zeros((), dtype=torch.float64)
-    return _doubled(
-        ResidualPass(
-            left_grad,
-            right_grad,
-            square_sums.sum(dtype=torch.float64),
-            totals[0].clone(),
-            totals[1].clone(),
-            max_kept,
-            histogram.long(),
-            row_squares.sum(0, dtype=torch.float64),
-            column_squares.sum(0, dtype=torch.float64),
-        ),
-        skew,
+    result = ResidualPass(
+        left_grad,
+        right_grad,
+        square_sums.sum(dtype=torch.float64),
+        totals[0].clone(),
+        totals[1].clone(),
+        max_kept,
+        histogram.long(),
+        row_squares.sum(0, dtype=torch.float64),
+        column_squares.sum(0, dtype=torch.float64),
     )
+    return _doubled(result, skew), 0.0  # E is NaN where R is not finite: to look would be to wait for the GPU
 
 
 # ---- native ----
@@ -485,7 +473,7 @@ def _triton_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, colum
 _DTYPE_CODES = _native.DTYPE_CODES | {torch.float64: 3, torch.int8: 4}  # csrc/residual_pass.h
 
 
-def _native_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares) -> ResidualPass:
+def _native_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares):
     m, n = matrix.shape
     rank = left.shape[1]
     left, right = _product_factors(left, right, skew)
@@ -522,11 +510,11 @@ def _native_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, colum
     )
     workspace = _native.empty(_native._core.residual_pass_workspace(args), torch.uint8, matrix.device)
     _native._core.residual_pass_cpu(args, workspace.data_ptr(), torch.get_num_threads())
-    _check_largest(float(sums[2]), matrix)
     left_grad, right_grad = _from_products(by_row, by_column, rank, skew)
     # clones: outputs of an operator must not share memory
     totals = (sums[0].clone(), counts[0].clone(), counts[1].clone(), sums[1].clone(), counts[2:].clone())
-    return _doubled(ResidualPass(left_grad, right_grad, *totals, row_squares, column_squares), skew)
+    result = ResidualPass(left_grad, right_grad, *totals, row_squares, column_squares)
+    return _doubled(result, skew), float(sums[2])
 
 
 # ---- operator: the backend is chosen here, on real tensors ----
@@ -559,16 +547,13 @@ def _by_rows(matrix: Tensor) -> bool:
 def _pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares, backend):
     run = {"native": _native_pass, "triton": _triton_pass, "reference": _reference}[_choose(matrix, backend)]
     if _by_rows(matrix):
-        return tuple(run(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares))
-    # columns are what lies contiguous: the transpose is a view of which rows are
-    result = run(matrix.t(), right, left, psi, zeta, scale, skew, column_weights, row_weights, squares)
-    return (
-        result.right_grad,
-        result.left_grad,
-        *result[2:7],
-        result.column_squares,
-        result.row_squares,
-    )
+        result, largest = run(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares)
+    else:  # columns are what lies contiguous: the transpose is a view of which rows are
+        result, largest = run(matrix.t(), right, left, psi, zeta, scale, skew, column_weights, row_weights, squares)
+        left_grad, right_grad, *sums, row_squares, column_squares = result
+        result = ResidualPass(right_grad, left_grad, *sums, column_squares, row_squares)
+    _check_largest(largest, matrix)
+    return result.left_grad.to(left.dtype), result.right_grad.to(right.dtype), *result[2:]
 
 
 def _pass_fake(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares, backend):
