@@ -147,7 +147,7 @@ inline double lane_max(V v) {
 inline Vd divided(Vd x, Vd by) { return x / by; }
 inline Vf divided(Vf x, Vf by) {
 #if defined(FASTPREF_SIMD_avx512)
-  const Vf y = (Vf)_mm512_rcp14_ps((__m512)by);
+  const Vf y = (Vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)by);  // maskz: as in half_to_float
   return x * (y * (2.0f - by * y));
 #else
   return x / by;
@@ -246,7 +246,10 @@ inline void dots(const F* factors, const F* e, int64_t stride, int64_t begin, in
     for (int k = 0; k < K; k++) b[k] = load_vector<V>(factors + k * stride + j);
 #pragma GCC unroll 8
     for (int i = 0; i < block_rows; i++) {
-      const V x = load_vector<V>(e + i * stride + j);
+      V x = load_vector<V>(e + i * stride + j);
+#if defined(FASTPREF_SIMD_avx512)
+      asm("" : "+v"(x));  // in a register: GCC would load it again for each k, and loads are what this loop waits for
+#endif
       for (int k = 0; k < K; k++) total[k][i] += b[k] * x;
     }
   }
@@ -573,11 +576,13 @@ size_t residual_pass_workspace(const ResidualPass& args) { return baseline::Layo
 void residual_pass_cpu(const ResidualPass& args, int threads) {
   const SimdLevel level = simd_level();
   const baseline::Layout layout(args);
-  parallel_for(layout.panels, 4, threads,
+  // little work stays on this thread: to wake another and wait for it takes longer
+  const auto panels_of = [&](int64_t elements, int64_t by_panel) { return elements / (by_panel + 1) + 1; };
+  parallel_for(layout.panels, panels_of(1 << 16, layout.packed * layout.panel), threads,
                [&](int64_t begin, int64_t end) { residual_pass_pack(level, args, begin, end); });
   parallel_for(layout.chunks, 1, threads,
                [&](int64_t begin, int64_t end) { residual_pass_chunks(level, args, begin, end); });
-  parallel_for(layout.panels, 4, threads,
+  parallel_for(layout.panels, panels_of(1 << 19, layout.chunks * layout.slots * layout.panel), threads,
                [&](int64_t begin, int64_t end) { residual_pass_reduce(level, args, begin, end); });
   totals(args, layout);
 }
