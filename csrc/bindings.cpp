@@ -12,6 +12,7 @@
 #include "linear_logps.h"
 #include "parallel.h"
 #include "preference.h"
+#include "residual_pass.h"
 #include "token_logps.h"
 
 namespace py = pybind11;
@@ -71,6 +72,37 @@ LinearProjection linear_projection(uintptr_t weight, int64_t weight_stride, uint
           rank};
 }
 
+ResidualPass residual_pass_args(uintptr_t matrix, int dtype, int64_t rows, int64_t columns, int64_t stride,
+                                uintptr_t row_factors, uintptr_t column_factors, int64_t rank, int64_t width, int psi,
+                                double zeta, double scale, bool upper, uintptr_t row_weights, uintptr_t column_weights,
+                                int64_t sample_stride, uintptr_t row_products, uintptr_t column_products, bool squares,
+                                uintptr_t row_squares, uintptr_t column_squares, uintptr_t sums, uintptr_t counts) {
+  return {pointer<const void>(matrix),
+          static_cast<MatrixDType>(dtype),
+          rows,
+          columns,
+          stride,
+          pointer<const void>(row_factors),
+          pointer<const void>(column_factors),
+          rank,
+          width,
+          static_cast<Psi>(psi),
+          zeta,
+          scale,
+          upper,
+          pointer<const void>(row_weights),
+          pointer<const void>(column_weights),
+          sample_stride,
+          pointer<void>(row_products),
+          pointer<void>(column_products),
+          squares,
+          pointer<double>(row_squares),
+          pointer<double>(column_squares),
+          pointer<double>(sums),
+          pointer<int64_t>(counts),
+          nullptr};
+}
+
 std::map<std::string, std::string> build_info() {
   return {
       {"version", FASTPREF_VERSION},
@@ -101,6 +133,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   py::class_<TokenLogpsForward>(m, "TokenLogpsForward").def(py::init(&forward_args));
   py::class_<TokenLogpsBackward>(m, "TokenLogpsBackward").def(py::init(&backward_args));
   py::class_<LinearProjection>(m, "LinearProjection").def(py::init(&linear_projection));
+  py::class_<ResidualPass>(m, "ResidualPass").def(py::init(&residual_pass_args));
 
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("token_logps_fwd_cpu", &token_logps_fwd_cpu, release());
@@ -181,6 +214,14 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       },
       release());
   m.def("bradley_terry_workspace", &bradley_terry_workspace);
+  m.def("residual_pass_workspace", &residual_pass_workspace);
+  m.def(
+      "residual_pass_cpu",
+      [](ResidualPass args, uintptr_t workspace, int threads) {
+        args.workspace = pointer<void>(workspace);
+        residual_pass_cpu(args, threads);
+      },
+      release());
 #ifdef FASTPREF_WITH_CUDA
   m.def(
       "token_logps_fwd_cuda",

@@ -74,8 +74,9 @@ def build_info() -> dict:
     """What was built, what was found, and which backend serves which op on which device, or why none does."""
     from fastpref import (
         __version__,
-        bradley_terry,  # noqa: F401  (with the next, imports every op, which enters itself in OPS)
+        bradley_terry,  # noqa: F401  (imports its op, as the next their ops, which enter themselves in OPS)
         linear_preference_loss,  # noqa: F401
+        residual_pass,  # noqa: F401
     )
     from fastpref._library import OPS
 

@@ -53,6 +53,18 @@ def find_cuobjdump() -> str:
     return str(bundled) if bundled and bundled.exists() else shutil.which("cuobjdump")
 
 
+def cubin_usage(compiled) -> tuple[dict, str]:
+    """Registers, spills and stack of a kernel compiled for an NVIDIA GPU, and its SASS."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.check_output([find_cuobjdump(), "--dump-resource-usage", cubin], text=True)
+        sass = subprocess.check_output([find_cuobjdump(), "--dump-sass", cubin], text=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return {"registers": int(registers), "spills": spills, "stack": int(stack)}, sass
+
+
 def compile_triton(op, target, dtype, rung, kind, softcap):
     import triton
     from triton.backends.compiler import GPUTarget
@@ -102,18 +114,10 @@ def compile_triton(op, target, dtype, rung, kind, softcap):
             "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", asm)),
         }
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder, "kernel.cubin")
-            cubin.write_bytes(compiled.asm["cubin"])
-            usage = subprocess.check_output([find_cuobjdump(), "--dump-resource-usage", cubin], text=True)
-            sass = subprocess.check_output([find_cuobjdump(), "--dump-sass", cubin], text=True)
-        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+        usage, sass = cubin_usage(compiled)
         # PTX: ptxas may unroll a loop and so repeat its loads
         ptx = compiled.asm["ptx"]
-        result |= {
-            "registers": int(registers),
-            "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-            "stack": int(stack),
+        result |= usage | {
             "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
             "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
         }
@@ -122,18 +126,67 @@ def compile_triton(op, target, dtype, rung, kind, softcap):
     return result
 
 
-@pytest.mark.slow
-def test_triton_kernels():
+def residual_pass_cases():
+    """(target, dtype, columns of the factors, psi, everything else on); the widest factors need the most registers."""
+    for target in ("sm_80", "sm_90", "sm_100"):
+        for dtype in ("fp32", "bf16", "i8"):
+            for columns in (10, 64):
+                yield target, dtype, columns, "cauchy", columns == 64
+        for psi in ("hard", "soft", "identity"):
+            yield target, "fp16", 64, psi, True
+
+
+def compile_residual_pass(op, target, dtype, columns, psi, everything):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, block = op._residual_pass_kernel, op._factor_block(columns)
+    constants = dict.fromkeys(("UPPER", "WEIGHTED", "SQUARES"), everything) | {"PSI": op._PSI[psi], "STATS": True}
+    constants |= {"BLOCK_M": op._BLOCK_M, "BLOCK_N": op._BLOCK_N, "BLOCK_K": block, "BLOCK_Q": block}
+
+    def type_of(name):
+        if name in constants:
+            return "constexpr"
+        if name.endswith("_ptr"):
+            return {"matrix_ptr": f"*{dtype}", "counts_ptr": "*i32", "histogram_ptr": "*i32"}.get(name, "*fp32")
+        return "fp32" if name in ("scale", "zeta", "inverse_zeta") else "i32"
+
+    source = ASTSource(
+        kernel,
+        {name: type_of(name) for name in kernel.arg_names},
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options=dict(op._LAUNCH))
+    usage, _ = cubin_usage(compiled)
+    return {"target": target, "dtype": dtype, "columns": columns, "psi": psi} | usage
+
+
+def compiled_ahead_of_time(op) -> list[dict]:
+    """What this file prints as a script: Triton reads TRITON_INTERPRET when it is imported, perhaps here already."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     version = importlib.metadata.version("triton")
     if tuple(map(int, version.split(".")[:2])) < (3, 3):
         pytest.skip(f"Triton {version} compiles ahead of time by another interface; 3.3 and later are checked")
-    # Triton reads TRITON_INTERPRET when it is imported, and this process may be running the interpreter.
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, op], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_residual_pass_kernels():
+    results = compiled_ahead_of_time("residual_pass")
+    assert len(results) == len(list(residual_pass_cases()))
+    for result in results:
+        assert result["stack"] == 0, result
+        assert result["spills"] == 0, result
+
+
+@pytest.mark.slow
+def test_triton_kernels():
+    results = compiled_ahead_of_time("token_logps")
     assert len(results) == len(list(cases()))
     for result in results:
         assert result["stack"] == 0, result
@@ -181,7 +234,11 @@ def test_cuda_kernels(tmp_path):
 
 
 if __name__ == "__main__":
-    op = importlib.import_module("fastpref.token_logps")
-    assert len(op._LADDER) == 3, "cases() names the rungs"
-    for case in cases():
-        print(json.dumps(compile_triton(op, *case)), flush=True)
+    op = importlib.import_module("fastpref." + sys.argv[1])
+    if sys.argv[1] == "residual_pass":
+        for case in residual_pass_cases():
+            print(json.dumps(compile_residual_pass(op, *case)), flush=True)
+    else:
+        assert len(op._LADDER) == 3, "cases() names the rungs"
+        for case in cases():
+            print(json.dumps(compile_triton(op, *case)), flush=True)
