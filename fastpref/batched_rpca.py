@@ -1,0 +1,178 @@
+"""Fixed-rank robust PCA of many small matrices at once: annealed M-estimation, each matrix stopping on its own.
+
+Cauchy's weights with a cutoff that shrinks geometrically, from the largest entry down to the noise (three times the
+normalised median residual), around scaled gradient steps on the factors of L = left right^T (Tong, Ma, Chi 2021, for
+the steps): an entry that L cannot explain loses its say, however large it is. A missing entry is NaN.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAD = 1.4826  # of a normal distribution: standard deviation / median |x|
+STEP = 0.7  # of the scaled gradient
+CUTOFF = 3.0  # of Cauchy's weights, in standard deviations of the noise
+FINEST = 1e-9  # of mean |D|: the smallest cutoff
+CLIP = 3.0  # of mean |D|: larger entries are clipped for the start
+BLIND = 5  # iterations before the median counts as noise
+SLOW, QUICK = 0.9, 0.8  # the cutoff per iteration
+MANY = 0.25  # share of outliers from which a quick fit is not trusted
+OUTLIER = 5.0  # standard deviations of the noise
+EXACT = 1e-4  # of mean |D|: no smaller residual is an outlier
+_RIDGE = 1e-10  # of the trace of a factor's Gram matrix
+
+
+class BatchSolve(NamedTuple):
+    left: Tensor  # [B, m, r]
+    right: Tensor  # [B, n, r]
+    iterations: Tensor  # [B] int64
+    median: Tensor  # [B] median |R| over the observed entries
+    converged: Tensor  # [B] bool
+
+
+def shrinkage(observed_share: float) -> tuple[float, float]:
+    """The cutoff's factor per iteration, and the other one, for a matrix that the first leaves unexplained."""
+    return (SLOW, QUICK) if observed_share < 0.9 else (QUICK, SLOW)
+
+
+def outlier_bound(median, mean):
+    """The |R| beyond which an entry is an outlier; floats or tensors."""
+    noise, least = OUTLIER * MAD * median, EXACT * mean
+    return torch.maximum(noise, least) if isinstance(noise, Tensor) else max(noise, least)
+
+
+def explains(median, mean, tol: float):
+    """A median residual of rounding's size says that the matrix is explained, outliers apart."""
+    return median <= 10 * tol * mean
+
+
+def try_again(median, wrong, mean, tol: float):
+    """Whether the other shrinkage might find more; `wrong` is the share of outliers."""
+    return (
+        ~explains(median, mean, tol) | (wrong > MANY)
+        if isinstance(median, Tensor)
+        else (not explains(median, mean, tol) or wrong > MANY)
+    )
+
+
+def is_better(median, wrong, old_median, old_wrong, mean, tol: float):
+    """A fit with a clearly smaller median residual, or of two that explain the matrix the one with fewer outliers."""
+    closer = median < 0.99 * old_median
+    fewer = wrong < old_wrong - 1e-3
+    both, old = explains(median, mean, tol), explains(old_median, mean, tol)
+    if isinstance(median, Tensor):
+        return torch.where(both & old, fewer, closer)
+    return fewer if both and old else closer
+
+
+def inverse_gram(factor: Tensor) -> Tensor:
+    """(factor^T factor)^-1 [..., r, r] with a ridge, in factor's dtype; zero where factor is."""
+    wide = factor.double()
+    return inverse(wide.mT @ wide).to(factor.dtype)
+
+
+def inverse(gram: Tensor) -> Tensor:
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    size = torch.where(trace > 0, trace, 1.0)
+    ridge = torch.diag_embed((_RIDGE * size).unsqueeze(-1).expand(gram.shape[:-1]))
+    return torch.linalg.inv(gram + ridge) * (trace > 0)[..., None, None]
+
+
+def start(matrix: Tensor, observed: Tensor, rank: int, skew: bool) -> tuple[Tensor, Tensor]:
+    """Factors of the clipped matrix, missing entries 0 and the rest scaled up for them, by three block power steps."""
+    count = observed.sum((-2, -1)).clamp(min=1)
+    clean = torch.where(observed, matrix, 0)
+    bound = (CLIP * clean.abs().sum((-2, -1)) / count)[:, None, None]
+    clipped = clean.clamp(-bound, bound) * (observed[0].numel() / count)[:, None, None]
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(matrix.shape[-1], rank, generator=generator, dtype=torch.float64).to(matrix)
+    q = q.expand(len(matrix), -1, -1)
+    for _ in range(3):
+        p = torch.linalg.qr(clipped @ q).Q
+        q = torch.linalg.qr(clipped.mT @ p).Q
+    if skew:
+        return q, q @ (q.mT @ clipped @ q).mT
+    return clipped @ q, q.clone()
+
+
+def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, tol: float, max_iter: int, warm=None):
+    """[B, m, n] float32 or float64, gamma [B] -> BatchSolve, in batched PyTorch."""
+    observed = ~matrix.isnan()
+    clean = torch.where(observed, matrix, 0)
+    count = observed.sum((-2, -1))
+    share = (count / max(matrix[0].numel(), 1)).to(matrix.dtype).clamp(min=1e-30)
+    mean = clean.abs().sum((-2, -1)) / count.clamp(min=1)
+    norm = torch.linalg.vector_norm(clean, dim=(-2, -1))
+    left, right = start(matrix, observed, rank, skew) if warm is None else warm
+    left, right = left.clone(), right.clone()
+    core = torch.linalg.lstsq(left.double(), right.double()).solution.to(matrix.dtype) if skew else None
+    cutoff = clean.abs().amax((-2, -1)) if warm is None else CUTOFF * MAD * _median(clean - left @ right.mT, observed)
+    cutoff = torch.maximum(cutoff, FINEST * mean)
+    iterations = torch.zeros(len(matrix), dtype=torch.int64, device=matrix.device)
+    quiet = torch.zeros_like(iterations)
+    running = (count > 0) & (norm > 0)
+    converged = ~running & (count > 0)
+    for iteration in range(max_iter):
+        if not running.any():
+            break
+        residual = torch.where(observed, clean - left @ right.mT, 0)
+        e = residual / (1 + (residual / cutoff[:, None, None].clamp(min=1e-300)) ** 2)
+        size = (STEP / share * running)[:, None, None]
+        left_step = size * (e @ right @ inverse_gram(right))
+        change = torch.linalg.vector_norm(left_step, dim=(-2, -1)) / _norm(left)
+        if skew:
+            left = left + left_step
+            right = left @ core
+        else:
+            right_step = size * (e.mT @ left @ inverse_gram(left))
+            change = torch.maximum(change, torch.linalg.vector_norm(right_step, dim=(-2, -1)) / _norm(right))
+            left, right = left + left_step, right + right_step
+        iterations += running
+        following = torch.maximum(gamma.to(cutoff) * cutoff, FINEST * mean)
+        if iteration >= BLIND:
+            following = torch.maximum(following, CUTOFF * MAD * _median(residual, observed))
+        cutoff = torch.where(running, following, cutoff)
+        quiet = torch.where(change < tol, quiet + 1, 0)
+        done = (torch.linalg.vector_norm(e, dim=(-2, -1)) < tol * norm) | (quiet >= 3)
+        converged |= running & done
+        running &= ~done
+    median = _median(clean - left @ right.mT, observed)
+    return BatchSolve(left, right, iterations, median, converged)
+
+
+def _norm(factor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(factor, dim=(-2, -1)).clamp(min=1e-300 if factor.dtype == torch.float64 else 1e-30)
+
+
+def _median(residual: Tensor, observed: Tensor) -> Tensor:
+    return torch.where(observed, residual.abs(), torch.nan).flatten(1).nanmedian(-1).values.nan_to_num(0.0)
+
+
+def _outlier_share(matrix: Tensor, found: "BatchSolve", mean: Tensor) -> Tensor:
+    far = (matrix - found.left @ found.right.mT).abs() > outlier_bound(found.median, mean)[:, None, None]
+    return far.sum((-2, -1)) / (~matrix.isnan()).sum((-2, -1)).clamp(min=1)
+
+
+def batched_annealed(
+    matrix: Tensor, rank: int, *, skew: bool, tol: float, max_iter: int, warm: tuple[Tensor, Tensor] | None = None
+) -> BatchSolve:
+    """[B, m, n] -> BatchSolve: with the cutoff shrinking slowly where much is missing, quickly elsewhere; matrices that
+    are left unexplained are tried again the other way, and keep the fit with the smaller median residual."""
+    observed = ~matrix.isnan()
+    count = observed.sum((-2, -1))
+    share = count / max(matrix.shape[-2] * matrix.shape[-1], 1)
+    mean = torch.where(observed, matrix, 0).abs().sum((-2, -1)) / count.clamp(min=1)
+    gamma = torch.where(share < 0.9, SLOW, QUICK)
+    found = batched_annealed_ref(matrix, rank, skew, gamma, tol, max_iter, warm)
+    wrong = _outlier_share(matrix, found, mean)
+    again = try_again(found.median, wrong, mean, tol).nonzero().flatten()
+    if len(again) and warm is None:
+        other = torch.where(share[again] < 0.9, QUICK, SLOW)
+        retry = batched_annealed_ref(matrix[again], rank, skew, other, tol, max_iter)
+        new_wrong = _outlier_share(matrix[again], retry, mean[again])
+        better = is_better(retry.median, new_wrong, found.median[again], wrong[again], mean[again], tol)
+        for old, new in zip(found[:2] + found[3:], retry[:2] + retry[3:], strict=True):
+            old[again[better]] = new[better]
+        found.iterations[again] += retry.iterations
+    return found

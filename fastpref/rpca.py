@@ -1,0 +1,695 @@
+"""Robust PCA, M = L + S: L of low rank, S few but arbitrary corruptions, entries possibly missing (NaN).
+
+With a rank given, L is two thin factors and an iteration is one read of the matrix (`residual_pass`) with r x r algebra
+around it; nothing of the matrix's size is written. Two solvers share that read:
+
+    altproj    accelerated alternating projections (Cai, Cai, Wei 2019, arXiv:1711.05519): hard thresholds and tangent-
+               space projections; some 15 iterations, for clean and well-conditioned data
+    annealed   Cauchy's weights whose cutoff shrinks from the largest entry to the noise, around scaled gradient steps
+               (Tong, Ma, Chi 2021, arXiv:2005.08898); 45 to 110 iterations, for everything else
+
+Without a rank, the convex program min |L|_* + lambda |S|_1 (Candes, Li, Ma, Wright 2011) finds it.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastpref import _checks
+from fastpref.batched_rpca import (
+    BLIND,
+    CLIP,
+    CUTOFF,
+    EXACT,
+    FINEST,
+    MAD,
+    OUTLIER,
+    STEP,
+    batched_annealed,
+    explains,
+    inverse,
+    inverse_gram,
+    is_better,
+    outlier_bound,
+    shrinkage,
+    try_again,
+)
+from fastpref.residual_pass import STRUCTURES, check_matrix, factor_dtype, histogram_median, outliers, residual_pass
+
+CORRUPTIONS = ("entries", "rows", "columns")
+METHODS = ("auto", "annealed", "altproj", "ialm")
+SPARSE = ("none", "coo", "dense")
+
+
+class RPCAInfo(NamedTuple):
+    """Per matrix, [...] of the batch."""
+
+    rank: Tensor  # int64
+    iterations: Tensor  # int64
+    residual: Tensor  # float64, |D - L - S| / |D| over the observed entries, S the outliers
+    gap: Tensor  # float64, relative duality gap of the convex program; NaN where a rank was given
+    converged: Tensor  # bool
+    scale: Tensor  # float64, of the noise: 1.4826 * median |D - L|
+    outlier_rate: Tensor  # float64, share of the observed entries more than 5 scales off
+    row_outlier_rate: Tensor  # [..., m] float64
+    column_outlier_rate: Tensor  # [..., n] float64
+    condition: Tensor  # float64, largest over smallest singular value of L
+
+
+class SparseCOO(NamedTuple):
+    indices: Tensor  # [K, dimensions of the matrix] int64
+    values: Tensor  # [K]
+
+
+class RPCAResult(NamedTuple):
+    """L = U diag(S) Vh, singular values descending, 0 beyond a matrix's own rank; `sparse` is D - L at the outliers."""
+
+    U: Tensor  # [..., m, r]
+    S: Tensor  # [..., r]
+    Vh: Tensor  # [..., r, n]
+    sparse: Tensor | SparseCOO | None
+    info: RPCAInfo
+
+    def low_rank(self) -> Tensor:
+        """L, dense."""
+        return (self.U * self.S.unsqueeze(-2)) @ self.Vh
+
+
+class RPCAProgress(NamedTuple):
+    iteration: int
+    residual: float  # |E| / |D|: what the fit still pulls at
+    scale: float  # 1.4826 * median |R|; NaN before it is known
+    rank: int
+
+
+# ---- one large matrix ----
+
+
+class _Read(NamedTuple):
+    left: Tensor  # [m, r] E right, this rank's rows
+    right: Tensor  # [n, r] E^T left, of all rows
+    sum_squares: float
+    observed: int
+    kept: int
+    median: float  # of |R|
+    row_squares: Tensor
+    column_squares: Tensor
+
+
+class _Data:
+    """The matrix, or this rank's rows of it, behind its one reader."""
+
+    def __init__(self, matrix, scale, structure, group, backend):
+        self.matrix, self.scale, self.structure, self.group, self.backend = matrix, scale, structure, group, backend
+        self.dtype = factor_dtype(matrix)
+        self.rows, self.columns = matrix.shape
+        none = self.thin(0)
+        everything = self.read(*none, "identity", torch.inf)
+        self.observed, self.norm = everything.observed, everything.sum_squares**0.5
+        self.total_rows = self.sum(torch.tensor([self.rows], device=matrix.device))[0].item()
+        self.share = self.observed / max(self._entries(), 1)
+        top = self._pass(*none, "identity", torch.inf).max_kept
+        if group is not None:
+            dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+        self.top = top.item()
+        self.mean = min(self._mean(none), self.top)
+
+    def _entries(self) -> int:
+        n = self.columns
+        return n * (n - 1) if self.structure == "skew" else self.total_rows * n
+
+    def _mean(self, none) -> float:
+        """Mean |D|: |D| = E^2 of one pass over D with E = sqrt|D| does not exist; of the histogram, to a percent."""
+        counts = self._histogram
+        if counts.sum() == 0:
+            return 0.0
+        edges = (torch.arange(len(counts) + 1, dtype=torch.int32) << 18).view(torch.float32).double()
+        middle = ((edges[:-1] + edges[1:]) / 2).where(counts.cpu() > 0, 0.0)
+        return float((middle * counts.cpu()).sum() / counts.sum())
+
+    def thin(self, rank: int) -> tuple[Tensor, Tensor]:
+        like = {"dtype": self.dtype, "device": self.matrix.device}
+        return torch.zeros(self.rows, rank, **like), torch.zeros(self.columns, rank, **like)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over the ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def gram(self, left: Tensor) -> Tensor:
+        """left^T left over all rows, float64."""
+        wide = left.double()
+        return self.sum(wide.mT @ wide)
+
+    def _pass(self, left, right, psi, zeta, **options):
+        return residual_pass(
+            self.matrix,
+            left,
+            right,
+            psi=psi,
+            zeta=zeta,
+            scale=self.scale,
+            structure=self.structure,
+            backend=self.backend,
+            **options,
+        )
+
+    def read(self, left, right, psi, zeta, **options) -> _Read:
+        found = self._pass(left, right, psi, zeta, **options)
+        sums = torch.cat(
+            [torch.stack([found.sum_squares, found.observed.double(), found.kept.double()]), found.histogram.double()]
+        )
+        if self.group is not None:
+            self.sum(sums)
+            self.sum(found.right_grad)
+            if found.column_squares.numel():
+                self.sum(found.column_squares)
+        squares, observed, kept = sums[:3].tolist()
+        self._histogram = sums[3:]
+        median = histogram_median(self._histogram)
+        return _Read(
+            found.left_grad,
+            found.right_grad,
+            squares,
+            int(observed),
+            int(kept),
+            0.0 if median != median else median,
+            found.row_squares,
+            found.column_squares,
+        )
+
+    def orthonormal(self, left: Tensor) -> Tensor:
+        """A basis of left's columns, whose rows lie on all ranks: Cholesky-QR twice, or Householder on one rank."""
+        if self.group is None:
+            return torch.linalg.qr(left).Q
+        q = left.double()
+        for _ in range(2):
+            gram = self.sum(q.mT @ q)
+            size = gram.diagonal().sum().clamp(min=1e-300)
+            factor = torch.linalg.cholesky(gram + 1e-14 * size * torch.eye(len(gram), device=gram.device))
+            q = torch.linalg.solve_triangular(factor, q.mT, upper=False).mT
+        return q.to(left.dtype)
+
+    def start(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Factors of the matrix clipped at three times its mean |D|, by block power steps."""
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randn(self.columns, rank, generator=generator, dtype=torch.float64).to(self.matrix.device, self.dtype)
+        no_left, no_right = self.thin(rank)
+        clip = max(CLIP * self.mean, FINEST)
+        for _ in range(3):
+            p = self.orthonormal(self.read(no_left, q, "soft", clip).left)
+            q = torch.linalg.qr(self.read(p, no_right, "soft", clip).right).Q
+        p = self.read(no_left, q, "soft", clip).left / self.share
+        if self.structure == "skew":
+            core = q.double().mT @ p.double()
+            return q, q @ ((core - core.mT) / 2).mT.to(self.dtype)
+        return p, q
+
+
+class _Solve(NamedTuple):
+    left: Tensor
+    right: Tensor
+    iterations: int
+    converged: bool
+    median: float
+    stopped: bool = False  # by the callback
+    wrong: float = 0.0  # share of the observed entries that are outliers
+
+
+def _relative(step: Tensor, factor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(step) / torch.linalg.vector_norm(factor).clamp(min=1e-30))
+
+
+def _annealed(data: _Data, left, right, gamma, tol, max_iter, report, corruption, warm) -> _Solve:
+    left, right = left.clone(), right.clone()
+    skew = data.structure == "skew"
+    if skew:  # right = left core stays so under scaled steps, and keeps the product skew
+        core = torch.linalg.lstsq(left.double(), right.double()).solution
+        core = ((core - core.mT) / 2).to(data.dtype)
+        right = left @ core
+    lines = None if corruption == "entries" else _Lines(data, corruption)
+    finest = FINEST * data.mean
+    read = data.read(left, right, "identity", torch.inf, squares=lines is not None)
+    if lines is not None:
+        zeta = lines.largest(read)
+    else:
+        zeta = data.top if not warm else max(CUTOFF * MAD * read.median, finest)
+    quiet = 0
+    for iteration in range(1, max_iter + 1):
+        if lines is None:
+            read = data.read(left, right, "cauchy", zeta)
+            median = read.median
+        else:
+            weights, median = lines.weigh(read, zeta)
+            read = data.read(left, right, "identity", torch.inf, squares=True, **weights)
+        residual = read.sum_squares**0.5 / data.norm
+        size = STEP / data.share
+        left_step = size * (read.left @ inverse_gram(right))
+        change = _relative(left_step, left)
+        if skew:
+            left += left_step
+            right = left @ core
+        else:
+            right_step = size * (read.right @ inverse(data.gram(left)).to(data.dtype))
+            change = max(change, _relative(right_step, right))
+            left += left_step
+            right += right_step
+        zeta = max(gamma * zeta, finest, CUTOFF * MAD * median if iteration > BLIND else 0.0)
+        quiet = quiet + 1 if change < tol else 0
+        if report(iteration, residual, MAD * median, left.shape[1]):
+            return _Solve(left, right, iteration, False, median, True)
+        if residual < tol or quiet == 3:
+            break
+    converged = residual < tol or quiet == 3
+    return _Solve(left, right, iteration, converged, data.read(left, right, "cauchy", zeta).median)
+
+
+class _Lines:
+    """Rows or columns that are corrupted as wholes: weights by the size of their residuals."""
+
+    def __init__(self, data: _Data, corruption: str):
+        self.data, self.rows = data, corruption == "rows"
+        counts = torch.zeros(data.rows if self.rows else data.columns, dtype=torch.float64, device=data.matrix.device)
+        for begin in range(0, data.rows, 4096):
+            block = data.matrix[begin : begin + 4096]
+            seen = block != -128 if block.dtype == torch.int8 else ~block.isnan()
+            if self.rows:
+                counts[begin : begin + 4096] = seen.sum(1).double()
+            else:
+                counts += seen.sum(0)
+        self.counts = counts if self.rows else data.sum(counts)
+
+    def sizes(self, read: _Read) -> Tensor:
+        """Root mean squares of the lines' residuals; NaN: an empty line."""
+        squares = read.row_squares if self.rows else read.column_squares
+        return (squares / self.counts.where(self.counts > 0, torch.nan)).sqrt()
+
+    def all_sizes(self, read: _Read) -> Tensor:
+        sizes = self.sizes(read)
+        if not self.rows or self.data.group is None:
+            return sizes
+        every = [None] * dist.get_world_size(self.data.group)
+        dist.all_gather_object(every, sizes.cpu(), group=self.data.group)
+        return torch.cat(every).to(sizes.device)
+
+    def largest(self, read: _Read) -> float:
+        return float(self.all_sizes(read).nan_to_num(0.0).amax())
+
+    def weigh(self, read: _Read, zeta: float) -> tuple[dict, float]:
+        sizes = self.sizes(read)
+        weights = (1 / (1 + (sizes / zeta) ** 2)).nan_to_num(0.0).to(self.data.dtype)
+        median = float(self.all_sizes(read).nanmedian().nan_to_num(0.0)) / MAD
+        return {"row_weights" if self.rows else "column_weights": weights}, median
+
+
+def _altproj(data: _Data, rank: int, left, right, tol, max_iter, report) -> _Solve:
+    """From factors of the start; thresholds beta (s_{r+1} + gamma^t s_1), gamma = 1/2, beta = 1 / (2 (mn)^(1/4))."""
+    u, s, v = _svd_of(data, left, right)
+    beta = 0.5 / (data.total_rows * data.columns) ** 0.25
+    first, zeta = s[0].item(), 4 * beta * s[0].item()
+    best, worse = float("inf"), 0
+    for iteration in range(1, max_iter + 1):
+        root = s.sqrt().clamp(min=1e-30 * max(first, 1e-30)).to(data.dtype)
+        read = data.read(u * root, v * root, "hard", max(zeta, 1e-300))
+        residual = read.sum_squares**0.5 / data.norm
+        if report(iteration, residual, MAD * read.median, rank):
+            return _Solve(u * root, v * root, iteration, False, read.median, True)
+        if residual < tol and explains(read.median, data.mean, tol):
+            return _Solve(u * root, v * root, iteration, True, read.median)
+        best, worse = (residual, 0) if residual < 0.9 * best else (best, worse + 1)
+        if worse == 6:
+            break
+        ev, etu = (read.left / root).double(), (read.right / root).double()
+        wide_u, wide_v = u.double(), v.double()
+        w = data.sum(wide_u.mT @ ev)
+        q1, r1 = torch.linalg.qr(etu - wide_v @ w.mT)
+        outside = ev - wide_u @ w
+        if data.group is None:
+            q2, r2 = torch.linalg.qr(outside)
+        else:
+            q2 = data.orthonormal(outside)
+            r2 = data.sum(q2.mT @ outside)
+        zero = torch.zeros_like(w)
+        middle = torch.cat([torch.cat([s.diag() + w, r1.mT], 1), torch.cat([r2, zero], 1)])
+        p, sigma, qh = torch.linalg.svd(middle)
+        u = (torch.cat([wide_u, q2], 1) @ p[:, :rank]).to(data.dtype)
+        v = (torch.cat([wide_v, q1], 1) @ qh.mT[:, :rank]).to(data.dtype)
+        s = sigma[:rank]
+        zeta = beta * (sigma[rank].item() + 0.5**iteration * sigma[0].item())
+    return _Solve(u * root, v * root, iteration, False, read.median)
+
+
+def _svd_of(data: _Data, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """left right^T as U [m, r], S [r] float64, V [n, r]."""
+    wide_left, wide_right = left.double(), right.double()
+    q = data.orthonormal(wide_left)
+    v, r = torch.linalg.qr(wide_right)
+    p, s, qh = torch.linalg.svd(data.sum(q.mT @ wide_left) @ r.mT)
+    return (q @ p).to(left.dtype), s, (v @ qh.mT).to(left.dtype)
+
+
+def _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report) -> _Solve:
+    if data.norm == 0 or rank == 0:
+        left, right = data.thin(rank)
+        return _Solve(left, right, 0, data.observed > 0, data.read(left, right, "identity", torch.inf).median)
+    left, right = data.start(rank) if warm is None else warm
+    spent = 0
+    plain = corruption == "entries" and data.structure == "general" and rank < min(data.total_rows, data.columns)
+    if method == "altproj" and not plain:
+        raise ValueError(
+            "method='altproj' needs structure='general', corruption='entries' and rank < min(m, n), got "
+            f"structure={data.structure!r}, corruption={corruption!r}, rank={rank}"
+        )
+    if method == "altproj" or (method == "auto" and plain and warm is None and data.share >= 0.9):
+        budget = max_iter if method == "altproj" else min(40, max_iter)
+        found = _altproj(data, rank, left, right, tol, budget, report)
+        if found.converged or found.stopped or method == "altproj":
+            return found
+        spent = found.iterations
+    quick_or_slow = shrinkage(data.share)
+    best = None
+    for gamma in quick_or_slow:
+        left_iterations = max_iter - spent
+        if left_iterations < 1:
+            break
+        found = _annealed(data, left, right, gamma, tol, left_iterations, report, corruption, warm is not None)
+        spent += found.iterations
+        bound = outlier_bound(found.median, data.mean)
+        kept = data.read(found.left, found.right, "hard", max(bound, 1e-300)).kept
+        found = found._replace(wrong=1 - kept / data.observed)
+        if best is None or is_better(found.median, found.wrong, best.median, best.wrong, data.mean, tol):
+            best = found
+        if found.stopped or warm is not None or not try_again(best.median, best.wrong, data.mean, tol):
+            break
+    return best._replace(iterations=spent)
+
+
+def _warn_of_rank(data: _Data, u, s, v, scale) -> None:
+    """Says so when the last component looks like corruption taken for structure, or the residual has structure left."""
+    rank = len(s)
+    if rank == 0 or data.group is not None:
+        return
+    # participation of entries in the last component: about 1/9 for a generic one, less for one made of few entries
+    last_u, last_v = u[:, -1].double(), v[:, -1].double()
+    spread = 1 / (last_u.pow(4).sum() * last_v.pow(4).sum() * data.rows * data.columns)
+    if s[-1] < 1e-6 * s[0] or (min(data.rows, data.columns) >= 20 and spread < 0.01):
+        warnings.warn(
+            f"rank={rank} looks over-stated: the last component, {float(s[-1] / s[0]):.1e} of the first, rests on few "
+            "entries, which may be corruptions taken for structure",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    elif scale > EXACT * data.mean and min(data.rows, data.columns) >= 20:
+        root = s.sqrt().to(u.dtype)
+        left, right = u * root, v * root
+        probe = torch.randn(data.columns, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(right)
+        # the residual's largest singular value against noise's, by power steps on the clipped residual
+        for _ in range(4):
+            probe = probe / probe.norm()
+            wide = torch.cat([right, probe], 1)
+            found = data.read(torch.cat([left, 0 * left[:, :1]], 1), wide, "soft", CUTOFF * scale).left[:, -1:]
+            size = found.norm()
+            narrow = torch.cat([left, found / size.clamp(min=1e-30)], 1)
+            probe = data.read(narrow, torch.cat([right, 0 * probe], 1), "soft", CUTOFF * scale).right[:, -1:]
+        noise = scale * data.share**0.5 * (data.rows**0.5 + data.columns**0.5)
+        if size > 2 * noise:
+            warnings.warn(
+                f"rank={rank} looks under-stated: what is left has a component of {float(size):.3g}, where noise alone "
+                f"would have {noise:.3g}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def _single(matrix, rank, structure, corruption, method, tol, max_iter, scale, warm, sparse, report, group, backend):
+    data = _Data(matrix, scale, structure, group, backend)
+    found = _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report)
+    u, s, v = _svd_of(data, found.left, found.right)
+    root = s.sqrt().to(u.dtype)
+    noise = MAD * found.median
+    if corruption == "entries":
+        threshold = outlier_bound(found.median, data.mean)
+        _warn_of_rank(data, u, s, v, noise)
+        rows, columns, values = outliers(matrix, u * root, v * root, threshold, scale=scale)
+        kept = data.read(u * root, v * root, "hard", max(threshold, 1e-300))
+        residual = kept.sum_squares**0.5
+        rate = 1 - kept.kept / max(kept.observed, 1)
+        if sparse == "none":
+            values = None
+    else:
+        lines = _Lines(data, corruption)
+        read = data.read(u * root, v * root, "identity", torch.inf, squares=True)
+        sizes, every = lines.sizes(read), lines.all_sizes(read)
+        noise = float(every.nanmedian().nan_to_num(0.0))
+        wrong = sizes > max(OUTLIER * noise, EXACT * data.mean)
+        squares = read.row_squares if lines.rows else read.column_squares
+        inside = torch.where(wrong, 0.0, squares).sum().reshape(1)
+        residual = float(data.sum(inside) if lines.rows else inside) ** 0.5
+        rate = float((every > max(OUTLIER * noise, EXACT * data.mean)).double().mean())
+        rows, columns, values = outliers(matrix, u * root, v * root, 0.0, scale=scale)
+        inside = wrong[rows if lines.rows else columns]
+        rows, columns, values = rows[inside], columns[inside], values[inside]
+    counts = [torch.bincount(index, minlength=size) for index, size in ((rows, data.rows), (columns, data.columns))]
+    data.sum(counts[1])
+    seen = _observed_counts(matrix)
+    data.sum(seen[1])
+    rates = [count / total.clamp(min=1) for count, total in zip(counts, seen, strict=True)]
+    whole = None
+    if sparse == "coo":
+        whole = SparseCOO(torch.stack([rows, columns], 1), values)
+    elif sparse == "dense":
+        whole = torch.zeros(matrix.shape, dtype=data.dtype, device=matrix.device)
+        whole[rows, columns] = values
+    number = {"dtype": torch.float64, "device": matrix.device}
+    info = RPCAInfo(
+        torch.tensor(rank, device=matrix.device),
+        torch.tensor(found.iterations, device=matrix.device),
+        torch.tensor(residual / data.norm if data.norm else 0.0, **number),
+        torch.tensor(torch.nan, **number),
+        torch.tensor(found.converged and data.observed > 0, device=matrix.device),
+        torch.tensor(noise, **number),
+        torch.tensor(rate, **number),
+        *(rate.double() for rate in rates),
+        s[0] / s[-1] if rank else torch.tensor(torch.nan, **number),
+    )
+    return RPCAResult(u, s.to(u.dtype), v.mT, whole, info)
+
+
+def _observed_counts(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    rows = torch.empty(matrix.shape[0], dtype=torch.int64, device=matrix.device)
+    columns = torch.zeros(matrix.shape[1], dtype=torch.int64, device=matrix.device)
+    step = max(1, (16 << 20) // max(matrix.shape[1], 1))
+    for begin in range(0, matrix.shape[0], step):
+        block = matrix[begin : begin + step]
+        seen = block != -128 if block.dtype == torch.int8 else ~block.isnan()
+        rows[begin : begin + step] = seen.sum(1)
+        columns += seen.sum(0)
+    return rows, columns
+
+
+# ---- many small matrices ----
+
+
+def _batch(matrix, rank, structure, tol, max_iter, warm, sparse) -> RPCAResult:
+    shape = matrix.shape
+    flat = matrix.reshape(shape[:-2].numel(), *shape[-2:])
+    batch, m, n = flat.shape
+    found = batched_annealed(flat, rank, skew=structure == "skew", tol=tol, max_iter=max_iter, warm=warm)
+    u, s, vh = _batched_svd(found.left, found.right)
+    scale = MAD * found.median.double()
+    chunk = max(1, (1 << 24) // max(m * n, 1))
+    rates, row_rates, column_rates, residuals, dense, listed = [], [], [], [], [], []
+    for begin in range(0, batch, chunk):
+        part = slice(begin, begin + chunk)
+        d = flat[part]
+        seen = ~d.isnan()
+        r = torch.where(seen, d - found.left[part] @ found.right[part].mT, 0)
+        clean = torch.where(seen, d, 0)
+        total = seen.sum((-2, -1)).clamp(min=1)
+        bound = outlier_bound(found.median[part], clean.abs().sum((-2, -1)) / total)
+        far = r.abs() > bound[:, None, None]
+        kept = torch.where(far, 0, r)
+        norm = torch.linalg.vector_norm(clean, dim=(-2, -1)).double()
+        residuals.append(torch.linalg.vector_norm(kept, dim=(-2, -1)) / norm.where(norm > 0, 1.0))
+        rates.append(far.sum((-2, -1)) / total)
+        row_rates.append(far.sum(-1) / seen.sum(-1).clamp(min=1))
+        column_rates.append(far.sum(-2) / seen.sum(-2).clamp(min=1))
+        if sparse == "dense":
+            dense.append(torch.where(far, r, 0))
+        elif sparse == "coo":
+            where = far.nonzero()
+            listed.append((where + where.new_tensor([begin, 0, 0]), r[far]))
+    lead = shape[:-2]
+
+    def joined(parts, *size, dtype=torch.float64):
+        return (
+            torch.cat(parts).to(dtype).reshape(*lead, *size) if parts else flat.new_empty((*lead, *size), dtype=dtype)
+        )
+
+    whole = None
+    if sparse == "dense":
+        whole = joined(dense, m, n, dtype=flat.dtype)
+    elif sparse == "coo":
+        indices = torch.cat([i for i, _ in listed]) if listed else torch.empty(0, 3, dtype=torch.int64)
+        if len(lead) != 1:
+            indices = torch.cat([torch.stack(torch.unravel_index(indices[:, 0], lead), 1), indices[:, 1:]], 1)
+        whole = SparseCOO(indices, torch.cat([v for _, v in listed]) if listed else flat.new_empty(0))
+    info = RPCAInfo(
+        torch.full(lead, rank, dtype=torch.int64, device=flat.device),
+        found.iterations.view(lead),
+        joined(residuals),
+        torch.full(lead, torch.nan, dtype=torch.float64, device=flat.device),
+        found.converged.view(lead),
+        scale.view(lead),
+        joined(rates),
+        joined(row_rates, m),
+        joined(column_rates, n),
+        (s[:, 0] / s[:, -1]).double().view(lead) if rank else torch.full(lead, torch.nan, dtype=torch.float64),
+    )
+    return RPCAResult(u.view(*lead, m, rank), s.view(*lead, rank), vh.view(*lead, rank, n), whole, info)
+
+
+def _batched_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, r = torch.linalg.qr(left.double())
+    v, t = torch.linalg.qr(right.double())
+    p, s, qh = torch.linalg.svd(r @ t.mT)
+    return (q @ p).to(left.dtype), s.to(left.dtype), (qh @ v.mT).to(left.dtype)
+
+
+# ---- public ----
+
+
+def rpca(
+    matrix: Tensor,
+    *,
+    rank: int | None = None,
+    structure: str = "general",
+    corruption: str = "entries",
+    method: str = "auto",
+    lam: float | None = None,
+    tol: float | None = None,
+    max_iter: int | None = None,
+    scale: float = 1.0,
+    warm: RPCAResult | None = None,
+    sparse: str = "none",
+    callback: Callable[[RPCAProgress], object] | None = None,
+    group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> RPCAResult:
+    """M = L + S: the low-rank part of a matrix, and the few entries (rows, columns) that are not of it.
+
+    Args:
+        matrix: [m, n], or a batch [..., m, n] of small ones; float32, float64, bfloat16, float16, or, one matrix only,
+            int8; NaN (int8: -128) is missing. One matrix is read where it lies, memory-mapped files too.
+        rank: of L; None finds it with the convex program.
+        structure: "skew" for M = -M^T, of even rank: half is read, and L is skew to rounding.
+        corruption: what S consists of: "entries", whole "rows" or whole "columns" (one matrix only).
+        method: "annealed", "altproj" (clean, well-conditioned data: a third of the iterations), "ialm" (the convex
+            program, rank=None), or "auto": altproj first where little is missing, kept only when it explains the
+            matrix.
+        lam: weight of |S|_1 in the convex program; default 1 / sqrt(observed share * max(m, n)).
+        tol: relative residual, or three times the relative change of the factors, at which it has converged; default
+            1e-6, 1e-7 for float64.
+        max_iter: default 300.
+        scale: of an int8 matrix: what the stored numbers are multiplied by.
+        warm: an earlier result for a similar matrix of the same shape and rank.
+        sparse: what of S is returned: "none", "coo" (a SparseCOO) or "dense".
+        callback: called with an RPCAProgress after each iteration over one matrix; true stops, not converged.
+        group: process group over which the rows of one matrix are spread: U and row rates are those of this rank's
+            rows, everything else is the whole matrix's, the same on all ranks. Rows may be spread unevenly.
+        backend: of residual_pass: None, "native", "triton" or "reference".
+
+    Returns:
+        RPCAResult. Matrices that did not converge say so in info.converged; they do not hold up the others.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong type, shape or combination, and infinite entries.
+
+    Warns:
+        RuntimeWarning: where the rank of one matrix looks over- or under-stated.
+    """
+    _checks.tensor("matrix", matrix)
+    if matrix.dim() < 2:
+        raise ValueError(f"matrix must have shape [..., m, n], got {list(matrix.shape)}")
+    for name, value, choices in (
+        ("structure", structure, STRUCTURES),
+        ("corruption", corruption, CORRUPTIONS),
+        ("method", method, METHODS),
+        ("sparse", sparse, SPARSE),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    if max_iter is not None:
+        _checks.positive_int("max_iter", max_iter)
+    for name, value in (("tol", tol), ("lam", lam)):
+        if value is not None:
+            _checks.positive(name, value)
+    if structure == "skew" and matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(f"structure='skew' needs square matrices, got shape {list(matrix.shape)}")
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed process group, got {type(group).__name__}")
+    m, n = matrix.shape[-2:]
+    if rank is None or method == "ialm":
+        raise NotImplementedError("rank=None")
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank must be an int or None, got {type(rank).__name__}")
+    if rank < 0 or (rank > min(m, n) and group is None):
+        raise ValueError(f"rank must be between 0 and min(m, n) = {min(m, n)}, got {rank}")
+    if structure == "skew" and rank % 2:
+        raise ValueError(f"rank must be even for structure='skew', got {rank}")
+    if lam is not None:
+        raise ValueError("lam belongs to the convex program, rank=None")
+    matrix = matrix.detach()
+    tol = tol if tol is not None else (1e-7 if matrix.dtype == torch.float64 else 1e-6)
+    max_iter = max_iter or 300
+    with torch.no_grad():
+        if matrix.dim() == 2:
+            check_matrix(matrix)
+            factors = None if warm is None else _warm_factors(warm, (m, rank), (rank, n))
+
+            def report(iteration, residual, noise, rank):
+                return callback is not None and callback(RPCAProgress(iteration, residual, noise, rank))
+
+            return _single(
+                matrix, rank, structure, corruption, method, tol, max_iter, scale, factors, sparse, report, group,
+                backend,
+            )  # fmt: skip
+        single_only = {
+            "corruption": corruption != "entries",
+            "callback": callback is not None,
+            "group": group is not None,
+            "scale": scale != 1.0,
+        }
+        if named := [name for name, given in single_only.items() if given]:
+            raise ValueError(f"{named[0]} is for one matrix, got a batch of shape {list(matrix.shape)}")
+        if method == "altproj":
+            raise ValueError("method='altproj' is for one matrix; batches are annealed")
+        if not matrix.dtype.is_floating_point:
+            raise TypeError(f"matrix must be floating-point in a batch, got {matrix.dtype}")
+        matrix = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
+        if matrix.isinf().any():
+            where = matrix.isinf().nonzero()[0].tolist()
+            raise ValueError(f"matrix must be finite (NaN: missing), got {matrix[tuple(where)].item()} at {where}")
+        lead = matrix.shape[:-2]
+        factors = None
+        if warm is not None:
+            left, right = _warm_factors(warm, (*lead, m, rank), (*lead, rank, n))
+            factors = left.reshape(-1, m, rank).to(matrix), right.reshape(-1, n, rank).to(matrix)
+        return _batch(matrix, rank, structure, tol, max_iter, factors, sparse)
+
+
+def _warm_factors(warm: RPCAResult, u_shape, vh_shape) -> tuple[Tensor, Tensor]:
+    if not isinstance(warm, RPCAResult):
+        raise TypeError(f"warm must be an RPCAResult, got {type(warm).__name__}")
+    if tuple(warm.U.shape) != tuple(u_shape) or tuple(warm.Vh.shape) != tuple(vh_shape):
+        raise ValueError(
+            f"warm must have U of shape {list(u_shape)} and Vh of shape {list(vh_shape)}, got {list(warm.U.shape)} and "
+            f"{list(warm.Vh.shape)}"
+        )
+    root = warm.S.sqrt().unsqueeze(-2)
+    return warm.U * root, warm.Vh.mT * root
