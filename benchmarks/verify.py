@@ -28,6 +28,9 @@ _OPS = {
             "(test_every_plan or every_form or test_precision or rounded_logits) and not cuda",
         ),
     ],
+    "bench_residual_pass": [
+        ("test_residual_pass.py", "(matches_float64 or ranks or threads) and not triton and not cuda"),
+    ],
 }
 ENVIRONMENT = {"FASTPREF_TEST_SEED": "0"}  # unless the caller sets it: two runs of a gate should agree
 EXTRA = "FASTPREF_BENCH_EXTRA_TESTS"  # more test files that must pass, separated by os.pathsep; it cannot remove any

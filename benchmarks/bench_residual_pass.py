@@ -1,0 +1,121 @@
+"""The residual pass against plain PyTorch here: `pytest benchmarks/bench_residual_pass.py --benchmark-json FILE`.
+
+Every round begins with one run of each competitor, so that all samples are taken in turn in the same process. A pass
+cannot be faster than one read of the matrix, nor than its 6 m n r operations at the rate of a matrix product:
+`extra_info` holds both, measured here, and what share of the slower one's time the fastest sample reached. --full adds
+n = 20000 and r = 64.
+"""
+
+import time
+from typing import NamedTuple
+
+import pytest
+import torch
+from measure import Rounds, read_gbps
+
+from fastpref.residual_pass import residual_pass
+
+CPU = torch.device("cpu")
+ZETA = 3.0
+SECONDS = 8  # of rounds, per case
+
+
+class Case(NamedTuple):
+    n: int
+    rank: int
+
+    def __str__(self):
+        return f"n{self.n}-r{self.rank}"
+
+
+DEFAULT = [Case(2000, 10), Case(8000, 10), Case(8000, 1)]
+FULL = [*DEFAULT, Case(20000, 10), Case(2000, 64), Case(8000, 64)]
+
+
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("case", FULL if metafunc.config.getoption("full") else DEFAULT, ids=str)
+
+
+def composed(matrix, left, right):
+    """What a user writes: R and E are tensors of the matrix's size."""
+    residual = matrix - left @ right.t()
+    seen = ~residual.isnan()
+    e = torch.where(seen, residual / (1 + (residual / ZETA).square()), 0.0)
+    size = residual.abs()
+    kept = size <= ZETA
+    return e @ right, e.t() @ left, e.square().sum(), seen.sum(), kept.sum()
+
+
+def in_blocks(matrix, left, right, rows=128):
+    """The same in blocks of rows that stay in the cache."""
+    parts = [composed(d, a, right) for d, a in zip(matrix.split(rows), left.split(rows), strict=True)]
+    left_grads, *sums = zip(*parts, strict=True)
+    return torch.cat(left_grads), *(sum(s) for s in sums)
+
+
+def fused(matrix, left, right):
+    return residual_pass(matrix, left, right, psi="cauchy", zeta=ZETA)
+
+
+class Competitor:
+    def __init__(self, name, title, function, *tensors):
+        self.name, self.title, self.function, self.tensors = name, title, function, tensors
+
+    def run(self, mark=lambda: None):
+        mark()
+        result = self.function(*self.tensors)
+        mark()
+        return result
+
+    def clean(self):
+        pass
+
+
+def gemm_gflops(n=2048, repeats=5) -> float:
+    a = torch.randn(n, n)
+    out = torch.empty_like(a)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.mm(a, a, out=out)
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds) / 1e9
+
+
+@pytest.fixture(scope="module")
+def limits():
+    return {"read_gbps": read_gbps(), "gemm_gflops": gemm_gflops()}
+
+
+def test_residual_pass(benchmark, case, limits):
+    n, rank = case
+    left, right = torch.randn(n, rank), torch.randn(n, rank)
+    matrix = torch.randn(n, n).addmm_(left, right.t())
+    matrix.view(-1)[:: 97 * 97] = torch.nan
+    competitors = [
+        Competitor("fastpref", "fastpref", fused, matrix, left, right),
+        Competitor("composed", "plain PyTorch", composed, matrix, left, right),
+        Competitor("in_blocks", "plain PyTorch, 128 rows at a time", in_blocks, matrix, left, right),
+    ]
+    start = time.perf_counter()
+    for competitor in competitors:
+        result = competitor.run()
+        torch.testing.assert_close(result[1], competitors[0].run()[1], rtol=0, atol=1e-4 * float(result[1].abs().max()))
+    count = max(3, min(100, round(SECONDS / (time.perf_counter() - start))))
+    rounds = Rounds(competitors, CPU, "fastpref")
+    benchmark.pedantic(rounds.play_subject, setup=rounds.play_others, teardown=rounds.end_round, rounds=count)
+    summary = rounds.summary()
+    seconds = summary["fastpref"]["min_ms"] / 1e3
+    gflops, gbytes = 6 * n * n * rank / 1e9, matrix.nbytes / 1e9
+    reading, computing = gbytes / limits["read_gbps"], gflops / limits["gemm_gflops"]
+    benchmark.extra_info.update(
+        n=n,
+        rank=rank,
+        threads=torch.get_num_threads(),
+        times=summary,
+        gflops=gflops / seconds,
+        gbps=gbytes / seconds,
+        limit="memory" if reading > computing else "arithmetic",
+        share_of_limit=max(reading, computing) / seconds,
+        **limits,
+    )
