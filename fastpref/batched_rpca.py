@@ -17,7 +17,7 @@ FINEST = 1e-9  # of mean |D|: the smallest cutoff
 CLIP = 3.0  # of mean |D|: larger entries are clipped for the start
 BLIND = 5  # iterations before the median counts as noise
 SLOW, QUICK = 0.9, 0.8  # the cutoff per iteration
-MANY = 0.25  # share of outliers from which a quick fit is not trusted
+MISFIT = 0.5  # share of outliers in a row or column from which the fit itself may be wrong there
 OUTLIER = 5.0  # standard deviations of the noise
 EXACT = 1e-4  # of mean |D|: no smaller residual is an outlier
 _RIDGE = 1e-10  # of the trace of a factor's Gram matrix
@@ -45,25 +45,6 @@ def outlier_bound(median, mean):
 def explains(median, mean, tol: float):
     """A median residual of rounding's size says that the matrix is explained, outliers apart."""
     return median <= 10 * tol * mean
-
-
-def try_again(median, wrong, mean, tol: float):
-    """Whether the other shrinkage might find more; `wrong` is the share of outliers."""
-    return (
-        ~explains(median, mean, tol) | (wrong > MANY)
-        if isinstance(median, Tensor)
-        else (not explains(median, mean, tol) or wrong > MANY)
-    )
-
-
-def is_better(median, wrong, old_median, old_wrong, mean, tol: float):
-    """A fit with a clearly smaller median residual, or of two that explain the matrix the one with fewer outliers."""
-    closer = median < 0.99 * old_median
-    fewer = wrong < old_wrong - 1e-3
-    both, old = explains(median, mean, tol), explains(old_median, mean, tol)
-    if isinstance(median, Tensor):
-        return torch.where(both & old, fewer, closer)
-    return fewer if both and old else closer
 
 
 def inverse_gram(factor: Tensor) -> Tensor:
@@ -149,9 +130,12 @@ def _median(residual: Tensor, observed: Tensor) -> Tensor:
     return torch.where(observed, residual.abs(), torch.nan).flatten(1).nanmedian(-1).values.nan_to_num(0.0)
 
 
-def _outlier_share(matrix: Tensor, found: "BatchSolve", mean: Tensor) -> Tensor:
+def _outliers(matrix: Tensor, found: BatchSolve, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Share of outliers [B], and the largest share in a row or column [B]."""
     far = (matrix - found.left @ found.right.mT).abs() > outlier_bound(found.median, mean)[:, None, None]
-    return far.sum((-2, -1)) / (~matrix.isnan()).sum((-2, -1)).clamp(min=1)
+    seen = ~matrix.isnan()
+    lines = [(far.sum(dim) / seen.sum(dim).clamp(min=1)).amax(-1) for dim in (-1, -2)]
+    return far.sum((-2, -1)) / seen.sum((-2, -1)).clamp(min=1), torch.maximum(*lines)
 
 
 def batched_annealed(
@@ -165,13 +149,14 @@ def batched_annealed(
     mean = torch.where(observed, matrix, 0).abs().sum((-2, -1)) / count.clamp(min=1)
     gamma = torch.where(share < 0.9, SLOW, QUICK)
     found = batched_annealed_ref(matrix, rank, skew, gamma, tol, max_iter, warm)
-    wrong = _outlier_share(matrix, found, mean)
-    again = try_again(found.median, wrong, mean, tol).nonzero().flatten()
+    rate, worst = _outliers(matrix, found, mean)
+    again = (~explains(found.median, mean, tol) | (worst > MISFIT)).nonzero().flatten()
     if len(again) and warm is None:
         other = torch.where(share[again] < 0.9, QUICK, SLOW)
         retry = batched_annealed_ref(matrix[again], rank, skew, other, tol, max_iter)
-        new_wrong = _outlier_share(matrix[again], retry, mean[again])
-        better = is_better(retry.median, new_wrong, found.median[again], wrong[again], mean[again], tol)
+        old, size = found.median[again], mean[again]
+        closer, fewer = retry.median < 0.99 * old, _outliers(matrix[again], retry, size)[0] < rate[again]
+        better = torch.where(explains(retry.median, size, tol) & explains(old, size, tol), fewer, closer)
         for old, new in zip(found[:2] + found[3:], retry[:2] + retry[3:], strict=True):
             old[again[better]] = new[better]
         found.iterations[again] += retry.iterations

@@ -27,16 +27,15 @@ from fastpref.batched_rpca import (
     EXACT,
     FINEST,
     MAD,
+    MISFIT,
     OUTLIER,
     STEP,
     batched_annealed,
     explains,
     inverse,
     inverse_gram,
-    is_better,
     outlier_bound,
     shrinkage,
-    try_again,
 )
 from fastpref.residual_pass import STRUCTURES, check_matrix, factor_dtype, histogram_median, outliers, residual_pass
 
@@ -105,7 +104,7 @@ class _Data:
 
     def __init__(self, matrix, scale, structure, group, backend):
         self.matrix, self.scale, self.structure, self.group, self.backend = matrix, scale, structure, group, backend
-        self.dtype = factor_dtype(matrix)
+        self.dtype, self._counts = factor_dtype(matrix), None
         self.rows, self.columns = matrix.shape
         none = self.thin(0)
         everything = self.read(*none, "identity", torch.inf)
@@ -130,6 +129,21 @@ class _Data:
         edges = (torch.arange(len(counts) + 1, dtype=torch.int32) << 18).view(torch.float32).double()
         middle = ((edges[:-1] + edges[1:]) / 2).where(counts.cpu() > 0, 0.0)
         return float((middle * counts.cpu()).sum() / counts.sum())
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Observed entries of this rank's rows, and of the columns."""
+        if self._counts is None:
+            m, n = self.matrix.shape
+            rows = torch.empty(m, dtype=torch.int64, device=self.matrix.device)
+            columns = torch.zeros(n, dtype=torch.int64, device=self.matrix.device)
+            step = max(1, (16 << 20) // max(n, 1))
+            for begin in range(0, m, step):
+                block = self.matrix[begin : begin + step]
+                seen = block != -128 if block.dtype == torch.int8 else block == block
+                rows[begin : begin + step] = seen.sum(1)
+                columns += seen.sum(0)
+            self._counts = rows, self.sum(columns)
+        return self._counts
 
     def thin(self, rank: int) -> tuple[Tensor, Tensor]:
         like = {"dtype": self.dtype, "device": self.matrix.device}
@@ -211,6 +225,22 @@ class _Data:
         return p, q
 
 
+class _Verdict(NamedTuple):
+    """What L = left right^T leaves of the matrix, beyond `threshold` taken for corrupted."""
+
+    rows: Tensor  # [K] of the outliers, on this rank
+    columns: Tensor
+    values: Tensor
+    rate: float
+    row_rates: Tensor  # [m]
+    column_rates: Tensor  # [n]
+    residual: float  # |D - L - S| / |D|
+
+    def suspicious(self) -> bool:
+        """A row or column that is mostly outliers may be one that the fit got wrong."""
+        return max(float(self.row_rates.max()), float(self.column_rates.max())) > MISFIT
+
+
 class _Solve(NamedTuple):
     left: Tensor
     right: Tensor
@@ -218,7 +248,28 @@ class _Solve(NamedTuple):
     converged: bool
     median: float
     stopped: bool = False  # by the callback
-    wrong: float = 0.0  # share of the observed entries that are outliers
+    verdict: _Verdict | None = None  # of corrupted entries
+
+
+def _judge(data: _Data, left, right, threshold: float) -> _Verdict:
+    rows, columns, values = outliers(data.matrix, left, right, threshold, scale=data.scale)
+    kept = data.read(left, right, "hard", max(threshold, 1e-300)).sum_squares ** 0.5
+    return _verdict(data, rows, columns, values, kept)
+
+
+def _verdict(data: _Data, rows, columns, values, kept: float) -> _Verdict:
+    row_counts = torch.bincount(rows, minlength=data.rows)
+    column_counts = data.sum(torch.bincount(columns, minlength=data.columns))
+    row_seen, column_seen = data.counts()
+    return _Verdict(
+        rows,
+        columns,
+        values,
+        float(column_counts.sum() / column_seen.sum().clamp(min=1)),
+        row_counts.double() / row_seen.clamp(min=1),
+        column_counts.double() / column_seen.clamp(min=1),
+        kept / data.norm if data.norm else 0.0,
+    )
 
 
 def _relative(step: Tensor, factor: Tensor) -> float:
@@ -274,15 +325,8 @@ class _Lines:
 
     def __init__(self, data: _Data, corruption: str):
         self.data, self.rows = data, corruption == "rows"
-        counts = torch.zeros(data.rows if self.rows else data.columns, dtype=torch.float64, device=data.matrix.device)
-        for begin in range(0, data.rows, 4096):
-            block = data.matrix[begin : begin + 4096]
-            seen = block != -128 if block.dtype == torch.int8 else ~block.isnan()
-            if self.rows:
-                counts[begin : begin + 4096] = seen.sum(1).double()
-            else:
-                counts += seen.sum(0)
-        self.counts = counts if self.rows else data.sum(counts)
+        rows, columns = data.counts()
+        self.counts = (rows if self.rows else columns).double()
 
     def sizes(self, read: _Read) -> Tensor:
         """Root mean squares of the lines' residuals; NaN: an empty line."""
@@ -354,39 +398,49 @@ def _svd_of(data: _Data, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report) -> _Solve:
+    entries = corruption == "entries"
+
+    def judged(found: _Solve) -> _Solve:
+        if not entries:
+            return found
+        return found._replace(verdict=_judge(data, found.left, found.right, outlier_bound(found.median, data.mean)))
+
     if data.norm == 0 or rank == 0:
         left, right = data.thin(rank)
-        return _Solve(left, right, 0, data.observed > 0, data.read(left, right, "identity", torch.inf).median)
+        median = data.read(left, right, "identity", torch.inf).median
+        return judged(_Solve(left, right, 0, data.observed > 0, median))
     left, right = data.start(rank) if warm is None else warm
-    spent = 0
-    plain = corruption == "entries" and data.structure == "general" and rank < min(data.total_rows, data.columns)
+    plain = entries and data.structure == "general" and rank < min(data.total_rows, data.columns)
     if method == "altproj" and not plain:
         raise ValueError(
             "method='altproj' needs structure='general', corruption='entries' and rank < min(m, n), got "
             f"structure={data.structure!r}, corruption={corruption!r}, rank={rank}"
         )
+    spent, best = 0, None
     if method == "altproj" or (method == "auto" and plain and warm is None and data.share >= 0.9):
         budget = max_iter if method == "altproj" else min(40, max_iter)
-        found = _altproj(data, rank, left, right, tol, budget, report)
-        if found.converged or found.stopped or method == "altproj":
+        found = judged(_altproj(data, rank, left, right, tol, budget, report))
+        if method == "altproj" or found.stopped or (found.converged and not found.verdict.suspicious()):
             return found
         spent = found.iterations
-    quick_or_slow = shrinkage(data.share)
-    best = None
-    for gamma in quick_or_slow:
-        left_iterations = max_iter - spent
-        if left_iterations < 1:
+    for gamma in shrinkage(data.share):
+        if spent == max_iter:
             break
-        found = _annealed(data, left, right, gamma, tol, left_iterations, report, corruption, warm is not None)
+        found = _annealed(data, left, right, gamma, tol, max_iter - spent, report, corruption, warm is not None)
+        found = judged(found)
         spent += found.iterations
-        bound = outlier_bound(found.median, data.mean)
-        kept = data.read(found.left, found.right, "hard", max(bound, 1e-300)).kept
-        found = found._replace(wrong=1 - kept / data.observed)
-        if best is None or is_better(found.median, found.wrong, best.median, best.wrong, data.mean, tol):
+        if best is None or _is_better(found, best, data.mean, tol):
             best = found
-        if found.stopped or warm is not None or not try_again(best.median, best.wrong, data.mean, tol):
+        settled = explains(best.median, data.mean, tol) and not (entries and best.verdict.suspicious())
+        if found.stopped or warm is not None or settled:
             break
     return best._replace(iterations=spent)
+
+
+def _is_better(found: _Solve, best: _Solve, mean: float, tol: float) -> bool:
+    if found.verdict is not None and explains(found.median, mean, tol) and explains(best.median, mean, tol):
+        return found.verdict.rate < best.verdict.rate
+    return found.median < 0.99 * best.median
 
 
 def _warn_of_rank(data: _Data, u, s, v, scale) -> None:
@@ -432,64 +486,40 @@ def _single(matrix, rank, structure, corruption, method, tol, max_iter, scale, w
     u, s, v = _svd_of(data, found.left, found.right)
     root = s.sqrt().to(u.dtype)
     noise = MAD * found.median
-    if corruption == "entries":
-        threshold = outlier_bound(found.median, data.mean)
+    verdict = found.verdict
+    if verdict is not None:
         _warn_of_rank(data, u, s, v, noise)
-        rows, columns, values = outliers(matrix, u * root, v * root, threshold, scale=scale)
-        kept = data.read(u * root, v * root, "hard", max(threshold, 1e-300))
-        residual = kept.sum_squares**0.5
-        rate = 1 - kept.kept / max(kept.observed, 1)
-        if sparse == "none":
-            values = None
     else:
         lines = _Lines(data, corruption)
         read = data.read(u * root, v * root, "identity", torch.inf, squares=True)
         sizes, every = lines.sizes(read), lines.all_sizes(read)
         noise = float(every.nanmedian().nan_to_num(0.0))
         wrong = sizes > max(OUTLIER * noise, EXACT * data.mean)
-        squares = read.row_squares if lines.rows else read.column_squares
-        inside = torch.where(wrong, 0.0, squares).sum().reshape(1)
-        residual = float(data.sum(inside) if lines.rows else inside) ** 0.5
-        rate = float((every > max(OUTLIER * noise, EXACT * data.mean)).double().mean())
+        squares = torch.where(wrong, 0.0, read.row_squares if lines.rows else read.column_squares).sum().reshape(1)
+        kept = float(data.sum(squares) if lines.rows else squares) ** 0.5
         rows, columns, values = outliers(matrix, u * root, v * root, 0.0, scale=scale)
         inside = wrong[rows if lines.rows else columns]
-        rows, columns, values = rows[inside], columns[inside], values[inside]
-    counts = [torch.bincount(index, minlength=size) for index, size in ((rows, data.rows), (columns, data.columns))]
-    data.sum(counts[1])
-    seen = _observed_counts(matrix)
-    data.sum(seen[1])
-    rates = [count / total.clamp(min=1) for count, total in zip(counts, seen, strict=True)]
+        verdict = _verdict(data, rows[inside], columns[inside], values[inside], kept)
     whole = None
     if sparse == "coo":
-        whole = SparseCOO(torch.stack([rows, columns], 1), values)
+        whole = SparseCOO(torch.stack([verdict.rows, verdict.columns], 1), verdict.values)
     elif sparse == "dense":
         whole = torch.zeros(matrix.shape, dtype=data.dtype, device=matrix.device)
-        whole[rows, columns] = values
+        whole[verdict.rows, verdict.columns] = verdict.values
     number = {"dtype": torch.float64, "device": matrix.device}
     info = RPCAInfo(
         torch.tensor(rank, device=matrix.device),
         torch.tensor(found.iterations, device=matrix.device),
-        torch.tensor(residual / data.norm if data.norm else 0.0, **number),
+        torch.tensor(verdict.residual, **number),
         torch.tensor(torch.nan, **number),
         torch.tensor(found.converged and data.observed > 0, device=matrix.device),
         torch.tensor(noise, **number),
-        torch.tensor(rate, **number),
-        *(rate.double() for rate in rates),
+        torch.tensor(verdict.rate, **number),
+        verdict.row_rates,
+        verdict.column_rates,
         s[0] / s[-1] if rank else torch.tensor(torch.nan, **number),
     )
     return RPCAResult(u, s.to(u.dtype), v.mT, whole, info)
-
-
-def _observed_counts(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    rows = torch.empty(matrix.shape[0], dtype=torch.int64, device=matrix.device)
-    columns = torch.zeros(matrix.shape[1], dtype=torch.int64, device=matrix.device)
-    step = max(1, (16 << 20) // max(matrix.shape[1], 1))
-    for begin in range(0, matrix.shape[0], step):
-        block = matrix[begin : begin + step]
-        seen = block != -128 if block.dtype == torch.int8 else ~block.isnan()
-        rows[begin : begin + step] = seen.sum(1)
-        columns += seen.sum(0)
-    return rows, columns
 
 
 # ---- many small matrices ----
