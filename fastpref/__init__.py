@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastpref.lm_head import FusedLMHead
     from fastpref.plan import Plan, plan
     from fastpref.preference import PreferenceOutput, SequenceLogps, preference_loss, sequence_logps
+    from fastpref.rpca import RPCAInfo, RPCAProgress, RPCAResult, SparseCOO, rpca
     from fastpref.token_logps import TokenStats, token_logps
 
 # name -> module; imported on first use, so that `fastpref --help` and fastpref.curate never import torch
@@ -44,6 +45,11 @@ _PUBLIC = {
     "SequenceLogps": "fastpref.preference",
     "preference_loss": "fastpref.preference",
     "sequence_logps": "fastpref.preference",
+    "RPCAInfo": "fastpref.rpca",
+    "RPCAProgress": "fastpref.rpca",
+    "RPCAResult": "fastpref.rpca",
+    "SparseCOO": "fastpref.rpca",
+    "rpca": "fastpref.rpca",
     "TokenStats": "fastpref.token_logps",
     "token_logps": "fastpref.token_logps",
 }

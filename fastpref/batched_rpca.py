@@ -65,7 +65,7 @@ def start(matrix: Tensor, observed: Tensor, rank: int, skew: bool) -> tuple[Tens
     count = observed.sum((-2, -1)).clamp(min=1)
     clean = torch.where(observed, matrix, 0)
     bound = (CLIP * clean.abs().sum((-2, -1)) / count)[:, None, None]
-    clipped = clean.clamp(-bound, bound) * (observed[0].numel() / count)[:, None, None]
+    clipped = clean.clamp(-bound, bound) * (matrix.shape[-2] * matrix.shape[-1] / count)[:, None, None]
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(matrix.shape[-1], rank, generator=generator, dtype=torch.float64).to(matrix)
     q = q.expand(len(matrix), -1, -1)
@@ -82,12 +82,15 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, t
     observed = ~matrix.isnan()
     clean = torch.where(observed, matrix, 0)
     count = observed.sum((-2, -1))
-    share = (count / max(matrix[0].numel(), 1)).to(matrix.dtype).clamp(min=1e-30)
+    share = (count / max(matrix.shape[-2] * matrix.shape[-1], 1)).to(matrix.dtype).clamp(min=1e-30)
     mean = clean.abs().sum((-2, -1)) / count.clamp(min=1)
     norm = torch.linalg.vector_norm(clean, dim=(-2, -1))
     left, right = start(matrix, observed, rank, skew) if warm is None else warm
     left, right = left.clone(), right.clone()
-    core = torch.linalg.lstsq(left.double(), right.double()).solution.to(matrix.dtype) if skew else None
+    if skew:  # right = left core stays so under scaled steps, and keeps the product skew
+        core = torch.linalg.lstsq(left.double(), right.double()).solution
+        core = ((core - core.mT) / 2).to(matrix.dtype)
+        right = left @ core
     cutoff = clean.abs().amax((-2, -1)) if warm is None else CUTOFF * MAD * _median(clean - left @ right.mT, observed)
     cutoff = torch.maximum(cutoff, FINEST * mean)
     iterations = torch.zeros(len(matrix), dtype=torch.int64, device=matrix.device)

@@ -34,6 +34,7 @@ _BIN_SHIFT = 18  # bits of a float32 below its bin
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 8, 32  # a block of entries that the histogram takes or leaves
 _SAMPLE_SHIFT = 23  # odd: from one band of rows to the next, the blocks taken move on to other columns
 _REFERENCE_BYTES = 64 << 20  # the reference works through the rows in float64 blocks of this size
+_OUTLIER_BYTES = 8 << 20  # and outliers in such blocks
 
 
 class ResidualPass(NamedTuple):
@@ -86,10 +87,10 @@ def _psi(residual: Tensor, psi: str, zeta: float) -> Tensor:
     return residual
 
 
-def _row_blocks(matrix: Tensor):
-    """Slices of rows that fit _REFERENCE_BYTES in float64."""
+def _row_blocks(matrix: Tensor, most: int = _REFERENCE_BYTES):
+    """Slices of rows that fit `most` bytes in float64."""
     rows, columns = matrix.shape
-    step = max(1, _REFERENCE_BYTES // (8 * max(columns, 1)))
+    step = max(1, most // (8 * max(columns, 1)))
     return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 
@@ -735,7 +736,7 @@ def outliers(
     _check_scale(scale)
     matrix, left, right = matrix.detach(), left.detach(), right.detach()
     found = []
-    for block in _row_blocks(matrix):
+    for block in _row_blocks(matrix, _OUTLIER_BYTES):
         residual = _values(matrix[block], left.dtype).mul(scale).addmm_(left[block], right.t(), alpha=-1)
         rows, columns = (residual.abs() > threshold).nonzero(as_tuple=True)
         found.append((rows + block.start, columns, residual[rows, columns]))

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref import _checks
+from fastpref import _checks, ialm
 from fastpref.batched_rpca import (
     BLIND,
     CLIP,
@@ -111,10 +111,7 @@ class _Data:
         self.observed, self.norm = everything.observed, everything.sum_squares**0.5
         self.total_rows = self.sum(torch.tensor([self.rows], device=matrix.device))[0].item()
         self.share = self.observed / max(self._entries(), 1)
-        top = self._pass(*none, "identity", torch.inf).max_kept
-        if group is not None:
-            dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-        self.top = top.item()
+        self.top = self.max(self._pass(*none, "identity", torch.inf).max_kept).item()
         self.mean = min(self._mean(none), self.top)
 
     def _entries(self) -> int:
@@ -136,7 +133,7 @@ class _Data:
             m, n = self.matrix.shape
             rows = torch.empty(m, dtype=torch.int64, device=self.matrix.device)
             columns = torch.zeros(n, dtype=torch.int64, device=self.matrix.device)
-            step = max(1, (16 << 20) // max(n, 1))
+            step = max(1, (1 << 20) // max(n, 1))  # a sum of booleans copies them as int64
             for begin in range(0, m, step):
                 block = self.matrix[begin : begin + step]
                 seen = block != -128 if block.dtype == torch.int8 else block == block
@@ -153,6 +150,11 @@ class _Data:
         """Over the ranks, in place."""
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def gram(self, left: Tensor) -> Tensor:
@@ -198,15 +200,14 @@ class _Data:
         )
 
     def orthonormal(self, left: Tensor) -> Tensor:
-        """A basis of left's columns, whose rows lie on all ranks: Cholesky-QR twice, or Householder on one rank."""
+        """A basis of left's columns, whose rows lie on all ranks; zero columns where there are fewer directions."""
         if self.group is None:
             return torch.linalg.qr(left).Q
         q = left.double()
         for _ in range(2):
-            gram = self.sum(q.mT @ q)
-            size = gram.diagonal().sum().clamp(min=1e-300)
-            factor = torch.linalg.cholesky(gram + 1e-14 * size * torch.eye(len(gram), device=gram.device))
-            q = torch.linalg.solve_triangular(factor, q.mT, upper=False).mT
+            values, vectors = torch.linalg.eigh(self.gram(q))
+            there = values > 1e-24 * values.amax().clamp(min=1e-300)
+            q = (q @ vectors) * torch.where(there, values.clamp(min=1e-300).rsqrt(), 0.0)
         return q.to(left.dtype)
 
     def start(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -235,10 +236,7 @@ class _Verdict(NamedTuple):
     row_rates: Tensor  # [m]
     column_rates: Tensor  # [n]
     residual: float  # |D - L - S| / |D|
-
-    def suspicious(self) -> bool:
-        """A row or column that is mostly outliers may be one that the fit got wrong."""
-        return max(float(self.row_rates.max()), float(self.column_rates.max())) > MISFIT
+    suspicious: bool  # a row or column is mostly outliers: it may be one that the fit got wrong
 
 
 class _Solve(NamedTuple):
@@ -261,19 +259,27 @@ def _verdict(data: _Data, rows, columns, values, kept: float) -> _Verdict:
     row_counts = torch.bincount(rows, minlength=data.rows)
     column_counts = data.sum(torch.bincount(columns, minlength=data.columns))
     row_seen, column_seen = data.counts()
+    row_rates = row_counts.double() / row_seen.clamp(min=1)
+    column_rates = column_counts.double() / column_seen.clamp(min=1)
+    zero = column_rates.new_zeros(1)
     return _Verdict(
         rows,
         columns,
         values,
         float(column_counts.sum() / column_seen.sum().clamp(min=1)),
-        row_counts.double() / row_seen.clamp(min=1),
-        column_counts.double() / column_seen.clamp(min=1),
+        row_rates,
+        column_rates,
         kept / data.norm if data.norm else 0.0,
+        float(data.max(torch.cat([zero, row_rates, column_rates]).amax())) > MISFIT,
     )
 
 
-def _relative(step: Tensor, factor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(step) / torch.linalg.vector_norm(factor).clamp(min=1e-30))
+def _relative(step: Tensor, factor: Tensor, data: _Data | None = None) -> float:
+    """|step| / |factor|; with data, of rows that lie on all ranks."""
+    squares = torch.stack([step.double().square().sum(), factor.double().square().sum()])
+    if data is not None:
+        data.sum(squares)
+    return float((squares[0] / squares[1].clamp(min=1e-300)).sqrt())
 
 
 def _annealed(data: _Data, left, right, gamma, tol, max_iter, report, corruption, warm) -> _Solve:
@@ -301,7 +307,7 @@ def _annealed(data: _Data, left, right, gamma, tol, max_iter, report, corruption
         residual = read.sum_squares**0.5 / data.norm
         size = STEP / data.share
         left_step = size * (read.left @ inverse_gram(right))
-        change = _relative(left_step, left)
+        change = _relative(left_step, left, data)
         if skew:
             left += left_step
             right = left @ core
@@ -420,9 +426,9 @@ def _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report) -> 
     if method == "altproj" or (method == "auto" and plain and warm is None and data.share >= 0.9):
         budget = max_iter if method == "altproj" else min(40, max_iter)
         found = judged(_altproj(data, rank, left, right, tol, budget, report))
-        if method == "altproj" or found.stopped or (found.converged and not found.verdict.suspicious()):
+        if method == "altproj" or found.stopped or (found.converged and not found.verdict.suspicious):
             return found
-        spent = found.iterations
+        spent, best = found.iterations, found if found.iterations == max_iter else None
     for gamma in shrinkage(data.share):
         if spent == max_iter:
             break
@@ -431,7 +437,7 @@ def _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report) -> 
         spent += found.iterations
         if best is None or _is_better(found, best, data.mean, tol):
             best = found
-        settled = explains(best.median, data.mean, tol) and not (entries and best.verdict.suspicious())
+        settled = explains(best.median, data.mean, tol) and not (entries and best.verdict.suspicious)
         if found.stopped or warm is not None or settled:
             break
     return best._replace(iterations=spent)
@@ -482,13 +488,53 @@ def _warn_of_rank(data: _Data, u, s, v, scale) -> None:
 
 def _single(matrix, rank, structure, corruption, method, tol, max_iter, scale, warm, sparse, report, group, backend):
     data = _Data(matrix, scale, structure, group, backend)
-    found = _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report)
+    return _result(data, _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report), corruption, sparse)
+
+
+def _rank_free(matrix, structure, corruption, lam, tol, max_iter, scale, sparse, report, backend) -> RPCAResult:
+    """The convex program; where it is blurred, as noise shrinks L and lines leave traces, a fit of the rank it found."""
+    data = _Data(matrix, scale, structure, None, backend)
+    dense = matrix.to(data.dtype)
+    if matrix.dtype == torch.int8:
+        dense = dense.masked_fill(matrix == -128, torch.nan)
+    found = ialm.ialm(
+        (dense * scale).unsqueeze(0),
+        lam=lam,
+        tol=tol,
+        max_iter=max_iter,
+        corruption=corruption,
+        report=lambda iteration, residual, rank: report(iteration, residual, float("nan"), rank),
+    )
+    rank = int(found.rank)
+    noisy = float(found.dense_share) > ialm.NOISY and corruption == "entries"
+    if noisy:
+        rank = ialm.rank_by_gap(found.S[0])
+    if structure == "skew":
+        rank += rank % 2
+    root = found.S[0].sqrt()
+    left, right = (found.U[0] * root)[:, :rank], (found.Vh[0].mT * root)[:, :rank]
+    spent = int(found.iterations)
+    if rank and left.shape[1] == rank and (noisy or structure == "skew" or corruption != "entries"):
+        warm = None if noisy else (left, right)
+        fit = _fixed_rank(data, rank, corruption, "annealed", tol, 300, warm, report)
+        fit = fit._replace(iterations=spent + fit.iterations)
+    else:
+        read = data.read(left, right, "identity", torch.inf)
+        fit = _Solve(left, right, spent, bool(found.converged), read.median)
+        if corruption == "entries":
+            fit = fit._replace(verdict=_judge(data, left, right, outlier_bound(fit.median, data.mean)))
+    return _result(data, fit, corruption, sparse, found.gap[0])
+
+
+def _result(data: _Data, found: _Solve, corruption: str, sparse: str, gap: Tensor | None = None) -> RPCAResult:
+    matrix, rank = data.matrix, found.left.shape[1]
     u, s, v = _svd_of(data, found.left, found.right)
     root = s.sqrt().to(u.dtype)
     noise = MAD * found.median
     verdict = found.verdict
     if verdict is not None:
-        _warn_of_rank(data, u, s, v, noise)
+        if gap is None:
+            _warn_of_rank(data, u, s, v, noise)
     else:
         lines = _Lines(data, corruption)
         read = data.read(u * root, v * root, "identity", torch.inf, squares=True)
@@ -497,7 +543,7 @@ def _single(matrix, rank, structure, corruption, method, tol, max_iter, scale, w
         wrong = sizes > max(OUTLIER * noise, EXACT * data.mean)
         squares = torch.where(wrong, 0.0, read.row_squares if lines.rows else read.column_squares).sum().reshape(1)
         kept = float(data.sum(squares) if lines.rows else squares) ** 0.5
-        rows, columns, values = outliers(matrix, u * root, v * root, 0.0, scale=scale)
+        rows, columns, values = outliers(matrix, u * root, v * root, 0.0, scale=data.scale)
         inside = wrong[rows if lines.rows else columns]
         verdict = _verdict(data, rows[inside], columns[inside], values[inside], kept)
     whole = None
@@ -511,7 +557,7 @@ def _single(matrix, rank, structure, corruption, method, tol, max_iter, scale, w
         torch.tensor(rank, device=matrix.device),
         torch.tensor(found.iterations, device=matrix.device),
         torch.tensor(verdict.residual, **number),
-        torch.tensor(torch.nan, **number),
+        torch.tensor(torch.nan, **number) if gap is None else gap,
         torch.tensor(found.converged and data.observed > 0, device=matrix.device),
         torch.tensor(noise, **number),
         torch.tensor(verdict.rate, **number),
@@ -525,12 +571,64 @@ def _single(matrix, rank, structure, corruption, method, tol, max_iter, scale, w
 # ---- many small matrices ----
 
 
-def _batch(matrix, rank, structure, tol, max_iter, warm, sparse) -> RPCAResult:
-    shape = matrix.shape
+class _BatchFit(NamedTuple):
+    left: Tensor  # [B, m, r], zero beyond a matrix's own rank
+    right: Tensor  # [B, n, r]
+    rank: Tensor  # [B]
+    iterations: Tensor
+    converged: Tensor
+    median: Tensor  # of |R|
+    gap: Tensor
+
+    @classmethod
+    def of(cls, found, gap: Tensor | None = None) -> "_BatchFit":
+        rank = torch.full_like(found.iterations, found.left.shape[-1])
+        gap = torch.full(rank.shape, torch.nan, dtype=torch.float64, device=rank.device) if gap is None else gap
+        return cls(found.left, found.right, rank, found.iterations, found.converged, found.median, gap)
+
+
+def _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse) -> RPCAResult:
+    flat = matrix.reshape(matrix.shape[:-2].numel(), *matrix.shape[-2:])
+    found = ialm.ialm(flat, lam=lam, tol=tol, max_iter=max_iter)
+    root = found.S.sqrt().unsqueeze(-2)
+    left, right = found.U * root, found.Vh.mT * root
+    rank, iterations, converged = found.rank.clone(), found.iterations.clone(), found.converged.clone()
+    noisy = found.dense_share > ialm.NOISY
+    skew = structure == "skew"
+    for b in noisy.nonzero().flatten().tolist():
+        rank[b] = ialm.rank_by_gap(found.S[b])
+    if skew:
+        rank += rank % 2
+    keep = torch.arange(left.shape[-1], device=left.device) < rank.unsqueeze(-1)
+    left, right = left * keep.unsqueeze(-2), right * keep.unsqueeze(-2)
+    for r in (rank[noisy | skew]).unique().tolist():  # fits of the rank that was found, without the shrinkage
+        part = ((noisy | skew) & (rank == r)).nonzero().flatten()
+        if r == 0 or r > left.shape[-1]:
+            continue
+        warm = None
+        if skew and not noisy[part].any():
+            warm = left[part, :, :r], right[part, :, :r]
+        fit = batched_annealed(flat[part], r, skew=skew, tol=tol, max_iter=300, warm=warm)
+        left[part], right[part] = left[part] * 0, right[part] * 0
+        left[part, :, :r], right[part, :, :r] = fit.left, fit.right
+        iterations[part] += fit.iterations
+        converged[part] = fit.converged
+    fit = _BatchFit(left, right, rank, iterations, converged, found.residual, found.gap)
+    medians = [_median_of(d, a, b) for d, a, b in zip(flat, left, right, strict=True)]
+    fit = fit._replace(median=torch.stack(medians) if medians else flat.new_empty(0))
+    return _batch_result(matrix, fit, sparse)
+
+
+def _median_of(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return (matrix - left @ right.mT).abs().nanmedian().nan_to_num(0.0)
+
+
+def _batch_result(matrix: Tensor, found: _BatchFit, sparse: str) -> RPCAResult:
+    shape, rank = matrix.shape, found.left.shape[-1]
     flat = matrix.reshape(shape[:-2].numel(), *shape[-2:])
     batch, m, n = flat.shape
-    found = batched_annealed(flat, rank, skew=structure == "skew", tol=tol, max_iter=max_iter, warm=warm)
     u, s, vh = _batched_svd(found.left, found.right)
+    s = s * (torch.arange(rank, device=s.device) < found.rank.unsqueeze(-1))
     scale = MAD * found.median.double()
     chunk = max(1, (1 << 24) // max(m * n, 1))
     rates, row_rates, column_rates, residuals, dense, listed = [], [], [], [], [], []
@@ -570,18 +668,25 @@ def _batch(matrix, rank, structure, tol, max_iter, warm, sparse) -> RPCAResult:
             indices = torch.cat([torch.stack(torch.unravel_index(indices[:, 0], lead), 1), indices[:, 1:]], 1)
         whole = SparseCOO(indices, torch.cat([v for _, v in listed]) if listed else flat.new_empty(0))
     info = RPCAInfo(
-        torch.full(lead, rank, dtype=torch.int64, device=flat.device),
+        found.rank.view(lead),
         found.iterations.view(lead),
         joined(residuals),
-        torch.full(lead, torch.nan, dtype=torch.float64, device=flat.device),
+        found.gap.view(lead),
         found.converged.view(lead),
         scale.view(lead),
         joined(rates),
         joined(row_rates, m),
         joined(column_rates, n),
-        (s[:, 0] / s[:, -1]).double().view(lead) if rank else torch.full(lead, torch.nan, dtype=torch.float64),
+        _condition(s, found.rank).view(lead),
     )
     return RPCAResult(u.view(*lead, m, rank), s.view(*lead, rank), vh.view(*lead, rank, n), whole, info)
+
+
+def _condition(s: Tensor, rank: Tensor) -> Tensor:
+    if s.shape[-1] == 0:
+        return torch.full(rank.shape, torch.nan, dtype=torch.float64, device=s.device)
+    last = s.gather(-1, (rank - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(rank > 0, (s[:, 0] / last).double(), torch.nan)
 
 
 def _batched_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -664,27 +769,27 @@ def rpca(
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed process group, got {type(group).__name__}")
     m, n = matrix.shape[-2:]
-    if rank is None or method == "ialm":
-        raise NotImplementedError("rank=None")
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"rank must be an int or None, got {type(rank).__name__}")
-    if rank < 0 or (rank > min(m, n) and group is None):
-        raise ValueError(f"rank must be between 0 and min(m, n) = {min(m, n)}, got {rank}")
-    if structure == "skew" and rank % 2:
-        raise ValueError(f"rank must be even for structure='skew', got {rank}")
-    if lam is not None:
-        raise ValueError("lam belongs to the convex program, rank=None")
+    if rank is not None:
+        _check_rank(rank, m, n, structure, lam, method, group)
+    elif method in ("annealed", "altproj"):
+        raise ValueError(f"method={method!r} needs a rank, got None")
+    elif named := [name for name, given in (("warm", warm), ("group", group)) if given is not None]:
+        raise ValueError(f"{named[0]} needs a rank, got None")
     matrix = matrix.detach()
     tol = tol if tol is not None else (1e-7 if matrix.dtype == torch.float64 else 1e-6)
-    max_iter = max_iter or 300
+    max_iter = max_iter or (300 if rank is not None else 1000)
     with torch.no_grad():
         if matrix.dim() == 2:
             check_matrix(matrix)
-            factors = None if warm is None else _warm_factors(warm, (m, rank), (rank, n))
 
             def report(iteration, residual, noise, rank):
                 return callback is not None and callback(RPCAProgress(iteration, residual, noise, rank))
 
+            if rank is None:
+                return _rank_free(
+                    matrix, structure, corruption, lam, tol, max_iter, scale, sparse, report, backend
+                )  # fmt: skip
+            factors = None if warm is None else _warm_factors(warm, (m, rank), (rank, n))
             return _single(
                 matrix, rank, structure, corruption, method, tol, max_iter, scale, factors, sparse, report, group,
                 backend,
@@ -706,11 +811,26 @@ def rpca(
             where = matrix.isinf().nonzero()[0].tolist()
             raise ValueError(f"matrix must be finite (NaN: missing), got {matrix[tuple(where)].item()} at {where}")
         lead = matrix.shape[:-2]
+        if rank is None:
+            return _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse)
         factors = None
         if warm is not None:
             left, right = _warm_factors(warm, (*lead, m, rank), (*lead, rank, n))
             factors = left.reshape(-1, m, rank).to(matrix), right.reshape(-1, n, rank).to(matrix)
-        return _batch(matrix, rank, structure, tol, max_iter, factors, sparse)
+        flat = matrix.reshape(lead.numel(), m, n)
+        found = batched_annealed(flat, rank, skew=structure == "skew", tol=tol, max_iter=max_iter, warm=factors)
+        return _batch_result(matrix, _BatchFit.of(found), sparse)
+
+
+def _check_rank(rank, m, n, structure, lam, method, group) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank must be an int or None, got {type(rank).__name__}")
+    if rank < 0 or (rank > min(m, n) and group is None):
+        raise ValueError(f"rank must be between 0 and min(m, n) = {min(m, n)}, got {rank}")
+    if structure == "skew" and rank % 2:
+        raise ValueError(f"rank must be even for structure='skew', got {rank}")
+    if lam is not None or method == "ialm":
+        raise ValueError(f"{'lam' if lam is not None else 'method=' + repr(method)} belongs to rank=None, got {rank=}")
 
 
 def _warm_factors(warm: RPCAResult, u_shape, vh_shape) -> tuple[Tensor, Tensor]:
