@@ -492,7 +492,7 @@ def _single(matrix, rank, structure, corruption, method, tol, max_iter, scale, w
 
 
 def _rank_free(matrix, structure, corruption, lam, tol, max_iter, scale, sparse, report, backend) -> RPCAResult:
-    """The convex program; where it is blurred, as noise shrinks L and lines leave traces, a fit of the rank it found."""
+    """The convex program; where noise shrinks L, or lines leave traces in it, a fit of the rank it found."""
     data = _Data(matrix, scale, structure, None, backend)
     dense = matrix.to(data.dtype)
     if matrix.dtype == torch.int8:
