@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastpref.plan import Plan, plan
     from fastpref.preference import PreferenceOutput, SequenceLogps, preference_loss, sequence_logps
     from fastpref.rpca import RPCAInfo, RPCAProgress, RPCAResult, SparseCOO, rpca
+    from fastpref.svt import SVTResult, svt
     from fastpref.token_logps import TokenStats, token_logps
 
 # name -> module; imported on first use, so that `fastpref --help` and fastpref.curate never import torch
@@ -50,6 +51,8 @@ _PUBLIC = {
     "RPCAResult": "fastpref.rpca",
     "SparseCOO": "fastpref.rpca",
     "rpca": "fastpref.rpca",
+    "SVTResult": "fastpref.svt",
+    "svt": "fastpref.svt",
     "TokenStats": "fastpref.token_logps",
     "token_logps": "fastpref.token_logps",
 }

@@ -26,6 +26,7 @@ def test_public_names():
         "RPCAInfo",
         "RPCAProgress",
         "RPCAResult",
+        "SVTResult",
         "SequenceLogps",
         "SparseCOO",
         "TokenStats",
@@ -41,6 +42,7 @@ def test_public_names():
         "rpca",
         "sequence_logps",
         "set_simd_level",
+        "svt",
         "token_logps",
     }
     for name in fastpref.__all__:

@@ -1,0 +1,180 @@
+"""Singular-value thresholding of a batch of matrices: L = U diag(max(sigma - tau, 0)) V^T, and its derivative.
+
+The proximal operator of the nuclear norm (Cai, Candes, Shen 2010, arXiv:0810.3286). Nobody needs the singular vectors
+themselves: L = A V diag(max(1 - tau / sigma, 0)) V^T takes those of one side, which come from a small Gram matrix.
+Small matrices go through the Gram matrix in float64, whose squared condition costs a float32 matrix nothing; others,
+and those of which a derivative is wanted, through an SVD.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref import _checks, _library
+from fastpref.token_logps import Once
+
+GRAM_SIZE = 32  # the shorter side up to which Gram and eigh beat an SVD on two cores (benchmarks/bench_svt.py)
+
+
+class SVTResult(NamedTuple):
+    low_rank: Tensor  # [..., M, N]
+    rank: Tensor  # [...] int64, singular values above the threshold
+
+
+def svt_ref(matrix: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, M, N], [B] -> L [B, M, N] and rank [B], by a float64 SVD: the specification."""
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    kept = (s - threshold.double().unsqueeze(-1)).clamp(min=0)
+    return (u * kept.unsqueeze(-2)) @ vh, (kept > 0).sum(-1)
+
+
+def _share_kept(s: Tensor, threshold: Tensor) -> Tensor:
+    """max(sigma - tau, 0) / sigma, 1 for sigma = tau = 0: the slope that f has there from the right."""
+    above = s > threshold
+    return torch.where(above, 1 - threshold / s.where(above, 1.0), ((threshold == 0) & (s == 0)).to(s.dtype))
+
+
+def _by_gram(matrix: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    if matrix.shape[-2] < matrix.shape[-1]:
+        low, rank = _by_gram(matrix.mT, threshold)
+        return low.mT.contiguous(), rank
+    wide = matrix.double()
+    squares, v = torch.linalg.eigh(wide.mT @ wide)
+    s = squares.clamp(min=0).sqrt()
+    share = _share_kept(s, threshold.double().unsqueeze(-1))
+    return (((wide @ v) * share.unsqueeze(-2)) @ v.mT).to(matrix.dtype), (s > threshold.double().unsqueeze(-1)).sum(-1)
+
+
+def _svt(matrix: Tensor, threshold: Tensor, factors: bool):
+    batch, m, n = matrix.shape
+    d = min(m, n)
+    finite = matrix.isfinite().flatten(1).all(-1)
+    if matrix.device.type == "cpu" and not finite.all():
+        where = (~matrix.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"matrix must be finite, got {matrix[tuple(where)].item()} at {where} of the flattened batch")
+    clean = matrix.where(finite[:, None, None], 0)
+    if d == 0 or batch == 0:
+        low, rank = torch.zeros_like(matrix), torch.zeros(batch, dtype=torch.int64, device=matrix.device)
+        u, s, vh = matrix.new_empty(batch, m, 0), matrix.new_empty(batch, 0), matrix.new_empty(batch, 0, n)
+    elif factors or d > GRAM_SIZE or matrix.dtype == torch.float64:
+        u, s, vh = torch.linalg.svd(clean, full_matrices=False)
+        kept = (s - threshold.unsqueeze(-1)).clamp(min=0)
+        low, rank = (u * kept.unsqueeze(-2)) @ vh, (kept > 0).sum(-1)
+        u, vh = u.contiguous(), vh.contiguous()
+    else:
+        low, rank = _by_gram(clean, threshold)
+    if not factors:
+        u, s, vh = matrix.new_empty(0, m, 0), matrix.new_empty(0, 0), matrix.new_empty(0, 0, n)
+    low = low.where(finite[:, None, None], torch.nan) if matrix.device.type != "cpu" else low
+    return low, rank, u, s, vh
+
+
+def _fake(matrix, threshold, factors):
+    batch, m, n = matrix.shape
+    d, batches = (min(m, n), batch) if factors else (0, 0)
+    return (
+        torch.empty_like(matrix),
+        matrix.new_empty(batch, dtype=torch.int64),
+        matrix.new_empty(batches, m, d),
+        matrix.new_empty(batches, d),
+        matrix.new_empty(batches, d, n),
+    )
+
+
+_operator = _library.define(
+    "svt(Tensor matrix, Tensor threshold, bool factors) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _svt, _fake
+)
+_library.OPS["svt"] = {"reference": _library.reference_reason}
+
+
+class _SVT(torch.autograd.Function):
+    """The derivative of a spectral function is a self-adjoint map: forward and backward are the same formula."""
+
+    @staticmethod
+    def forward(matrix, threshold):
+        return _operator(matrix, threshold, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs[1], *output[2:])
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return None, None
+        threshold, u, s, vh = ctx.saved_tensors
+        tau = threshold.unsqueeze(-1)
+        kept, share = (s - tau).clamp(min=0), _share_kept(s, tau)
+        above = s > tau
+        inner = u.mT @ grad @ vh.mT
+        # f(s) = max(s - tau, 0) is linear on either side of tau, so its divided differences never divide by a tie
+        i, j = above.unsqueeze(-1), above.unsqueeze(-2)
+        gap = (s.unsqueeze(-1) - s.unsqueeze(-2)).abs()
+        across = torch.maximum(kept.unsqueeze(-1), kept.unsqueeze(-2)) / gap.where(i ^ j, 1.0)
+        none = (tau.unsqueeze(-1) == 0).to(s.dtype)  # where both are 0: the slope of f from the right
+        difference = torch.where(i & j, 1.0, torch.where(i ^ j, across, none))
+        total = s.unsqueeze(-1) + s.unsqueeze(-2)
+        sums = torch.where(
+            total > 0, (kept.unsqueeze(-1) + kept.unsqueeze(-2)) / total.where(total > 0, 1.0), none.expand_as(total)
+        )
+        core = difference * (inner + inner.mT) / 2 + sums * (inner - inner.mT) / 2
+        # what leaves the spans of U and V, of which at most one is not everything
+        left = (grad @ vh.mT - u @ inner) * share.unsqueeze(-2)
+        right = share.unsqueeze(-1) * (u.mT @ grad - inner @ vh)
+        matrix_grad = u @ core @ vh + left @ vh + u @ right
+        threshold_grad = -torch.where(above, inner.diagonal(dim1=-2, dim2=-1), 0.0).sum(-1)
+        gradients = matrix_grad, threshold_grad
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            anchor = torch.zeros((), requires_grad=True)
+            gradients = tuple(Once.apply(gradient, anchor) for gradient in gradients)
+        return gradients
+
+
+def svt(matrix: Tensor, threshold: float | Tensor, *, backend: str | None = None) -> SVTResult:
+    """Singular values lowered by a threshold, those below it removed.
+
+    Differentiable once by matrix and by threshold, except where a singular value equals its threshold; equal singular
+    values, as skew matrices always have, are no obstacle.
+
+    Args:
+        matrix: [..., M, N] float32, float64, bfloat16 or float16 (16 bits are computed in float32 and rounded).
+        threshold: not negative; a number, or [...], one per matrix.
+        backend: None or "reference".
+
+    Returns:
+        SVTResult: low_rank [..., M, N] in matrix's dtype, rank [...].
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong type or shape, a negative threshold, and on CPU an entry that
+            is not finite (on a GPU that matrix's result is NaN).
+    """
+    _checks.floats("matrix", matrix)
+    if matrix.dim() < 2:
+        raise ValueError(f"matrix must have shape [..., M, N], got {list(matrix.shape)}")
+    _library.check_backend("svt", backend)
+    lead = matrix.shape[:-2]
+    wide = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
+    if isinstance(threshold, Tensor):
+        _checks.floats("threshold", threshold)
+        if threshold.shape not in (lead, torch.Size([])):
+            raise ValueError(f"threshold must have shape {list(lead)} or [], got {list(threshold.shape)}")
+        _checks.same_device("threshold", threshold, "matrix", matrix)
+        if threshold.device.type == "cpu" and not torch.compiler.is_compiling() and not (threshold >= 0).all():
+            raise ValueError(f"threshold must not be negative, got {threshold.min().item()}")
+    else:
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+            raise TypeError(f"threshold must be a number or a tensor, got {type(threshold).__name__}")
+        if not 0 <= threshold < float("inf"):
+            raise ValueError(f"threshold must not be negative, and finite, got {threshold}")
+        threshold = wide.new_tensor(threshold)
+    count = lead.numel()
+    flat = wide.reshape(count, *matrix.shape[-2:])
+    thresholds = threshold.to(wide.dtype).expand(lead).reshape(count)
+    if torch.is_grad_enabled() and (flat.requires_grad or thresholds.requires_grad):
+        low, rank, *_ = _SVT.apply(flat, thresholds)
+    else:
+        low, rank, *_ = _operator(flat, thresholds, False)
+    return SVTResult(low.to(matrix.dtype).view(matrix.shape), rank.view(lead))
