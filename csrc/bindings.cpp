@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "batched_rpca.h"
 #include "bradley_terry.h"
 #include "check.h"
 #include "linear_logps.h"
@@ -214,6 +215,19 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       },
       release());
   m.def("bradley_terry_workspace", &bradley_terry_workspace);
+  m.def(
+      "batched_rpca_cpu",
+      [](uintptr_t data, bool is_double, bool skew, bool warm, int64_t batch, int64_t rows, int64_t columns,
+         int64_t rank, uintptr_t start, uintptr_t gamma, double tol, int64_t max_iter, uintptr_t left, uintptr_t right,
+         uintptr_t iterations, uintptr_t median, uintptr_t converged, uintptr_t workspace, int threads) {
+        batched_rpca_cpu(
+            {pointer<const void>(data), is_double, skew, warm, batch, rows, columns, rank, pointer<const void>(start),
+             pointer<const double>(gamma), tol, max_iter, pointer<void>(left), pointer<void>(right),
+             pointer<int64_t>(iterations), pointer<double>(median), pointer<bool>(converged), pointer<void>(workspace)},
+            threads);
+      },
+      release());
+  m.def("batched_rpca_workspace", &batched_rpca_workspace);
   m.def("residual_pass_workspace", &residual_pass_workspace);
   m.def(
       "residual_pass_cpu",

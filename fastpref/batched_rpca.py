@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref import _library, _native
+
 MAD = 1.4826  # of a normal distribution: standard deviation / median |x|
 STEP = 0.7  # of the scaled gradient
 CUTOFF = 3.0  # of Cauchy's weights, in standard deviations of the noise
@@ -60,15 +62,18 @@ def inverse(gram: Tensor) -> Tensor:
     return torch.linalg.inv(gram + ridge) * (trace > 0)[..., None, None]
 
 
+def _directions(matrix: Tensor, rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(matrix.shape[-1], rank, generator=generator, dtype=torch.float64).to(matrix)
+
+
 def start(matrix: Tensor, observed: Tensor, rank: int, skew: bool) -> tuple[Tensor, Tensor]:
     """Factors of the clipped matrix, missing entries 0 and the rest scaled up for them, by three block power steps."""
     count = observed.sum((-2, -1)).clamp(min=1)
     clean = torch.where(observed, matrix, 0)
     bound = (CLIP * clean.abs().sum((-2, -1)) / count)[:, None, None]
     clipped = clean.clamp(-bound, bound) * (matrix.shape[-2] * matrix.shape[-1] / count)[:, None, None]
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(matrix.shape[-1], rank, generator=generator, dtype=torch.float64).to(matrix)
-    q = q.expand(len(matrix), -1, -1)
+    q = _directions(matrix, rank).expand(len(matrix), -1, -1)
     for _ in range(3):
         p = torch.linalg.qr(clipped @ q).Q
         q = torch.linalg.qr(clipped.mT @ p).Q
@@ -133,6 +138,55 @@ def _median(residual: Tensor, observed: Tensor) -> Tensor:
     return torch.where(observed, residual.abs(), torch.nan).flatten(1).nanmedian(-1).values.nan_to_num(0.0)
 
 
+def _native_solve(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, tol: float, max_iter: int, warm) -> BatchSolve:
+    batch, m, n = matrix.shape
+    matrix = matrix.contiguous()
+    core, threads, double = _native._core, torch.get_num_threads(), matrix.dtype == torch.float64
+    if warm is None:
+        left, right = matrix.new_empty(batch, m, rank), matrix.new_empty(batch, n, rank)
+    else:
+        left, right = (factor.clone(memory_format=torch.contiguous_format) for factor in warm)
+    iterations, converged = torch.empty(batch, dtype=torch.int64), torch.empty(batch, dtype=torch.bool)
+    median, gamma = torch.empty(batch, dtype=torch.float64), gamma.double().contiguous()
+    directions = _directions(matrix, rank).contiguous()
+    workspace = torch.empty(threads * core.batched_rpca_workspace(m, n, rank, double) + 64, dtype=torch.uint8)
+    core.batched_rpca_cpu(
+        matrix.data_ptr(),
+        double,
+        skew,
+        warm is not None,
+        batch,
+        m,
+        n,
+        rank,
+        directions.data_ptr(),
+        gamma.data_ptr(),
+        tol,
+        max_iter,
+        left.data_ptr(),
+        right.data_ptr(),
+        iterations.data_ptr(),
+        median.data_ptr(),
+        converged.data_ptr(),
+        (workspace.data_ptr() + 63) // 64 * 64,
+        threads,
+    )
+    return BatchSolve(left, right, iterations, median.to(matrix.dtype), converged)
+
+
+_library.OPS["batched_rpca"] = {
+    "native": lambda device: _library.native_reason(device) if device == "cpu" else "there is no GPU kernel yet",
+    "reference": _library.reference_reason,
+}
+
+
+def _solve(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, tol: float, max_iter: int, warm, backend: str):
+    backend = _library.choose_backend("batched_rpca", backend, matrix.device.type)
+    if backend == "native" and matrix.numel() and rank:
+        return _native_solve(matrix, rank, skew, gamma, tol, max_iter, warm)
+    return batched_annealed_ref(matrix, rank, skew, gamma, tol, max_iter, warm)
+
+
 def _outliers(matrix: Tensor, found: BatchSolve, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Share of outliers [B], and the largest share in a row or column [B]."""
     far = (matrix - found.left @ found.right.mT).abs() > outlier_bound(found.median, mean)[:, None, None]
@@ -142,7 +196,14 @@ def _outliers(matrix: Tensor, found: BatchSolve, mean: Tensor) -> tuple[Tensor, 
 
 
 def batched_annealed(
-    matrix: Tensor, rank: int, *, skew: bool, tol: float, max_iter: int, warm: tuple[Tensor, Tensor] | None = None
+    matrix: Tensor,
+    rank: int,
+    *,
+    skew: bool,
+    tol: float,
+    max_iter: int,
+    warm: tuple[Tensor, Tensor] | None = None,
+    backend: str = "",
 ) -> BatchSolve:
     """[B, m, n] -> BatchSolve: with the cutoff shrinking slowly where much is missing, quickly elsewhere; matrices that
     are left unexplained are tried again the other way, and keep the fit with the smaller median residual."""
@@ -151,12 +212,12 @@ def batched_annealed(
     share = count / max(matrix.shape[-2] * matrix.shape[-1], 1)
     mean = torch.where(observed, matrix, 0).abs().sum((-2, -1)) / count.clamp(min=1)
     gamma = torch.where(share < 0.9, SLOW, QUICK)
-    found = batched_annealed_ref(matrix, rank, skew, gamma, tol, max_iter, warm)
+    found = _solve(matrix, rank, skew, gamma, tol, max_iter, warm, backend)
     rate, worst = _outliers(matrix, found, mean)
     again = (~explains(found.median, mean, tol) | (worst > MISFIT)).nonzero().flatten()
     if len(again) and warm is None:
         other = torch.where(share[again] < 0.9, QUICK, SLOW)
-        retry = batched_annealed_ref(matrix[again], rank, skew, other, tol, max_iter)
+        retry = _solve(matrix[again], rank, skew, other, tol, max_iter, None, backend)
         old, size = found.median[again], mean[again]
         closer, fewer = retry.median < 0.99 * old, _outliers(matrix[again], retry, size)[0] < rate[again]
         better = torch.where(explains(retry.median, size, tol) & explains(old, size, tol), fewer, closer)

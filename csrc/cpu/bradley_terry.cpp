@@ -4,7 +4,7 @@
 #include "bradley_terry.h"
 
 #include "dispatch.h"
-#include "simd.h"
+#include "lanes.h"
 
 namespace fastpref {
 
@@ -23,54 +23,6 @@ constexpr double count_cutoff = 3;  // of standardised count residuals
 constexpr double outlier = 5;       // standard deviations
 constexpr double complete = 0.9;    // share of pairs compared from which a Jacobi step converges fast
 
-template <class T>
-struct Lanes;
-template <>
-struct Lanes<float> {
-  static constexpr int n = W;
-  using V = Vf;
-  using I = Vi;
-};
-template <>
-struct Lanes<double> {
-  static constexpr int n = W / 2;
-  using V = double __attribute__((vector_size(W * 4)));
-  using I = int64_t __attribute__((vector_size(W * 4)));
-};
-
-template <class T>
-using V = typename Lanes<T>::V;
-
-template <class T>
-inline V<T> load_at(const T* p) {
-  V<T> v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class T>
-inline void store_at(T* p, V<T> v) {
-  std::memcpy(p, &v, sizeof v);
-}
-template <class T>
-inline T sum_of(V<T> v) {
-  for (int half = Lanes<T>::n / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) v[i] += v[i + half];
-  return v[0];
-}
-template <class T>
-inline V<T> abs_of(V<T> v) {
-  return v < 0 ? -v : v;
-}
-inline Vf inverse(Vf v) {
-#if defined(FASTPREF_SIMD_avx512)
-  const Vf guess = (Vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)v);
-  return guess * (2.0f - v * guess);
-#else
-  return 1.0f / v;
-#endif
-}
-inline V<double> inverse(V<double> v) { return 1.0 / v; }
-
 inline Vf sigmoid(Vf x) {
   const Vf bound = splat(80.0f);
   x = x > bound ? bound : x < -bound ? -bound : x;
@@ -80,10 +32,6 @@ inline V<double> sigmoid(V<double> x) {
   for (int i = 0; i < Lanes<double>::n; i++) x[i] = 1 / (1 + __builtin_exp(-x[i]));
   return x;
 }
-
-inline double smaller(double a, double b) { return a < b ? a : b; }
-inline double larger(double a, double b) { return a > b ? a : b; }
-inline double magnitude(double a) { return a < 0 ? -a : a; }
 
 template <int N>
 struct Count {
@@ -291,22 +239,8 @@ struct Solver {
       present += degree[i];
     }
     if (present == 0) return 0;
-    double low = 0, high = most;  // of the value under which half of them lie
-    for (int round = 0; round < 40 && high > low * 1.01 && high > 1e-30; round++) {
-      // halving at first, as residuals may be spread over many orders of magnitude
-      const double middle = low > 0 ? __builtin_sqrt(low * high) : high * 0.1;
-      const Vt bound = Vt{} + static_cast<T>(middle);
-      I below{};
-      for (int64_t i = 0; i < rows * stride; i += n) below -= load_at(weights + i) <= bound;
-      int64_t count = 0;
-      for (int k = 0; k < n; k++) count += below[k];
-      if (full) count -= rows;  // items against themselves
-      if (2 * count >= present)
-        high = middle;
-      else
-        low = middle;
-    }
-    return high;
+    // where all are compared, items against themselves lie among the values, as zeros
+    return order_statistic(weights, rows * stride, (present + 1) / 2 + (full ? rows : 0), most);
   }
 
   struct Sweep {

@@ -1,0 +1,83 @@
+// Vectors of float or double, for kernels that are templates of the two; included by one source per SIMD level.
+#pragma once
+#include "simd.h"
+
+namespace fastpref::FASTPREF_SIMD {
+namespace {
+
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  static constexpr int n = W;
+  using V = Vf;
+  using I = Vi;
+};
+template <>
+struct Lanes<double> {
+  static constexpr int n = W / 2;
+  using V = double __attribute__((vector_size(W * 4)));
+  using I = int64_t __attribute__((vector_size(W * 4)));
+};
+
+template <class T>
+using V = typename Lanes<T>::V;
+
+template <class T>
+inline V<T> load_at(const T* p) {
+  V<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline void store_at(T* p, V<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T>
+inline T sum_of(V<T> v) {
+  for (int half = Lanes<T>::n / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) v[i] += v[i + half];
+  return v[0];
+}
+template <class T>
+inline V<T> abs_of(V<T> v) {
+  return v < 0 ? -v : v;
+}
+inline Vf inverse(Vf v) {
+#if defined(FASTPREF_SIMD_avx512)
+  const Vf guess = (Vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)v);
+  return guess * (2.0f - v * guess);
+#else
+  return 1.0f / v;
+#endif
+}
+inline V<double> inverse(V<double> v) { return 1.0 / v; }
+
+inline double smaller(double a, double b) { return a < b ? a : b; }
+inline double larger(double a, double b) { return a > b ? a : b; }
+inline double magnitude(double a) { return a < 0 ? -a : a; }
+
+// The value that `wanted` of values[0, count) do not exceed, to a percent; NaN entries are none. count is whole
+// vectors.
+template <class T>
+inline double order_statistic(const T* values, int64_t count, int64_t wanted, double most) {
+  constexpr int n = Lanes<T>::n;
+  double low = 0, high = most;
+  for (int round = 0; round < 40 && high > low * 1.01 && high > 1e-30; round++) {
+    // by decades at first, as they may be spread over many orders of magnitude
+    const double middle = low > 0 ? __builtin_sqrt(low * high) : high * 0.1;
+    const V<T> bound = V<T>{} + static_cast<T>(middle);
+    typename Lanes<T>::I below{};
+    for (int64_t i = 0; i < count; i += n) below -= load_at(values + i) <= bound;
+    int64_t found = 0;
+    for (int k = 0; k < n; k++) found += below[k];
+    if (found >= wanted)
+      high = middle;
+    else
+      low = middle;
+  }
+  return high;
+}
+
+}  // namespace
+}  // namespace fastpref::FASTPREF_SIMD
