@@ -127,6 +127,10 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, t
         converged |= running & done
         running &= ~done
     median = _median(clean - left @ right.mT, observed)
+    lost = ~(median <= 2 * clean.abs().amax((-2, -1)))  # steps scaled up for missing entries led away
+    left, right = (factor.masked_fill(lost[:, None, None], 0) for factor in (left, right))
+    median = torch.where(lost, _median(clean, observed), median)
+    converged &= ~lost
     return BatchSolve(left, right, iterations, median, converged)
 
 

@@ -323,7 +323,16 @@ def _annealed(data: _Data, left, right, gamma, tol, max_iter, report, corruption
         if residual < tol or quiet == 3:
             break
     converged = residual < tol or quiet == 3
-    return _Solve(left, right, iteration, converged, data.read(left, right, "cauchy", zeta).median)
+    median = data.read(left, right, "cauchy", zeta).median if _all_finite(data, left, right) else float("inf")
+    if not median <= 2 * data.top:  # the steps, scaled up for missing entries, led away: too little is observed
+        left, right, converged = 0 * left.nan_to_num(0.0), 0 * right.nan_to_num(0.0), False
+        median = data.read(left, right, "identity", torch.inf).median
+    return _Solve(left, right, iteration, converged, median)
+
+
+def _all_finite(data: _Data, left: Tensor, right: Tensor) -> bool:
+    broken = (~left.isfinite()).sum() + (~right.isfinite()).sum()
+    return int(data.sum(broken)) == 0
 
 
 class _Lines:

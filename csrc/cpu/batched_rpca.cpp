@@ -424,6 +424,13 @@ struct Solver {
         converged = __builtin_sqrt(sums.squares) < args.tol * norm || quiet >= 3;
       }
     }
+    double median = median_residual(1);
+    if (!(median <= 2 * top)) {  // the steps, scaled up for missing entries, led away: too little is observed
+      converged = false;
+      std::memset(left, 0, rows * rank * sizeof(T));
+      std::memset(right, 0, rank * stride * sizeof(T));
+      median = median_residual(1);
+    }
     T* out_left = static_cast<T*>(args.left) + b * rows * rank;
     T* out_right = static_cast<T*>(args.right) + b * columns * rank;
     std::memcpy(out_left, left, rows * rank * sizeof(T));
@@ -431,7 +438,7 @@ struct Solver {
       for (int64_t k = 0; k < rank; k++) out_right[j * rank + k] = right[k * stride + j];
     args.iterations[b] = iterations;
     args.converged[b] = converged;
-    args.median[b] = median_residual(1);
+    args.median[b] = median;
   }
 };
 
