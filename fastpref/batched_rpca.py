@@ -17,6 +17,7 @@ STEP = 0.7  # of the scaled gradient
 CUTOFF = 3.0  # of Cauchy's weights, in standard deviations of the noise
 FINEST = 1e-9  # of mean |D|: the smallest cutoff
 CLIP = 3.0  # of mean |D|: larger entries are clipped for the start
+AWAY = 10.0  # relative change of a factor at which steps, scaled up for missing entries, lead away: too little observed
 BLIND = 5  # iterations before the median counts as noise
 SLOW, QUICK = 0.9, 0.8  # the cutoff per iteration
 MISFIT = 0.5  # share of outliers in a row or column from which the fit itself may be wrong there
@@ -102,6 +103,7 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, t
     quiet = torch.zeros_like(iterations)
     running = (count > 0) & (norm > 0)
     converged = ~running & (count > 0)
+    lost = torch.zeros_like(running)
     for iteration in range(max_iter):
         if not running.any():
             break
@@ -123,11 +125,13 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, t
             following = torch.maximum(following, CUTOFF * MAD * _median(residual, observed))
         cutoff = torch.where(running, following, cutoff)
         quiet = torch.where(change < tol, quiet + 1, 0)
+        lost |= running & ~(change < AWAY)
+        running &= ~lost
         done = (torch.linalg.vector_norm(e, dim=(-2, -1)) < tol * norm) | (quiet >= 3)
         converged |= running & done
         running &= ~done
     median = _median(clean - left @ right.mT, observed)
-    lost = ~(median <= 2 * clean.abs().amax((-2, -1)))  # steps scaled up for missing entries led away
+    lost |= ~(median <= 2 * clean.abs().amax((-2, -1)))
     left, right = (factor.masked_fill(lost[:, None, None], 0) for factor in (left, right))
     median = torch.where(lost, _median(clean, observed), median)
     converged &= ~lost

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastpref import _checks, ialm
 from fastpref.batched_rpca import (
+    AWAY,
     BLIND,
     CLIP,
     CUTOFF,
@@ -320,19 +321,14 @@ def _annealed(data: _Data, left, right, gamma, tol, max_iter, report, corruption
         quiet = quiet + 1 if change < tol else 0
         if report(iteration, residual, MAD * median, left.shape[1]):
             return _Solve(left, right, iteration, False, median, True)
-        if residual < tol or quiet == 3:
+        if residual < tol or quiet == 3 or not change < AWAY:
             break
     converged = residual < tol or quiet == 3
-    median = data.read(left, right, "cauchy", zeta).median if _all_finite(data, left, right) else float("inf")
+    median = data.read(left, right, "cauchy", zeta).median
     if not median <= 2 * data.top:  # the steps, scaled up for missing entries, led away: too little is observed
-        left, right, converged = 0 * left.nan_to_num(0.0), 0 * right.nan_to_num(0.0), False
+        left, right, converged = torch.zeros_like(left), torch.zeros_like(right), False
         median = data.read(left, right, "identity", torch.inf).median
     return _Solve(left, right, iteration, converged, median)
-
-
-def _all_finite(data: _Data, left: Tensor, right: Tensor) -> bool:
-    broken = (~left.isfinite()).sum() + (~right.isfinite()).sum()
-    return int(data.sum(broken)) == 0
 
 
 class _Lines:

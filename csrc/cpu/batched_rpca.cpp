@@ -15,7 +15,7 @@ namespace fastpref::FASTPREF_SIMD {
 namespace {
 
 // as in fastpref/batched_rpca.py
-constexpr double mad = 1.4826, cutoff = 3, step_size = 0.7, finest = 1e-9, clip = 3, ridge = 1e-10;
+constexpr double mad = 1.4826, cutoff = 3, step_size = 0.7, finest = 1e-9, clip = 3, ridge = 1e-10, away = 10;
 constexpr int64_t blind = 5;
 
 constexpr int64_t widest = 8;  // ranks up to this one have kernels with their factors in registers
@@ -419,6 +419,7 @@ struct Solver {
           right_of_core();
         else
           change = larger(change, step_right(work + rank * rank, size));
+        if (!(change < away)) break;
         zeta = larger(next, noise);
         quiet = change < args.tol ? quiet + 1 : 0;
         converged = __builtin_sqrt(sums.squares) < args.tol * norm || quiet >= 3;
