@@ -457,7 +457,7 @@ def _is_better(found: _Solve, best: _Solve, mean: float, tol: float) -> bool:
 def _warn_of_rank(data: _Data, u, s, v, scale) -> None:
     """Says so when the last component looks like corruption taken for structure, or the residual has structure left."""
     rank = len(s)
-    if rank == 0 or data.group is not None:
+    if rank == 0 or data.group is not None or not s[0] > 0:
         return
     # participation of entries in the last component: about 1/9 for a generic one, less for one made of few entries
     last_u, last_v = u[:, -1].double(), v[:, -1].double()
@@ -467,7 +467,7 @@ def _warn_of_rank(data: _Data, u, s, v, scale) -> None:
             f"rank={rank} looks over-stated: the last component, {float(s[-1] / s[0]):.1e} of the first, rests on few "
             "entries, which may be corruptions taken for structure",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     elif scale > EXACT * data.mean and min(data.rows, data.columns) >= 20:
         root = s.sqrt().to(u.dtype)
@@ -487,7 +487,7 @@ def _warn_of_rank(data: _Data, u, s, v, scale) -> None:
                 f"rank={rank} looks under-stated: what is left has a component of {float(size):.3g}, where noise alone "
                 f"would have {noise:.3g}",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
