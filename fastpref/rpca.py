@@ -726,7 +726,7 @@ def rpca(
     Args:
         matrix: [m, n], or a batch [..., m, n] of small ones; float32, float64, bfloat16, float16, or, one matrix only,
             int8; NaN (int8: -128) is missing. One matrix is read where it lies, memory-mapped files too.
-        rank: of L; None finds it with the convex program.
+        rank: of L; None finds it with the convex program, which holds some ten copies of the matrix.
         structure: "skew" for M = -M^T, of even rank: half is read, and L is skew to rounding.
         corruption: what S consists of: "entries", whole "rows" or whole "columns" (one matrix only).
         method: "annealed", "altproj" (clean, well-conditioned data: a third of the iterations), "ialm" (the convex
