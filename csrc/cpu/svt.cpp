@@ -1,6 +1,6 @@
 // Singular-value thresholding on the CPU, one matrix per vector lane. Jacobi turns a copy X of A into Sigma U^T; V is
 // never accumulated, as the product of A with a row of X is sigma^2 v:
-//   L = sum over sigma_i > tau of (1 - tau / sigma_i) / sigma_i^2 (A x_i) x_i^T.
+//   L = sum over sigma_i > tau of (1 - tau / sigma_i) (A x_i) x_i^T / |x_i|^2.
 #include "svt.h"
 
 #include "dispatch.h"
@@ -27,7 +27,7 @@ struct Thresholder {
   const Svt& args;
   const bool tall;
   const int64_t count, length;
-  V<T>*a, *x, *products, *squares, *shares;
+  V<T>*a, *x, *products, *squares;
   int64_t* kept;
 
   Thresholder(const Svt& args, char* memory)
@@ -39,8 +39,7 @@ struct Thresholder {
         x(a + count * length),
         products(x + count * length),
         squares(products + count * count),
-        shares(squares + count),
-        kept(reinterpret_cast<int64_t*>(shares + count)) {}
+        kept(reinterpret_cast<int64_t*>(squares + count)) {}
 
   int64_t entry(int64_t p, int64_t k) const { return tall ? k * count + p : p * length + k; }
 
@@ -89,15 +88,18 @@ struct Thresholder {
     I rank{};
     int64_t terms = 0;
     for (int64_t i = 0; i < count; i++) {
-      const V<T> sigma = root(squares[i]);
+      const T slack = 1 - T(0x1p-10);
+      if (!any((root(squares[i]) > tau * slack) & (squares[i] > norm * (least * least)))) continue;
+      // the rotations' rounding adds up in |x_i|, but cancels out of |A x_i| / |x_i|
+      V<T>* product = products + terms * count;
+      multiply(x + i * length, product);
+      const V<T> sigma = root(dot<T>(product, product, count) / squares[i]);
       const I above = (sigma > tau) & (squares[i] > norm * (least * least));
       rank -= above;
-      if (!any(above)) continue;
-      shares[terms] = above ? (sigma - tau) / (sigma * squares[i]) : V<T>{};
+      const V<T> share = above ? (1 - tau / sigma) / squares[i] : V<T>{};
+      for (int64_t p = 0; p < count; p++) product[p] *= share;
       kept[terms++] = i;
     }
-    for (int64_t i = 0; i < terms; i++)  // products [terms, count]
-      multiply(x + kept[i] * length, shares[i], products + i * count);
     for (int64_t p = 0; p < count; p++) rebuild(p, terms, a + p * length);  // A's row p is not needed any more
     const V<T> back_up = 1 / up, back_down = 1 / down;
     for (int64_t i = 0; i < size; i++) a[i] = a[i] * back_up * back_down;
@@ -112,15 +114,15 @@ struct Thresholder {
     }
   }
 
-  void multiply(const V<T>* row, V<T> share, V<T>* out) const {  // share A row
+  void multiply(const V<T>* row, V<T>* out) const {  // A row
     int64_t p = 0;
     for (; p + 4 <= count; p += 4) {
       V<T> sum[4] = {};
       for (int64_t k = 0; k < length; k++)
         for (int u = 0; u < 4; u++) sum[u] += a[(p + u) * length + k] * row[k];
-      for (int u = 0; u < 4; u++) out[p + u] = share * sum[u];
+      for (int u = 0; u < 4; u++) out[p + u] = sum[u];
     }
-    for (; p < count; p++) out[p] = share * dot<T>(a + p * length, row, length);
+    for (; p < count; p++) out[p] = dot<T>(a + p * length, row, length);
   }
 
   void rebuild(int64_t p, int64_t terms, V<T>* out) const {
@@ -163,7 +165,7 @@ namespace fastpref {
 
 int64_t svt_workspace(int64_t rows, int64_t columns, bool) {
   const int64_t count = rows < columns ? rows : columns;
-  const int64_t vectors = 2 * rows * columns + count * count + 2 * count;
+  const int64_t vectors = 2 * rows * columns + count * count + count;
   return vectors * 64 + (count * 8 + 127) / 64 * 64;  // of the widest level
 }
 
