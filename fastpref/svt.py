@@ -7,6 +7,7 @@ matrices go through the Gram matrix in float64, whose squared condition costs th
 does every derivative.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,11 @@ from torch import Tensor
 from fastpref import _checks, _library, _native
 from fastpref.token_logps import Once
 
-# The shorter side up to which Jacobi, or failing that Gram and eigh, beats an SVD (benchmarks/bench_svt.py)
-JACOBI_SIZE = {torch.float32: 128, torch.float64: 64}
+# Crossovers, measured on one core with AVX-512 by benchmarks/bench_svt.py. Jacobi is faster than the others by about
+# SIZE / sqrt(M N) when its vectors, of 64 bytes with a matrix per lane, are full, and pays for empty lanes.
+JACOBI_SIZE = {torch.float32: 80, torch.float64: 60}
+JACOBI_LANES = {torch.float32: 16, torch.float64: 8}
+# the shorter side up to which Gram and eigh beat an SVD
 GRAM_SIZE = 32
 
 
@@ -36,6 +40,12 @@ def _share_kept(s: Tensor, threshold: Tensor) -> Tensor:
     """max(sigma - tau, 0) / sigma, 1 for sigma = tau = 0: the slope that f has there from the right."""
     above = s > threshold
     return torch.where(above, 1 - threshold / s.where(above, 1.0), ((threshold == 0) & (s == 0)).to(s.dtype))
+
+
+def jacobi_is_faster(matrix: Tensor) -> bool:
+    batch, m, n = matrix.shape
+    lanes = JACOBI_LANES[matrix.dtype]
+    return -(-batch // lanes) * lanes * math.sqrt(m * n) <= JACOBI_SIZE[matrix.dtype] * batch
 
 
 def _by_svd(matrix: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,8 +107,9 @@ def _svt(matrix: Tensor, threshold: Tensor, backend: str):
     if matrix.numel() == 0:
         return torch.zeros_like(matrix), torch.zeros(len(matrix), dtype=torch.int64, device=matrix.device)
     device = matrix.device.type
-    small = min(matrix.shape[1:]) <= JACOBI_SIZE[matrix.dtype] and _native_reason(device) is None
-    chosen = _library.choose_backend("svt", backend or ("native" if small else "reference"), device)
+    if not backend:
+        backend = "native" if _native_reason(device) is None and jacobi_is_faster(matrix) else "reference"
+    chosen = _library.choose_backend("svt", backend, device)
     return (_by_jacobi if chosen == "native" else _by_torch)(matrix, threshold)
 
 
