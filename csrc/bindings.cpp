@@ -14,6 +14,7 @@
 #include "parallel.h"
 #include "preference.h"
 #include "residual_pass.h"
+#include "svt.h"
 #include "token_logps.h"
 
 namespace py = pybind11;
@@ -228,6 +229,16 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       },
       release());
   m.def("batched_rpca_workspace", &batched_rpca_workspace);
+  m.def(
+      "svt_cpu",
+      [](uintptr_t matrix, uintptr_t threshold, bool is_double, int64_t batch, int64_t rows, int64_t columns,
+         uintptr_t low_rank, uintptr_t rank, uintptr_t workspace, int threads) {
+        svt_cpu({pointer<const void>(matrix), pointer<const void>(threshold), is_double, batch, rows, columns,
+                 pointer<void>(low_rank), pointer<int64_t>(rank), pointer<void>(workspace)},
+                threads);
+      },
+      release());
+  m.def("svt_workspace", &svt_workspace);
   m.def("residual_pass_workspace", &residual_pass_workspace);
   m.def(
       "residual_pass_cpu",

@@ -1,0 +1,100 @@
+"""Batched singular-value thresholding against plain PyTorch: `pytest benchmarks/bench_svt.py --benchmark-json FILE`.
+
+Half of each largest singular value is the threshold. Every round begins with one run of each competitor, so that all
+samples are taken in turn in the same process. `extra_info` holds, beside the times, the largest error of each relative
+to the matrix, against a float64 SVD. The routes of svt itself are competitors too: JACOBI_SIZE and GRAM_SIZE of
+fastpref/svt.py are where they cross. OMP_NUM_THREADS=1 gives the figures of one core. --full adds sizes.
+"""
+
+import time
+from typing import NamedTuple
+
+import torch
+from measure import Rounds
+
+import fastpref
+from fastpref.svt import _by_gram, _by_jacobi, _by_svd, svt_ref
+
+CPU = torch.device("cpu")
+SECONDS = 3  # of rounds, per case
+
+
+class Case(NamedTuple):
+    batch: int
+    rows: int
+    columns: int
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self):
+        return f"{self.batch}x{self.rows}x{self.columns}-{str(self.dtype).removeprefix('torch.')}"
+
+
+DEFAULT = [Case(4096, 8, 8), Case(2048, 16, 16), Case(512, 32, 32), Case(128, 64, 64), Case(32, 128, 128)]
+FULL = [
+    *DEFAULT,
+    *(case._replace(dtype=torch.float64) for case in DEFAULT),
+    *(Case(4096, 32, 8), Case(512, 128, 32), Case(512, 32, 128), Case(256, 48, 48), Case(64, 96, 96)),
+    *(Case(16, 192, 192), Case(16, 256, 256), Case(1, 8, 8), Case(1, 32, 32), Case(1, 128, 128)),
+]
+
+
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("case", FULL if metafunc.config.getoption("full") else DEFAULT, ids=str)
+
+
+def composed(matrix, threshold):
+    """What a user writes."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return (u * (s - threshold[:, None]).clamp(min=0).unsqueeze(-2)) @ vh
+
+
+def gram(matrix, threshold):
+    """The same by the eigenvectors of the Gram matrix, in the matrix's dtype."""
+    squares, v = torch.linalg.eigh(matrix.mT @ matrix)
+    share = (1 - threshold[:, None] / squares.clamp(min=1e-30).sqrt()).clamp(min=0)
+    return ((matrix @ v) * share.unsqueeze(-2)) @ v.mT
+
+
+def truncated(matrix, threshold):
+    """A randomised SVD of a quarter of the rank: exact only where no more is above the threshold."""
+    u, s, v = torch.svd_lowrank(matrix, q=max(1, min(matrix.shape[1:]) // 4), niter=2)
+    return (u * (s - threshold[:, None]).clamp(min=0).unsqueeze(-2)) @ v.mT
+
+
+class Competitor:
+    def __init__(self, name, title, function, *tensors):
+        self.name, self.title, self.function, self.tensors = name, title, function, tensors
+
+    def run(self, mark=lambda: None):
+        mark()
+        result = self.function(*self.tensors)
+        mark()
+        return result
+
+    def clean(self):
+        pass
+
+
+def test_svt(benchmark, case):
+    matrix = torch.randn(case.batch, case.rows, case.columns, dtype=case.dtype)
+    threshold = 0.5 * torch.linalg.matrix_norm(matrix, 2)
+    competitors = [
+        Competitor("fastpref", "fastpref", lambda m, t: fastpref.svt(m, t).low_rank, matrix, threshold),
+        Competitor("svd", "torch.linalg.svd", composed, matrix, threshold),
+        Competitor("gram", "Gram and eigh", gram, matrix, threshold),
+        Competitor("svd_lowrank", "torch.svd_lowrank", truncated, matrix, threshold),
+        Competitor("route_jacobi", "route: Jacobi", lambda m, t: _by_jacobi(m, t)[0], matrix, threshold),
+        Competitor("route_gram", "route: float64 Gram", lambda m, t: _by_gram(m, t)[0], matrix, threshold),
+        Competitor("route_svd", "route: SVD", lambda m, t: _by_svd(m, t)[0], matrix, threshold),
+    ]
+    truth, _ = svt_ref(matrix, threshold)
+    size = torch.linalg.matrix_norm(matrix.double())
+    start = time.perf_counter()
+    errors = {c.name: float((torch.linalg.matrix_norm(c.run() - truth) / size).max()) for c in competitors}
+    assert errors["fastpref"] <= 1.5 * errors["svd"] + 16 * torch.finfo(case.dtype).eps
+    count = max(3, min(100, round(SECONDS / (time.perf_counter() - start))))
+    rounds = Rounds(competitors, CPU, "fastpref")
+    benchmark.pedantic(rounds.play_subject, setup=rounds.play_others, teardown=rounds.end_round, rounds=count)
+    benchmark.extra_info.update(
+        shape=list(matrix.shape), threads=torch.get_num_threads(), times=rounds.summary(), errors=errors
+    )
