@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bradley_terry.h"
 #include "check.h"
 #include "linear_logps.h"
 #include "parallel.h"
@@ -136,6 +137,36 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
             {projection, transform, pointer<const int64_t>(labels), ignore_index, round_logits, pointer<void>(tile),
              tile_stride, pointer<float>(logps), pointer<float>(lse), pointer<float>(stats), pointer<void>(workspace)},
             threads);
+      },
+      release());
+  m.def("bradley_terry_workspace", &bradley_terry_workspace);
+  m.def(
+      "bradley_terry_dense_cpu",
+      [](uintptr_t matrix, bool is_double, int64_t batch, int64_t items, int data, double tol, int64_t max_iter,
+         uintptr_t scores, uintptr_t components, uintptr_t rejected, uintptr_t stats, uintptr_t workspace,
+         int64_t slots, int threads) {
+        bradley_terry_dense_cpu(
+            {pointer<const void>(matrix),
+             is_double,
+             batch,
+             items,
+             {static_cast<BradleyTerryData>(data), tol, max_iter},
+             {pointer<double>(scores), pointer<int64_t>(components), pointer<double>(rejected), pointer<double>(stats)},
+             pointer<void>(workspace),
+             slots},
+            threads);
+      },
+      release());
+  m.def(
+      "bradley_terry_edges_cpu",
+      [](uintptr_t offsets, uintptr_t columns, uintptr_t values, uintptr_t votes, int64_t items, int data, double tol,
+         int64_t max_iter, uintptr_t scores, uintptr_t components, uintptr_t rejected, uintptr_t stats,
+         uintptr_t weights, uintptr_t vectors, int threads) {
+        bradley_terry_edges_cpu(
+            {pointer<const int64_t>(offsets), pointer<const int32_t>(columns), pointer<const double>(values),
+             pointer<const double>(votes), items, {static_cast<BradleyTerryData>(data), tol, max_iter},
+             {pointer<double>(scores), pointer<int64_t>(components), pointer<double>(rejected), pointer<double>(stats)},
+             pointer<double>(weights), pointer<double>(vectors), threads});
       },
       release());
   m.def("linear_logps_workspace", &linear_logps_workspace);

@@ -1,0 +1,663 @@
+// Robust Bradley-Terry fits on the CPU: a whole solve per matrix from cache (dense), or rows in parallel (edges).
+// Every iteration forms per pair a pull q_ij on the scores and a weight h_ij, then solves the Laplacian system
+//   sum_j h_ij (x_i - x_j) + ridge x_i = sum_j q_ij - ridge w_i,   w += x:
+// on complete graphs by one Jacobi sweep, which is then nearly exact, elsewhere by preconditioned conjugate gradients.
+#include "bradley_terry.h"
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace fastpref::FASTPREF_SIMD {
+namespace {
+
+constexpr double mad_to_sigma = 1.4826;    // of a normal distribution
+constexpr double constant_per_sigma = 2.4;  // 95 % efficiency of Cauchy weights is at 2.385
+constexpr double logit_decay = 0.7, logit_floor = 1e-4;  // annealing; the floor in units of the mean |logit|
+constexpr double count_start = 20, count_decay = 0.8, count_floor = 3;
+constexpr double count_ridge = 1e-2;
+constexpr double outlier_sigmas = 5;
+constexpr double nan = __builtin_nan("");
+
+template <class T>
+struct Lanes {
+  static constexpr int count = W * 4 / sizeof(T);
+  typedef T type __attribute__((vector_size(W * 4)));
+};
+
+template <class V>
+inline V load_as(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline double exponential(double x) { return __builtin_exp(x); }
+inline Vf exponential(Vf x) { return exp(x); }
+
+using Vd = Lanes<double>::type;
+using Vl = int64_t __attribute__((vector_size(W * 4)));
+inline Vd exponential(Vd z) {  // z <= 700
+  constexpr double round_to_bits = 6755399441055744.0 + 1023.0;
+  const Vd shifted = z * 1.4426950408889634 + round_to_bits;
+  const Vd n = shifted - round_to_bits;
+  const Vd r = (z - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+  Vd p = Vd{} + 1.0 / 6227020800.0;  // Taylor: 4e-18 of the value at |r| = ln 2 / 2
+  constexpr double inverse_factorial[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
+                                          1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,     1.0 / 6,
+                                          0.5,             1.0,            1.0};
+  for (double c : inverse_factorial) p = p * r + c;
+  const Vd e = p * (Vd)((Vl)shifted << 52);
+  return z < -700.0 ? Vd{} : e;
+}
+
+template <class V>
+inline V reciprocal(V x) {
+  return 1 / x;
+}
+#if defined(FASTPREF_SIMD_avx512)
+template <>
+inline Vf reciprocal(Vf x) {  // 14 bits and a Newton step: half the time of a division
+  const Vf y = (Vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return y * (2.0f - x * y);
+}
+#endif
+
+template <class V>
+struct Term {
+  V residual, pull, weight;
+};
+
+// One pair at difference d = w_i - w_j; `precision` is 1 / constant^2. A missing value gives a NaN residual.
+template <class V>
+inline Term<V> logit_term(V value, V d, V precision) {
+  const V r = value - d;
+  const V weight = reciprocal<V>(1 + r * r * precision);
+  return {r, weight * r, weight};
+}
+
+template <bool ROBUST, class V>
+inline Term<V> count_term(V share, V votes, V d, V precision) {
+  const V low = V{} - 80;
+  const V s = reciprocal<V>(1 + exponential(-(d < low ? low : d)));
+  const V variance = s * (1 - s), miss = (share - s) * votes;
+  const V spread = variance * votes + V(V{} + 1) / 4;  // of the wins, softened by half a vote
+  const V squared = miss * miss / spread;               // z^2
+  if constexpr (!ROBUST) return {squared, miss, votes * variance};
+  const V weight = reciprocal<V>(1 + squared * precision);
+  return {squared, weight * miss, weight * votes * variance};
+}
+
+template <BradleyTerryData DATA, class V>
+inline Term<V> term(V value, V votes, V d, V precision) {
+  if constexpr (DATA == BradleyTerryData::logits) return logit_term(value, d, precision);
+  return count_term<DATA == BradleyTerryData::counts>(value, votes, d, precision);
+}
+
+inline double magnitude(double x) { return x < 0 ? -x : x; }
+
+template <class T>
+inline T root(T x) {
+  return static_cast<T>(__builtin_sqrt(static_cast<double>(x)));
+}
+
+template <class T, class V>
+inline T sum_lanes(V v) {
+  for (int half = Lanes<T>::count / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) v[i] += v[i + half];
+  return v[0];
+}
+
+// A dense matrix and its workspace; rows are padded with NaN to whole vectors.
+template <class T, BradleyTerryData DATA>
+struct Dense {
+  using V = typename Lanes<T>::type;
+  static constexpr int lanes = Lanes<T>::count;
+  using Value = T;
+  int64_t items, stride;
+  const T* values;
+  const T* votes;
+  T* weights;
+  int64_t* row_counts;
+
+  // gradient_i = sum of pulls, degree_i = sum of weights; returns the number of |residual| <= bound (logits).
+  int64_t pass(const T* w, T precision, T bound, bool keep, T* gradient, T* degree) const {
+    int64_t within = 0;
+    for (int64_t i = 0; i < items; i++) {
+      V pull{}, weight{}, inside{};
+      const V zero{}, one = zero + T(1);
+      for (int64_t j = 0; j < stride; j += lanes) {
+        const V value = load_as<V>(values + i * stride + j);
+        V k{};
+        if constexpr (DATA != BradleyTerryData::logits) k = load_as<V>(votes + i * stride + j);
+        const Term<V> t = term<DATA, V>(value, k, w[i] - load_as<V>(w + j), zero + precision);
+        const auto seen = t.residual == t.residual;
+        const V h = seen ? t.weight : zero;
+        pull += seen ? t.pull : zero;
+        weight += h;
+        if constexpr (DATA == BradleyTerryData::logits)
+          inside += (t.residual <= bound) & (t.residual >= -bound) ? one : zero;
+        if (keep) std::memcpy(weights + i * stride + j, &h, sizeof h);
+      }
+      gradient[i] = sum_lanes<T>(pull);
+      degree[i] = sum_lanes<T>(weight);
+      if constexpr (DATA == BradleyTerryData::logits) within += static_cast<int64_t>(sum_lanes<T>(inside));
+    }
+    return within;
+  }
+
+  void product(const T* p, T* y) const {  // y_i = sum_j h_ij p_j
+    for (int64_t i = 0; i < items; i++) {
+      V sum{};
+      for (int64_t j = 0; j < stride; j += lanes) sum += load_as<V>(weights + i * stride + j) * load_as<V>(p + j);
+      y[i] = sum_lanes<T>(sum);
+    }
+  }
+
+  void residuals(const T* w) const {  // |residual| (counts: its square) instead of the weights; NaN: missing
+    for (int64_t i = 0; i < items; i++)
+      for (int64_t j = 0; j < stride; j += lanes) {
+        const V value = load_as<V>(values + i * stride + j);
+        V k{};
+        if constexpr (DATA != BradleyTerryData::logits) k = load_as<V>(votes + i * stride + j);
+        V r = term<DATA, V>(value, k, w[i] - load_as<V>(w + j), V{}).residual;
+        r = r < 0 ? -r : r;
+        std::memcpy(weights + i * stride + j, &r, sizeof r);
+      }
+  }
+
+  void count_within(T bound) const {  // residuals <= bound, per row
+    for (int64_t i = 0; i < items; i++) {
+      V inside{};
+      const V zero{}, one = zero + T(1);
+      for (int64_t j = 0; j < stride; j += lanes) inside += load_as<V>(weights + i * stride + j) <= bound ? one : zero;
+      row_counts[i] = static_cast<int64_t>(sum_lanes<T>(inside));
+    }
+  }
+};
+
+// An edge list by rows, in double; rows run in parallel, each on one thread.
+template <BradleyTerryData DATA>
+struct Sparse {
+  using Value = double;
+  static constexpr int64_t chunk = 512;
+  const BradleyTerryEdges& edges;
+  int64_t items;
+  int64_t* row_counts;
+
+  template <class F>
+  void rows(const F& f) const {
+    parallel_for(items, chunk, edges.threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) f(i, edges.offsets[i], edges.offsets[i + 1]);
+    });
+  }
+
+  Term<double> at(int64_t e, double w_i, const double* w, double precision) const {
+    const double votes = DATA == BradleyTerryData::logits ? 0 : edges.votes[e];
+    return term<DATA, double>(edges.values[e], votes, w_i - w[edges.columns[e]], precision);
+  }
+
+  int64_t pass(const double* w, double precision, double bound, bool, double* gradient, double* degree) const {
+    rows([&](int64_t i, int64_t begin, int64_t end) {
+      double pull = 0, weight = 0;
+      int64_t within = 0;
+      for (int64_t e = begin; e < end; e++) {
+        const Term<double> t = at(e, w[i], w, precision);
+        pull += t.pull;
+        weight += t.weight;
+        within += magnitude(t.residual) <= bound;
+        edges.weights[e] = t.weight;
+      }
+      gradient[i] = pull;
+      degree[i] = weight;
+      row_counts[i] = within;
+    });
+    int64_t within = 0;
+    for (int64_t i = 0; i < items; i++) within += row_counts[i];
+    return within;
+  }
+
+  void product(const double* p, double* y) const {
+    rows([&](int64_t i, int64_t begin, int64_t end) {
+      double sum = 0;
+      for (int64_t e = begin; e < end; e++) sum += edges.weights[e] * p[edges.columns[e]];
+      y[i] = sum;
+    });
+  }
+
+  void residuals(const double* w) const {
+    rows([&](int64_t i, int64_t begin, int64_t end) {
+      for (int64_t e = begin; e < end; e++) edges.weights[e] = magnitude(at(e, w[i], w, 0).residual);
+    });
+  }
+
+  void count_within(double bound) const {
+    rows([&](int64_t i, int64_t begin, int64_t end) {
+      int64_t within = 0;
+      for (int64_t e = begin; e < end; e++) within += edges.weights[e] <= bound;
+      row_counts[i] = within;
+    });
+  }
+};
+
+template <class T>
+struct Bits;
+template <>
+struct Bits<float> {
+  using type = uint32_t;
+  static constexpr type infinity = 0x7f800000u, step = 1u << 16;  // a step is at most 0.8 %
+};
+template <>
+struct Bits<double> {
+  using type = uint64_t;
+  static constexpr type infinity = 0x7ff0000000000000ull, step = 1ull << 45;
+};
+
+// Median of the stored residuals, rounded up by at most 0.8 %: bisection on the bits, whose order is the floats'.
+template <class T, class Graph>
+double median(const Graph& graph, int64_t observed) {
+  typename Bits<T>::type low = 0, high = Bits<T>::infinity;
+  while (high - low > Bits<T>::step) {
+    const auto middle = low + (high - low) / 2;
+    T bound;
+    std::memcpy(&bound, &middle, sizeof bound);
+    graph.count_within(bound);
+    int64_t within = 0;
+    for (int64_t i = 0; i < graph.items; i++) within += graph.row_counts[i];
+    (2 * within >= observed ? high : low) = middle;
+  }
+  T result;
+  std::memcpy(&result, &high, sizeof result);
+  return low == 0 ? 0 : static_cast<double>(result);
+}
+
+struct Problem {
+  int64_t items, observed;       // entries, both directions
+  int64_t groups;                // connected components
+  const int64_t* components;     // [items]
+  const int64_t* compared;       // [items] pairs of each item
+  double mean;                   // |logit|, over the observed entries
+  double ridge;
+  double rounding;               // of residuals, relative to the mean
+  BradleyTerryOptions options;
+  double* group_sums;            // [2, items]
+};
+
+template <class T>
+double dot(const T* a, const T* b, int64_t n) {
+  double sums[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int l = 0; l < 8; l++) sums[l] += static_cast<double>(a[i + l]) * static_cast<double>(b[i + l]);
+  for (; i < n; i++) sums[i % 8] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+template <class T>
+void centre(T* w, const Problem& problem) {
+  double* sums = problem.group_sums;
+  double* sizes = sums + problem.items;
+  for (int64_t g = 0; g < problem.groups; g++) sums[g] = sizes[g] = 0;
+  for (int64_t i = 0; i < problem.items; i++) {
+    sums[problem.components[i]] += static_cast<double>(w[i]);
+    sizes[problem.components[i]] += 1;
+  }
+  for (int64_t i = 0; i < problem.items; i++)
+    w[i] -= static_cast<T>(sums[problem.components[i]] / sizes[problem.components[i]]);
+}
+
+// Solves the Laplacian system for x from x = 0 until the residual's norm has fallen to `reduction` of what it was.
+template <class T, class Graph>
+void conjugate_gradients(const Graph& graph, const T* right, const T* degree, T ridge, double reduction, T* x, T* r,
+                         T* z, T* p, T* y) {
+  const int64_t n = graph.items;
+  const auto precondition = [&] {
+    for (int64_t i = 0; i < n; i++) z[i] = degree[i] + ridge > 0 ? r[i] / (degree[i] + ridge) : T(0);
+  };
+  for (int64_t i = 0; i < n; i++) {
+    x[i] = 0;
+    r[i] = right[i];
+  }
+  precondition();
+  double rho = dot(r, z, n);
+  const double goal = rho * reduction * reduction;
+  for (int64_t i = 0; i < n; i++) p[i] = z[i];
+  for (int64_t iteration = 0; iteration < n + 10 && rho > goal; iteration++) {
+    graph.product(p, y);
+    for (int64_t i = 0; i < n; i++) y[i] = (degree[i] + ridge) * p[i] - y[i];
+    const double curvature = dot(p, y, n);
+    if (!(curvature > 0)) break;  // only rounding is left
+    const T alpha = static_cast<T>(rho / curvature);
+    for (int64_t i = 0; i < n; i++) {
+      x[i] += alpha * p[i];
+      r[i] -= alpha * y[i];
+    }
+    precondition();
+    const double next = dot(r, z, n);
+    const T beta = static_cast<T>(next / rho);
+    for (int64_t i = 0; i < n; i++) p[i] = z[i] + beta * p[i];
+    rho = next;
+  }
+}
+
+template <BradleyTerryData DATA, class Graph, class T>
+void solve(const Graph& graph, const Problem& problem, T* vectors, int64_t stride, const BradleyTerryOutputs& out) {
+  constexpr bool logits = DATA == BradleyTerryData::logits, plain = DATA == BradleyTerryData::counts_mle;
+  const int64_t n = problem.items;
+  T *w = vectors, *gradient = w + stride, *degree = gradient + stride, *x = degree + stride, *r = x + stride,
+    *z = r + stride, *p = z + stride, *y = p + stride;
+  for (int64_t i = 0; i < 8 * stride; i++) vectors[i] = 0;  // padding too: it meets NaN values, never NaN scores
+  const double floor = logits ? logit_floor * problem.mean : count_floor;
+  const double decay = logits ? logit_decay : count_decay;
+  const T ridge = static_cast<T>(problem.ridge);
+  double constant = logits ? 2 * problem.mean : count_start;
+  bool settled = plain, sweeps = logits && problem.observed == n * (n - 1), converged = problem.observed == 0;
+  double previous = 0;
+  int64_t iteration = 0;
+  if (logits && problem.mean == 0) converged = true;
+  while (!converged && iteration < problem.options.max_iter) {
+    iteration++;
+    const double bound = decay * constant / (constant_per_sigma * mad_to_sigma);
+    const T precision = static_cast<T>(plain ? 0 : 1 / (constant * constant));
+    const int64_t within = graph.pass(w, precision, static_cast<T>(bound), !sweeps, gradient, degree);
+    if (problem.ridge > 0)
+      for (int64_t i = 0; i < n; i++) gradient[i] -= ridge * w[i];
+    if (sweeps) {
+      for (int64_t i = 0; i < n; i++) x[i] = gradient[i] / (degree[i] + 1);  // + 1: the item against itself
+    } else {
+      conjugate_gradients(graph, gradient, degree, ridge, settled ? 1e-2 : 0.1, x, r, z, p, y);
+    }
+    double step = 0, size = 0;
+    if (!sweeps) centre(x, problem);
+    for (int64_t i = 0; i < n; i++) step = magnitude(x[i]) > step ? magnitude(x[i]) : step;
+    const T damping = static_cast<T>(!logits && step > 1 ? 1 / step : 1);
+    for (int64_t i = 0; i < n; i++) {
+      w[i] += damping * x[i];
+      size = magnitude(w[i]) > size ? magnitude(w[i]) : size;
+    }
+    const double unit = logits ? problem.mean : (size > 1 ? size : 1);
+    if (settled) {
+      converged = step <= problem.options.tol * unit;
+      if (sweeps && previous > 0 && step > 0.7 * previous) sweeps = false;  // slow: one item hangs by few weights
+      previous = step;
+      continue;
+    }
+    double next = decay * constant;
+    if (logits && 2 * within < problem.observed) {
+      graph.residuals(w);
+      const double least = constant_per_sigma * mad_to_sigma * median<T>(graph, problem.observed);
+      next = least > next ? least : next;
+    }
+    next = next > floor ? next : floor;
+    next = next < constant ? next : constant;
+    settled = next <= floor || (next >= 0.99 * constant && step <= 0.05 * constant);
+    constant = next;
+  }
+  centre(w, problem);
+
+  double largest = 0;
+  graph.pass(w, static_cast<T>(plain || constant == 0 ? 0 : 1 / (constant * constant)), 0, false, gradient, degree);
+  for (int64_t i = 0; i < n; i++) {
+    const double g = magnitude(gradient[i] - ridge * w[i]);
+    if (degree[i] > 0 && g / degree[i] > largest) largest = g / degree[i];
+  }
+  graph.residuals(w);
+  double scale = median<T>(graph, problem.observed);
+  scale = mad_to_sigma * (logits ? scale : root(scale));
+  double threshold = outlier_sigmas * (logits || scale > 1 ? scale : 1.0);
+  if (logits && threshold < problem.rounding * problem.mean) threshold = problem.rounding * problem.mean;
+  graph.count_within(static_cast<T>(logits ? threshold : threshold * threshold));
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; i++) {
+    kept += graph.row_counts[i];
+    const bool alone = problem.compared[i] == 0;
+    out.scores[i] = alone ? nan : static_cast<double>(w[i]);
+    out.rejected[i] = alone ? nan : 1 - double(graph.row_counts[i]) / double(problem.compared[i]);
+    out.components[i] = problem.components[i];
+  }
+  const bool empty = problem.observed == 0;
+  out.stats[bt_iterations] = double(iteration);
+  out.stats[bt_converged] = converged;
+  out.stats[bt_scale] = empty ? nan : scale;
+  out.stats[bt_outlier_rate] = empty ? nan : 1 - double(kept) / double(problem.observed);
+  out.stats[bt_gradient] = logits && problem.mean > 0 ? largest / problem.mean : largest;
+  out.stats[bt_constant] = plain ? 0 : constant;
+  out.stats[bt_threshold] = threshold;
+  out.stats[bt_ridge] = problem.ridge;
+}
+
+// Labels of the connected components by depth-first search, numbered by their first items. neighbours(i, visit) calls
+// visit(j) for every j next to i. Returns their number.
+template <class Neighbours>
+int64_t components(int64_t items, const Neighbours& neighbours, int64_t* labels, int64_t* stack) {
+  int64_t groups = 0;
+  for (int64_t i = 0; i < items; i++) labels[i] = -1;
+  for (int64_t root = 0; root < items; root++) {
+    if (labels[root] >= 0) continue;
+    int64_t top = 0;
+    stack[top++] = root;
+    labels[root] = groups;
+    while (top > 0)
+      neighbours(stack[--top], [&](int64_t j) {
+        if (labels[j] >= 0) return;
+        labels[j] = groups;
+        stack[top++] = j;
+      });
+    groups++;
+  }
+  return groups;
+}
+
+// The likelihood has a maximum where within each component wins lead from every item to every other: where as many
+// searches along wins, and along losses, as there are components reach everything.
+template <class Wins, class Losses>
+bool strongly_connected(int64_t items, int64_t groups, const Wins& wins, const Losses& losses, int64_t* labels,
+                        int64_t* stack) {
+  return components(items, wins, labels, stack) == groups && components(items, losses, labels, stack) == groups;
+}
+
+int64_t padded(int64_t items, int64_t size) { return (items * size + 63) / 64 * 64 / size; }
+
+template <class T, BradleyTerryData DATA>
+void dense(const BradleyTerryDense& args, int64_t b, char* workspace) {
+  constexpr bool logits = DATA == BradleyTerryData::logits;
+  const int64_t n = args.items, stride = padded(n, sizeof(T));
+  const T* matrix = static_cast<const T*>(args.matrix) + b * n * n;
+  T* values = reinterpret_cast<T*>(workspace);
+  T* weights = values + n * stride;
+  T* votes = weights + n * stride;
+  T* vectors = votes + n * stride;
+  double* group_sums = reinterpret_cast<double*>(vectors + 8 * stride);
+  int64_t* row_counts = reinterpret_cast<int64_t*>(group_sums + 2 * n);
+  int64_t *compared = row_counts + n, *stack = compared + n, *labels = stack + n, *other = labels + n;
+  BradleyTerryOutputs out = args.out;
+  out.scores += b * n;
+  out.components += b * n;
+  out.rejected += b * n;
+  out.stats += b * bt_stats;
+
+  double sum = 0, largest = 0, worst = 0;
+  int64_t worst_row = -1, worst_column = -1, observed = 0;
+  const auto complain = [&](double value, int64_t row, int64_t column) {
+    if (worst != worst || !(magnitude(value) > worst || value != value)) return;  // the first NaN stays
+    worst = value != value ? value : magnitude(value);
+    worst_row = row;
+    worst_column = column;
+  };
+  const T missing = static_cast<T>(nan);
+  for (int64_t i = 0; i < n; i++) {
+    compared[i] = 0;
+    for (int64_t j = n; j < stride; j++) {
+      values[i * stride + j] = missing;
+      votes[i * stride + j] = 0;
+    }
+  }
+  for (int64_t i = 0; i < n; i++) {
+    values[i * stride + i] = missing;
+    votes[i * stride + i] = 0;
+    if (!(matrix[i * n + i] == 0 || matrix[i * n + i] != matrix[i * n + i])) {
+      if constexpr (logits) complain(2 * double(matrix[i * n + i]), i, i);
+      if constexpr (!logits) complain(-1, i, i);
+    }
+    double row_sum = 0;
+    for (int64_t j = 0; j < i; j++) {
+      const T a = matrix[i * n + j], c = matrix[j * n + i];
+      bool seen = a == a && c == c;
+      if constexpr (logits) {
+        if ((a == a) != (c == c)) complain(nan, i, j);
+        const T size = a < 0 ? -a : a;
+        if (seen) {
+          const double asymmetry = magnitude(double(a) + double(c));
+          if (asymmetry > worst) complain(asymmetry, i, j);
+          if (size > largest) largest = double(size);
+          row_sum += double(size);
+        }
+        values[i * stride + j] = seen ? a : missing;
+        values[j * stride + i] = seen ? -a : missing;
+      } else {
+        if (a < 0 || a > T(3e38) || (a != a) != (c != c)) complain(a < 0 ? a : a != a ? nan : 3e38, i, j);
+        if (c < 0 || c > T(3e38)) complain(c < 0 ? c : T(3e38), j, i);
+        const T total = a + c;
+        seen = seen && total > 0;
+        values[i * stride + j] = seen ? a / total : missing;
+        values[j * stride + i] = seen ? c / total : missing;
+        votes[i * stride + j] = votes[j * stride + i] = seen ? total : T(0);
+      }
+      compared[i] += seen;
+      compared[j] += seen;
+    }
+    sum += 2 * row_sum;
+  }
+  for (int64_t i = 0; i < n; i++) observed += compared[i];
+  out.stats[bt_worst] = worst;
+  out.stats[bt_worst_row] = double(worst_row);
+  out.stats[bt_worst_column] = double(worst_column);
+  out.stats[bt_largest] = largest;
+
+  int64_t groups = 1;
+  if (observed == n * (n - 1)) {
+    for (int64_t i = 0; i < n; i++) labels[i] = 0;
+  } else {
+    groups = components(
+        n,
+        [&](int64_t i, const auto& visit) {
+          for (int64_t j = 0; j < n; j++)
+            if (values[i * stride + j] == values[i * stride + j]) visit(j);
+        },
+        labels, stack);
+  }
+  double ridge = logits ? 0 : count_ridge;
+  if constexpr (DATA == BradleyTerryData::counts_mle) {
+    const auto along = [&](bool wins) {
+      return [&, wins](int64_t i, const auto& visit) {
+        for (int64_t j = 0; j < n; j++)
+          if ((wins ? values[i * stride + j] : values[j * stride + i]) > 0) visit(j);
+      };
+    };
+    if (strongly_connected(n, groups, along(true), along(false), other, stack)) ridge = 0;
+  }
+  const Dense<T, DATA> graph{n, stride, values, votes, weights, row_counts};
+  const double mean = observed > 0 ? sum / double(observed) : 0;
+  const double rounding = sizeof(T) == 4 ? 1e-5 : 1e-6;
+  const Problem problem{n, observed, groups, labels, compared, mean, ridge, rounding, args.options, group_sums};
+  // Bad data is Python's to refuse: no answer is formed from it.
+  if (largest > 3e38 || worst != worst || (!logits && worst > 0)) {
+    for (int64_t s = 0; s < bt_worst; s++) out.stats[s] = nan;
+    return;
+  }
+  solve<DATA>(graph, problem, vectors, stride, out);
+}
+
+template <BradleyTerryData DATA>
+void sparse(const BradleyTerryEdges& edges) {
+  constexpr bool logits = DATA == BradleyTerryData::logits;
+  const int64_t n = edges.items;
+  double* group_sums = edges.vectors + 8 * n;
+  int64_t* compared = reinterpret_cast<int64_t*>(group_sums + 2 * n);
+  int64_t *row_counts = compared + n, *stack = row_counts + n, *labels = stack + n;
+  double sum = 0;
+  for (int64_t i = 0; i < n; i++) compared[i] = edges.offsets[i + 1] - edges.offsets[i];
+  const int64_t observed = edges.offsets[n];
+  if constexpr (logits)
+    for (int64_t e = 0; e < observed; e++) sum += magnitude(edges.values[e]);
+  const auto along = [&](double least_share) {
+    return [&edges, least_share](int64_t i, const auto& visit) {
+      for (int64_t e = edges.offsets[i]; e < edges.offsets[i + 1]; e++)
+        if (least_share < 0 || edges.values[e] > least_share) visit(edges.columns[e]);
+    };
+  };
+  const auto losses = [&edges](int64_t i, const auto& visit) {
+    for (int64_t e = edges.offsets[i]; e < edges.offsets[i + 1]; e++)
+      if (edges.values[e] < 1) visit(edges.columns[e]);
+  };
+  const int64_t groups = components(n, along(-1), labels, stack);
+  double ridge = logits ? 0 : count_ridge;
+  if constexpr (DATA == BradleyTerryData::counts_mle)
+    if (strongly_connected(n, groups, along(0), losses, edges.out.components, stack)) ridge = 0;
+  const double mean = observed > 0 ? sum / double(observed) : 0;
+  const Problem problem{n, observed, groups, labels, compared, mean, ridge, 1e-6, edges.options, group_sums};
+  const Sparse<DATA> graph{edges, n, row_counts};
+  solve<DATA>(graph, problem, edges.vectors, n, edges.out);
+}
+
+}  // namespace
+
+// Arguments of FASTPREF_DISPATCH: here a slot of the workspace, and the matrix.
+void bradley_terry_matrix(const BradleyTerryDense& args, int64_t slot, int64_t b) {
+  char* workspace = static_cast<char*>(args.workspace) + slot * bradley_terry_workspace(args.items, args.is_double);
+  const auto run = [&](auto real) {
+    using T = decltype(real);
+    switch (args.options.data) {
+      case BradleyTerryData::logits:
+        return dense<T, BradleyTerryData::logits>(args, b, workspace);
+      case BradleyTerryData::counts:
+        return dense<T, BradleyTerryData::counts>(args, b, workspace);
+      case BradleyTerryData::counts_mle:
+        return dense<T, BradleyTerryData::counts_mle>(args, b, workspace);
+    }
+  };
+  args.is_double ? run(double{}) : run(float{});
+}
+
+void bradley_terry_rows(const BradleyTerryEdges& args, int64_t, int64_t) {
+  switch (args.options.data) {
+    case BradleyTerryData::logits:
+      return sparse<BradleyTerryData::logits>(args);
+    case BradleyTerryData::counts:
+      return sparse<BradleyTerryData::counts>(args);
+    case BradleyTerryData::counts_mle:
+      return sparse<BradleyTerryData::counts_mle>(args);
+  }
+}
+
+}  // namespace fastpref::FASTPREF_SIMD
+
+#ifdef FASTPREF_SIMD_baseline  // the entry points, once
+
+#include <atomic>
+
+#include "dispatch.h"
+
+namespace fastpref {
+
+FASTPREF_DISPATCH(bradley_terry_matrix, BradleyTerryDense)
+FASTPREF_DISPATCH(bradley_terry_rows, BradleyTerryEdges)
+
+int64_t bradley_terry_workspace(int64_t items, bool is_double) {
+  const int64_t size = is_double ? 8 : 4, stride = (items * size + 63) / 64 * 64;
+  return (3 * items + 8) * stride + (7 * items * 8 + 63) / 64 * 64;
+}
+
+void bradley_terry_dense_cpu(const BradleyTerryDense& args, int threads) {
+  const SimdLevel level = simd_level();
+  std::atomic<int64_t> next{0};  // matrices differ in iterations; each is solved alone, whichever thread takes it
+  parallel_for(args.slots, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; slot++)
+      for (int64_t b; (b = next.fetch_add(1)) < args.batch;) bradley_terry_matrix(level, args, slot, b);
+  });
+}
+
+void bradley_terry_edges_cpu(const BradleyTerryEdges& args) { bradley_terry_rows(simd_level(), args, 0, args.items); }
+
+}  // namespace fastpref
+
+#endif
