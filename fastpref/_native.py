@@ -74,6 +74,7 @@ def build_info() -> dict:
     """What was built, what was found, and which backend serves which op on which device, or why none does."""
     from fastpref import (
         __version__,
+        bradley_terry,  # noqa: F401
         linear_preference_loss,  # noqa: F401  (imports every op, which enters itself in OPS)
     )
     from fastpref._library import OPS

@@ -17,13 +17,17 @@ def test_tests_meet_the_installed_package():
 
 def test_public_names():
     assert set(fastpref.__all__) == {
+        "BradleyTerryInfo",
+        "BradleyTerryResult",
         "CudaError",
+        "Edges",
         "FusedLMHead",
         "Plan",
         "PreferenceOutput",
         "SequenceLogps",
         "TokenStats",
         "__version__",
+        "bradley_terry",
         "build_info",
         "curate",
         "linear_preference_loss",
