@@ -4,6 +4,8 @@
 // on complete graphs by one Jacobi sweep, which is then nearly exact, elsewhere by preconditioned conjugate gradients.
 #include "bradley_terry.h"
 
+#include <type_traits>
+
 #include "parallel.h"
 #include "simd.h"
 
@@ -100,13 +102,6 @@ inline T root(T x) {
   return static_cast<T>(__builtin_sqrt(static_cast<double>(x)));
 }
 
-template <class T, class V>
-inline T sum_lanes(V v) {
-  for (int half = Lanes<T>::count / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) v[i] += v[i + half];
-  return v[0];
-}
-
 // A dense matrix and its workspace; rows are padded with NaN to whole vectors.
 template <class T, BradleyTerryData DATA>
 struct Dense {
@@ -119,59 +114,96 @@ struct Dense {
   T* weights;
   int64_t* row_counts;
 
+  // Sums run down the columns, which needs no sum over lanes: pulls are skew-symmetric, the rest symmetric. f(n, j)
+  // takes n vectors of columns from j on.
+  template <class F>
+  void column_blocks(const F& f) const {
+    int64_t j = 0;
+    for (; j + 2 * lanes <= stride; j += 2 * lanes) f(std::integral_constant<int, 2>{}, j);
+    if (j < stride) f(std::integral_constant<int, 1>{}, j);
+  }
+
+  Term<V> at(int64_t i, int64_t j, const T* w, V w_columns, V precision) const {
+    V k{};
+    if constexpr (DATA != BradleyTerryData::logits) k = load_as<V>(votes + i * stride + j);
+    return term<DATA, V>(load_as<V>(values + i * stride + j), k, w[i] - w_columns, precision);
+  }
+
   // gradient_i = sum of pulls, degree_i = sum of weights; returns the number of |residual| <= bound (logits).
   int64_t pass(const T* w, T precision, T bound, bool keep, T* gradient, T* degree) const {
     int64_t within = 0;
-    for (int64_t i = 0; i < items; i++) {
-      V pull{}, weight{}, inside{};
-      const V zero{}, one = zero + T(1);
-      for (int64_t j = 0; j < stride; j += lanes) {
-        const V value = load_as<V>(values + i * stride + j);
-        V k{};
-        if constexpr (DATA != BradleyTerryData::logits) k = load_as<V>(votes + i * stride + j);
-        const Term<V> t = term<DATA, V>(value, k, w[i] - load_as<V>(w + j), zero + precision);
-        const auto seen = t.residual == t.residual;
-        const V h = seen ? t.weight : zero;
-        pull += seen ? t.pull : zero;
-        weight += h;
+    column_blocks([&](auto block, int64_t j) {
+      constexpr int n = block.value;
+      const V zero{}, one = zero + T(1), precisions = zero + precision;
+      V pull[n] = {}, weight[n] = {}, inside[n] = {}, w_columns[n];
+      for (int u = 0; u < n; u++) w_columns[u] = load_as<V>(w + j + u * lanes);
+      for (int64_t i = 0; i < items; i++)
+        for (int u = 0; u < n; u++) {
+          const Term<V> t = at(i, j + u * lanes, w, w_columns[u], precisions);
+          const auto seen = t.residual == t.residual;
+          const V h = seen ? t.weight : zero;
+          pull[u] -= seen ? t.pull : zero;
+          weight[u] += h;
+          if constexpr (DATA == BradleyTerryData::logits)
+            inside[u] += (t.residual < 0 ? -t.residual : t.residual) <= bound ? one : zero;
+          if (keep) std::memcpy(weights + i * stride + j + u * lanes, &h, sizeof h);
+        }
+      for (int u = 0; u < n; u++) {
+        std::memcpy(gradient + j + u * lanes, &pull[u], sizeof(V));
+        std::memcpy(degree + j + u * lanes, &weight[u], sizeof(V));
         if constexpr (DATA == BradleyTerryData::logits)
-          inside += (t.residual <= bound) & (t.residual >= -bound) ? one : zero;
-        if (keep) std::memcpy(weights + i * stride + j, &h, sizeof h);
+          for (int l = 0; l < lanes; l++) within += static_cast<int64_t>(inside[u][l]);
       }
-      gradient[i] = sum_lanes<T>(pull);
-      degree[i] = sum_lanes<T>(weight);
-      if constexpr (DATA == BradleyTerryData::logits) within += static_cast<int64_t>(sum_lanes<T>(inside));
-    }
+    });
     return within;
   }
 
   void product(const T* p, T* y) const {  // y_i = sum_j h_ij p_j
-    for (int64_t i = 0; i < items; i++) {
-      V sum{};
-      for (int64_t j = 0; j < stride; j += lanes) sum += load_as<V>(weights + i * stride + j) * load_as<V>(p + j);
-      y[i] = sum_lanes<T>(sum);
-    }
+    column_blocks([&](auto block, int64_t j) {
+      constexpr int n = block.value;
+      V even[n] = {}, odd[n] = {};
+      int64_t i = 0;
+      for (; i + 2 <= items; i += 2)
+        for (int u = 0; u < n; u++) {
+          even[u] += load_as<V>(weights + i * stride + j + u * lanes) * p[i];
+          odd[u] += load_as<V>(weights + (i + 1) * stride + j + u * lanes) * p[i + 1];
+        }
+      for (int u = 0; u < n; u++) {
+        if (i < items) even[u] += load_as<V>(weights + i * stride + j + u * lanes) * p[i];
+        even[u] += odd[u];
+        std::memcpy(y + j + u * lanes, &even[u], sizeof(V));
+      }
+    });
   }
 
   void residuals(const T* w) const {  // |residual| (counts: its square) instead of the weights; NaN: missing
-    for (int64_t i = 0; i < items; i++)
-      for (int64_t j = 0; j < stride; j += lanes) {
-        const V value = load_as<V>(values + i * stride + j);
-        V k{};
-        if constexpr (DATA != BradleyTerryData::logits) k = load_as<V>(votes + i * stride + j);
-        V r = term<DATA, V>(value, k, w[i] - load_as<V>(w + j), V{}).residual;
-        r = r < 0 ? -r : r;
-        std::memcpy(weights + i * stride + j, &r, sizeof r);
+    column_blocks([&](auto block, int64_t j) {
+      for (int u = 0; u < block.value; u++, j += lanes) {
+        const V w_columns = load_as<V>(w + j);
+        for (int64_t i = 0; i < items; i++) {
+          V r = at(i, j, w, w_columns, V{}).residual;
+          r = r < 0 ? -r : r;
+          std::memcpy(weights + i * stride + j, &r, sizeof r);
+        }
       }
+    });
   }
 
-  void count_within(T bound) const {  // residuals <= bound, per row
-    for (int64_t i = 0; i < items; i++) {
-      V inside{};
+  int64_t count_within(T bound) const {  // residuals <= bound: all, and per row
+    int64_t within = 0;
+    column_blocks([&](auto block, int64_t j) {
+      constexpr int n = block.value;
       const V zero{}, one = zero + T(1);
-      for (int64_t j = 0; j < stride; j += lanes) inside += load_as<V>(weights + i * stride + j) <= bound ? one : zero;
-      row_counts[i] = static_cast<int64_t>(sum_lanes<T>(inside));
-    }
+      V inside[n] = {};
+      for (int64_t i = 0; i < items; i++)
+        for (int u = 0; u < n; u++) inside[u] += load_as<V>(weights + i * stride + j + u * lanes) <= bound ? one : zero;
+      for (int u = 0; u < n; u++)
+        for (int l = 0; l < lanes && j + u * lanes + l < items; l++) {
+          row_counts[j + u * lanes + l] = static_cast<int64_t>(inside[u][l]);
+          within += row_counts[j + u * lanes + l];
+        }
+    });
+    return within;
   }
 };
 
@@ -211,9 +243,7 @@ struct Sparse {
       degree[i] = weight;
       row_counts[i] = within;
     });
-    int64_t within = 0;
-    for (int64_t i = 0; i < items; i++) within += row_counts[i];
-    return within;
+    return total();
   }
 
   void product(const double* p, double* y) const {
@@ -230,12 +260,19 @@ struct Sparse {
     });
   }
 
-  void count_within(double bound) const {
+  int64_t count_within(double bound) const {
     rows([&](int64_t i, int64_t begin, int64_t end) {
       int64_t within = 0;
       for (int64_t e = begin; e < end; e++) within += edges.weights[e] <= bound;
       row_counts[i] = within;
     });
+    return total();
+  }
+
+  int64_t total() const {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < items; i++) sum += row_counts[i];
+    return sum;
   }
 };
 
@@ -260,10 +297,7 @@ double median(const Graph& graph, int64_t observed) {
     const auto middle = low + (high - low) / 2;
     T bound;
     std::memcpy(&bound, &middle, sizeof bound);
-    graph.count_within(bound);
-    int64_t within = 0;
-    for (int64_t i = 0; i < graph.items; i++) within += graph.row_counts[i];
-    (2 * within >= observed ? high : low) = middle;
+    (2 * graph.count_within(bound) >= observed ? high : low) = middle;
   }
   T result;
   std::memcpy(&result, &high, sizeof result);
@@ -405,10 +439,8 @@ void solve(const Graph& graph, const Problem& problem, T* vectors, int64_t strid
   scale = mad_to_sigma * (logits ? scale : root(scale));
   double threshold = outlier_sigmas * (logits || scale > 1 ? scale : 1.0);
   if (logits && threshold < problem.rounding * problem.mean) threshold = problem.rounding * problem.mean;
-  graph.count_within(static_cast<T>(logits ? threshold : threshold * threshold));
-  int64_t kept = 0;
+  const int64_t kept = graph.count_within(static_cast<T>(logits ? threshold : threshold * threshold));
   for (int64_t i = 0; i < n; i++) {
-    kept += graph.row_counts[i];
     const bool alone = problem.compared[i] == 0;
     out.scores[i] = alone ? nan : static_cast<double>(w[i]);
     out.rejected[i] = alone ? nan : 1 - double(graph.row_counts[i]) / double(problem.compared[i]);
@@ -485,47 +517,58 @@ void dense(const BradleyTerryDense& args, int64_t b, char* workspace) {
   };
   const T missing = static_cast<T>(nan);
   for (int64_t i = 0; i < n; i++) {
-    compared[i] = 0;
-    for (int64_t j = n; j < stride; j++) {
-      values[i * stride + j] = missing;
-      votes[i * stride + j] = 0;
-    }
+    T* row = values + i * stride;
+    std::memcpy(row, matrix + i * n, n * sizeof(T));
+    for (int64_t j = n; j < stride; j++) row[j] = missing;
+    if (row[i] != 0 && row[i] == row[i]) complain(2 * double(row[i]), i, i);
+    row[i] = missing;
   }
-  for (int64_t i = 0; i < n; i++) {
-    values[i * stride + i] = missing;
-    votes[i * stride + i] = 0;
-    if (!(matrix[i * n + i] == 0 || matrix[i * n + i] != matrix[i * n + i])) {
-      if constexpr (logits) complain(2 * double(matrix[i * n + i]), i, i);
-      if constexpr (!logits) complain(-1, i, i);
-    }
-    double row_sum = 0;
-    for (int64_t j = 0; j < i; j++) {
-      const T a = matrix[i * n + j], c = matrix[j * n + i];
-      bool seen = a == a && c == c;
-      if constexpr (logits) {
-        if ((a == a) != (c == c)) complain(nan, i, j);
-        const T size = a < 0 ? -a : a;
-        if (seen) {
-          const double asymmetry = magnitude(double(a) + double(c));
-          if (asymmetry > worst) complain(asymmetry, i, j);
-          if (size > largest) largest = double(size);
-          row_sum += double(size);
+  if constexpr (logits) {
+    for (int64_t i = 0; i < n; i++) {
+      T asymmetry = 0;
+      bool one_side = false;
+      for (int64_t j = 0; j < i; j++) {
+        const T a = values[i * stride + j], c = values[j * stride + i], both = a + c, size = both < 0 ? -both : both;
+        asymmetry = size > asymmetry ? size : asymmetry;
+        one_side |= (a == a) != (c == c);
+      }
+      if (one_side || double(asymmetry) > worst)
+        for (int64_t j = 0; j < i; j++) {
+          const T a = values[i * stride + j], c = values[j * stride + i];
+          if ((a == a) != (c == c)) complain(nan, i, j);
+          if (a == a && c == c) complain(double(a) + double(c), i, j);
         }
-        values[i * stride + j] = seen ? a : missing;
-        values[j * stride + i] = seen ? -a : missing;
-      } else {
-        if (a < 0 || a > T(3e38) || (a != a) != (c != c)) complain(a < 0 ? a : a != a ? nan : 3e38, i, j);
-        if (c < 0 || c > T(3e38)) complain(c < 0 ? c : T(3e38), j, i);
-        const T total = a + c;
-        seen = seen && total > 0;
+      using V = typename Lanes<T>::type;
+      const V zero{}, one = zero + T(1);
+      V row_sum{}, seen{}, top{};
+      for (int64_t j = 0; j < stride; j += Lanes<T>::count) {
+        const V v = load_as<V>(values + i * stride + j), size = v < 0 ? -v : v;
+        row_sum += v == v ? size : zero;
+        seen += v == v ? one : zero;
+        top = size > top ? size : top;
+      }
+      compared[i] = 0;
+      for (int l = 0; l < Lanes<T>::count; l++) {
+        sum += double(row_sum[l]);
+        compared[i] += static_cast<int64_t>(seen[l]);
+        if (double(top[l]) > largest) largest = double(top[l]);
+      }
+    }
+  } else {
+    std::memset(votes, 0, n * stride * sizeof(T));
+    std::memset(compared, 0, n * sizeof(int64_t));
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j < i; j++) {
+        const T a = values[i * stride + j], c = values[j * stride + i], total = a + c;
+        if (a < 0 || a > T(3e38) || (a == a) != (c == c)) complain(a == a ? 1 : nan, i, j);
+        if (c < 0 || c > T(3e38)) complain(1, j, i);
+        const bool seen = total > 0;
         values[i * stride + j] = seen ? a / total : missing;
         values[j * stride + i] = seen ? c / total : missing;
         votes[i * stride + j] = votes[j * stride + i] = seen ? total : T(0);
+        compared[i] += seen;
+        compared[j] += seen;
       }
-      compared[i] += seen;
-      compared[j] += seen;
-    }
-    sum += 2 * row_sum;
   }
   for (int64_t i = 0; i < n; i++) observed += compared[i];
   out.stats[bt_worst] = worst;
