@@ -44,7 +44,7 @@ class Edges(NamedTuple):
 class BradleyTerryInfo(NamedTuple):
     """Per matrix: iterations int64, converged bool, and in float64:
 
-    scale: 1.4826 * median |residual|: of logits, or of counts standardised by their binomial deviation
+    scale: 1.4826 * median |residual|, rounded up by at most 0.8 %: of logits, or of counts standardised by their binomial deviation
     outlier_rate: share of the compared pairs whose |residual| exceeds `threshold`
     gradient: largest |gradient| / degree over the items, in units of the mean |logit| (counts: in logits); 0 at a fit
     threshold: 5 * scale, at least 1e-5 (float64: 1e-6) of the mean |logit|; for counts 5 * max(scale, 1)
@@ -455,8 +455,8 @@ def _fit_matrices(name, value, options, stderr, outliers):
     _warn_ridge(data, stats)
     deviations = found = None
     if stderr:
-        deviations = torch.stack([_stderr(m, s, c, st, data) for m, s, c, st in
-                                  zip(flat, scores, components, stats, strict=True)]) if len(flat) else scores.clone()  # fmt: skip
+        rows = zip(flat, scores, components, stats, strict=True)
+        deviations = torch.stack([_stderr(*row, data) for row in rows]) if len(flat) else scores.clone()
     if outliers == "pairs":
         found = _outlier_pairs(flat, scores, stats, data, shape[:-2])
     batch = shape[:-2]
@@ -535,7 +535,8 @@ def _large(name, matrix, dtype, data, tol, max_iter, backend):
             wrong = torch.where(one_side, math.inf, (block + other).abs().nan_to_num(0, posinf=math.inf))
         else:
             wrong = (one_side | (block < 0) | block.isinf()).to(matrix.dtype)
-            wrong.diagonal(begin).add_(block.diagonal(begin).nan_to_num(1e-300) != 0).sub_(block.diagonal(begin).isnan())
+            diagonal = block.diagonal(begin)
+            wrong.diagonal(begin).add_((diagonal != 0) & ~diagonal.isnan())
         if wrong.max() > worst:
             worst, position = wrong.max(), begin * items + int(wrong.argmax())
         largest = torch.maximum(largest, block.abs().nan_to_num(0, posinf=math.inf).max())
@@ -617,7 +618,7 @@ def _directed(edges: Edges):
         _checks.integers(name, index)
         if index.dim() != 1 or index.shape != i.shape:
             raise ValueError(f"{name} must have shape {list(i.shape[:1])} like edges.i, got {list(index.shape)}")
-        if len(index) and not (0 <= int(index.min()) and int(index.max()) < items):
+        if len(index) and not (int(index.min()) >= 0 and int(index.max()) < items):
             raise ValueError(f"{name} must lie in [0, {items}), got {int(index.min())} to {int(index.max())}")
     i, j = i.long(), j.long()
     if (own := i == j).any():
