@@ -179,7 +179,8 @@ def _solve_ref(graph: _Graph, values: Tensor, votes: Tensor, data: str, tol: flo
         iterations += active
         safe = torch.where(constant > 0, constant, 1)
         _, pull, weight = terms(w, safe)
-        x = _laplacian_solve(g, weight, g.per_node(pull) - ridge[g.graph] * w, ridge, active)
+        right = g.per_node(pull) - ridge[g.graph] * w
+        x = _laplacian_solve(g, weight, centred(right), ridge, active)
         x = centred(x)
         step = g.largest(x.abs())
         damping = torch.where(step > 1, 1 / step, 1) if not logits else torch.ones_like(step)
@@ -229,7 +230,8 @@ def _laplacian_solve(g: _Graph, weight, right, ridge, active):
     for _ in range(g.nodes // g.graphs + 10):
         y = degree * p - g.per_node(weight * p[g.columns])
         curvature = g.per_graph(p * y)
-        alpha = torch.where((rho > goal) & (curvature > 0), rho / curvature, 0)
+        real = curvature > 8 * torch.finfo(p.dtype).eps * g.per_graph(p * degree * p)  # the rest is rounding
+        alpha = torch.where((rho > goal) & real, rho / curvature, 0)
         if not alpha.any():
             break
         x = x + alpha[g.graph] * p
@@ -455,6 +457,7 @@ def _fit_matrices(name, value, options, stderr, outliers):
     _warn_ridge(data, stats)
     deviations = found = None
     if stderr:
+        rows = zip(flat, scores, components, stats, strict=True)
         rows = zip(flat, scores, components, stats, strict=True)
         deviations = torch.stack([_stderr(*row, data) for row in rows]) if len(flat) else scores.clone()
     if outliers == "pairs":

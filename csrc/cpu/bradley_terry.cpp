@@ -352,6 +352,7 @@ void conjugate_gradients(const Graph& graph, const T* right, const T* degree, T 
     r[i] = right[i];
   }
   precondition();
+  constexpr double rounding = 8 * (sizeof(T) == 4 ? 1.2e-7 : 2.2e-16);
   double rho = dot(r, z, n);
   const double goal = rho * reduction * reduction;
   for (int64_t i = 0; i < n; i++) p[i] = z[i];
@@ -359,7 +360,8 @@ void conjugate_gradients(const Graph& graph, const T* right, const T* degree, T 
     graph.product(p, y);
     for (int64_t i = 0; i < n; i++) y[i] = (degree[i] + ridge) * p[i] - y[i];
     const double curvature = dot(p, y, n);
-    if (!(curvature > 0)) break;  // only rounding is left
+    for (int64_t i = 0; i < n; i++) z[i] = (degree[i] + ridge) * p[i];
+    if (!(curvature > rounding * dot(p, z, n))) break;  // along constants, which cost nothing: only rounding is left
     const T alpha = static_cast<T>(rho / curvature);
     for (int64_t i = 0; i < n; i++) {
       x[i] += alpha * p[i];
@@ -398,6 +400,7 @@ void solve(const Graph& graph, const Problem& problem, T* vectors, int64_t strid
     if (sweeps) {
       for (int64_t i = 0; i < n; i++) x[i] = gradient[i] / (degree[i] + 1);  // + 1: the item against itself
     } else {
+      centre(gradient, problem);  // it sums to 0 but for rounding, which the singular system would blow up
       conjugate_gradients(graph, gradient, degree, ridge, settled ? 1e-2 : 0.1, x, r, z, p, y);
     }
     double step = 0, size = 0;
