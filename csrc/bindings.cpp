@@ -163,10 +163,16 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
          int64_t max_iter, uintptr_t scores, uintptr_t components, uintptr_t rejected, uintptr_t stats,
          uintptr_t weights, uintptr_t vectors, int threads) {
         bradley_terry_edges_cpu(
-            {pointer<const int64_t>(offsets), pointer<const int32_t>(columns), pointer<const double>(values),
-             pointer<const double>(votes), items, {static_cast<BradleyTerryData>(data), tol, max_iter},
+            {pointer<const int64_t>(offsets),
+             pointer<const int32_t>(columns),
+             pointer<const double>(values),
+             pointer<const double>(votes),
+             items,
+             {static_cast<BradleyTerryData>(data), tol, max_iter},
              {pointer<double>(scores), pointer<int64_t>(components), pointer<double>(rejected), pointer<double>(stats)},
-             pointer<double>(weights), pointer<double>(vectors), threads});
+             pointer<double>(weights),
+             pointer<double>(vectors),
+             threads});
       },
       release());
   m.def("linear_logps_workspace", &linear_logps_workspace);

@@ -1,5 +1,5 @@
-// Bradley-Terry scores w from pairwise data, by iteratively reweighted least squares (logits) or reweighted Newton steps
-// (win counts) on the weighted Laplacian of the comparison graph. See fastpref/bradley_terry.py for the model.
+// Bradley-Terry scores w from pairwise data, by iteratively reweighted least squares (logits) or reweighted Newton
+// steps (win counts) on the weighted Laplacian of the comparison graph. See fastpref/bradley_terry.py for the model.
 #pragma once
 #include <cstdint>
 
@@ -17,10 +17,10 @@ enum BradleyTerryStat : int {
   bt_constant,      // final constant of the Cauchy weights; 0 for plain maximum likelihood
   bt_threshold,     // |residual| beyond which a pair counts as an outlier
   bt_ridge,         // ridge in use
-  bt_worst,         // logits: largest |m_ij + m_ji| (NaN: one of the two is missing); counts: a negative or infinite one
-  bt_worst_row,     // its position, -1: none seen
+  bt_worst,      // logits: largest |m_ij + m_ji| (NaN: one of the two is missing); counts: a negative or infinite one
+  bt_worst_row,  // its position, -1: none seen
   bt_worst_column,
-  bt_largest,       // largest |logit|, infinite if one is
+  bt_largest,  // largest |logit|, infinite if one is
   bt_stats
 };
 

@@ -44,9 +44,9 @@ class Edges(NamedTuple):
 class BradleyTerryInfo(NamedTuple):
     """Per matrix: iterations int64, converged bool, and in float64:
 
-    scale: 1.4826 * median |residual|, rounded up by at most 0.8 %: of logits, or of counts standardised by their binomial deviation
+    scale: 1.4826 * median |residual|, rounded up by at most 0.8 %; of counts standardised by their binomial deviation
     outlier_rate: share of the compared pairs whose |residual| exceeds `threshold`
-    gradient: largest |gradient| / degree over the items, in units of the mean |logit| (counts: in logits); 0 at a fit
+    gradient: largest |gradient| / degree of an item, in units of the mean |logit| (counts: in logits); 0 at a fit
     threshold: 5 * scale, at least 1e-5 (float64: 1e-6) of the mean |logit|; for counts 5 * max(scale, 1)
     """
 

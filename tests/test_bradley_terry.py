@@ -120,7 +120,7 @@ def test_maximum_likelihood():
     torch.testing.assert_close((s * (wins + wins.mT)).sum(-1), wins.sum(-1), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("items", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 61])
+@pytest.mark.parametrize("items", [1, 2, 3, 5, 7, 8, 9, 16, 17, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_backends_agree(backend, items, dtype):
     _, m = logit_matrices(3, items, 0.1 if items > 8 else 0.0, observed=0.9, noise=0.0)

@@ -12,8 +12,8 @@
 namespace fastpref::FASTPREF_SIMD {
 namespace {
 
-constexpr double mad_to_sigma = 1.4826;    // of a normal distribution
-constexpr double constant_per_sigma = 2.4;  // 95 % efficiency of Cauchy weights is at 2.385
+constexpr double mad_to_sigma = 1.4826;                  // of a normal distribution
+constexpr double constant_per_sigma = 2.4;               // 95 % efficiency of Cauchy weights is at 2.385
 constexpr double logit_decay = 0.7, logit_floor = 1e-4;  // annealing; the floor in units of the mean |logit|
 constexpr double count_start = 20, count_decay = 0.8, count_floor = 3;
 constexpr double count_ridge = 1e-2;
@@ -44,9 +44,9 @@ inline Vd exponential(Vd z) {  // z <= 700
   const Vd n = shifted - round_to_bits;
   const Vd r = (z - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
   Vd p = Vd{} + 1.0 / 6227020800.0;  // Taylor: 4e-18 of the value at |r| = ln 2 / 2
-  constexpr double inverse_factorial[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
-                                          1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,     1.0 / 6,
-                                          0.5,             1.0,            1.0};
+  constexpr double inverse_factorial[] = {
+      1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
+      1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
   for (double c : inverse_factorial) p = p * r + c;
   const Vd e = p * (Vd)((Vl)shifted << 52);
   return z < -700.0 ? Vd{} : e;
@@ -83,7 +83,7 @@ inline Term<V> count_term(V share, V votes, V d, V precision) {
   const V s = reciprocal<V>(1 + exponential(-(d < low ? low : d)));
   const V variance = s * (1 - s), miss = (share - s) * votes;
   const V spread = variance * votes + V(V{} + 1) / 4;  // of the wins, softened by half a vote
-  const V squared = miss * miss / spread;               // z^2
+  const V squared = miss * miss / spread;              // z^2
   if constexpr (!ROBUST) return {squared, miss, votes * variance};
   const V weight = reciprocal<V>(1 + squared * precision);
   return {squared, weight * miss, weight * votes * variance};
@@ -109,7 +109,7 @@ struct Dense {
   static constexpr int lanes = Lanes<T>::count;
   using Value = T;
   int64_t items, stride;
-  const T* values;
+  T* values;
   const T* votes;
   T* weights;
   int64_t* row_counts;
@@ -129,30 +129,46 @@ struct Dense {
     return term<DATA, V>(load_as<V>(values + i * stride + j), k, w[i] - w_columns, precision);
   }
 
-  // gradient_i = sum of pulls, degree_i = sum of weights; returns the number of |residual| <= bound (logits).
-  int64_t pass(const T* w, T precision, T bound, bool keep, T* gradient, T* degree) const {
+  // gradient_i = sum of pulls, degree_i = sum of weights; returns the number of |residual| <= bound (logits). Keeps the
+  // weights, unless the graph is complete.
+  int64_t pass(const T* w, T precision, T bound, bool complete, T* gradient, T* degree) const {
+    if (!complete) return sums<false>(w, precision, bound, gradient, degree);
+    for (int64_t i = 0; i < items; i++) values[i * stride + i] = 0;  // nothing is missing then, and nothing tested
+    const int64_t within = sums<true>(w, precision, bound, gradient, degree);
+    for (int64_t i = 0; i < items; i++) {
+      values[i * stride + i] = static_cast<T>(nan);
+      degree[i] -= 1;
+    }
+    return within - items;
+  }
+
+  template <bool COMPLETE>
+  int64_t sums(const T* w, T precision, T bound, T* gradient, T* degree) const {
     int64_t within = 0;
     column_blocks([&](auto block, int64_t j) {
       constexpr int n = block.value;
-      const V zero{}, one = zero + T(1), precisions = zero + precision;
+      const V zero{}, one = zero + T(1), precisions = zero + precision, bounds = zero + bound * bound;
       V pull[n] = {}, weight[n] = {}, inside[n] = {}, w_columns[n];
       for (int u = 0; u < n; u++) w_columns[u] = load_as<V>(w + j + u * lanes);
       for (int64_t i = 0; i < items; i++)
         for (int u = 0; u < n; u++) {
           const Term<V> t = at(i, j + u * lanes, w, w_columns[u], precisions);
-          const auto seen = t.residual == t.residual;
-          const V h = seen ? t.weight : zero;
-          pull[u] -= seen ? t.pull : zero;
+          V h = t.weight, q = t.pull;
+          if constexpr (!COMPLETE) {
+            const auto seen = t.residual == t.residual;
+            h = seen ? h : zero;
+            q = seen ? q : zero;
+          }
+          pull[u] -= q;
           weight[u] += h;
-          if constexpr (DATA == BradleyTerryData::logits)
-            inside[u] += (t.residual < 0 ? -t.residual : t.residual) <= bound ? one : zero;
-          if (keep) std::memcpy(weights + i * stride + j + u * lanes, &h, sizeof h);
+          if constexpr (DATA == BradleyTerryData::logits) inside[u] += t.residual * t.residual <= bounds ? one : zero;
+          if constexpr (!COMPLETE) std::memcpy(weights + i * stride + j + u * lanes, &h, sizeof h);
         }
       for (int u = 0; u < n; u++) {
         std::memcpy(gradient + j + u * lanes, &pull[u], sizeof(V));
         std::memcpy(degree + j + u * lanes, &weight[u], sizeof(V));
         if constexpr (DATA == BradleyTerryData::logits)
-          for (int l = 0; l < lanes; l++) within += static_cast<int64_t>(inside[u][l]);
+          for (int l = 0; l < lanes && j + u * lanes + l < items; l++) within += static_cast<int64_t>(inside[u][l]);
       }
     });
     return within;
@@ -305,15 +321,15 @@ double median(const Graph& graph, int64_t observed) {
 }
 
 struct Problem {
-  int64_t items, observed;       // entries, both directions
-  int64_t groups;                // connected components
-  const int64_t* components;     // [items]
-  const int64_t* compared;       // [items] pairs of each item
-  double mean;                   // |logit|, over the observed entries
+  int64_t items, observed;    // entries, both directions
+  int64_t groups;             // connected components
+  const int64_t* components;  // [items]
+  const int64_t* compared;    // [items] pairs of each item
+  double mean;                // |logit|, over the observed entries
   double ridge;
-  double rounding;               // of residuals, relative to the mean
+  double rounding;  // of residuals, relative to the mean
   BradleyTerryOptions options;
-  double* group_sums;            // [2, items]
+  double* group_sums;  // [2, items]
 };
 
 template <class T>
@@ -394,7 +410,7 @@ void solve(const Graph& graph, const Problem& problem, T* vectors, int64_t strid
     iteration++;
     const double bound = decay * constant / (constant_per_sigma * mad_to_sigma);
     const T precision = static_cast<T>(plain ? 0 : 1 / (constant * constant));
-    const int64_t within = graph.pass(w, precision, static_cast<T>(bound), !sweeps, gradient, degree);
+    const int64_t within = graph.pass(w, precision, static_cast<T>(bound), sweeps, gradient, degree);
     if (problem.ridge > 0)
       for (int64_t i = 0; i < n; i++) gradient[i] -= ridge * w[i];
     if (sweeps) {
@@ -527,20 +543,20 @@ void dense(const BradleyTerryDense& args, int64_t b, char* workspace) {
     row[i] = missing;
   }
   if constexpr (logits) {
+    T asymmetry[4] = {};  // four, or each comparison would wait for the one before
+    int64_t pairs[4] = {};
+    const auto compare = [&](int64_t i, int64_t j, int l) {
+      const T both = values[i * stride + j] + values[j * stride + i], size = both < 0 ? -both : both;
+      asymmetry[l] = size > asymmetry[l] ? size : asymmetry[l];
+      pairs[l] += both == both;
+    };
     for (int64_t i = 0; i < n; i++) {
-      T asymmetry = 0;
-      bool one_side = false;
-      for (int64_t j = 0; j < i; j++) {
-        const T a = values[i * stride + j], c = values[j * stride + i], both = a + c, size = both < 0 ? -both : both;
-        asymmetry = size > asymmetry ? size : asymmetry;
-        one_side |= (a == a) != (c == c);
-      }
-      if (one_side || double(asymmetry) > worst)
-        for (int64_t j = 0; j < i; j++) {
-          const T a = values[i * stride + j], c = values[j * stride + i];
-          if ((a == a) != (c == c)) complain(nan, i, j);
-          if (a == a && c == c) complain(double(a) + double(c), i, j);
-        }
+      int64_t j = 0;
+      for (; j + 4 <= i; j += 4)
+        for (int l = 0; l < 4; l++) compare(i, j + l, l);
+      for (; j < i; j++) compare(i, j, 0);
+    }
+    for (int64_t i = 0; i < n; i++) {
       using V = typename Lanes<T>::type;
       const V zero{}, one = zero + T(1);
       V row_sum{}, seen{}, top{};
@@ -556,7 +572,16 @@ void dense(const BradleyTerryDense& args, int64_t b, char* workspace) {
         compared[i] += static_cast<int64_t>(seen[l]);
         if (double(top[l]) > largest) largest = double(top[l]);
       }
+      observed += compared[i];
     }
+    if (2 * (pairs[0] + pairs[1] + pairs[2] + pairs[3]) != observed || asymmetry[0] > 0 || asymmetry[1] > 0 ||
+        asymmetry[2] > 0 || asymmetry[3] > 0)
+      for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < i; j++) {
+          const T a = values[i * stride + j], c = values[j * stride + i];
+          if ((a == a) != (c == c)) complain(nan, i, j);
+          if (a == a && c == c) complain(double(a) + double(c), i, j);
+        }
   } else {
     std::memset(votes, 0, n * stride * sizeof(T));
     std::memset(compared, 0, n * sizeof(int64_t));
@@ -572,8 +597,8 @@ void dense(const BradleyTerryDense& args, int64_t b, char* workspace) {
         compared[i] += seen;
         compared[j] += seen;
       }
+    for (int64_t i = 0; i < n; i++) observed += compared[i];
   }
-  for (int64_t i = 0; i < n; i++) observed += compared[i];
   out.stats[bt_worst] = worst;
   out.stats[bt_worst_row] = double(worst_row);
   out.stats[bt_worst_column] = double(worst_column);
