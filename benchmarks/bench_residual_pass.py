@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from measure import Rounds, read_gbps
+from measure import Competitor, Rounds, read_gbps
 
 from fastpref.residual_pass import residual_pass
 
@@ -55,20 +55,6 @@ def in_blocks(matrix, left, right, rows=128):
 
 def fused(matrix, left, right):
     return residual_pass(matrix, left, right, psi="cauchy", zeta=ZETA)
-
-
-class Competitor:
-    def __init__(self, name, title, function, *tensors):
-        self.name, self.title, self.function, self.tensors = name, title, function, tensors
-
-    def run(self, mark=lambda: None):
-        mark()
-        result = self.function(*self.tensors)
-        mark()
-        return result
-
-    def clean(self):
-        pass
 
 
 def gemm_gflops(n=2048, repeats=5) -> float:

@@ -184,6 +184,22 @@ def try_out(competitors, absent: dict, must_run: str) -> list[Competitor]:
 PLAIN = ("eager", "eager_step", "plain_head", "plain_head_step")  # what speed-ups are counted from
 
 
+class Competitor:
+    """A function of tensors, for Rounds."""
+
+    def __init__(self, name, title, function, *tensors):
+        self.name, self.title, self.function, self.tensors = name, title, function, tensors
+
+    def run(self, mark=lambda: None):
+        mark()
+        result = self.function(*self.tensors)
+        mark()
+        return result
+
+    def clean(self):
+        pass
+
+
 class Rounds:
     """Samples of all competitors, taken in turn: round k holds the k-th sample of each.
 

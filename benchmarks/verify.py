@@ -28,6 +28,8 @@ _OPS = {
             "(test_every_plan or every_form or test_precision or rounded_logits) and not cuda",
         ),
     ],
+    "bench_bradley_terry": [("test_bradley_terry.py", "recovers or maximum_likelihood")],
+    "bench_rpca": [("test_rpca.py", "recovers or convex"), ("test_batched_rpca.py", "agrees")],
     "bench_residual_pass": [
         ("test_residual_pass.py", "(matches_float64 or ranks or threads) and not triton and not cuda"),
     ],

@@ -174,6 +174,42 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
             threads);
       },
       release());
+  m.def("bradley_terry_workspace", &bradley_terry_workspace);
+  m.def(
+      "bradley_terry_dense_cpu",
+      [](uintptr_t matrix, bool is_double, int64_t batch, int64_t items, int data, double tol, int64_t max_iter,
+         uintptr_t scores, uintptr_t components, uintptr_t rejected, uintptr_t stats, uintptr_t workspace,
+         int64_t slots, int threads) {
+        bradley_terry_dense_cpu(
+            {pointer<const void>(matrix),
+             is_double,
+             batch,
+             items,
+             {static_cast<BradleyTerryData>(data), tol, max_iter},
+             {pointer<double>(scores), pointer<int64_t>(components), pointer<double>(rejected), pointer<double>(stats)},
+             pointer<void>(workspace),
+             slots},
+            threads);
+      },
+      release());
+  m.def(
+      "bradley_terry_edges_cpu",
+      [](uintptr_t offsets, uintptr_t columns, uintptr_t values, uintptr_t votes, int64_t items, int data, double tol,
+         int64_t max_iter, uintptr_t scores, uintptr_t components, uintptr_t rejected, uintptr_t stats,
+         uintptr_t weights, uintptr_t vectors, int threads) {
+        bradley_terry_edges_cpu(
+            {pointer<const int64_t>(offsets),
+             pointer<const int32_t>(columns),
+             pointer<const double>(values),
+             pointer<const double>(votes),
+             items,
+             {static_cast<BradleyTerryData>(data), tol, max_iter},
+             {pointer<double>(scores), pointer<int64_t>(components), pointer<double>(rejected), pointer<double>(stats)},
+             pointer<double>(weights),
+             pointer<double>(vectors),
+             threads});
+      },
+      release());
   m.def("linear_logps_workspace", &linear_logps_workspace);
   m.def(
       "linear_logps_bwd_cpu",
@@ -204,18 +240,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       },
       release());
   m.def("linear_logps_hidden_grad_workspace", &linear_logps_hidden_grad_workspace);
-  m.def(
-      "bradley_terry_cpu",
-      [](uintptr_t data, bool is_double, bool counts, bool robust, int64_t batch, int64_t items, int64_t max_iter,
-         double tol, double ridge, uintptr_t scores, uintptr_t rejected, uintptr_t components, uintptr_t info,
-         uintptr_t workspace, int threads) {
-        bradley_terry_cpu({pointer<const void>(data), is_double, counts, robust, batch, items, max_iter, tol, ridge,
-                           pointer<void>(scores), pointer<float>(rejected), pointer<int64_t>(components),
-                           pointer<double>(info), pointer<void>(workspace)},
-                          threads);
-      },
-      release());
-  m.def("bradley_terry_workspace", &bradley_terry_workspace);
   m.def(
       "batched_rpca_cpu",
       [](uintptr_t data, bool is_double, bool skew, bool warm, int64_t batch, int64_t rows, int64_t columns,

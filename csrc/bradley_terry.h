@@ -1,28 +1,67 @@
-// Robust Bradley-Terry fits of many small matrices: logits M[i][j] ~ w_i - w_j, or win counts W[i][j] with
-// P(i beats j) = sigmoid(w_i - w_j). Each matrix is solved whole, in cache, by one thread, and stops on its own.
+// Bradley-Terry scores w from pairwise data, by iteratively reweighted least squares (logits) or reweighted Newton
+// steps (win counts) on the weighted Laplacian of the comparison graph. See fastpref/bradley_terry.py for the model.
 #pragma once
 #include <cstdint>
 
 namespace fastpref {
 
-constexpr int64_t bradley_terry_info = 6;
+enum class BradleyTerryData : int { logits = 0, counts = 1, counts_mle = 2 };
 
-struct BradleyTerry {
-  const void* data;  // [batch, items, items] logits (skew, NaN: not compared) or wins; float or double
-  bool is_double, counts, robust;
-  int64_t batch, items;
+// Columns of the statistics of one solve.
+enum BradleyTerryStat : int {
+  bt_iterations,
+  bt_converged,
+  bt_scale,         // 1.4826 median of |residual|: logits in their unit, counts standardised; NaN without data
+  bt_outlier_rate,  // share of the pairs beyond the threshold
+  bt_gradient,      // largest |gradient| / degree, in units of the mean |logit| (counts: in logits)
+  bt_constant,      // final constant of the Cauchy weights; 0 for plain maximum likelihood
+  bt_threshold,     // |residual| beyond which a pair counts as an outlier
+  bt_ridge,         // ridge in use
+  bt_worst,      // logits: largest |m_ij + m_ji| (NaN: one of the two is missing); counts: a negative or infinite one
+  bt_worst_row,  // its position, -1: none seen
+  bt_worst_column,
+  bt_largest,  // largest |logit|, infinite if one is
+  bt_stats
+};
+
+struct BradleyTerryOptions {
+  BradleyTerryData data;
+  double tol;
   int64_t max_iter;
-  double tol;           // of the largest change of a score, relative to mean |M| (logits) or absolute (counts)
-  double ridge;         // on counts
-  void* scores;         // [batch, items] of data's type; centred per component; NaN: an item without comparisons
-  float* rejected;      // [batch, items] share of the item's comparisons that are outliers
-  int64_t* components;  // [batch, items] labels 0, 1, ... in the order of their first items
-  double* info;         // [batch, 6] iterations, converged, scale of the residuals, share of pairs rejected; row and
-                        // column of a logit that its mirror image contradicts, or -1
-  void* workspace;      // threads * bradley_terry_workspace(items, is_double) bytes
+};
+
+struct BradleyTerryOutputs {
+  double* scores;       // [items], 0-mean per component, NaN without comparisons
+  int64_t* components;  // [items]
+  double* rejected;     // [items], share of the item's pairs that are outliers
+  double* stats;        // [bt_stats]
+};
+
+struct BradleyTerryDense {
+  const void* matrix;  // [batch, items, items], contiguous
+  bool is_double;
+  int64_t batch, items;
+  BradleyTerryOptions options;
+  BradleyTerryOutputs out;  // of the first matrix; the others follow
+  void* workspace;          // [slots, bradley_terry_workspace(items, is_double)] bytes, 64-byte aligned
+  int64_t slots;
+};
+
+struct BradleyTerryEdges {  // both directions of every pair, rows in order
+  const int64_t* offsets;   // [items + 1]
+  const int32_t* columns;   // [entries]
+  const double* values;     // [entries]: logit, or share of the votes won
+  const double* votes;      // [entries]: votes of the pair; nullptr for logits
+  int64_t items;
+  BradleyTerryOptions options;
+  BradleyTerryOutputs out;
+  double* weights;  // [entries]
+  double* vectors;  // [14, items]
+  int threads;
 };
 
 int64_t bradley_terry_workspace(int64_t items, bool is_double);
-void bradley_terry_cpu(const BradleyTerry& args, int threads);
+void bradley_terry_dense_cpu(const BradleyTerryDense& args, int threads);
+void bradley_terry_edges_cpu(const BradleyTerryEdges& args);
 
 }  // namespace fastpref

@@ -17,7 +17,7 @@ from fastpref._build import version as __version__
 if TYPE_CHECKING:
     from fastpref import curate, losses
     from fastpref._native import CudaError, build_info, set_simd_level
-    from fastpref.bradley_terry import BradleyTerryResult, Edges, bradley_terry
+    from fastpref.bradley_terry import BradleyTerryInfo, BradleyTerryResult, Edges, bradley_terry
     from fastpref.linear_logps import linear_token_logps
     from fastpref.linear_preference import linear_preference_loss
     from fastpref.lm_head import FusedLMHead
@@ -32,11 +32,12 @@ _PUBLIC = {
     "CudaError": "fastpref._native",
     "build_info": "fastpref._native",
     "set_simd_level": "fastpref._native",
-    "curate": "fastpref.curate",
-    "losses": "fastpref.losses",
+    "BradleyTerryInfo": "fastpref.bradley_terry",
     "BradleyTerryResult": "fastpref.bradley_terry",
     "Edges": "fastpref.bradley_terry",
     "bradley_terry": "fastpref.bradley_terry",
+    "curate": "fastpref.curate",
+    "losses": "fastpref.losses",
     "linear_token_logps": "fastpref.linear_logps",
     "linear_preference_loss": "fastpref.linear_preference",
     "FusedLMHead": "fastpref.lm_head",

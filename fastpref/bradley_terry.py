@@ -1,14 +1,14 @@
-"""Robust Bradley-Terry fits: scores w with logits M[i, j] = w_i - w_j, or P(i beats j) = sigmoid(w_i - w_j).
+"""Robust Bradley-Terry scores from pairwise data: dense matrices (batched) or edge lists; no singular value anywhere.
 
-A matrix of pairwise logits has n numbers in it, not n^2, so no singular value is ever computed: a reweighted fit of the
-scores with redescending (Cauchy) weights, whose cutoff is annealed from the size of the data down to the noise, ignores
-corrupted pairs altogether, where maximum likelihood is dragged along by them. From vote counts the weights act on
-standardised count residuals, which keeps the statistical efficiency of the likelihood.
-
-On CPU each matrix of a batch is solved whole by one thread, in cache (csrc/cpu/bradley_terry.cpp). Floor: about 12
-operations per entry and reweighting, 28 reweightings where there is no noise. Edge lists take O(items + edges) memory.
+A Bradley-Terry logit matrix is m_ij = w_i - w_j. Corrupted entries are down-weighted instead of separated:
+logits by Cauchy weights 1 / (1 + (r/c)^2) of the residual r = m_ij - (w_i - w_j), with c annealed from twice the mean
+|m| down to 2.4 noise scales (1.4826 median |r|); win counts by the same weights of the standardised residual of the
+Bradley-Terry likelihood, c annealed from 20 to 3. Each iteration solves a Laplacian system of the comparison graph.
+The reference is the specification; it works on any device and in any precision. The native kernels hold a small
+matrix in cache for its whole solve, matrices in parallel, and run the rows of large problems in parallel.
 """
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -17,650 +17,664 @@ from torch import Tensor
 
 from fastpref import _checks, _library, _native
 
-# as in csrc/cpu/bradley_terry.cpp
-MAD = 1.4826  # of a normal distribution: standard deviation / median |x|
-CUTOFF = 2.4  # of Cauchy's weights, in standard deviations: 95 % efficiency
-SHRINK = 0.7  # of the cutoff per reweighting, down to the noise
-FLOOR = 1e-4  # of mean |M|
-COUNT_CUTOFF = 3.0  # of standardised count residuals
-OUTLIER = 5.0  # standard deviations
-RIDGE = 1e-2  # on scores fitted to counts: of items that always win, too
+LARGEST_DENSE = 512  # items; above, a matrix's observed pairs are solved as edges
+LARGEST_STDERR = 4096  # items of an edge list: the pseudo-inverse is dense
+DATA = ("logits", "counts", "counts_mle")
+# columns of the statistics, csrc/bradley_terry.h
+STATS = (
+    "iterations", "converged", "scale", "outlier_rate", "gradient", "constant", "threshold", "ridge",
+    "worst", "worst_row", "worst_column", "largest",
+)  # fmt: skip
 
 
 class Edges(NamedTuple):
-    """Comparisons as a list: pair e is (i[e], j[e]), with either its votes or its logit."""
+    """Comparisons as a list: item i[e] against item j[e], with votes for each, or with the logit of i beating j.
 
-    i: Tensor  # [E] int64
-    j: Tensor  # [E] int64
-    wins_i: Tensor | None = None  # [E] votes for i
-    wins_j: Tensor | None = None  # [E] votes for j
-    logits: Tensor | None = None  # [E] of P(i beats j)
-    num_items: int | None = None  # default: one more than the largest index
+    i, j: [E] int64 in [0, num_items). wins_i, wins_j: [E] counts, pairs may repeat; or logits: [E].
+    """
+
+    i: Tensor
+    j: Tensor
+    wins_i: Tensor | None = None
+    wins_j: Tensor | None = None
+    logits: Tensor | None = None
+    num_items: int = 0
 
 
 class BradleyTerryInfo(NamedTuple):
-    iterations: Tensor  # [...] int64
-    converged: Tensor  # [...] bool
-    scale: Tensor  # [...] float64, 1.4826 * median |residual| of logits; 1 for counts, whose residuals are standardised
-    outlier_rate: Tensor  # [...] float64, share of the compared pairs more than 5 scales off
+    """Per matrix: iterations int64, converged bool, and in float64:
+
+    scale: 1.4826 * median |residual|, rounded up by at most 0.8 %; of counts standardised by their binomial deviation
+    outlier_rate: share of the compared pairs whose |residual| exceeds `threshold`
+    gradient: largest |gradient| / degree of an item, in units of the mean |logit| (counts: in logits); 0 at a fit
+    threshold: 5 * scale, at least 1e-5 (float64: 1e-6) of the mean |logit|; for counts 5 * max(scale, 1)
+    """
+
+    iterations: Tensor
+    converged: Tensor
+    scale: Tensor
+    outlier_rate: Tensor
+    gradient: Tensor
+    threshold: Tensor
 
 
-class Outliers(NamedTuple):
-    """Pairs more than 5 scales off, i < j (edge lists: as given)."""
+class PairOutliers(NamedTuple):
+    """Compared pairs beyond the threshold: indices [K, d] int64 (batch indices, then i < j), residuals [K] float64.
 
-    batch: Tensor  # [K] int64 into the flattened batch
-    i: Tensor  # [K] int64
-    j: Tensor  # [K] int64
-    residual: Tensor  # [K] logit - (w_i - w_j), or the standardised count residual
+    The residual of a logit is m_ij - (w_i - w_j); of counts, the wins of i above their expectation in standard
+    deviations.
+    """
+
+    indices: Tensor
+    residuals: Tensor
 
 
 class BradleyTerryResult(NamedTuple):
-    scores: Tensor  # [..., N], centred per component; NaN: an item without comparisons
+    scores: Tensor  # [..., N], mean 0 in each component, NaN: an item without comparisons
     info: BradleyTerryInfo
-    stderr: Tensor | None  # [..., N]
-    outliers: Outliers | None
-    components: Tensor  # [..., N] int64: items with the same label are connected; only their scores compare
-    rejected: Tensor  # [..., N] float32, share of an item's comparisons that are outliers
+    stderr: Tensor | None  # [..., N] float64
+    outliers: PairOutliers | None
+    components: Tensor  # [..., N] int64, numbered from 0 by their first items
+    rejected: Tensor  # [..., N] float64, share of the item's pairs that are outliers
 
 
 # ---- reference ----
 
 
-def bradley_terry_ref(data: Tensor, counts: bool, robust: bool, max_iter: int, tol: float, ridge: float):
-    """The fit in batched PyTorch, the weighted Laplacian solved exactly: data [B, N, N] in float64 or its own dtype.
-
-    Returns scores [B, N], rejected [B, N], components [B, N], info [B, 4].
-    """
-    batch, items = data.shape[:2]
-    votes = _votes(data) if counts else None
-    observed = votes > 0 if counts else ~data.isnan()
-    observed = observed & ~torch.eye(items, dtype=torch.bool, device=data.device)
-    components = _components(observed)
-    same = components.unsqueeze(-1) == components.unsqueeze(-2)
-    projector = same.to(data.dtype) / same.sum(-1, keepdim=True)
-    pairs = observed.sum((-2, -1))
-    iterations = torch.zeros(batch, dtype=torch.int64, device=data.device)
-    scores = data.new_zeros(batch, items)
-    if counts:
-        shares = torch.where(observed, data / votes, 0)
-        logits = torch.where(observed, torch.log((data + 0.5) / (votes - data + 0.5)), 0)
-        if robust:
-            scores, done, iterations = _fit_logits(logits, observed, projector, robust, max_iter, 1e-2)
-        done = pairs == 0
-        for _ in range(max_iter):
-            change, step = _newton(scores, shares, votes, observed, projector, robust, ridge)
-            scores = torch.where(done.unsqueeze(-1), scores, scores + step)
-            iterations += ~done
-            done = done | (change <= tol)
-            if done.all():
-                break
-        scale = data.new_ones(batch)
-        residual = _count_residual(scores, shares, votes, observed)
-        bound = OUTLIER * scale
-    else:
-        clean = torch.where(observed, data, 0)
-        scores, done, iterations = _fit_logits(clean, observed, projector, robust, max_iter, tol)
-        residual = torch.where(observed, clean - _differences(scores), 0)
-        scale = MAD * _median(residual, observed)
-        bound = torch.maximum(OUTLIER * scale, FLOOR * _mean(clean, pairs))
-    far = (residual.abs() > bound[:, None, None]) & observed
-    degree = observed.sum(-1)
-    rejected = torch.where(degree > 0, far.sum(-1) / degree.clamp(min=1), 0.0).float()
-    scores = scores - (projector @ scores.unsqueeze(-1)).squeeze(-1)
-    scores = scores.masked_fill(degree == 0, torch.nan)
-    rate = far.sum((-2, -1)) / pairs.clamp(min=1)
-    info = torch.stack([iterations.double(), (done & (pairs > 0)).double(), scale.double(), rate.double()], -1)
-    return scores, rejected, components, info
-
-
-def _differences(scores: Tensor) -> Tensor:
-    return scores.unsqueeze(-1) - scores.unsqueeze(-2)
-
-
-def _votes(wins: Tensor) -> Tensor:
-    return (wins + wins.mT).nan_to_num(0.0)
-
-
-def _mean(logits: Tensor, pairs: Tensor) -> Tensor:
-    return logits.abs().sum((-2, -1)) / pairs.clamp(min=1)
-
-
-def _median(residual: Tensor, observed: Tensor) -> Tensor:
-    return torch.where(observed, residual.abs(), torch.nan).flatten(1).nanmedian(-1).values.nan_to_num(0.0)
-
-
-def _components(observed: Tensor) -> Tensor:
-    """Labels 0, 1, ... in the order of each component's first item, [B, N]."""
-    items = observed.shape[-1]
-    reach = (observed | torch.eye(items, dtype=torch.bool, device=observed.device)).float()
-    for _ in range(max(1, (items - 1).bit_length())):
-        reach = ((reach @ reach) > 0).float()
-    first = reach.argmax(-1)  # the first item of each item's component
-    is_first = first == torch.arange(items, device=observed.device)
-    return (is_first.cumsum(-1) - 1).gather(-1, first)
-
-
-def _laplacian_step(weights: Tensor, force: Tensor, projector: Tensor, ridge: float) -> Tensor:
-    """(diag(weights 1) - weights + ridge)^-1 force; the kernel, constant per component, is left alone."""
-    laplacian = torch.diag_embed(weights.sum(-1) + ridge) - weights
-    if ridge == 0:
-        laplacian = (
-            laplacian + projector * laplacian.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=1e-30)[:, None, None]
-        )
-    return torch.linalg.solve(laplacian, force.unsqueeze(-1)).squeeze(-1)
-
-
-def _fit_logits(logits, observed, projector, robust, max_iter, tol):
-    batch, items = logits.shape[:2]
-    pairs = observed.sum((-2, -1))
-    mean = _mean(logits, pairs)
-    scores = logits.new_zeros(batch, items)
-    cutoff = 2 * mean if robust else torch.full_like(mean, torch.inf)
-    done, at_floor = (pairs == 0) | (mean == 0), torch.full_like(pairs, not robust, dtype=torch.bool)
-    iterations = torch.zeros_like(pairs)
-    for _ in range(max_iter):
-        if done.all():
-            break
-        residual = torch.where(observed, logits - _differences(scores), 0)
-        weights = torch.where(observed, 1 / (1 + (residual / cutoff[:, None, None].clamp(min=1e-300)) ** 2), 0)
-        step = _laplacian_step(weights, (weights * residual).sum(-1), projector, 0)
-        step = step.masked_fill(done.unsqueeze(-1), 0)
-        scores = scores + step
-        iterations += ~done
-        done = done | (at_floor & (step.abs().amax(-1) <= tol * mean))
-        if robust:
-            noise = CUTOFF * MAD * _median(logits - _differences(scores), observed)
-            following = torch.maximum(torch.maximum(SHRINK * cutoff, FLOOR * mean), noise)
-            at_floor = (following >= 0.99 * cutoff) | (following <= FLOOR * mean)
-            cutoff = following
-    return scores, done, iterations
-
-
-def _count_residual(scores, shares, votes, observed) -> Tensor:
-    """(wins / k - s) / sqrt(s (1 - s) / k + 1 / (4 k^2)), with the expected share s = sigmoid(w_i - w_j)."""
-    s = torch.sigmoid(_differences(scores))
-    k = votes.clamp(min=1)
-    return torch.where(observed, (shares - s) / (s * (1 - s) / k + 0.25 / k**2).sqrt(), 0)
-
-
-def _newton(scores, shares, votes, observed, projector, robust, ridge) -> tuple[Tensor, Tensor]:
-    s = torch.sigmoid(_differences(scores))
-    weights = torch.where(observed, votes, 0)
-    if robust:
-        weights = weights / (1 + (_count_residual(scores, shares, votes, observed) / COUNT_CUTOFF) ** 2)
-    force = (weights * (shares - s)).sum(-1) - ridge * scores
-    step = _laplacian_step(weights * s * (1 - s), force, projector, ridge)
-    change = step.abs().amax(-1) if step.shape[-1] else step.sum(-1)
-    return change, step / change.clamp(min=1).unsqueeze(-1)
-
-
-# ---- operator ----
-
-
-_library.OPS["bradley_terry"] = {
-    "native": lambda device: _library.native_reason(device) if device == "cpu" else "there is no GPU kernel yet",
-    "reference": _library.reference_reason,
-}
-
-
-def _outputs(data: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    vectors = data.shape[:-1]
-    return (
-        torch.empty(vectors, dtype=data.dtype, device=data.device),
-        torch.empty(vectors, dtype=torch.float32, device=data.device),
-        torch.empty(vectors, dtype=torch.int64, device=data.device),
-        torch.empty((data.shape[0], 4), dtype=torch.float64, device=data.device),
-    )
-
-
-def _fit(data, counts, robust, max_iter, tol, ridge, backend):
-    backend = _library.choose_backend("bradley_terry", backend, data.device.type)
-    if data.numel() == 0:  # no items; torch has no maximum of them
-        return *_outputs(data)[:3], torch.zeros((data.shape[0], 4), dtype=torch.float64, device=data.device)
-    if backend == "reference":
-        return bradley_terry_ref(data, counts, robust, max_iter, tol, ridge)
-    core, threads = _native._core, torch.get_num_threads()
-    data = data.contiguous()
-    scores, rejected, components, _ = _outputs(data)
-    batch, items = data.shape[:2]
-    info = torch.empty((batch, 6), dtype=torch.float64)
-    is_double = data.dtype == torch.float64
-    workspace = torch.empty(threads * core.bradley_terry_workspace(items, is_double) + 64, dtype=torch.uint8)
-    aligned = (workspace.data_ptr() + 63) // 64 * 64
-    core.bradley_terry_cpu(
-        data.data_ptr(),
-        is_double,
-        counts,
-        robust,
-        batch,
-        items,
-        max_iter,
-        tol,
-        ridge,
-        scores.data_ptr(),
-        rejected.data_ptr(),
-        components.data_ptr(),
-        info.data_ptr(),
-        aligned,
-        threads,
-    )
-    if (info[:, 4] >= 0).any():
-        b = int((info[:, 4] >= 0).nonzero()[0])
-        i, j = int(info[b, 4]), int(info[b, 5])
-        _asymmetric(b, i, j, data[b, i, j].item(), data[b, j, i].item())
-    return scores, rejected, components, info[:, :4].clone()
-
-
-def _asymmetric(b, i, j, value, mirror):
-    raise ValueError(
-        f"logits must be skew-symmetric (logits[i, j] = -logits[j, i], missing on both sides or on none), got "
-        f"{value:.6g} at [{i}, {j}] and {mirror:.6g} at [{j}, {i}] of matrix {b}"
-    )
-
-
-bradley_terry_fit = _library.define(
-    "bradley_terry_fit(Tensor data, bool counts, bool robust, int max_iter, float tol, float ridge, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _fit,
-    lambda data, *rest: _outputs(data),
-)
-
-
-# ---- edge lists ----
+def pair_terms(value: Tensor, votes: Tensor, difference: Tensor, data: str, constant):
+    """Residual (counts: standardised), pull on w_i, and Laplacian weight of pairs with w_i - w_j = difference."""
+    if data == "logits":
+        residual = value - difference
+        weight = 1 / (1 + (residual / constant) ** 2)
+        return residual, weight * residual, weight
+    share = torch.sigmoid(difference)
+    variance = share * (1 - share)
+    miss = (value - share) * votes
+    residual = miss / (variance * votes + 0.25).sqrt()
+    weight = 1 / (1 + (residual / constant) ** 2) if data == "counts" else torch.ones_like(miss)
+    return residual, weight * miss, weight * votes * variance
 
 
 class _Graph:
-    """Both directions of every pair, by rows, so that sums over an item's comparisons are sparse products."""
+    """Directed entries of many graphs at once; sums per node and per graph, in the order of the entries."""
 
-    def __init__(self, i: Tensor, j: Tensor, items: int):
-        source = torch.cat([i, j])
-        self.order = source.argsort(stable=True)
-        self.row, self.column = source[self.order], torch.cat([j, i])[self.order]
-        self.items = items
-        self.degree = torch.bincount(self.row, minlength=items)
-        self.starts = torch.nn.functional.pad(self.degree.cumsum(0), (1, 0))
+    def __init__(self, rows: Tensor, columns: Tensor, nodes: int, graphs: int):
+        self.rows, self.columns, self.nodes, self.graphs = rows, columns, nodes, graphs
+        self.graph = torch.arange(nodes, device=rows.device) // max(nodes // max(graphs, 1), 1)  # of a node
+        self.entry_graph = self.graph[rows]
+        self.observed = torch.bincount(self.entry_graph, minlength=graphs)
+        self.compared = torch.bincount(rows, minlength=nodes)
 
-    def both(self, forward: Tensor, backward: Tensor) -> Tensor:
-        return torch.cat([forward, backward])[self.order]
+    def per_node(self, x: Tensor) -> Tensor:
+        return x.new_zeros(self.nodes).index_add_(0, self.rows, x)
 
-    def matrix(self, values: Tensor) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            return torch.sparse_csr_tensor(
-                self.starts, self.column, values, (self.items, self.items), check_invariants=False
-            )
+    def per_graph(self, x: Tensor) -> Tensor:
+        return x.new_zeros(self.graphs).index_add_(0, self.graph, x)
 
-    def sums(self, values: Tensor) -> Tensor:
-        return torch.segment_reduce(values, "sum", offsets=self.starts, initial=0.0)
+    def largest(self, x: Tensor) -> Tensor:
+        return x.new_zeros(self.graphs).scatter_reduce(0, self.graph, x, "amax")
+
+    def median(self, x: Tensor) -> Tensor:
+        """Lower median of the entries of each graph, NaN where there are none."""
+        order = x.argsort()
+        order = order[self.entry_graph[order].argsort(stable=True)]
+        middle = self.observed.cumsum(0) - self.observed + (self.observed - 1).clamp(min=0) // 2
+        if not len(x):
+            return x.new_full((self.graphs,), math.nan)
+        return torch.where(self.observed > 0, x[order[middle.clamp(max=len(x) - 1)]], math.nan)
 
     def components(self) -> Tensor:
-        """Labels as of _components: the smaller root of each pair is hooked on, then paths are halved."""
-        root = torch.arange(self.items)
+        """First node of the component of each node."""
+        label = torch.arange(self.nodes, device=self.rows.device)
         while True:
-            least = torch.minimum(root[self.row], root[self.column])
-            hooked = root.scatter_reduce(0, root[self.row], least, "amin")
-            while not torch.equal(hooked, shorter := hooked[hooked]):
-                hooked = shorter
-            if torch.equal(hooked, root):
-                break
-            root = hooked
-        is_first = root == torch.arange(self.items)
-        return (is_first.cumsum(0) - 1)[root]
+            least = label.scatter_reduce(0, self.rows, label[self.columns], "amin")
+            least = least[least]
+            if torch.equal(least, label):
+                return label
+            label = least
 
-    def solve(self, weights: Tensor, force: Tensor, ridge: float, precision: float) -> Tensor:
-        """_laplacian_step by conjugate gradients."""
-        matrix, diagonal = self.matrix(weights), self.sums(weights) + ridge
-        inverse = torch.where(diagonal > 0, 1 / diagonal, 0)
-        x, residual = torch.zeros_like(force), force.clone()
-        direction = inverse * residual
-        norm = torch.dot(residual, direction)
-        target = norm * precision**2
-        for _ in range(4 * self.items):
-            if not norm > target or norm == 0:
-                break
-            product = diagonal * direction - matrix @ direction
-            length = norm / torch.dot(product, direction)
-            x += length * direction
-            residual -= length * product
-            scaled = inverse * residual
-            following = torch.dot(residual, scaled)
-            direction = scaled + following / norm * direction
-            norm = following
-        return x
+    def reached(self, roots: Tensor, along: Tensor) -> Tensor:
+        """Nodes to which chosen entries lead from the roots."""
+        seen, rows, columns = roots.clone(), self.rows[along], self.columns[along]
+        while True:
+            more = seen.clone()
+            more[columns[seen[rows]]] = True
+            if torch.equal(more, seen):
+                return seen
+            seen = more
 
 
-def _fit_edges(edges: Edges, robust: bool, max_iter: int, tol: float):
-    items, counts = edges.num_items, edges.logits is None
-    i, j = edges.i.long(), edges.j.long()
-    if counts:
-        wins_i, wins_j = edges.wins_i.double(), edges.wins_j.double()
-        i, j, wins_i, wins_j = _merged(i, j, wins_i, wins_j, items)
-        graph = _Graph(i, j, items)
-        votes = graph.both(wins_i + wins_j, wins_i + wins_j)
-        share = graph.both(wins_i, wins_j) / votes
-        logits = torch.log((share * votes + 0.5) / ((1 - share) * votes + 0.5))
+def _solve_ref(graph: _Graph, values: Tensor, votes: Tensor, data: str, tol: float, max_iter: int):
+    """Returns w, stats and components of all graphs, in the dtype of the values."""
+    g, logits, nodes = graph, data == "logits", graph.nodes
+    root = g.components()
+    size = torch.bincount(root, minlength=nodes).clamp(min=1)
+
+    def centred(w):
+        return w - (w.new_zeros(nodes).index_add_(0, root, w) / size)[root]
+
+    zero = values.new_zeros(g.graphs)
+    mean = zero.index_add(0, g.entry_graph, values.abs()) / g.observed.clamp(min=1)
+    ridge = torch.full_like(zero, 0.0 if logits else 1e-2)
+    if data == "counts_mle":
+        roots = root == torch.arange(nodes, device=root.device)
+        complete = g.reached(roots, values > 0) & g.reached(roots, values < 1)
+        ridge[g.per_graph((~complete).to(values.dtype)) == 0] = 0
+    floor = 1e-4 * mean if logits else zero + 3
+    decay = 0.7 if logits else 0.8
+    constant = 2 * mean if logits else zero + 20
+    settled = torch.full((g.graphs,), data == "counts_mle", device=values.device)
+    converged = (g.observed == 0) | (logits & (mean == 0))
+    iterations = torch.zeros(g.graphs, dtype=torch.int64, device=values.device)
+    w = values.new_zeros(nodes)
+    safe = torch.where(constant > 0, constant, 1)
+
+    def terms(w, constant):
+        return pair_terms(values, votes, w[g.rows] - w[g.columns], data, constant[g.entry_graph])
+
+    for _ in range(max_iter):
+        active = ~converged
+        if not active.any():
+            break
+        iterations += active
+        safe = torch.where(constant > 0, constant, 1)
+        _, pull, weight = terms(w, safe)
+        right = g.per_node(pull) - ridge[g.graph] * w
+        x = _laplacian_solve(g, weight, centred(right), ridge, active)
+        x = centred(x)
+        step = g.largest(x.abs())
+        damping = torch.where(step > 1, 1 / step, 1) if not logits else torch.ones_like(step)
+        w = w + (active * damping)[g.graph] * x
+        unit = mean if logits else g.largest(w.abs()).clamp(min=1)
+        converged = converged | (settled & (step <= tol * unit))
+        target = decay * constant
+        if logits:
+            residual = terms(w, safe)[0]
+            target = torch.maximum(target, 2.4 * 1.4826 * g.median(residual.abs()).nan_to_num())
+        target = torch.minimum(torch.maximum(target, floor), constant)
+        reached = (target <= floor) | ((target >= 0.99 * constant) & (step <= 0.05 * constant))
+        constant = torch.where(settled | ~active, constant, target)
+        settled = settled | (reached & active)
+    w = centred(w)
+    residual, pull, weight = terms(w, torch.where(constant > 0, constant, 1))
+    degree = g.per_node(weight)
+    slope = (g.per_node(pull) - ridge[g.graph] * w).abs() / degree
+    slope = g.largest(torch.where(degree > 0, slope, 0)) / (torch.where(mean > 0, mean, 1) if logits else 1)
+    scale = 1.4826 * g.median(residual.abs())
+    rounding = 1e-5 if values.dtype == torch.float32 else 1e-6
+    threshold = 5 * (torch.maximum(scale, rounding / 5 * mean) if logits else scale.clamp(min=1))
+    flagged = g.per_node((residual.abs() > threshold[g.entry_graph]).to(torch.float64))
+    rate = g.per_graph(flagged) / g.observed
+    columns = (iterations, converged, scale, rate, slope, constant, threshold, ridge)
+    stats = torch.zeros(g.graphs, len(STATS), dtype=torch.float64, device=values.device)
+    for index, column in enumerate(columns):
+        stats[:, index] = column.to(torch.float64)
+    alone = g.compared == 0
+    scores = torch.where(alone, math.nan, w.double())
+    is_root = (root == torch.arange(nodes, device=root.device)).long()
+    number = is_root.cumsum(0) - 1
+    first = torch.arange(g.graphs, device=root.device) * (nodes // max(g.graphs, 1))
+    components = number[root] - (number[first] if nodes else number)[g.graph]
+    return scores, components, flagged / torch.where(alone, math.nan, g.compared), stats
+
+
+def _laplacian_solve(g: _Graph, weight, right, ridge, active):
+    """x of the weighted Laplacian plus ridge, by Jacobi-preconditioned conjugate gradients, all graphs at once."""
+    degree = g.per_node(weight) + ridge[g.graph]
+    inverse = torch.where(degree > 0, 1 / degree, 0)
+    x, r = torch.zeros_like(right), right * active[g.graph]
+    z = inverse * r
+    p = z
+    rho = g.per_graph(r * z)
+    goal = 1e-6 * rho
+    for _ in range(g.nodes // g.graphs + 10):
+        y = degree * p - g.per_node(weight * p[g.columns])
+        curvature = g.per_graph(p * y)
+        real = curvature > 8 * torch.finfo(p.dtype).eps * g.per_graph(p * degree * p)  # the rest is rounding
+        alpha = torch.where((rho > goal) & real, rho / curvature, 0)
+        if not alpha.any():
+            break
+        x = x + alpha[g.graph] * p
+        r = r - alpha[g.graph] * y
+        z = inverse * r
+        following = g.per_graph(r * z)
+        p = z + torch.where(alpha > 0, following / rho, 0)[g.graph] * p
+        rho = torch.where(alpha > 0, following, rho)
+    return x
+
+
+def bradley_terry_ref(matrix: Tensor, data: str, tol: float, max_iter: int):
+    """[B, N, N] -> scores [B, N], components [B, N], rejected [B, N], stats [B, len(STATS)]: the specification."""
+    batch, items = matrix.shape[:2]
+    offdiagonal = ~torch.eye(items, dtype=torch.bool, device=matrix.device)
+    other = matrix.mT
+    if data == "logits":
+        wrong = (matrix + other).abs()
+        wrong = torch.where(matrix.isnan() != other.isnan(), math.inf, wrong.nan_to_num(0, posinf=math.inf))
+        wrong = torch.where(matrix.isinf(), math.inf, wrong)
+        values, votes = matrix, torch.zeros_like(matrix)
     else:
-        present = ~edges.logits.isnan() & (i != j)
-        i, j, given = i[present], j[present], edges.logits[present].double()
-        graph = _Graph(i, j, items)
-        logits = graph.both(given, -given)
-    scores, iterations, converged = torch.zeros(items, dtype=torch.float64), 0, False
-    mean = logits.abs().mean().item() if logits.numel() else 0.0
-    ridge = RIDGE if counts and robust else 0.0
-
-    def difference() -> Tensor:
-        return scores[graph.row] - scores[graph.column]
-
-    if counts and not robust:
-        lost, won = graph.sums((1 - share) * votes), graph.sums(share * votes)
-        if ((lost == 0) | (won == 0))[graph.degree > 0].any():
-            _warn_no_maximum(1)
-            ridge = RIDGE
-    if not counts or robust:
-        cutoff, at_floor = (2 * mean, False) if robust else (float("inf"), True)
-        goal = 1e-2 if counts else tol
-        while iterations < max_iter and not converged and mean > 0:
-            residual = logits - difference()
-            weights = 1 / (1 + (residual / cutoff) ** 2)
-            step = graph.solve(weights, graph.sums(weights * residual), 0.0, 1e-6)
-            scores += step
-            iterations += 1
-            converged = at_floor and step.abs().max().item() <= goal * mean
-            if robust:
-                noise = CUTOFF * MAD * (logits - difference()).abs().median().item()
-                following = max(SHRINK * cutoff, FLOOR * mean, noise)
-                at_floor = following >= 0.99 * cutoff or following <= FLOOR * mean
-                cutoff = following
-        residual = logits - difference()
-        scale = MAD * residual.abs().median().item() if logits.numel() else 0.0
-    if counts:
-        converged, scale = False, 1.0
-        for _ in range(max_iter if share.numel() else 0):
-            s = torch.sigmoid(difference())
-            residual = (share - s) / (s * (1 - s) / votes + 0.25 / votes**2).sqrt()
-            weights = votes / (1 + (residual / COUNT_CUTOFF) ** 2) if robust else votes
-            force = graph.sums(weights * (share - s)) - ridge * scores
-            step = graph.solve(weights * s * (1 - s), force, ridge, 1e-6)
-            change = step.abs().max().item()
-            scores += step / max(change, 1.0)
-            iterations += 1
-            if converged := change <= tol:
-                break
-        s = torch.sigmoid(difference())
-        residual = (share - s) / (s * (1 - s) / votes + 0.25 / votes**2).sqrt()
-    components = graph.components()
-    members = torch.bincount(components, minlength=1).double()
-    scores -= (torch.zeros_like(members).index_add_(0, components, scores) / members.clamp(min=1))[components]
-    bound = max(OUTLIER * scale, 0.0 if counts else FLOOR * mean)
-    far = residual.abs() > bound if logits.numel() else torch.zeros(0, dtype=torch.bool)
-    rejected = (graph.sums(far.double()) / graph.degree.clamp(min=1)).float()
-    scores[graph.degree == 0] = torch.nan
-    rate = far.double().mean().item() if far.numel() else 0.0
-    info = torch.tensor([iterations, converged, scale, rate], dtype=torch.float64)
-    forward = torch.empty_like(graph.order)
-    forward[graph.order] = torch.arange(graph.order.numel())
-    forward = forward[: i.numel()]  # where each pair's own direction lies
-    kept = far[forward]
-    outliers = Outliers(torch.zeros_like(i[kept]), i[kept], j[kept], residual[forward][kept])
-    return scores, rejected, components, info, outliers
+        wrong = (matrix < 0) | matrix.isinf() | (matrix.isnan() != other.isnan())
+        wrong = (wrong | (~offdiagonal & (matrix != 0) & ~matrix.isnan())).to(matrix.dtype)
+        votes = matrix + other
+        values = matrix / votes  # NaN without votes
+    wrong = wrong.flatten(1)
+    worst, where = wrong.max(1) if items else (wrong.sum(1), wrong.sum(1).long())
+    seen = ~values.isnan() & offdiagonal
+    if not (worst == math.inf).any() and not (data != "logits" and worst.any()):
+        graph_index, rows, columns = seen.nonzero(as_tuple=True)
+        graph = _Graph(graph_index * items + rows, graph_index * items + columns, batch * items, batch)
+        scores, components, rejected, stats = _solve_ref(graph, values[seen], votes[seen], data, tol, max_iter)
+    else:  # refused by the caller
+        scores = torch.full((batch * items,), math.nan, dtype=torch.float64, device=matrix.device)
+        components, rejected = torch.zeros_like(scores, dtype=torch.int64), scores
+        stats = scores.new_full((batch, len(STATS)), math.nan)
+    stats[:, 8] = worst
+    stats[:, 9] = torch.where(worst > 0, where // max(items, 1), -1)
+    stats[:, 10] = torch.where(worst > 0, where % max(items, 1), -1)
+    stats[:, 11] = matrix.abs().nan_to_num(0, posinf=math.inf).flatten(1).max(1).values if items else 0
+    shape = (batch, items)
+    return scores.view(shape), components.view(shape), rejected.reshape(shape), stats
 
 
-def _merged(i, j, wins_i, wins_j, items):
-    """One entry per pair that was compared, its votes summed."""
-    present = (i != j) & (wins_i + wins_j > 0)
-    i, j, wins_i, wins_j = i[present], j[present], wins_i[present], wins_j[present]
-    swapped = i > j
-    low, high = torch.where(swapped, j, i), torch.where(swapped, i, j)
-    wins_low, wins_high = torch.where(swapped, wins_j, wins_i), torch.where(swapped, wins_i, wins_j)
-    pairs, place = (low * items + high).unique(return_inverse=True)
-    zero = torch.zeros(pairs.shape, dtype=torch.float64)
-    return (
-        pairs // max(items, 1),
-        pairs % max(items, 1),
-        zero.index_add(0, place, wins_low),
-        zero.index_add(0, place, wins_high),
-    )
+def bradley_terry_edges_ref(offsets: Tensor, columns: Tensor, values: Tensor, votes: Tensor, data, tol, max_iter):
+    """Both directions of every pair by rows (CSR) -> scores [N], components [N], rejected [N], stats [1, ...]."""
+    items = len(offsets) - 1
+    rows = torch.repeat_interleave(torch.arange(items, device=offsets.device), offsets.diff())
+    graph = _Graph(rows, columns.long(), items, 1)
+    return _solve_ref(graph, values, votes, data, tol, max_iter)
+
+
+# ---- native ----
+
+
+def _native_dense(matrix: Tensor, data: str, tol: float, max_iter: int):
+    batch, items = matrix.shape[:2]
+    is_double = matrix.dtype == torch.float64
+    threads = torch.get_num_threads()
+    slots = max(1, min(batch, threads))
+    scores, rejected = (torch.empty(batch, items, dtype=torch.float64) for _ in range(2))
+    components = torch.empty(batch, items, dtype=torch.int64)
+    stats = torch.empty(batch, len(STATS), dtype=torch.float64)
+    size = _native._core.bradley_terry_workspace(items, is_double)
+    workspace = torch.empty(slots * size + 64, dtype=torch.uint8)
+    start = -workspace.data_ptr() % 64
+    _native._core.bradley_terry_dense_cpu(
+        matrix.data_ptr(), is_double, batch, items, DATA.index(data), tol, max_iter, scores.data_ptr(),
+        components.data_ptr(), rejected.data_ptr(), stats.data_ptr(), workspace.data_ptr() + start, slots, threads,
+    )  # fmt: skip
+    return scores, components, rejected, stats
+
+
+def _native_edges(offsets, columns, values, votes, data, tol, max_iter):
+    items = len(offsets) - 1
+    scores, rejected = (torch.empty(items, dtype=torch.float64) for _ in range(2))
+    components = torch.empty(items, dtype=torch.int64)
+    stats = torch.zeros(1, len(STATS), dtype=torch.float64)
+    weights = torch.empty(len(columns), dtype=torch.float64)
+    vectors = torch.empty(14, items, dtype=torch.float64)
+    _native._core.bradley_terry_edges_cpu(
+        offsets.data_ptr(), columns.data_ptr(), values.data_ptr(), votes.data_ptr(), items, DATA.index(data), tol,
+        max_iter, scores.data_ptr(), components.data_ptr(), rejected.data_ptr(), stats.data_ptr(),
+        weights.data_ptr(), vectors.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return scores, components, rejected, stats
+
+
+# ---- operators ----
+
+
+def _native_reason(device: str) -> str | None:
+    return _library.native_reason(device) if device == "cpu" else "the native fit runs on CPU tensors"
+
+
+_library.OPS["bradley_terry"] = {"native": _native_reason, "reference": _library.reference_reason}
+
+
+def _dense(matrix, data, tol, max_iter, backend):
+    chosen = _library.choose_backend("bradley_terry", backend, matrix.device.type)
+    run = {"native": _native_dense, "reference": bradley_terry_ref}[chosen]
+    return run(matrix.contiguous(), data, tol, max_iter)
+
+
+def _dense_fake(matrix, data, tol, max_iter, backend):
+    scores = matrix.new_empty(matrix.shape[:2], dtype=torch.float64)
+    stats = scores.new_empty(matrix.shape[0], len(STATS))
+    return scores, torch.empty_like(scores, dtype=torch.int64), torch.empty_like(scores), stats
+
+
+def _edges(offsets, columns, values, votes, data, tol, max_iter, backend):
+    chosen = _library.choose_backend("bradley_terry", backend, values.device.type)
+    run = {"native": _native_edges, "reference": bradley_terry_edges_ref}[chosen]
+    return run(offsets.contiguous(), columns.contiguous(), values.contiguous(), votes.contiguous(), data, tol, max_iter)
+
+
+def _edges_fake(offsets, columns, values, votes, data, tol, max_iter, backend):
+    scores = values.new_empty(offsets.shape[0] - 1, dtype=torch.float64)
+    stats = scores.new_empty(1, len(STATS))
+    return scores, torch.empty_like(scores, dtype=torch.int64), torch.empty_like(scores), stats
+
+
+_OPTIONS = "str data, float tol, int max_iter, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+bradley_terry_dense = _library.define(f"bradley_terry_dense(Tensor matrix, {_OPTIONS}", _dense, _dense_fake)
+bradley_terry_edges = _library.define(
+    f"bradley_terry_edges(Tensor offsets, Tensor columns, Tensor values, Tensor votes, {_OPTIONS}", _edges, _edges_fake
+)
 
 
 # ---- public ----
 
 
 def bradley_terry(
-    logits: Tensor | None = None,
+    logits=None,
     *,
-    wins: Tensor | None = None,
+    wins=None,
     edges: Edges | None = None,
     robust: bool = True,
     stderr: bool = False,
     outliers: str = "none",
     tol: float | None = None,
-    max_iter: int = 200,
+    max_iter: int | None = None,
     backend: str | None = None,
 ) -> BradleyTerryResult:
-    """Scores of items from pairwise comparisons, some of which may be corrupted.
+    """Bradley-Terry scores w, P(i beats j) = sigmoid(w_i - w_j), that a share of corrupted pairs does not move.
 
     Exactly one of:
-        logits: [..., N, N] float32 or float64 (16 bits are computed in float32), skew-symmetric, NaN: not compared.
-        wins: [..., N, N], wins[i, j] votes for i against j; NaN, or no votes on either side: not compared.
-        edges: an Edges list on CPU, of votes or of logits; duplicates of a pair add up their votes. Not batched.
+        logits: [..., N, N] floating point, logits[i, j] = -logits[j, i]; NaN: missing, on both sides.
+        wins: [..., N, N] counts; wins[i, j]: how often i beat j. NaN on both sides, or 0 and 0: not compared.
+        edges: Edges; arithmetic in float64, memory proportional to the edges.
+    Tensors or NumPy arrays; the diagonal is 0 or NaN. float32 and narrower data are solved in float32, float64 and
+    integers in float64. A matrix of more than 512 items is solved as the edges it has.
 
     Args:
-        robust: redescending weights; False fits least squares to logits and maximum likelihood to votes.
-        stderr: standard errors too: from the Fisher information for votes, from the sandwich of an M-estimator for
-            logits. Takes O(N^3); edge lists up to 4096 items.
-        outliers: "none", or "pairs" for a list of the pairs more than 5 scales off.
-        tol: the largest change of a score at which a fit has converged, relative to the mean |logit| for logits;
-            default 1e-6 for float32, 1e-9 for float64; 1e-4 and 1e-6 for votes.
-        max_iter: reweightings; a fit that has not converged by then says so in info.
-        backend: None (the fastest), "native" (CPU) or "reference".
+        robust: redescending (Cauchy) weights. False: logits by least squares are not offered (ValueError); wins by
+            maximum likelihood, with a ridge of 1e-2/2 |w|^2 and a warning where no maximum exists because wins do not
+            lead from every item to every other of its component. The robust fit of wins always has that ridge.
+        stderr: standard errors of the centred scores, sqrt(diag(pinv(Laplacian))) with the final weights, for logits
+            times info.scale; at most 4096 items.
+        outliers: "pairs" lists the pairs beyond info.threshold.
+        tol: largest last step of a score, in units of the mean |logit| (wins: in logits, relative to the largest score
+            above 1). Default 1e-6, in float64 1e-9.
+        max_iter: default 300. What has not converged by then says so in info.converged.
+        backend: None (the fastest), "native" or "reference".
 
     Returns:
-        BradleyTerryResult. Scores are centred per connected component. Items without comparisons have NaN, and a
-        component of their own.
+        BradleyTerryResult. The robust criterion is not convex: converged means a stationary point was reached.
 
     Raises:
-        TypeError, ValueError: for arguments of the wrong type or shape, infinite logits, logits that are not skew,
-            negative votes.
+        ValueError: naming the worst entry of logits that are not skew-symmetric or the first infinite entry; for
+            negative or infinite counts; for edges out of range or from an item to itself.
 
-    Source: redescending M-estimation (Holland and Welsch 1977) on the comparison graph; Bradley and Terry 1952. Votes
-    carry a ridge of 0.01 on the scores; without `robust` only where maximum likelihood has no maximum, which warns.
+    Sources: Bradley and Terry 1952; Holland and Welsch 1977 (Cauchy weights); Jiang et al. 2011 (HodgeRank).
     """
-    given = {"logits": logits, "wins": wins, "edges": edges}
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise ValueError(f"exactly one of logits, wins and edges must be given, got {named or 'none'}")
+    given = [name for name, value in (("logits", logits), ("wins", wins), ("edges", edges)) if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"exactly one of logits, wins and edges must be given, got {' and '.join(given) or 'none'}")
     if outliers not in ("none", "pairs"):
         raise ValueError(f"outliers must be 'none' or 'pairs', got {outliers!r}")
     if tol is not None:
         _checks.positive("tol", tol)
-    _checks.positive_int("max_iter", max_iter)
+    if max_iter is not None:
+        _checks.positive_int("max_iter", max_iter)
     _library.check_backend("bradley_terry", backend)
+    has_logits = logits is not None or (edges is not None and edges.logits is not None)
+    if has_logits and not robust:
+        raise ValueError("robust=False needs wins: it is maximum likelihood, which logits do not have")
+    data = "logits" if has_logits else "counts" if robust else "counts_mle"
+    options = (data, tol, max_iter or 300, backend or "")
     if edges is not None:
-        return _of_edges(edges, robust, stderr, outliers, tol, max_iter)
-    name, value, counts = named[0], given[named[0]], wins is not None
-    _check_matrix(name, value, counts)
-    dtype = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32
-    data = value.detach().to(dtype).reshape(value.shape[:-2].numel(), *value.shape[-2:])
-    if tol is None:
-        tol = {(False, torch.float32): 1e-6, (False, torch.float64): 1e-9}.get((counts, dtype))
-        tol = tol or (1e-4 if dtype == torch.float32 else 1e-6)
-    ridge = RIDGE if robust else 0.0
-    exists = None
-    if counts and not robust and data.numel():
-        exists = _strongly_connected(data)
-        if not exists.all():
-            _warn_no_maximum(int((~exists).sum()))
-    with torch.no_grad():
-        if exists is None or exists.all():
-            found = bradley_terry_fit(data, counts, robust, max_iter, float(tol), ridge, backend or "")
-        else:
-            parts = [
-                (part, bradley_terry_fit(data[part], counts, robust, max_iter, float(tol), r, backend or ""))
-                for part, r in ((exists, 0.0), (~exists, RIDGE))
-            ]
-            found = tuple(torch.empty(len(data), *x.shape[1:], dtype=x.dtype, device=x.device) for x in parts[0][1])
-            for part, values in parts:
-                for out, x in zip(found, values, strict=True):
-                    out[part] = x
-        scores, rejected, components, info = found
-        errors = _stderr(data, scores, components, info[:, 2], counts, robust) if stderr else None
-        listed = _outliers(data, scores, info[:, 2], counts) if outliers == "pairs" else None
-    shape = value.shape[:-1]
-    info = info.view(*value.shape[:-2], 4)
-    return BradleyTerryResult(
-        scores.view(shape),
-        BradleyTerryInfo(info[..., 0].long(), info[..., 1] > 0, info[..., 2], info[..., 3]),
-        None if errors is None else errors.view(shape),
-        listed,
-        components.view(shape),
-        rejected.view(shape),
-    )
+        return _fit_edges(*_directed(edges), options, stderr, outliers)
+    return _fit_matrices("logits" if has_logits else "wins", logits if has_logits else wins, options, stderr, outliers)
 
 
-def _check_matrix(name: str, value, counts: bool) -> None:
-    _checks.floats(name, value) if not counts else _checks.tensor(name, value)
-    if value.dim() < 2 or value.shape[-1] != value.shape[-2]:
-        raise ValueError(f"{name} must have shape [..., N, N], got {list(value.shape)}")
-    if value.device.type != "cpu":
-        return  # no host sync: infinities end up in a result that has not converged
-    if value.dtype.is_floating_point and value.numel() and value.isinf().any():
-        where = value.isinf().nonzero()[0].tolist()
-        raise ValueError(f"{name} must be finite (NaN: not compared), got {value[tuple(where)].item()} at {where}")
-    if counts and value.numel() and (value < 0).any():
-        where = (value < 0).nonzero()[0].tolist()
-        raise ValueError(f"wins must not be negative, got {value[tuple(where)].item()} at {where}")
+def _matrices(name: str, value) -> Tensor:
+    matrix = torch.as_tensor(value)
+    if matrix.is_complex() or matrix.dtype == torch.bool or (name == "logits" and not matrix.is_floating_point()):
+        raise TypeError(f"{name} must be real numbers, got {matrix.dtype}")
+    if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(f"{name} must have shape [..., N, N], got {list(matrix.shape)}")
+    exact = torch.float64 if matrix.dtype == torch.float64 or not matrix.is_floating_point() else torch.float32
+    return matrix.detach().to(exact)
 
 
-def _warn_no_maximum(number: int) -> None:
-    warnings.warn(
-        f"maximum likelihood has no maximum for {number} matrices: some items only win or only lose against the rest; "
-        f"a ridge of {RIDGE} keeps their scores finite. robust=True has it always",
-        RuntimeWarning,
-        stacklevel=3,
-    )
-
-
-def _strongly_connected(wins: Tensor) -> Tensor:
-    """Per matrix and component: everybody beats everybody through others (Ford 1957), [B] bool."""
-    wins = wins.nan_to_num(0.0)
-    items = wins.shape[-1]
-    reach = ((wins > 0) | torch.eye(items, dtype=torch.bool, device=wins.device)).float()
-    for _ in range(max(1, (items - 1).bit_length())):
-        reach = ((reach @ reach) > 0).float()
-    return (reach == reach.mT).flatten(1).all(-1)
-
-
-def _fisher(data, scores, counts, robust, scale) -> tuple[Tensor, Tensor]:
-    """Laplacian weights [B, N, N] and the variance they are to be multiplied with, [B]."""
-    w = scores.double().nan_to_num(0.0)
-    data = data.double()
-    off = ~torch.eye(data.shape[-1], dtype=torch.bool, device=data.device)
-    if counts:
-        votes = _votes(data)
-        observed = (votes > 0) & off
-        s = torch.sigmoid(_differences(w))
-        weights = torch.where(observed, votes * s * (1 - s), 0)
-        if robust:
-            shares = torch.where(observed, data / votes, 0)
-            weights = weights / (1 + (_count_residual(w, shares, votes, observed) / COUNT_CUTOFF) ** 2)
-        return weights, torch.ones_like(scale)
-    observed = ~data.isnan() & off
-    r = torch.where(observed, data - _differences(w), 0)
-    pairs = observed.sum((-2, -1)).clamp(min=1)
-    if robust:
-        x = (r / (CUTOFF * scale).clamp(min=1e-300)[:, None, None]) ** 2
-        influence = torch.where(observed, r / (1 + x), 0)
-        slope = torch.where(observed, (1 - x) / (1 + x) ** 2, 0).sum((-2, -1)) / pairs
+def _fit_matrices(name, value, options, stderr, outliers):
+    data, tol, max_iter, backend = options
+    given = torch.as_tensor(value)
+    matrix = _matrices(name, value)
+    shape = matrix.shape
+    items = shape[-1]
+    flat = matrix.reshape(shape[:-2].numel(), items, items)
+    tol = tol or (1e-9 if matrix.dtype == torch.float64 else 1e-6)
+    if items > LARGEST_DENSE and backend != "reference" and flat.device.type == "cpu":
+        fits = [_large(name, one, given.dtype, data, tol, max_iter, backend) for one in flat]
+        scores, components, rejected, stats = (
+            torch.stack(part) if part else flat.new_empty(0, *([items] if index < 3 else [len(STATS)]))
+            for index, part in enumerate(zip(*fits, strict=True) if fits else ([], [], [], []))
+        )
     else:
-        influence, slope = r, torch.ones_like(scale)
-    variance = (influence**2).sum((-2, -1)) / pairs / slope**2
-    fitted = data.shape[-1] / (pairs / 2).clamp(min=1)  # degrees of freedom that the scores take
-    return observed.double(), variance / (1 - fitted).clamp(min=1e-3)
-
-
-def _stderr(data, scores, components, scale, counts, robust) -> Tensor:
-    weights, variance = _fisher(data, scores, counts, robust, scale)
-    same = (components.unsqueeze(-1) == components.unsqueeze(-2)).double()
-    projector = same.to(data.dtype) / same.sum(-1, keepdim=True)
-    size = weights.sum(-1).amax(-1).clamp(min=1e-30)[:, None, None]
-    laplacian = torch.diag_embed(weights.sum(-1)) - weights + projector * size
-    inverse = torch.linalg.inv(laplacian) - projector / size
-    errors = (inverse.diagonal(dim1=-2, dim2=-1).clamp(min=0) * variance.unsqueeze(-1)).sqrt()
-    return errors.masked_fill(scores.isnan(), torch.nan).to(scores.dtype)
-
-
-def _outliers(data, scores, scale, counts) -> Outliers:
-    upper = torch.ones(data.shape[-2:], dtype=torch.bool, device=data.device).triu(1)
-    w = scores.nan_to_num(0.0)
-    if counts:
-        votes = _votes(data)
-        observed = (votes > 0) & upper
-        residual = _count_residual(w, torch.where(observed, data / votes, 0), votes, observed)
-        bound = OUTLIER * scale
-    else:
-        observed = ~data.isnan() & upper
-        residual = torch.where(observed, data - _differences(w), 0)
-        mean = torch.where(observed, data.abs(), 0).sum((-2, -1)) / observed.sum((-2, -1)).clamp(min=1)
-        bound = torch.maximum(OUTLIER * scale, FLOOR * mean.double())
-    batch, i, j = (residual.abs() > bound[:, None, None]).nonzero(as_tuple=True)
-    return Outliers(batch, i, j, residual[batch, i, j])
-
-
-def _of_edges(edges: Edges, robust, stderr, outliers, tol, max_iter) -> BradleyTerryResult:
-    edges = _checked_edges(edges)
-    counts = edges.logits is None
-    goal = tol if tol is not None else (1e-6 if counts else 1e-9)
-    scores, rejected, components, info, listed = _fit_edges(edges, robust, max_iter, goal)
-    errors = None
+        scores, components, rejected, stats = bradley_terry_dense(flat, data, tol, max_iter, backend)
+        _refuse(name, flat, given.dtype, stats)
+    _warn_ridge(data, stats)
+    deviations = found = None
     if stderr:
-        if edges.num_items > 4096:
-            raise ValueError(f"stderr must be False for edges of more than 4096 items, got {edges.num_items}")
-        data = _dense(edges)
-        errors = _stderr(data[None], scores[None], components[None], info[None, 2], counts, robust)[0]
+        rows = zip(flat, scores, components, stats, strict=True)
+        rows = zip(flat, scores, components, stats, strict=True)
+        deviations = torch.stack([_stderr(*row, data) for row in rows]) if len(flat) else scores.clone()
+    if outliers == "pairs":
+        found = _outlier_pairs(flat, scores, stats, data, shape[:-2])
+    batch = shape[:-2]
     return BradleyTerryResult(
-        scores,
-        BradleyTerryInfo(info[0].long(), info[1] > 0, info[2], info[3]),
-        errors,
-        listed if outliers == "pairs" else None,
-        components,
-        rejected,
+        scores.view(*batch, items).to(matrix.dtype),
+        _info(stats, batch),
+        None if deviations is None else deviations.view(*batch, items),
+        found,
+        components.view(*batch, items),
+        rejected.view(*batch, items),
     )
 
 
-def _dense(edges: Edges) -> Tensor:
-    """[N, N] of wins, or of logits, of which the last of a pair counts."""
-    n = edges.num_items
-    if edges.logits is None:
-        wins = torch.zeros(n, n, dtype=torch.float64)
-        wins.index_put_((edges.i, edges.j), edges.wins_i.double(), accumulate=True)
-        return wins.index_put_((edges.j, edges.i), edges.wins_j.double(), accumulate=True)
-    logits = torch.full((n, n), torch.nan, dtype=torch.float64)
-    logits[edges.i, edges.j] = edges.logits.double()
-    logits[edges.j, edges.i] = -edges.logits.double()
-    return logits
+def _info(stats: Tensor, batch) -> BradleyTerryInfo:
+    column = dict(zip(STATS, stats.unbind(-1), strict=True))
+    return BradleyTerryInfo(
+        column["iterations"].long().view(batch),
+        column["converged"].bool().view(batch),
+        *(column[name].clone().view(batch) for name in ("scale", "outlier_rate", "gradient", "threshold")),
+    )
 
 
-def _checked_edges(edges: Edges) -> Edges:
-    if not isinstance(edges, Edges):
-        raise TypeError(f"edges must be an Edges, got {type(edges).__name__}")
-    for name in ("i", "j"):
-        _checks.integers(f"edges.{name}", getattr(edges, name))
-        if getattr(edges, name).dim() != 1:
-            raise ValueError(f"edges.{name} must have shape [E], got {list(getattr(edges, name).shape)}")
-    values = [name for name in ("wins_i", "wins_j", "logits") if getattr(edges, name) is not None]
-    if values not in (["wins_i", "wins_j"], ["logits"]):
-        raise ValueError(f"edges must have either wins_i and wins_j or logits, got {values or 'neither'}")
-    for name in ("j", *values):
-        value = getattr(edges, name)
-        _checks.tensor(f"edges.{name}", value)
-        _checks.shaped_like(f"edges.{name}", value, "edges.i", edges.i)
-        if name != "j" and (value.double().isinf().any() or (name != "logits" and not (value >= 0).all())):
-            raise ValueError(f"edges.{name} must be finite{', and not negative' * (name != 'logits')}")
-    if edges.i.device.type != "cpu":
-        raise ValueError(f"edges must be on the CPU, got {edges.i.device}")
-    both = torch.cat([edges.i, edges.j])
-    least, most = (int(both.min()), int(both.max())) if both.numel() else (0, -1)
-    items = most + 1 if edges.num_items is None else edges.num_items
-    if least < 0 or most >= items:
-        raise ValueError(f"edges must have indices in [0, {items}), got {least if least < 0 else most}")
-    return edges._replace(num_items=items)
+def _warn_ridge(data: str, stats: Tensor) -> None:
+    if data == "counts_mle" and (separated := int((stats[:, STATS.index("ridge")] > 0).sum())):
+        warnings.warn(
+            f"the maximum-likelihood scores of {separated} of {len(stats)} graphs do not exist: wins do not lead from "
+            "every item to every other of its component; a ridge of 1e-2 keeps them finite",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _refuse(name: str, flat: Tensor, dtype: torch.dtype, stats: Tensor) -> None:
+    column = dict(zip(STATS, stats.unbind(-1), strict=True))
+    worst, largest = column["worst"], column["largest"]
+    if name == "wins":
+        wrong = ~(worst == 0)
+    else:
+        rounding = max(1e-5, 8 * torch.finfo(dtype).eps)
+        wrong = ~(worst <= rounding * largest) | largest.isinf()
+    if not wrong.any():
+        return
+    b = int(wrong.nonzero()[0])
+    if name == "logits" and largest[b] == math.inf:
+        i, j = flat[b].isinf().nonzero()[0].tolist()
+        raise ValueError(f"logits must be finite or NaN, got {flat[b, i, j].item()} at {[b, i, j]}")
+    i, j = int(column["worst_row"][b]), int(column["worst_column"][b])
+    there, back = flat[b, i, j].item(), flat[b, j, i].item()
+    if name == "logits":
+        raise ValueError(
+            f"logits must be skew-symmetric, logits[i, j] = -logits[j, i] and NaN on both sides or neither; the worst "
+            f"entry is {there} at {[b, i, j]} against {back} at {[b, j, i]} (preference_matrix symmetrises)"
+        )
+    raise ValueError(
+        f"wins must be finite counts >= 0, 0 or NaN on the diagonal and NaN on both sides or neither, got {there} at "
+        f"{[b, i, j]} and {back} at {[b, j, i]}"
+    )
+
+
+def _pairs(matrix: Tensor, data: str):
+    """Value and votes of every entry of [..., N, N]: the logit, or the share of wins; NaN where not compared."""
+    if data == "logits":
+        return matrix, torch.zeros_like(matrix)
+    votes = matrix + matrix.mT
+    return matrix / votes, votes
+
+
+def _large(name, matrix, dtype, data, tol, max_iter, backend):
+    items = matrix.shape[0]
+    worst, largest = matrix.new_zeros(()), matrix.new_zeros(())
+    position = -1
+    for begin in range(0, items, 512):  # no second matrix
+        block, other = matrix[begin : begin + 512], matrix[:, begin : begin + 512].T
+        one_side = block.isnan() != other.isnan()
+        if name == "logits":
+            wrong = torch.where(one_side, math.inf, (block + other).abs().nan_to_num(0, posinf=math.inf))
+        else:
+            wrong = (one_side | (block < 0) | block.isinf()).to(matrix.dtype)
+            diagonal = block.diagonal(begin)
+            wrong.diagonal(begin).add_((diagonal != 0) & ~diagonal.isnan())
+        if wrong.max() > worst:
+            worst, position = wrong.max(), begin * items + int(wrong.argmax())
+        largest = torch.maximum(largest, block.abs().nan_to_num(0, posinf=math.inf).max())
+    stats = torch.zeros(1, len(STATS), dtype=torch.float64)
+    stats[0, 8:] = torch.tensor([worst.item(), position // items, position % items, largest.item()])
+    _refuse(name, matrix[None], dtype, stats)
+    values, votes = _pairs(matrix, data)
+    seen = ~values.isnan()
+    seen.fill_diagonal_(False)
+    offsets = torch.zeros(items + 1, dtype=torch.int64)
+    torch.cumsum(seen.sum(1), 0, out=offsets[1:])
+    columns = seen.nonzero()[:, 1].int()
+    fit = bradley_terry_edges(
+        offsets, columns, values[seen].double(), votes[seen].double(), data, tol, max_iter, backend
+    )
+    return *fit[:3], fit[3][0]
+
+
+def _stderr(matrix, scores, components, stats, data):
+    value, votes = _pairs(matrix.double(), data)
+    seen = ~value.isnan()
+    seen.fill_diagonal_(False)
+    i, j = seen.nonzero(as_tuple=True)
+    return _deviations(i, j, value[seen], votes[seen], scores, components, stats, data)
+
+
+def _deviations(i, j, value, votes, scores, components, stats, data):
+    """sqrt(diag(pinv(Laplacian))): adding 1 1^T / size per component makes it invertible without a change elsewhere."""
+    items = len(scores)
+    constant = stats[STATS.index("constant")]
+    constant = torch.where(constant > 0, constant, 1)
+    w = scores.nan_to_num(0)
+    weight = pair_terms(value, votes, w[i] - w[j], data, constant)[2]
+    laplacian = torch.zeros(items * items, dtype=torch.float64, device=w.device)
+    laplacian.index_add_(0, i * items + j, -weight)
+    laplacian = laplacian.view(items, items)
+    laplacian.diagonal().sub_(laplacian.sum(1))
+    same = (components[:, None] == components).double()
+    ones = same / same.sum(1, keepdim=True)
+    unit = torch.where(laplacian.diagonal() > 0, laplacian.diagonal(), math.nan).nanmean().nan_to_num(1.0)
+    inverse = torch.linalg.inv_ex(laplacian / unit + ones).inverse
+    variance = (inverse - ones).diagonal().clamp(min=0) / unit
+    if data == "logits":
+        variance = variance * stats[STATS.index("scale")] ** 2
+    return torch.where(scores.isnan(), math.nan, variance.sqrt())
+
+
+def _outlier_pairs(flat, scores, stats, data, batch) -> PairOutliers:
+    indices, residuals = [], []
+    threshold = stats[:, STATS.index("threshold")]
+    for b, matrix in enumerate(flat):
+        value, votes = _pairs(matrix.double(), data)
+        difference = scores[b, :, None] - scores[b]
+        residual = pair_terms(value, votes, difference, data, 1.0)[0].triu(1)
+        found = (residual.abs() > threshold[b]).nonzero()
+        head = torch.tensor(_unravel(b, batch), dtype=torch.int64, device=flat.device).expand(len(found), len(batch))
+        indices.append(torch.cat([head, found], 1))
+        residuals.append(residual[found[:, 0], found[:, 1]])
+    if not indices:
+        return PairOutliers(torch.zeros(0, len(batch) + 2, dtype=torch.int64), torch.zeros(0, dtype=torch.float64))
+    return PairOutliers(torch.cat(indices), torch.cat(residuals))
+
+
+def _unravel(index: int, shape) -> list[int]:
+    out = []
+    for size in reversed(shape):
+        out.append(index % size)
+        index //= size
+    return out[::-1]
+
+
+def _directed(edges: Edges):
+    """Edges -> CSR with both directions (offsets, columns int32, values, votes); repeated pairs of votes are added."""
+    items = edges.num_items
+    if isinstance(items, bool) or not isinstance(items, int) or not 0 <= items < 2**31:
+        raise ValueError(f"edges.num_items must be an int in [0, 2**31), got {items!r}")
+    i, j = torch.as_tensor(edges.i), torch.as_tensor(edges.j)
+    for name, index in (("edges.i", i), ("edges.j", j)):
+        _checks.integers(name, index)
+        if index.dim() != 1 or index.shape != i.shape:
+            raise ValueError(f"{name} must have shape {list(i.shape[:1])} like edges.i, got {list(index.shape)}")
+        if len(index) and not (int(index.min()) >= 0 and int(index.max()) < items):
+            raise ValueError(f"{name} must lie in [0, {items}), got {int(index.min())} to {int(index.max())}")
+    i, j = i.long(), j.long()
+    if (own := i == j).any():
+        raise ValueError(f"edges must join two items, got item {int(i[own][0])} with itself at {int(own.nonzero()[0])}")
+    has_wins = edges.wins_i is not None and edges.wins_j is not None
+    if has_wins == (edges.logits is not None) or (edges.wins_i is None) != (edges.wins_j is None):
+        raise ValueError("edges must have either wins_i and wins_j, or logits")
+    columns = [("wins_i", edges.wins_i), ("wins_j", edges.wins_j)] if has_wins else [("logits", edges.logits)]
+    data = []
+    for name, value in columns:
+        value = torch.as_tensor(value).to(i.device).double()
+        if value.shape != i.shape:
+            raise ValueError(f"edges.{name} must have shape {list(i.shape)} like edges.i, got {list(value.shape)}")
+        wrong = value.isinf() | (value < 0) | value.isnan() if has_wins else value.isinf()
+        if wrong.any():
+            expected = "finite counts >= 0" if has_wins else "finite or NaN"
+            at = int(wrong.nonzero()[0])
+            raise ValueError(f"edges.{name} must be {expected}, got {value[at].item()} at {at}")
+        data.append(value)
+    if has_wins:
+        low, high = torch.minimum(i, j), torch.maximum(i, j)
+        pair, place = torch.unique(low * items + high, return_inverse=True)
+        won = pair.new_zeros(len(pair), dtype=torch.float64).index_add_(0, place, torch.where(i < j, data[0], data[1]))
+        lost = torch.zeros_like(won).index_add_(0, place, torch.where(i < j, data[1], data[0]))
+        seen = won + lost > 0
+        i, j, won, lost = pair[seen] // items, pair[seen] % items, won[seen], lost[seen]
+        value, back, votes = won / (won + lost), lost / (won + lost), won + lost
+    else:
+        seen = ~data[0].isnan()
+        i, j, value = i[seen], j[seen], data[0][seen]
+        back, votes = -value, torch.zeros_like(value)
+    rows = torch.cat([i, j])
+    order = rows.argsort(stable=True)
+    offsets = torch.zeros(items + 1, dtype=torch.int64, device=i.device)
+    offsets[1:] = torch.bincount(rows, minlength=items).cumsum(0)
+    return offsets, torch.cat([j, i])[order].int(), torch.cat([value, back])[order], torch.cat([votes, votes])[order]
+
+
+def _fit_edges(offsets, columns, values, votes, options, stderr, outliers):
+    data, tol, max_iter, backend = options
+    items = len(offsets) - 1
+    if stderr and items > LARGEST_STDERR:
+        raise ValueError(f"stderr=True takes at most {LARGEST_STDERR} items (a dense pseudo-inverse), got {items}")
+    fit = bradley_terry_edges(offsets, columns, values, votes, data, tol or 1e-9, max_iter, backend)
+    scores, components, rejected, stats = fit
+    _warn_ridge(data, stats)
+    rows = torch.repeat_interleave(torch.arange(items, device=offsets.device), offsets.diff())
+    deviations = found = None
+    if stderr:
+        deviations = _deviations(rows, columns.long(), values, votes, scores, components, stats[0], data)
+    if outliers == "pairs":
+        difference = scores[rows] - scores[columns.long()]
+        residual = pair_terms(values, votes, difference, data, 1.0)[0]
+        flagged = (residual.abs() > stats[0, STATS.index("threshold")]) & (rows < columns)
+        found = PairOutliers(torch.stack([rows[flagged], columns[flagged].long()], 1), residual[flagged])
+    return BradleyTerryResult(scores, _info(stats, ()), deviations, found, components, rejected)

@@ -17,6 +17,7 @@ def test_tests_meet_the_installed_package():
 
 def test_public_names():
     assert set(fastpref.__all__) == {
+        "BradleyTerryInfo",
         "BradleyTerryResult",
         "CudaError",
         "Edges",

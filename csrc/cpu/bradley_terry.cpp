@@ -1,488 +1,733 @@
-// Robust Bradley-Terry fits, one matrix per task. A reweighting takes one pass over the matrix: residuals, redescending
-// weights, and the gradient. On (nearly) complete graphs a Jacobi step on the weighted Laplacian follows from the same
-// pass; elsewhere the weights are kept and conjugate gradients solve for the step.
+// Robust Bradley-Terry fits on the CPU: a whole solve per matrix from cache (dense), or rows in parallel (edges).
+// Every iteration forms per pair a pull q_ij on the scores and a weight h_ij, then solves the Laplacian system
+//   sum_j h_ij (x_i - x_j) + ridge x_i = sum_j q_ij - ridge w_i,   w += x:
+// on complete graphs by one Jacobi sweep, which is then nearly exact, elsewhere by preconditioned conjugate gradients.
 #include "bradley_terry.h"
 
-#include "dispatch.h"
-#include "lanes.h"
+#include <type_traits>
 
-namespace fastpref {
-
-FASTPREF_DISPATCH(bradley_terry_solve, BradleyTerry)  // (matrix, slot)
-
-}  // namespace fastpref
+#include "parallel.h"
+#include "simd.h"
 
 namespace fastpref::FASTPREF_SIMD {
 namespace {
 
-constexpr double mad = 1.4826;      // of a normal distribution: standard deviation / median |x|
-constexpr double cutoff = 2.4;      // of Cauchy's weights, in standard deviations: 95 % efficiency
-constexpr double shrink = 0.7;      // of the cutoff per sweep, down to the noise
-constexpr double floor_of = 1e-4;   // of mean |M|: a cutoff below this only rounds
-constexpr double count_cutoff = 3;  // of standardised count residuals
-constexpr double outlier = 5;       // standard deviations
-constexpr double complete = 0.9;    // share of pairs compared from which a Jacobi step converges fast
+constexpr double mad_to_sigma = 1.4826;                  // of a normal distribution
+constexpr double constant_per_sigma = 2.4;               // 95 % efficiency of Cauchy weights is at 2.385
+constexpr double logit_decay = 0.7, logit_floor = 1e-4;  // annealing; the floor in units of the mean |logit|
+constexpr double count_start = 20, count_decay = 0.8, count_floor = 3;
+constexpr double count_ridge = 1e-2;
+constexpr double outlier_sigmas = 5;
+constexpr double nan = __builtin_nan("");
 
-inline Vf sigmoid(Vf x) {
-  const Vf bound = splat(80.0f);
-  x = x > bound ? bound : x < -bound ? -bound : x;
-  return 1.0f / (1.0f + exp(-x));
-}
-inline V<double> sigmoid(V<double> x) {
-  for (int i = 0; i < Lanes<double>::n; i++) x[i] = 1 / (1 + __builtin_exp(-x[i]));
-  return x;
+template <class T>
+struct Lanes {
+  static constexpr int count = W * 4 / sizeof(T);
+  typedef T type __attribute__((vector_size(W * 4)));
+};
+
+template <class V>
+inline V load_as(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
 }
 
-template <int N>
-struct Count {
-  static constexpr int n = N;
+inline double exponential(double x) { return __builtin_exp(x); }
+inline Vf exponential(Vf x) { return exp(x); }
+
+using Vd = Lanes<double>::type;
+using Vl = int64_t __attribute__((vector_size(W * 4)));
+inline Vd exponential(Vd z) {  // z <= 700
+  constexpr double round_to_bits = 6755399441055744.0 + 1023.0;
+  const Vd shifted = z * 1.4426950408889634 + round_to_bits;
+  const Vd n = shifted - round_to_bits;
+  const Vd r = (z - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+  Vd p = Vd{} + 1.0 / 6227020800.0;  // Taylor: 4e-18 of the value at |r| = ln 2 / 2
+  constexpr double inverse_factorial[] = {
+      1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
+      1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
+  for (double c : inverse_factorial) p = p * r + c;
+  const Vd e = p * (Vd)((Vl)shifted << 52);
+  return z < -700.0 ? Vd{} : e;
+}
+
+template <class V>
+inline V reciprocal(V x) {
+  return 1 / x;
+}
+#if defined(FASTPREF_SIMD_avx512)
+template <>
+inline Vf reciprocal(Vf x) {  // 14 bits and a Newton step: half the time of a division
+  const Vf y = (Vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return y * (2.0f - x * y);
+}
+#endif
+
+template <class V>
+struct Term {
+  V residual, pull, weight;
+};
+
+// One pair at difference d = w_i - w_j; `precision` is 1 / constant^2. A missing value gives a NaN residual.
+template <class V>
+inline Term<V> logit_term(V value, V d, V precision) {
+  const V r = value - d;
+  const V weight = reciprocal<V>(1 + r * r * precision);
+  return {r, weight * r, weight};
+}
+
+template <bool ROBUST, class V>
+inline Term<V> count_term(V share, V votes, V d, V precision) {
+  const V low = V{} - 80;
+  const V s = reciprocal<V>(1 + exponential(-(d < low ? low : d)));
+  const V variance = s * (1 - s), miss = (share - s) * votes;
+  const V spread = variance * votes + V(V{} + 1) / 4;  // of the wins, softened by half a vote
+  const V squared = miss * miss / spread;              // z^2
+  if constexpr (!ROBUST) return {squared, miss, votes * variance};
+  const V weight = reciprocal<V>(1 + squared * precision);
+  return {squared, weight * miss, weight * votes * variance};
+}
+
+template <BradleyTerryData DATA, class V>
+inline Term<V> term(V value, V votes, V d, V precision) {
+  if constexpr (DATA == BradleyTerryData::logits) return logit_term(value, d, precision);
+  return count_term<DATA == BradleyTerryData::counts>(value, votes, d, precision);
+}
+
+inline double magnitude(double x) { return x < 0 ? -x : x; }
+
+template <class T>
+inline T root(T x) {
+  return static_cast<T>(__builtin_sqrt(static_cast<double>(x)));
+}
+
+// A dense matrix and its workspace; rows are padded with NaN to whole vectors.
+template <class T, BradleyTerryData DATA>
+struct Dense {
+  using V = typename Lanes<T>::type;
+  static constexpr int lanes = Lanes<T>::count;
+  using Value = T;
+  int64_t items, stride;
+  T* values;
+  const T* votes;
+  T* weights;
+  int64_t* row_counts;
+
+  // Sums run down the columns, which needs no sum over lanes: pulls are skew-symmetric, the rest symmetric. f(n, j)
+  // takes n vectors of columns from j on.
+  template <class F>
+  void column_blocks(const F& f) const {
+    int64_t j = 0;
+    for (; j + 2 * lanes <= stride; j += 2 * lanes) f(std::integral_constant<int, 2>{}, j);
+    if (j < stride) f(std::integral_constant<int, 1>{}, j);
+  }
+
+  Term<V> at(int64_t i, int64_t j, const T* w, V w_columns, V precision) const {
+    V k{};
+    if constexpr (DATA != BradleyTerryData::logits) k = load_as<V>(votes + i * stride + j);
+    return term<DATA, V>(load_as<V>(values + i * stride + j), k, w[i] - w_columns, precision);
+  }
+
+  // gradient_i = sum of pulls, degree_i = sum of weights; returns the number of |residual| <= bound (logits). Keeps the
+  // weights, unless the graph is complete.
+  int64_t pass(const T* w, T precision, T bound, bool complete, T* gradient, T* degree) const {
+    if (!complete) return sums<false>(w, precision, bound, gradient, degree);
+    for (int64_t i = 0; i < items; i++) values[i * stride + i] = 0;  // nothing is missing then, and nothing tested
+    const int64_t within = sums<true>(w, precision, bound, gradient, degree);
+    for (int64_t i = 0; i < items; i++) {
+      values[i * stride + i] = static_cast<T>(nan);
+      degree[i] -= 1;
+    }
+    return within - items;
+  }
+
+  template <bool COMPLETE>
+  int64_t sums(const T* w, T precision, T bound, T* gradient, T* degree) const {
+    int64_t within = 0;
+    column_blocks([&](auto block, int64_t j) {
+      constexpr int n = block.value;
+      const V zero{}, one = zero + T(1), precisions = zero + precision, bounds = zero + bound * bound;
+      V pull[n] = {}, weight[n] = {}, inside[n] = {}, w_columns[n];
+      for (int u = 0; u < n; u++) w_columns[u] = load_as<V>(w + j + u * lanes);
+      for (int64_t i = 0; i < items; i++)
+        for (int u = 0; u < n; u++) {
+          const Term<V> t = at(i, j + u * lanes, w, w_columns[u], precisions);
+          V h = t.weight, q = t.pull;
+          if constexpr (!COMPLETE) {
+            const auto seen = t.residual == t.residual;
+            h = seen ? h : zero;
+            q = seen ? q : zero;
+          }
+          pull[u] -= q;
+          weight[u] += h;
+          if constexpr (DATA == BradleyTerryData::logits) inside[u] += t.residual * t.residual <= bounds ? one : zero;
+          if constexpr (!COMPLETE) std::memcpy(weights + i * stride + j + u * lanes, &h, sizeof h);
+        }
+      for (int u = 0; u < n; u++) {
+        std::memcpy(gradient + j + u * lanes, &pull[u], sizeof(V));
+        std::memcpy(degree + j + u * lanes, &weight[u], sizeof(V));
+        if constexpr (DATA == BradleyTerryData::logits)
+          for (int l = 0; l < lanes && j + u * lanes + l < items; l++) within += static_cast<int64_t>(inside[u][l]);
+      }
+    });
+    return within;
+  }
+
+  void product(const T* p, T* y) const {  // y_i = sum_j h_ij p_j
+    column_blocks([&](auto block, int64_t j) {
+      constexpr int n = block.value;
+      V even[n] = {}, odd[n] = {};
+      int64_t i = 0;
+      for (; i + 2 <= items; i += 2)
+        for (int u = 0; u < n; u++) {
+          even[u] += load_as<V>(weights + i * stride + j + u * lanes) * p[i];
+          odd[u] += load_as<V>(weights + (i + 1) * stride + j + u * lanes) * p[i + 1];
+        }
+      for (int u = 0; u < n; u++) {
+        if (i < items) even[u] += load_as<V>(weights + i * stride + j + u * lanes) * p[i];
+        even[u] += odd[u];
+        std::memcpy(y + j + u * lanes, &even[u], sizeof(V));
+      }
+    });
+  }
+
+  void residuals(const T* w) const {  // |residual| (counts: its square) instead of the weights; NaN: missing
+    column_blocks([&](auto block, int64_t j) {
+      for (int u = 0; u < block.value; u++, j += lanes) {
+        const V w_columns = load_as<V>(w + j);
+        for (int64_t i = 0; i < items; i++) {
+          V r = at(i, j, w, w_columns, V{}).residual;
+          r = r < 0 ? -r : r;
+          std::memcpy(weights + i * stride + j, &r, sizeof r);
+        }
+      }
+    });
+  }
+
+  int64_t count_within(T bound) const {  // residuals <= bound: all, and per row
+    int64_t within = 0;
+    column_blocks([&](auto block, int64_t j) {
+      constexpr int n = block.value;
+      const V zero{}, one = zero + T(1);
+      V inside[n] = {};
+      for (int64_t i = 0; i < items; i++)
+        for (int u = 0; u < n; u++) inside[u] += load_as<V>(weights + i * stride + j + u * lanes) <= bound ? one : zero;
+      for (int u = 0; u < n; u++)
+        for (int l = 0; l < lanes && j + u * lanes + l < items; l++) {
+          row_counts[j + u * lanes + l] = static_cast<int64_t>(inside[u][l]);
+          within += row_counts[j + u * lanes + l];
+        }
+    });
+    return within;
+  }
+};
+
+// An edge list by rows, in double; rows run in parallel, each on one thread.
+template <BradleyTerryData DATA>
+struct Sparse {
+  using Value = double;
+  static constexpr int64_t chunk = 512;
+  const BradleyTerryEdges& edges;
+  int64_t items;
+  int64_t* row_counts;
+
+  template <class F>
+  void rows(const F& f) const {
+    parallel_for(items, chunk, edges.threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) f(i, edges.offsets[i], edges.offsets[i + 1]);
+    });
+  }
+
+  Term<double> at(int64_t e, double w_i, const double* w, double precision) const {
+    const double votes = DATA == BradleyTerryData::logits ? 0 : edges.votes[e];
+    return term<DATA, double>(edges.values[e], votes, w_i - w[edges.columns[e]], precision);
+  }
+
+  int64_t pass(const double* w, double precision, double bound, bool, double* gradient, double* degree) const {
+    rows([&](int64_t i, int64_t begin, int64_t end) {
+      double pull = 0, weight = 0;
+      int64_t within = 0;
+      for (int64_t e = begin; e < end; e++) {
+        const Term<double> t = at(e, w[i], w, precision);
+        pull += t.pull;
+        weight += t.weight;
+        within += magnitude(t.residual) <= bound;
+        edges.weights[e] = t.weight;
+      }
+      gradient[i] = pull;
+      degree[i] = weight;
+      row_counts[i] = within;
+    });
+    return total();
+  }
+
+  void product(const double* p, double* y) const {
+    rows([&](int64_t i, int64_t begin, int64_t end) {
+      double sum = 0;
+      for (int64_t e = begin; e < end; e++) sum += edges.weights[e] * p[edges.columns[e]];
+      y[i] = sum;
+    });
+  }
+
+  void residuals(const double* w) const {
+    rows([&](int64_t i, int64_t begin, int64_t end) {
+      for (int64_t e = begin; e < end; e++) edges.weights[e] = magnitude(at(e, w[i], w, 0).residual);
+    });
+  }
+
+  int64_t count_within(double bound) const {
+    rows([&](int64_t i, int64_t begin, int64_t end) {
+      int64_t within = 0;
+      for (int64_t e = begin; e < end; e++) within += edges.weights[e] <= bound;
+      row_counts[i] = within;
+    });
+    return total();
+  }
+
+  int64_t total() const {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < items; i++) sum += row_counts[i];
+    return sum;
+  }
 };
 
 template <class T>
-struct Solver {
-  static constexpr int n = Lanes<T>::n;
-  using Vt = V<T>;
-  using I = typename Lanes<T>::I;
-
-  const BradleyTerry& args;
-  const int64_t items, stride;  // rows are padded with missing entries to whole vectors
-  T *matrix, *votes, *weights;  // [items, stride]: logits or shares of wins, NaN missing; votes; Laplacian weights
-  T *scores, *step, *residual, *direction, *product, *diagonal, *gradient;  // [stride]
-  int64_t *label, *queue, *degree;                                          // [items]
-
-  Solver(const BradleyTerry& args, char* memory) : args(args), items(args.items), stride((args.items + n - 1) / n * n) {
-    const auto take = [&](int64_t count) {
-      T* at = reinterpret_cast<T*>(memory);
-      memory += (count * sizeof(T) + 63) / 64 * 64;
-      return at;
-    };
-    matrix = take(items * stride);
-    votes = args.counts ? take(items * stride) : nullptr;
-    weights = take(items * stride);
-    scores = take(stride);
-    step = take(stride);
-    residual = take(stride);
-    direction = take(stride);
-    product = take(stride);
-    diagonal = take(stride);
-    gradient = take(stride);
-    label = reinterpret_cast<int64_t*>(memory);
-    queue = label + items;
-    degree = queue + items;
-  }
-
-  // ---- what is compared ----
-
-  int64_t pairs = 0;                 // ordered
-  double mean = 0;                   // |M| of compared pairs
-  bool dense = false, full = false;  // nearly all, or all pairs are compared
-
-  void read(int64_t b) {
-    const T* in = static_cast<const T*>(args.data) + b * items * items;
-    const T nan = static_cast<T>(__builtin_nan(""));
-    double total = 0;
-    pairs = 0;
-    dense = full = items > 1;
-    for (int64_t i = 0; i < items; i++) {
-      T* row = matrix + i * stride;
-      for (int64_t j = 0; j < items; j++) {
-        if (votes) {
-          const T won = in[i * items + j], lost = in[j * items + i], sum = won + lost;
-          const bool compared = i != j && sum > 0;
-          votes[i * stride + j] = compared ? sum : 0;
-          row[j] = compared ? won : nan;
-        } else {
-          row[j] = i == j ? nan : in[i * items + j];
-        }
-      }
-      for (int64_t j = items; j < stride; j++) {
-        row[j] = nan;
-        if (votes) votes[i * stride + j] = 0;
-      }
-      Vt sum{};
-      Vt present{};
-      for (int64_t j = 0; j < stride; j += n) {
-        const Vt v = load_at(row + j), a = abs_of<T>(v);
-        sum += v == v ? a : Vt{};
-        present += v == v ? Vt{} + 1 : Vt{};
-      }
-      total += sum_of<T>(sum);
-      degree[i] = static_cast<int64_t>(sum_of<T>(present));
-      pairs += degree[i];
-      dense = dense && degree[i] >= complete * (items - 1);
-      full = full && degree[i] == items - 1;
-    }
-    mean = pairs ? total / pairs : 0;
-  }
-
-  // The first entry that its mirror image contradicts, as info's last two numbers; -1: none.
-  void find_asymmetry(int64_t b, double* at) const {
-    const T* in = static_cast<const T*>(args.data) + b * items * items;
-    at[0] = at[1] = -1;
-    for (int64_t i = 1; i < items; i++)
-      for (int64_t j = 0; j < i; j++) {
-        const T a = in[i * items + j], mirror = in[j * items + i];
-        if (a + mirror == 0 || (a != a && mirror != mirror)) continue;
-        // logits of p and of 1 - p, each rounded, differ by a share of themselves
-        if (magnitude(double(a) + mirror) <= 1e-2 * larger(magnitude(a), mean)) continue;
-        at[0] = static_cast<double>(i);
-        at[1] = static_cast<double>(j);
-        return;
-      }
-  }
-
-  int64_t components = 0;  // labelled in the order of their first items
-
-  void find_components() {
-    components = 0;
-    for (int64_t i = 0; i < items; i++) label[i] = -1;
-    for (int64_t first = 0; first < items; first++) {
-      if (label[first] >= 0) continue;
-      int64_t end = 0;
-      queue[end++] = first;
-      label[first] = components;
-      for (int64_t at = 0; at < end && end < items; at++) {
-        const T* row = matrix + queue[at] * stride;
-        for (int64_t j = 0; j < items; j++)
-          if (label[j] < 0 && row[j] == row[j]) {
-            label[j] = components;
-            queue[end++] = j;
-          }
-      }
-      components++;
-    }
-  }
-
-  void centre(T* values) {  // to mean 0 in each component
-    for (int64_t first = 0, component = 0; component < components; first++) {
-      if (label[first] != component) continue;
-      double sum = 0;
-      int64_t members = 0;
-      for (int64_t i = first; i < items; i++)
-        if (components == 1 || label[i] == component) {
-          sum += values[i];
-          members++;
-        }
-      for (int64_t i = first; i < items; i++)
-        if (components == 1 || label[i] == component) values[i] = static_cast<T>(values[i] - sum / members);
-      component++;
-    }
-  }
-
-  // ---- linear algebra on the weighted Laplacian ----
-
-  // x = (diag(diagonal) - weights + ridge)^-1 gradient, to a residual of `precision`; a singular part stays zero.
-  void solve(T* x, double precision, double ridge) {
-    double norm = 0;
-    if (ridge == 0) centre(gradient);  // rounding must not push along the constants, which the weights do not see
-    for (int64_t i = 0; i < stride; i++) {
-      x[i] = 0;
-      residual[i] = i < items ? gradient[i] : 0;
-      direction[i] = 0;
-    }
-    const auto preconditioned = [&](int64_t i) {
-      const double d = double(diagonal[i]) + ridge;
-      return d > 0 ? residual[i] / d : 0.0;
-    };
-    for (int64_t i = 0; i < items; i++) {
-      direction[i] = static_cast<T>(preconditioned(i));
-      norm += double(residual[i]) * direction[i];
-    }
-    const double target = norm * precision * precision;
-    for (int64_t iteration = 0; iteration < 2 * items + 8 && norm > target && norm > 0; iteration++) {
-      in_blocks([&](int64_t first, auto count) {  // the weights are symmetric: by rows, without sums across lanes
-        constexpr int U = count.n;
-        Vt sum[U] = {};
-        for (int64_t j = 0; j < items; j++) {
-          const Vt other = Vt{} + direction[j];
-          for (int u = 0; u < U; u++) sum[u] += load_at(weights + j * stride + first + u * n) * other;
-        }
-        for (int u = 0; u < U; u++) store_at(product + first + u * n, sum[u]);
-      });
-      double curvature = 0;
-      for (int64_t i = 0; i < items; i++) {
-        product[i] = static_cast<T>((double(diagonal[i]) + ridge) * direction[i] - product[i]);
-        curvature += double(product[i]) * direction[i];
-      }
-      if (!(curvature > 0)) break;
-      const double length = norm / curvature;
-      double next = 0;
-      for (int64_t i = 0; i < items; i++) {
-        x[i] = static_cast<T>(x[i] + length * direction[i]);
-        residual[i] = static_cast<T>(residual[i] - length * product[i]);
-        next += residual[i] * preconditioned(i);
-      }
-      for (int64_t i = 0; i < items; i++) direction[i] = static_cast<T>(preconditioned(i) + next / norm * direction[i]);
-      norm = next;
-    }
-  }
-
-  // ---- logits ----
-
-  inline Vt residual_of(const T* row, int64_t j, Vt own) const { return load_at(row + j) - own + load_at(scores + j); }
-
-  // The median of |r| over every `step_rows`-th row; kept in `weights`.
-  double median_residual(int64_t step_rows) {
-    int64_t rows = 0, present = 0;
-    double most = 0;
-    for (int64_t i = 0; i < items; i += step_rows) {
-      const T* row = matrix + i * stride;
-      T* out = weights + rows++ * stride;
-      const Vt own = Vt{} + scores[i];
-      Vt top{};
-      for (int64_t j = 0; j < stride; j += n) {
-        const Vt r = abs_of<T>(residual_of(row, j, own));
-        store_at(out + j, r);
-        top = r > top ? r : top;
-      }
-      for (int k = 0; k < n; k++) most = larger(most, top[k]);
-      present += degree[i];
-    }
-    if (present == 0) return 0;
-    // where all are compared, items against themselves lie among the values, as zeros
-    return order_statistic(weights, rows * stride, (present + 1) / 2 + (full ? rows : 0), most);
-  }
-
-  struct Sweep {
-    double change;  // of the largest score
-    int64_t small;  // residuals below the bound asked for
-  };
-
-  // f(first, Count<U>) for all columns, U vectors at a time.
-  template <class F>
-  void in_blocks(F&& f) {
-    int64_t at = 0;
-    for (; at + 4 * n <= stride; at += 4 * n) f(at, Count<4>{});
-    if (at + 2 * n <= stride) f(at, Count<2>{}), at += 2 * n;
-    if (at < stride) f(at, Count<1>{});
-  }
-
-  // Gradient and diagonal of U vectors of items under Cauchy's likelihood with cutoff d. Items are lanes, and the other
-  // side of each comparison is a row, so that no sum crosses lanes: row j holds what j thinks of them, -r.
-  template <bool FULL, int U>
-  I weigh(int64_t first, Vt inverse_d2, Vt limit) {
-    const Vt one = Vt{} + 1;
-    Vt own[U], force[U] = {}, weight[U] = {};
-    I below{};
-    for (int u = 0; u < U; u++) own[u] = load_at(scores + first + u * n);
-    for (int64_t j = 0; j < items; j++) {
-      const T* row = matrix + j * stride + first;
-      const Vt other = Vt{} + scores[j];
-      for (int u = 0; u < U; u++) {
-        Vt r = load_at(row + u * n) - other + own[u];
-        const auto present = r == r;
-        if (!FULL) r = present ? r : Vt{};
-        Vt g = inverse(one + r * r * inverse_d2);
-        if (!FULL) g = present ? g : Vt{};
-        force[u] -= g * r;
-        weight[u] += g;
-        below -= FULL ? abs_of<T>(r) <= limit : (abs_of<T>(r) <= limit) & present;
-        if (!dense) store_at(weights + j * stride + first + u * n, g);
-      }
-    }
-    for (int u = 0; u < U; u++) {
-      store_at(gradient + first + u * n, force[u]);
-      store_at(diagonal + first + u * n, weight[u]);
-    }
-    return below;
-  }
-
-  // One reweighting and a step.
-  Sweep sweep(double d, double bound) {
-    const Vt inverse_d2 = Vt{} + static_cast<T>(1 / (d * d)), limit = Vt{} + static_cast<T>(bound);
-    I below{};
-    in_blocks([&](int64_t first, auto count) {
-      below += full ? weigh<true, count.n>(first, inverse_d2, limit) : weigh<false, count.n>(first, inverse_d2, limit);
-    });
-    Sweep result{0, 0};
-    for (int k = 0; k < n; k++) result.small += below[k];
-    if (full) result.small -= items;
-    if (dense) {  // the item against itself counts too: without it bipartite graphs oscillate
-      const T self = full ? 0 : 1;
-      for (int64_t i = 0; i < items; i++) step[i] = gradient[i] / (diagonal[i] + self);
-    } else {
-      solve(step, sizeof(T) == 8 ? 1e-8 : 1e-4, 0);
-    }
-    for (int64_t i = 0; i < items; i++) {
-      scores[i] += step[i];
-      result.change = larger(result.change, magnitude(step[i]));
-    }
-    if (dense) centre(scores);
-    return result;
-  }
-
-  int64_t iterations = 0;
-  bool converged = false;
-
-  void set_diagonal(T value) {
-    for (int64_t i = 0; i < items; i++) matrix[i * stride + i] = value;
-  }
-
-  void fit_logits(double tol) {
-    iterations = 0;
-    converged = pairs == 0 || mean == 0;
-    const double least = floor_of * mean, settled = tol * mean, infinite = 1e18 * mean;
-    if (full) set_diagonal(0);  // an item against itself: a residual of zero, whose weight belongs there anyway
-    const int64_t sampled = items >= 48 ? 4 : 1;  // rows are alike: a quarter of them gives the median to a few percent
-    double d = args.robust ? 2 * mean : infinite;
-    for (bool at_floor = !args.robust; !converged && iterations < args.max_iter; iterations++) {
-      const double next = larger(shrink * d, least);
-      const Sweep swept = sweep(d, next / (cutoff * mad));
-      converged = at_floor && swept.change <= settled;
-      if (!args.robust || converged) continue;
-      const double before = d;
-      d = next;  // unless the noise is above it, which a look at the median is needed for
-      if (2 * swept.small < pairs) d = larger(d, cutoff * mad * median_residual(sampled));
-      at_floor = d >= 0.99 * before || d <= least;
-    }
-    if (full) set_diagonal(static_cast<T>(__builtin_nan("")));
-    full = false;
-  }
-
-  // ---- counts ----
-
-  // One reweighted Newton step; returns the largest change of a score.
-  double newton(double ridge) {
-    const Vt one = Vt{} + 1, quarter = Vt{} + static_cast<T>(0.25);
-    const Vt inverse_c2 = Vt{} + static_cast<T>(1 / (count_cutoff * count_cutoff));
-    in_blocks([&](int64_t first, auto count) {
-      constexpr int U = count.n;
-      Vt own[U], force[U] = {}, weight[U] = {};
-      for (int u = 0; u < U; u++) own[u] = load_at(scores + first + u * n);
-      for (int64_t j = 0; j < items; j++) {
-        const Vt other = Vt{} + scores[j];
-        for (int u = 0; u < U; u++) {
-          const int64_t at = j * stride + first + u * n;
-          const Vt k = load_at(votes + at), p = load_at(matrix + at);
-          const Vt s = sigmoid(other - own[u]), v = s * (one - s);
-          const Vt diff = k > 0 ? p - s : Vt{};
-          Vt g = k;
-          if (args.robust) g = k * inverse(one + diff * diff * k * k * inverse_c2 * inverse(k * v + quarter));
-          force[u] -= g * diff;
-          weight[u] += g * v;
-          store_at(weights + at, g * v);
-        }
-      }
-      for (int u = 0; u < U; u++) {
-        const Vt pull = own[u] * static_cast<T>(ridge);
-        store_at(gradient + first + u * n, force[u] - pull);
-        store_at(diagonal + first + u * n, weight[u]);
-      }
-    });
-    solve(step, sizeof(T) == 8 ? 1e-6 : 1e-4, ridge);
-    double most = 0;
-    for (int64_t i = 0; i < items; i++) most = larger(most, magnitude(step[i]));
-    const double damping = most > 1 ? 1 / most : 1;
-    for (int64_t i = 0; i < items; i++) scores[i] = static_cast<T>(scores[i] + damping * step[i]);
-    return most;
-  }
-
-  void fit_counts(int64_t b, double tol, double ridge) {
-    if (args.robust) {  // from a robust fit of smoothed logits
-      logits_of_counts();
-      fit_logits(1e-2);
-      read(b);
-    }
-    for (int64_t i = 0; i < items; i++)
-      for (int64_t j = 0; j < items; j++)
-        if (votes[i * stride + j] > 0) matrix[i * stride + j] /= votes[i * stride + j];
-    converged = pairs == 0;
-    for (int64_t rounds = 0; !converged && rounds < args.max_iter; rounds++, iterations++)
-      converged = newton(ridge) <= tol;
-  }
-
-  void logits_of_counts() {  // smoothed; a pair that was not compared is 0 / 0
-    double total = 0;
-    for (int64_t i = 0; i < items; i++)
-      for (int64_t j = 0; j < items; j++) {
-        T& entry = matrix[i * stride + j];
-        if (!(entry == entry)) continue;
-        entry = static_cast<T>(__builtin_log((entry + 0.5) / (votes[i * stride + j] - entry + 0.5)));
-        total += magnitude(entry);
-      }
-    mean = pairs ? total / pairs : 0;
-  }
-
-  // ---- the end ----
-
-  void finish(int64_t b) {
-    double scale = args.counts ? 1 : mad * median_residual(1);
-    const double bound = outlier * larger(scale, args.counts ? scale : floor_of * mean / outlier);
-    int64_t outliers = 0;
-    const Vt limit = Vt{} + static_cast<T>(bound), quarter = Vt{} + static_cast<T>(0.25);
-    for (int64_t i = 0; i < items; i++) {
-      const T* row = matrix + i * stride;
-      const Vt own = Vt{} + scores[i];
-      I far{};
-      for (int64_t j = 0; j < stride; j += n) {
-        Vt r = residual_of(row, j, own), spread = limit;
-        if (votes) {  // standardised; compared without the division
-          const Vt k = load_at(votes + i * stride + j), s = sigmoid(own - load_at(scores + j));
-          const Vt diff = (load_at(row + j) - s) * k;
-          r = diff * diff;
-          spread = limit * limit * (s * (Vt{} + 1 - s) * k + quarter);
-        }
-        far -= abs_of<T>(r) > spread;  // never of a NaN
-      }
-      int64_t count = 0;
-      for (int k = 0; k < n; k++) count += far[k];
-      outliers += count;
-      args.rejected[b * items + i] = degree[i] ? float(count) / float(degree[i]) : 0.0f;
-    }
-    centre(scores);
-    T* out = static_cast<T*>(args.scores) + b * items;
-    for (int64_t i = 0; i < items; i++) {
-      out[i] = degree[i] ? scores[i] : static_cast<T>(__builtin_nan(""));
-      args.components[b * items + i] = label[i];
-    }
-    double* info = args.info + bradley_terry_info * b;
-    info[0] = static_cast<double>(iterations);
-    info[1] = converged && pairs > 0;
-    info[2] = scale;
-    info[3] = pairs ? double(outliers) / double(pairs) : 0.0;
-  }
-
-  void run(int64_t b) {
-    read(b);
-    find_components();
-    double* asymmetry = args.info + bradley_terry_info * b + 4;
-    asymmetry[0] = asymmetry[1] = -1;
-    if (!args.counts) find_asymmetry(b, asymmetry);
-    for (int64_t i = 0; i < stride; i++) scores[i] = step[i] = residual[i] = direction[i] = 0;
-    if (args.counts)
-      fit_counts(b, args.tol, args.ridge);
-    else
-      fit_logits(args.tol);
-    finish(b);
-  }
+struct Bits;
+template <>
+struct Bits<float> {
+  using type = uint32_t;
+  static constexpr type infinity = 0x7f800000u, step = 1u << 16;  // a step is at most 0.8 %
 };
+template <>
+struct Bits<double> {
+  using type = uint64_t;
+  static constexpr type infinity = 0x7ff0000000000000ull, step = 1ull << 45;
+};
+
+// Median of the stored residuals, rounded up by at most 0.8 %: bisection on the bits, whose order is the floats'.
+template <class T, class Graph>
+double median(const Graph& graph, int64_t observed) {
+  typename Bits<T>::type low = 0, high = Bits<T>::infinity;
+  while (high - low > Bits<T>::step) {
+    const auto middle = low + (high - low) / 2;
+    T bound;
+    std::memcpy(&bound, &middle, sizeof bound);
+    (2 * graph.count_within(bound) >= observed ? high : low) = middle;
+  }
+  T result;
+  std::memcpy(&result, &high, sizeof result);
+  return low == 0 ? 0 : static_cast<double>(result);
+}
+
+struct Problem {
+  int64_t items, observed;    // entries, both directions
+  int64_t groups;             // connected components
+  const int64_t* components;  // [items]
+  const int64_t* compared;    // [items] pairs of each item
+  double mean;                // |logit|, over the observed entries
+  double ridge;
+  double rounding;  // of residuals, relative to the mean
+  BradleyTerryOptions options;
+  double* group_sums;  // [2, items]
+};
+
+template <class T>
+double dot(const T* a, const T* b, int64_t n) {
+  double sums[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int l = 0; l < 8; l++) sums[l] += static_cast<double>(a[i + l]) * static_cast<double>(b[i + l]);
+  for (; i < n; i++) sums[i % 8] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+template <class T>
+void centre(T* w, const Problem& problem) {
+  double* sums = problem.group_sums;
+  double* sizes = sums + problem.items;
+  for (int64_t g = 0; g < problem.groups; g++) sums[g] = sizes[g] = 0;
+  for (int64_t i = 0; i < problem.items; i++) {
+    sums[problem.components[i]] += static_cast<double>(w[i]);
+    sizes[problem.components[i]] += 1;
+  }
+  for (int64_t i = 0; i < problem.items; i++)
+    w[i] -= static_cast<T>(sums[problem.components[i]] / sizes[problem.components[i]]);
+}
+
+// Solves the Laplacian system for x from x = 0 until the residual's norm has fallen to `reduction` of what it was.
+template <class T, class Graph>
+void conjugate_gradients(const Graph& graph, const T* right, const T* degree, T ridge, double reduction, T* x, T* r,
+                         T* z, T* p, T* y) {
+  const int64_t n = graph.items;
+  const auto precondition = [&] {
+    for (int64_t i = 0; i < n; i++) z[i] = degree[i] + ridge > 0 ? r[i] / (degree[i] + ridge) : T(0);
+  };
+  for (int64_t i = 0; i < n; i++) {
+    x[i] = 0;
+    r[i] = right[i];
+  }
+  precondition();
+  constexpr double rounding = 8 * (sizeof(T) == 4 ? 1.2e-7 : 2.2e-16);
+  double rho = dot(r, z, n);
+  const double goal = rho * reduction * reduction;
+  for (int64_t i = 0; i < n; i++) p[i] = z[i];
+  for (int64_t iteration = 0; iteration < n + 10 && rho > goal; iteration++) {
+    graph.product(p, y);
+    for (int64_t i = 0; i < n; i++) y[i] = (degree[i] + ridge) * p[i] - y[i];
+    const double curvature = dot(p, y, n);
+    for (int64_t i = 0; i < n; i++) z[i] = (degree[i] + ridge) * p[i];
+    if (!(curvature > rounding * dot(p, z, n))) break;  // along constants, which cost nothing: only rounding is left
+    const T alpha = static_cast<T>(rho / curvature);
+    for (int64_t i = 0; i < n; i++) {
+      x[i] += alpha * p[i];
+      r[i] -= alpha * y[i];
+    }
+    precondition();
+    const double next = dot(r, z, n);
+    const T beta = static_cast<T>(next / rho);
+    for (int64_t i = 0; i < n; i++) p[i] = z[i] + beta * p[i];
+    rho = next;
+  }
+}
+
+template <BradleyTerryData DATA, class Graph, class T>
+void solve(const Graph& graph, const Problem& problem, T* vectors, int64_t stride, const BradleyTerryOutputs& out) {
+  constexpr bool logits = DATA == BradleyTerryData::logits, plain = DATA == BradleyTerryData::counts_mle;
+  const int64_t n = problem.items;
+  T *w = vectors, *gradient = w + stride, *degree = gradient + stride, *x = degree + stride, *r = x + stride,
+    *z = r + stride, *p = z + stride, *y = p + stride;
+  for (int64_t i = 0; i < 8 * stride; i++) vectors[i] = 0;  // padding too: it meets NaN values, never NaN scores
+  const double floor = logits ? logit_floor * problem.mean : count_floor;
+  const double decay = logits ? logit_decay : count_decay;
+  const T ridge = static_cast<T>(problem.ridge);
+  double constant = logits ? 2 * problem.mean : count_start;
+  bool settled = plain, sweeps = logits && problem.observed == n * (n - 1), converged = problem.observed == 0;
+  double previous = 0;
+  int64_t iteration = 0;
+  if (logits && problem.mean == 0) converged = true;
+  while (!converged && iteration < problem.options.max_iter) {
+    iteration++;
+    const double bound = decay * constant / (constant_per_sigma * mad_to_sigma);
+    const T precision = static_cast<T>(plain ? 0 : 1 / (constant * constant));
+    const int64_t within = graph.pass(w, precision, static_cast<T>(bound), sweeps, gradient, degree);
+    if (problem.ridge > 0)
+      for (int64_t i = 0; i < n; i++) gradient[i] -= ridge * w[i];
+    if (sweeps) {
+      for (int64_t i = 0; i < n; i++) x[i] = gradient[i] / (degree[i] + 1);  // + 1: the item against itself
+    } else {
+      centre(gradient, problem);  // it sums to 0 but for rounding, which the singular system would blow up
+      conjugate_gradients(graph, gradient, degree, ridge, settled ? 1e-2 : 0.1, x, r, z, p, y);
+    }
+    double step = 0, size = 0;
+    if (!sweeps) centre(x, problem);
+    for (int64_t i = 0; i < n; i++) step = magnitude(x[i]) > step ? magnitude(x[i]) : step;
+    const T damping = static_cast<T>(!logits && step > 1 ? 1 / step : 1);
+    for (int64_t i = 0; i < n; i++) {
+      w[i] += damping * x[i];
+      size = magnitude(w[i]) > size ? magnitude(w[i]) : size;
+    }
+    const double unit = logits ? problem.mean : (size > 1 ? size : 1);
+    if (settled) {
+      converged = step <= problem.options.tol * unit;
+      if (sweeps && previous > 0 && step > 0.7 * previous) sweeps = false;  // slow: one item hangs by few weights
+      previous = step;
+      continue;
+    }
+    double next = decay * constant;
+    if (logits && 2 * within < problem.observed) {
+      graph.residuals(w);
+      const double least = constant_per_sigma * mad_to_sigma * median<T>(graph, problem.observed);
+      next = least > next ? least : next;
+    }
+    next = next > floor ? next : floor;
+    next = next < constant ? next : constant;
+    settled = next <= floor || (next >= 0.99 * constant && step <= 0.05 * constant);
+    constant = next;
+  }
+  centre(w, problem);
+
+  double largest = 0;
+  graph.pass(w, static_cast<T>(plain || constant == 0 ? 0 : 1 / (constant * constant)), 0, false, gradient, degree);
+  for (int64_t i = 0; i < n; i++) {
+    const double g = magnitude(gradient[i] - ridge * w[i]);
+    if (degree[i] > 0 && g / degree[i] > largest) largest = g / degree[i];
+  }
+  graph.residuals(w);
+  double scale = median<T>(graph, problem.observed);
+  scale = mad_to_sigma * (logits ? scale : root(scale));
+  double threshold = outlier_sigmas * (logits || scale > 1 ? scale : 1.0);
+  if (logits && threshold < problem.rounding * problem.mean) threshold = problem.rounding * problem.mean;
+  const int64_t kept = graph.count_within(static_cast<T>(logits ? threshold : threshold * threshold));
+  for (int64_t i = 0; i < n; i++) {
+    const bool alone = problem.compared[i] == 0;
+    out.scores[i] = alone ? nan : static_cast<double>(w[i]);
+    out.rejected[i] = alone ? nan : 1 - double(graph.row_counts[i]) / double(problem.compared[i]);
+    out.components[i] = problem.components[i];
+  }
+  const bool empty = problem.observed == 0;
+  out.stats[bt_iterations] = double(iteration);
+  out.stats[bt_converged] = converged;
+  out.stats[bt_scale] = empty ? nan : scale;
+  out.stats[bt_outlier_rate] = empty ? nan : 1 - double(kept) / double(problem.observed);
+  out.stats[bt_gradient] = logits && problem.mean > 0 ? largest / problem.mean : largest;
+  out.stats[bt_constant] = plain ? 0 : constant;
+  out.stats[bt_threshold] = threshold;
+  out.stats[bt_ridge] = problem.ridge;
+}
+
+// Labels of the connected components by depth-first search, numbered by their first items. neighbours(i, visit) calls
+// visit(j) for every j next to i. Returns their number.
+template <class Neighbours>
+int64_t components(int64_t items, const Neighbours& neighbours, int64_t* labels, int64_t* stack) {
+  int64_t groups = 0;
+  for (int64_t i = 0; i < items; i++) labels[i] = -1;
+  for (int64_t root = 0; root < items; root++) {
+    if (labels[root] >= 0) continue;
+    int64_t top = 0;
+    stack[top++] = root;
+    labels[root] = groups;
+    while (top > 0)
+      neighbours(stack[--top], [&](int64_t j) {
+        if (labels[j] >= 0) return;
+        labels[j] = groups;
+        stack[top++] = j;
+      });
+    groups++;
+  }
+  return groups;
+}
+
+// The likelihood has a maximum where within each component wins lead from every item to every other: where as many
+// searches along wins, and along losses, as there are components reach everything.
+template <class Wins, class Losses>
+bool strongly_connected(int64_t items, int64_t groups, const Wins& wins, const Losses& losses, int64_t* labels,
+                        int64_t* stack) {
+  return components(items, wins, labels, stack) == groups && components(items, losses, labels, stack) == groups;
+}
+
+int64_t padded(int64_t items, int64_t size) { return (items * size + 63) / 64 * 64 / size; }
+
+template <class T, BradleyTerryData DATA>
+void dense(const BradleyTerryDense& args, int64_t b, char* workspace) {
+  constexpr bool logits = DATA == BradleyTerryData::logits;
+  const int64_t n = args.items, stride = padded(n, sizeof(T));
+  const T* matrix = static_cast<const T*>(args.matrix) + b * n * n;
+  T* values = reinterpret_cast<T*>(workspace);
+  T* weights = values + n * stride;
+  T* votes = weights + n * stride;
+  T* vectors = votes + n * stride;
+  double* group_sums = reinterpret_cast<double*>(vectors + 8 * stride);
+  int64_t* row_counts = reinterpret_cast<int64_t*>(group_sums + 2 * n);
+  int64_t *compared = row_counts + n, *stack = compared + n, *labels = stack + n, *other = labels + n;
+  BradleyTerryOutputs out = args.out;
+  out.scores += b * n;
+  out.components += b * n;
+  out.rejected += b * n;
+  out.stats += b * bt_stats;
+
+  double sum = 0, largest = 0, worst = 0;
+  int64_t worst_row = -1, worst_column = -1, observed = 0;
+  const auto complain = [&](double value, int64_t row, int64_t column) {
+    if (worst != worst || !(magnitude(value) > worst || value != value)) return;  // the first NaN stays
+    worst = value != value ? value : magnitude(value);
+    worst_row = row;
+    worst_column = column;
+  };
+  const T missing = static_cast<T>(nan);
+  for (int64_t i = 0; i < n; i++) {
+    T* row = values + i * stride;
+    std::memcpy(row, matrix + i * n, n * sizeof(T));
+    for (int64_t j = n; j < stride; j++) row[j] = missing;
+    if (row[i] != 0 && row[i] == row[i]) complain(2 * double(row[i]), i, i);
+    row[i] = missing;
+  }
+  if constexpr (logits) {
+    T asymmetry[4] = {};  // four, or each comparison would wait for the one before
+    int64_t pairs[4] = {};
+    const auto compare = [&](int64_t i, int64_t j, int l) {
+      const T both = values[i * stride + j] + values[j * stride + i], size = both < 0 ? -both : both;
+      asymmetry[l] = size > asymmetry[l] ? size : asymmetry[l];
+      pairs[l] += both == both;
+    };
+    for (int64_t i = 0; i < n; i++) {
+      int64_t j = 0;
+      for (; j + 4 <= i; j += 4)
+        for (int l = 0; l < 4; l++) compare(i, j + l, l);
+      for (; j < i; j++) compare(i, j, 0);
+    }
+    for (int64_t i = 0; i < n; i++) {
+      using V = typename Lanes<T>::type;
+      const V zero{}, one = zero + T(1);
+      V row_sum{}, seen{}, top{};
+      for (int64_t j = 0; j < stride; j += Lanes<T>::count) {
+        const V v = load_as<V>(values + i * stride + j), size = v < 0 ? -v : v;
+        row_sum += v == v ? size : zero;
+        seen += v == v ? one : zero;
+        top = size > top ? size : top;
+      }
+      compared[i] = 0;
+      for (int l = 0; l < Lanes<T>::count; l++) {
+        sum += double(row_sum[l]);
+        compared[i] += static_cast<int64_t>(seen[l]);
+        if (double(top[l]) > largest) largest = double(top[l]);
+      }
+      observed += compared[i];
+    }
+    if (2 * (pairs[0] + pairs[1] + pairs[2] + pairs[3]) != observed || asymmetry[0] > 0 || asymmetry[1] > 0 ||
+        asymmetry[2] > 0 || asymmetry[3] > 0)
+      for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < i; j++) {
+          const T a = values[i * stride + j], c = values[j * stride + i];
+          if ((a == a) != (c == c)) complain(nan, i, j);
+          if (a == a && c == c) complain(double(a) + double(c), i, j);
+        }
+  } else {
+    std::memset(votes, 0, n * stride * sizeof(T));
+    std::memset(compared, 0, n * sizeof(int64_t));
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j < i; j++) {
+        const T a = values[i * stride + j], c = values[j * stride + i], total = a + c;
+        if (a < 0 || a > T(3e38) || (a == a) != (c == c)) complain(a == a ? 1 : nan, i, j);
+        if (c < 0 || c > T(3e38)) complain(1, j, i);
+        const bool seen = total > 0;
+        values[i * stride + j] = seen ? a / total : missing;
+        values[j * stride + i] = seen ? c / total : missing;
+        votes[i * stride + j] = votes[j * stride + i] = seen ? total : T(0);
+        compared[i] += seen;
+        compared[j] += seen;
+      }
+    for (int64_t i = 0; i < n; i++) observed += compared[i];
+  }
+  out.stats[bt_worst] = worst;
+  out.stats[bt_worst_row] = double(worst_row);
+  out.stats[bt_worst_column] = double(worst_column);
+  out.stats[bt_largest] = largest;
+
+  int64_t groups = 1;
+  if (observed == n * (n - 1)) {
+    for (int64_t i = 0; i < n; i++) labels[i] = 0;
+  } else {
+    groups = components(
+        n,
+        [&](int64_t i, const auto& visit) {
+          for (int64_t j = 0; j < n; j++)
+            if (values[i * stride + j] == values[i * stride + j]) visit(j);
+        },
+        labels, stack);
+  }
+  double ridge = logits ? 0 : count_ridge;
+  if constexpr (DATA == BradleyTerryData::counts_mle) {
+    const auto along = [&](bool wins) {
+      return [&, wins](int64_t i, const auto& visit) {
+        for (int64_t j = 0; j < n; j++)
+          if ((wins ? values[i * stride + j] : values[j * stride + i]) > 0) visit(j);
+      };
+    };
+    if (strongly_connected(n, groups, along(true), along(false), other, stack)) ridge = 0;
+  }
+  const Dense<T, DATA> graph{n, stride, values, votes, weights, row_counts};
+  const double mean = observed > 0 ? sum / double(observed) : 0;
+  const double rounding = sizeof(T) == 4 ? 1e-5 : 1e-6;
+  const Problem problem{n, observed, groups, labels, compared, mean, ridge, rounding, args.options, group_sums};
+  // Bad data is Python's to refuse: no answer is formed from it.
+  if (largest > 3e38 || worst != worst || (!logits && worst > 0)) {
+    for (int64_t s = 0; s < bt_worst; s++) out.stats[s] = nan;
+    return;
+  }
+  solve<DATA>(graph, problem, vectors, stride, out);
+}
+
+template <BradleyTerryData DATA>
+void sparse(const BradleyTerryEdges& edges) {
+  constexpr bool logits = DATA == BradleyTerryData::logits;
+  const int64_t n = edges.items;
+  double* group_sums = edges.vectors + 8 * n;
+  int64_t* compared = reinterpret_cast<int64_t*>(group_sums + 2 * n);
+  int64_t *row_counts = compared + n, *stack = row_counts + n, *labels = stack + n;
+  double sum = 0;
+  for (int64_t i = 0; i < n; i++) compared[i] = edges.offsets[i + 1] - edges.offsets[i];
+  const int64_t observed = edges.offsets[n];
+  if constexpr (logits)
+    for (int64_t e = 0; e < observed; e++) sum += magnitude(edges.values[e]);
+  const auto along = [&](double least_share) {
+    return [&edges, least_share](int64_t i, const auto& visit) {
+      for (int64_t e = edges.offsets[i]; e < edges.offsets[i + 1]; e++)
+        if (least_share < 0 || edges.values[e] > least_share) visit(edges.columns[e]);
+    };
+  };
+  const auto losses = [&edges](int64_t i, const auto& visit) {
+    for (int64_t e = edges.offsets[i]; e < edges.offsets[i + 1]; e++)
+      if (edges.values[e] < 1) visit(edges.columns[e]);
+  };
+  const int64_t groups = components(n, along(-1), labels, stack);
+  double ridge = logits ? 0 : count_ridge;
+  if constexpr (DATA == BradleyTerryData::counts_mle)
+    if (strongly_connected(n, groups, along(0), losses, edges.out.components, stack)) ridge = 0;
+  const double mean = observed > 0 ? sum / double(observed) : 0;
+  const Problem problem{n, observed, groups, labels, compared, mean, ridge, 1e-6, edges.options, group_sums};
+  const Sparse<DATA> graph{edges, n, row_counts};
+  solve<DATA>(graph, problem, edges.vectors, n, edges.out);
+}
 
 }  // namespace
 
-void bradley_terry_solve(const BradleyTerry& args, int64_t matrix, int64_t slot) {
-  char* memory = static_cast<char*>(args.workspace) + slot * bradley_terry_workspace(args.items, args.is_double);
-  if (args.is_double)
-    Solver<double>(args, memory).run(matrix);
-  else
-    Solver<float>(args, memory).run(matrix);
+// Arguments of FASTPREF_DISPATCH: here a slot of the workspace, and the matrix.
+void bradley_terry_matrix(const BradleyTerryDense& args, int64_t slot, int64_t b) {
+  char* workspace = static_cast<char*>(args.workspace) + slot * bradley_terry_workspace(args.items, args.is_double);
+  const auto run = [&](auto real) {
+    using T = decltype(real);
+    switch (args.options.data) {
+      case BradleyTerryData::logits:
+        return dense<T, BradleyTerryData::logits>(args, b, workspace);
+      case BradleyTerryData::counts:
+        return dense<T, BradleyTerryData::counts>(args, b, workspace);
+      case BradleyTerryData::counts_mle:
+        return dense<T, BradleyTerryData::counts_mle>(args, b, workspace);
+    }
+  };
+  args.is_double ? run(double{}) : run(float{});
+}
+
+void bradley_terry_rows(const BradleyTerryEdges& args, int64_t, int64_t) {
+  switch (args.options.data) {
+    case BradleyTerryData::logits:
+      return sparse<BradleyTerryData::logits>(args);
+    case BradleyTerryData::counts:
+      return sparse<BradleyTerryData::counts>(args);
+    case BradleyTerryData::counts_mle:
+      return sparse<BradleyTerryData::counts_mle>(args);
+  }
 }
 
 }  // namespace fastpref::FASTPREF_SIMD
 
-#if defined(FASTPREF_SIMD_baseline)  // the entry points, once
+#ifdef FASTPREF_SIMD_baseline  // the entry points, once
+
+#include <atomic>
+
+#include "dispatch.h"
 
 namespace fastpref {
 
+FASTPREF_DISPATCH(bradley_terry_matrix, BradleyTerryDense)
+FASTPREF_DISPATCH(bradley_terry_rows, BradleyTerryEdges)
+
 int64_t bradley_terry_workspace(int64_t items, bool is_double) {
-  const int64_t stride = (items + 15) / 16 * 16, size = is_double ? 8 : 4;
-  return (3 * items * stride + 7 * stride) * size + 10 * 64 + (3 * items * 8 + 63) / 64 * 64;
+  const int64_t size = is_double ? 8 : 4, stride = (items * size + 63) / 64 * 64;
+  return (3 * items + 8) * stride + (7 * items * 8 + 63) / 64 * 64;
 }
 
-void bradley_terry_cpu(const BradleyTerry& args, int threads) {
+void bradley_terry_dense_cpu(const BradleyTerryDense& args, int threads) {
   const SimdLevel level = simd_level();
-  parallel_with_slot(args.batch, threads,
-                     [&](int64_t matrix, int64_t slot) { bradley_terry_solve(level, args, matrix, slot); });
+  std::atomic<int64_t> next{0};  // matrices differ in iterations; each is solved alone, whichever thread takes it
+  parallel_for(args.slots, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; slot++)
+      for (int64_t b; (b = next.fetch_add(1)) < args.batch;) bradley_terry_matrix(level, args, slot, b);
+  });
 }
+
+void bradley_terry_edges_cpu(const BradleyTerryEdges& args) { bradley_terry_rows(simd_level(), args, 0, args.items); }
 
 }  // namespace fastpref
 
