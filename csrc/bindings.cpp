@@ -11,6 +11,7 @@
 #include "bradley_terry.h"
 #include "check.h"
 #include "linear_logps.h"
+#include "outliers.h"
 #include "parallel.h"
 #include "preference.h"
 #include "residual_pass.h"
@@ -105,6 +106,18 @@ ResidualPass residual_pass_args(uintptr_t matrix, int dtype, int64_t rows, int64
           nullptr};
 }
 
+Outliers outliers_args(uintptr_t matrix, int dtype, int64_t rows, int64_t columns, int64_t stride, uintptr_t left,
+                       uintptr_t right, int64_t rank, int64_t padded, double scale, double threshold) {
+  Outliers args{};
+  args.matrix = pointer<const void>(matrix);
+  args.dtype = static_cast<MatrixDType>(dtype);
+  args.rows = rows, args.columns = columns, args.stride = stride;
+  args.left = pointer<const void>(left), args.right = pointer<const void>(right);
+  args.rank = rank, args.padded = padded;
+  args.scale = scale, args.threshold = threshold;
+  return args;
+}
+
 std::map<std::string, std::string> build_info() {
   return {
       {"version", FASTPREF_VERSION},
@@ -136,6 +149,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   py::class_<TokenLogpsBackward>(m, "TokenLogpsBackward").def(py::init(&backward_args));
   py::class_<LinearProjection>(m, "LinearProjection").def(py::init(&linear_projection));
   py::class_<ResidualPass>(m, "ResidualPass").def(py::init(&residual_pass_args));
+  py::class_<Outliers>(m, "Outliers").def(py::init(&outliers_args));
 
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("token_logps_fwd_cpu", &token_logps_fwd_cpu, release());
@@ -269,6 +283,24 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       [](ResidualPass args, uintptr_t workspace, int threads) {
         args.workspace = pointer<void>(workspace);
         residual_pass_cpu(args, threads);
+      },
+      release());
+  m.attr("outliers_padding") = outliers_padding;
+  m.def(
+      "outliers_count_cpu",
+      [](Outliers args, uintptr_t far, uintptr_t observed, uintptr_t by_column, uintptr_t rest, int threads) {
+        args.far = pointer<int64_t>(far), args.observed = pointer<int64_t>(observed);
+        args.by_column = pointer<void>(by_column), args.rest = pointer<double>(rest);
+        outliers_count_cpu(args, threads);
+      },
+      release());
+  m.def(
+      "outliers_list_cpu",
+      [](Outliers args, uintptr_t first, uintptr_t out_rows, uintptr_t out_columns, uintptr_t values, int threads) {
+        args.first = pointer<const int64_t>(first);
+        args.out_rows = pointer<int64_t>(out_rows), args.out_columns = pointer<int64_t>(out_columns);
+        args.values = pointer<void>(values);
+        outliers_list_cpu(args, threads);
       },
       release());
 #ifdef FASTPREF_WITH_CUDA

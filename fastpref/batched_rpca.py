@@ -183,7 +183,7 @@ def _native_solve(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, tol: flo
 
 
 _library.OPS["batched_rpca"] = {
-    "native": lambda device: _library.native_reason(device) if device == "cpu" else "there is no GPU kernel yet",
+    "native": _library.native_cpu_reason,
     "reference": _library.reference_reason,
 }
 

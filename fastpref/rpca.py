@@ -38,7 +38,8 @@ from fastpref.batched_rpca import (
     outlier_bound,
     shrinkage,
 )
-from fastpref.residual_pass import STRUCTURES, check_matrix, factor_dtype, histogram_median, outliers, residual_pass
+from fastpref.outliers import Outliers, outlier_counts, outliers
+from fastpref.residual_pass import STRUCTURES, check_matrix, factor_dtype, histogram_median, residual_pass
 
 CORRUPTIONS = ("entries", "rows", "columns")
 METHODS = ("auto", "annealed", "altproj", "ialm")
@@ -105,21 +106,21 @@ class _Data:
 
     def __init__(self, matrix, scale, structure, group, backend):
         self.matrix, self.scale, self.structure, self.group, self.backend = matrix, scale, structure, group, backend
-        self.dtype, self._counts = factor_dtype(matrix), None
+        self.dtype = factor_dtype(matrix)
         self.rows, self.columns = matrix.shape
-        none = self.thin(0)
-        everything = self.read(*none, "identity", torch.inf)
+        found = self._pass(*self.thin(0), "identity", torch.inf)
+        everything = self._shared(found)
         self.observed, self.norm = everything.observed, everything.sum_squares**0.5
         self.total_rows = self.sum(torch.tensor([self.rows], device=matrix.device))[0].item()
         self.share = self.observed / max(self._entries(), 1)
-        self.top = self.max(self._pass(*none, "identity", torch.inf).max_kept).item()
-        self.mean = min(self._mean(none), self.top)
+        self.top = self.max(found.max_kept).item()
+        self.mean = min(self._mean(), self.top)
 
     def _entries(self) -> int:
         n = self.columns
         return n * (n - 1) if self.structure == "skew" else self.total_rows * n
 
-    def _mean(self, none) -> float:
+    def _mean(self) -> float:
         """Mean |D|: |D| = E^2 of one pass over D with E = sqrt|D| does not exist; of the histogram, to a percent."""
         counts = self._histogram
         if counts.sum() == 0:
@@ -128,20 +129,16 @@ class _Data:
         middle = ((edges[:-1] + edges[1:]) / 2).where(counts.cpu() > 0, 0.0)
         return float((middle * counts.cpu()).sum() / counts.sum())
 
-    def counts(self) -> tuple[Tensor, Tensor]:
+    def outlier_counts(self, left, right, threshold: float):
+        found = outlier_counts(self.matrix, left, right, threshold, scale=self.scale)
+        for part in (found.columns, found.column_observed, found.rest_squares):
+            self.sum(part)
+        return found
+
+    def observed_lines(self) -> tuple[Tensor, Tensor]:
         """Observed entries of this rank's rows, and of the columns."""
-        if self._counts is None:
-            m, n = self.matrix.shape
-            rows = torch.empty(m, dtype=torch.int64, device=self.matrix.device)
-            columns = torch.zeros(n, dtype=torch.int64, device=self.matrix.device)
-            step = max(1, (1 << 20) // max(n, 1))  # a sum of booleans copies them as int64
-            for begin in range(0, m, step):
-                block = self.matrix[begin : begin + step]
-                seen = block != -128 if block.dtype == torch.int8 else block == block
-                rows[begin : begin + step] = seen.sum(1)
-                columns += seen.sum(0)
-            self._counts = rows, self.sum(columns)
-        return self._counts
+        found = self.outlier_counts(*self.thin(0), torch.inf)
+        return found.row_observed, found.column_observed
 
     def thin(self, rank: int) -> tuple[Tensor, Tensor]:
         like = {"dtype": self.dtype, "device": self.matrix.device}
@@ -177,7 +174,10 @@ class _Data:
         )
 
     def read(self, left, right, psi, zeta, **options) -> _Read:
-        found = self._pass(left, right, psi, zeta, **options)
+        return self._shared(self._pass(left, right, psi, zeta, **options))
+
+    def _shared(self, found) -> _Read:
+        """Of all ranks' rows."""
         sums = torch.cat(
             [torch.stack([found.sum_squares, found.observed.double(), found.kept.double()]), found.histogram.double()]
         )
@@ -217,9 +217,14 @@ class _Data:
         q = torch.randn(self.columns, rank, generator=generator, dtype=torch.float64).to(self.matrix.device, self.dtype)
         no_left, no_right = self.thin(rank)
         clip = max(CLIP * self.mean, FINEST)
+        before = 0.0
         for _ in range(3):
             p = self.orthonormal(self.read(no_left, q, "soft", clip).left)
-            q = torch.linalg.qr(self.read(p, no_right, "soft", clip).right).Q
+            q, r = torch.linalg.qr(self.read(p, no_right, "soft", clip).right)
+            least = float(torch.linalg.svdvals(r.double())[-1])
+            if least < 1.1 * before:
+                break
+            before = least
         p = self.read(no_left, q, "soft", clip).left / self.share
         if self.structure == "skew":
             core = q.double().mT @ p.double()
@@ -228,11 +233,9 @@ class _Data:
 
 
 class _Verdict(NamedTuple):
-    """What L = left right^T leaves of the matrix, beyond `threshold` taken for corrupted."""
+    """What L = left right^T leaves of the matrix, beyond a threshold taken for corrupted."""
 
-    rows: Tensor  # [K] of the outliers, on this rank
-    columns: Tensor
-    values: Tensor
+    threshold: float
     rate: float
     row_rates: Tensor  # [m]
     column_rates: Tensor  # [n]
@@ -251,28 +254,21 @@ class _Solve(NamedTuple):
 
 
 def _judge(data: _Data, left, right, threshold: float) -> _Verdict:
-    rows, columns, values = outliers(data.matrix, left, right, threshold, scale=data.scale)
-    kept = data.read(left, right, "hard", max(threshold, 1e-300)).sum_squares ** 0.5
-    return _verdict(data, rows, columns, values, kept)
-
-
-def _verdict(data: _Data, rows, columns, values, kept: float) -> _Verdict:
-    row_counts = torch.bincount(rows, minlength=data.rows)
-    column_counts = data.sum(torch.bincount(columns, minlength=data.columns))
-    row_seen, column_seen = data.counts()
-    row_rates = row_counts.double() / row_seen.clamp(min=1)
-    column_rates = column_counts.double() / column_seen.clamp(min=1)
-    zero = column_rates.new_zeros(1)
+    found = data.outlier_counts(left, right, threshold)
+    row_rates, column_rates = _rates(found.rows, found.row_observed), _rates(found.columns, found.column_observed)
+    worst = torch.cat([column_rates.new_zeros(1), row_rates, column_rates]).amax()
     return _Verdict(
-        rows,
-        columns,
-        values,
-        float(column_counts.sum() / column_seen.sum().clamp(min=1)),
+        threshold,
+        float(_rates(found.columns.sum(), found.column_observed.sum())),
         row_rates,
         column_rates,
-        kept / data.norm if data.norm else 0.0,
-        float(data.max(torch.cat([zero, row_rates, column_rates]).amax())) > MISFIT,
+        float(found.rest_squares) ** 0.5 / data.norm if data.norm else 0.0,
+        float(data.max(worst)) > MISFIT,
     )
+
+
+def _rates(counts: Tensor, observed: Tensor) -> Tensor:
+    return counts.double() / observed.clamp(min=1)
 
 
 def _relative(step: Tensor, factor: Tensor, data: _Data | None = None) -> float:
@@ -336,8 +332,8 @@ class _Lines:
 
     def __init__(self, data: _Data, corruption: str):
         self.data, self.rows = data, corruption == "rows"
-        rows, columns = data.counts()
-        self.counts = (rows if self.rows else columns).double()
+        self.observed = data.observed_lines()
+        self.counts = self.observed[0 if self.rows else 1].double()
 
     def sizes(self, read: _Read) -> Tensor:
         """Root mean squares of the lines' residuals; NaN: an empty line."""
@@ -360,6 +356,38 @@ class _Lines:
         weights = (1 / (1 + (sizes / zeta) ** 2)).nan_to_num(0.0).to(self.data.dtype)
         median = float(self.all_sizes(read).nanmedian().nan_to_num(0.0)) / MAD
         return {"row_weights" if self.rows else "column_weights": weights}, median
+
+    def _part(self, wrong: Tensor) -> Tensor:
+        """The lines that are wrong, copied."""
+        matrix = self.data.matrix
+        return (matrix[wrong] if self.rows else matrix[:, wrong]).contiguous()
+
+    def verdict(self, wrong: Tensor, residual: float) -> _Verdict:
+        """All observed entries of the lines that are wrong count as outliers."""
+        part, none = self._part(wrong), self.data.thin(0)
+        left, right = (none[0][wrong], none[1]) if self.rows else (none[0], none[1][wrong])
+        inside = outlier_counts(part, left, right, torch.inf)
+        rows, columns = self.observed
+        if self.rows:
+            row_counts, column_counts = rows * wrong, self.data.sum(inside.column_observed)
+        else:
+            row_counts, column_counts = inside.row_observed, columns * wrong
+        return _Verdict(
+            0.0,
+            float(_rates(column_counts.sum(), columns.sum())),
+            _rates(row_counts, rows),
+            _rates(column_counts, columns),
+            residual,
+            False,
+        )
+
+    def entries(self, wrong: Tensor, left: Tensor, right: Tensor) -> Outliers:
+        left, right = (left[wrong], right) if self.rows else (left, right[wrong])
+        found = outliers(self._part(wrong), left, right, 0.0, scale=self.data.scale)
+        lines = wrong.nonzero().flatten()
+        if self.rows:
+            return found._replace(rows=lines[found.rows])
+        return found._replace(columns=lines[found.columns])
 
 
 def _altproj(data: _Data, rank: int, left, right, tol, max_iter, report) -> _Solve:
@@ -536,7 +564,7 @@ def _result(data: _Data, found: _Solve, corruption: str, sparse: str, gap: Tenso
     u, s, v = _svd_of(data, found.left, found.right)
     root = s.sqrt().to(u.dtype)
     noise = MAD * found.median
-    verdict = found.verdict
+    verdict, lines = found.verdict, None
     if verdict is not None:
         if gap is None:
             _warn_of_rank(data, u, s, v, noise)
@@ -548,15 +576,18 @@ def _result(data: _Data, found: _Solve, corruption: str, sparse: str, gap: Tenso
         wrong = sizes > max(OUTLIER * noise, EXACT * data.mean)
         squares = torch.where(wrong, 0.0, read.row_squares if lines.rows else read.column_squares).sum().reshape(1)
         kept = float(data.sum(squares) if lines.rows else squares) ** 0.5
-        rows, columns, values = outliers(matrix, u * root, v * root, 0.0, scale=data.scale)
-        inside = wrong[rows if lines.rows else columns]
-        verdict = _verdict(data, rows[inside], columns[inside], values[inside], kept)
+        verdict = lines.verdict(wrong, kept / data.norm if data.norm else 0.0)
     whole = None
-    if sparse == "coo":
-        whole = SparseCOO(torch.stack([verdict.rows, verdict.columns], 1), verdict.values)
-    elif sparse == "dense":
-        whole = torch.zeros(matrix.shape, dtype=data.dtype, device=matrix.device)
-        whole[verdict.rows, verdict.columns] = verdict.values
+    if sparse != "none":
+        if lines is None:
+            listed = outliers(matrix, u * root, v * root, verdict.threshold, scale=data.scale)
+        else:
+            listed = lines.entries(wrong, u * root, v * root)
+        if sparse == "coo":
+            whole = SparseCOO(torch.stack(listed[:2], 1), listed.values)
+        else:
+            whole = torch.zeros(matrix.shape, dtype=data.dtype, device=matrix.device)
+            whole[listed.rows, listed.columns] = listed.values
     number = {"dtype": torch.float64, "device": matrix.device}
     info = RPCAInfo(
         torch.tensor(rank, device=matrix.device),
