@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "batched_rpca.h"
+#include "batched_verdict.h"
 #include "bradley_terry.h"
 #include "check.h"
 #include "linear_logps.h"
@@ -256,17 +257,31 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("linear_logps_hidden_grad_workspace", &linear_logps_hidden_grad_workspace);
   m.def(
       "batched_rpca_cpu",
-      [](uintptr_t data, bool is_double, bool skew, bool warm, int64_t batch, int64_t rows, int64_t columns,
-         int64_t rank, uintptr_t start, uintptr_t gamma, double tol, int64_t max_iter, uintptr_t left, uintptr_t right,
+      [](uintptr_t data, bool is_double, bool skew, bool warm, bool other, int64_t batch, int64_t rows, int64_t columns,
+         int64_t rank, uintptr_t start, double tol, int64_t max_iter, uintptr_t left, uintptr_t right,
          uintptr_t iterations, uintptr_t median, uintptr_t converged, uintptr_t workspace, int threads) {
         batched_rpca_cpu(
-            {pointer<const void>(data), is_double, skew, warm, batch, rows, columns, rank, pointer<const void>(start),
-             pointer<const double>(gamma), tol, max_iter, pointer<void>(left), pointer<void>(right),
+            {pointer<const void>(data), is_double, skew, warm, other, batch, rows, columns, rank,
+             pointer<const void>(start), tol, max_iter, pointer<void>(left), pointer<void>(right),
              pointer<int64_t>(iterations), pointer<double>(median), pointer<bool>(converged), pointer<void>(workspace)},
             threads);
       },
       release());
   m.def("batched_rpca_workspace", &batched_rpca_workspace);
+  m.def(
+      "batched_verdict_cpu",
+      [](uintptr_t data, bool is_double, int64_t batch, int64_t rows, int64_t columns, int64_t rank, uintptr_t left,
+         uintptr_t right, uintptr_t median, double outlier, double exact, uintptr_t u, uintptr_t s, uintptr_t vh,
+         uintptr_t sums, uintptr_t row_rates, uintptr_t column_rates, uintptr_t workspace, int threads) {
+        batched_verdict_cpu(
+            {pointer<const void>(data), is_double, batch, rows, columns, rank, pointer<const void>(left),
+             pointer<const void>(right), pointer<const double>(median), outlier, exact, pointer<void>(u),
+             pointer<void>(s), pointer<void>(vh), pointer<double>(sums), pointer<double>(row_rates),
+             pointer<double>(column_rates), pointer<void>(workspace)},
+            threads);
+      },
+      release());
+  m.def("batched_verdict_workspace", &batched_verdict_workspace);
   m.def(
       "svt_cpu",
       [](uintptr_t matrix, uintptr_t threshold, bool is_double, int64_t batch, int64_t rows, int64_t columns,

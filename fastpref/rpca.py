@@ -19,24 +19,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref import _checks, ialm
+from fastpref import _checks, _library, ialm
 from fastpref.batched_rpca import (
     AWAY,
     BLIND,
     CLIP,
     CUTOFF,
-    EXACT,
     FINEST,
+    STEP,
+    batched_annealed,
+    inverse,
+    inverse_gram,
+    shrinkage,
+)
+from fastpref.batched_verdict import (
+    EXACT,
     MAD,
     MISFIT,
     OUTLIER,
-    STEP,
-    batched_annealed,
+    BatchVerdict,
+    batched_verdict,
     explains,
-    inverse,
-    inverse_gram,
     outlier_bound,
-    shrinkage,
 )
 from fastpref.outliers import Outliers, outlier_counts, outliers
 from fastpref.residual_pass import STRUCTURES, check_matrix, factor_dtype, histogram_median, residual_pass
@@ -644,7 +648,7 @@ def _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse) -> RPCAResul
         warm = None
         if skew and not noisy[part].any():
             warm = left[part, :, :r], right[part, :, :r]
-        fit = batched_annealed(flat[part], r, skew=skew, tol=tol, max_iter=300, warm=warm)
+        fit, _ = batched_annealed(flat[part], r, skew=skew, tol=tol, max_iter=300, warm=warm)
         left[part], right[part] = left[part] * 0, right[part] * 0
         left[part, :, :r], right[part, :, :r] = fit.left, fit.right
         iterations[part] += fit.iterations
@@ -652,70 +656,55 @@ def _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse) -> RPCAResul
     fit = _BatchFit(left, right, rank, iterations, converged, found.residual, found.gap)
     medians = [_median_of(d, a, b) for d, a, b in zip(flat, left, right, strict=True)]
     fit = fit._replace(median=torch.stack(medians) if medians else flat.new_empty(0))
-    return _batch_result(matrix, fit, sparse)
+    return _batch_result(matrix, fit, batched_verdict(flat, fit.left, fit.right, fit.median), sparse)
 
 
 def _median_of(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return (matrix - left @ right.mT).abs().nanmedian().nan_to_num(0.0)
 
 
-def _batch_result(matrix: Tensor, found: _BatchFit, sparse: str) -> RPCAResult:
-    shape, rank = matrix.shape, found.left.shape[-1]
-    flat = matrix.reshape(shape[:-2].numel(), *shape[-2:])
-    batch, m, n = flat.shape
-    u, s, vh = _batched_svd(found.left, found.right)
-    s = s * (torch.arange(rank, device=s.device) < found.rank.unsqueeze(-1))
-    scale = MAD * found.median.double()
-    chunk = max(1, (1 << 24) // max(m * n, 1))
-    rates, row_rates, column_rates, residuals, dense, listed = [], [], [], [], [], []
-    for begin in range(0, batch, chunk):
-        part = slice(begin, begin + chunk)
-        d = flat[part]
-        seen = ~d.isnan()
-        r = torch.where(seen, d - found.left[part] @ found.right[part].mT, 0)
-        clean = torch.where(seen, d, 0)
-        total = seen.sum((-2, -1)).clamp(min=1)
-        bound = outlier_bound(found.median[part], clean.abs().sum((-2, -1)) / total)
-        far = r.abs() > bound[:, None, None]
-        kept = torch.where(far, 0, r)
-        norm = torch.linalg.vector_norm(clean, dim=(-2, -1)).double()
-        residuals.append(torch.linalg.vector_norm(kept, dim=(-2, -1)) / norm.where(norm > 0, 1.0))
-        rates.append(far.sum((-2, -1)) / total)
-        row_rates.append(far.sum(-1) / seen.sum(-1).clamp(min=1))
-        column_rates.append(far.sum(-2) / seen.sum(-2).clamp(min=1))
-        if sparse == "dense":
-            dense.append(torch.where(far, r, 0))
-        elif sparse == "coo":
-            where = far.nonzero()
-            listed.append((where + where.new_tensor([begin, 0, 0]), r[far]))
-    lead = shape[:-2]
-
-    def joined(parts, *size, dtype=torch.float64):
-        return (
-            torch.cat(parts).to(dtype).reshape(*lead, *size) if parts else flat.new_empty((*lead, *size), dtype=dtype)
-        )
-
-    whole = None
-    if sparse == "dense":
-        whole = joined(dense, m, n, dtype=flat.dtype)
-    elif sparse == "coo":
-        indices = torch.cat([i for i, _ in listed]) if listed else torch.empty(0, 3, dtype=torch.int64)
-        if len(lead) != 1:
-            indices = torch.cat([torch.stack(torch.unravel_index(indices[:, 0], lead), 1), indices[:, 1:]], 1)
-        whole = SparseCOO(indices, torch.cat([v for _, v in listed]) if listed else flat.new_empty(0))
+def _batch_result(matrix: Tensor, found: _BatchFit, verdict: BatchVerdict, sparse: str) -> RPCAResult:
+    *lead, m, n = matrix.shape
+    rank = found.left.shape[-1]
+    s = verdict.S * (torch.arange(rank, device=matrix.device) < found.rank.unsqueeze(-1))
     info = RPCAInfo(
         found.rank.view(lead),
         found.iterations.view(lead),
-        joined(residuals),
+        verdict.residual.view(lead),
         found.gap.view(lead),
         found.converged.view(lead),
-        scale.view(lead),
-        joined(rates),
-        joined(row_rates, m),
-        joined(column_rates, n),
+        (MAD * found.median.double()).view(lead),
+        verdict.rate.view(lead),
+        verdict.row_rates.view(*lead, m),
+        verdict.column_rates.view(*lead, n),
         _condition(s, found.rank).view(lead),
     )
-    return RPCAResult(u.view(*lead, m, rank), s.view(*lead, rank), vh.view(*lead, rank, n), whole, info)
+    whole = None if sparse == "none" else _batch_sparse(matrix, found, verdict, sparse)
+    u, vh = verdict.U.view(*lead, m, rank), verdict.Vh.view(*lead, rank, n)
+    return RPCAResult(u, s.view(*lead, rank), vh, whole, info)
+
+
+def _batch_sparse(matrix: Tensor, found: _BatchFit, verdict: BatchVerdict, sparse: str) -> Tensor | SparseCOO:
+    *lead, m, n = matrix.shape
+    flat = matrix.reshape(-1, m, n) if matrix.numel() else matrix.new_empty(len(found.rank), m, n)
+    bound = outlier_bound(found.median, verdict.mean.to(matrix.dtype))[:, None, None]
+    dense, listed = torch.zeros_like(flat) if sparse == "dense" else None, []
+    chunk = max(1, (1 << 24) // max(m * n, 1))
+    for begin in range(0, len(flat), chunk):
+        part = slice(begin, begin + chunk)
+        residual = flat[part] - found.left[part] @ found.right[part].mT
+        far = residual.abs() > bound[part]
+        if dense is not None:
+            dense[part] = torch.where(far, residual, 0)
+        else:
+            where = far.nonzero()
+            listed.append((where + where.new_tensor([begin, 0, 0]), residual[far]))
+    if dense is not None:
+        return dense.view(matrix.shape)
+    indices = torch.cat([i for i, _ in listed]) if listed else torch.empty(0, 3, dtype=torch.int64)
+    if len(lead) != 1:
+        indices = torch.cat([torch.stack(torch.unravel_index(indices[:, 0], lead), 1), indices[:, 1:]], 1)
+    return SparseCOO(indices, torch.cat([v for _, v in listed]) if listed else flat.new_empty(0))
 
 
 def _condition(s: Tensor, rank: Tensor) -> Tensor:
@@ -723,13 +712,6 @@ def _condition(s: Tensor, rank: Tensor) -> Tensor:
         return torch.full(rank.shape, torch.nan, dtype=torch.float64, device=s.device)
     last = s.gather(-1, (rank - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return torch.where(rank > 0, (s[:, 0] / last).double(), torch.nan)
-
-
-def _batched_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, r = torch.linalg.qr(left.double())
-    v, t = torch.linalg.qr(right.double())
-    p, s, qh = torch.linalg.svd(r @ t.mT)
-    return (q @ p).to(left.dtype), s.to(left.dtype), (qh @ v.mT).to(left.dtype)
 
 
 # ---- public ----
@@ -843,10 +825,9 @@ def rpca(
         if not matrix.dtype.is_floating_point:
             raise TypeError(f"matrix must be floating-point in a batch, got {matrix.dtype}")
         matrix = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
-        if matrix.isinf().any():
-            where = matrix.isinf().nonzero()[0].tolist()
-            raise ValueError(f"matrix must be finite (NaN: missing), got {matrix[tuple(where)].item()} at {where}")
         lead = matrix.shape[:-2]
+        if rank is None or _library.choose_backend("batched_rpca", "", matrix.device.type) == "reference":
+            _check_finite(matrix)
         if rank is None:
             return _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse)
         factors = None
@@ -854,8 +835,18 @@ def rpca(
             left, right = _warm_factors(warm, (*lead, m, rank), (*lead, rank, n))
             factors = left.reshape(-1, m, rank).to(matrix), right.reshape(-1, n, rank).to(matrix)
         flat = matrix.reshape(lead.numel(), m, n)
-        found = batched_annealed(flat, rank, skew=structure == "skew", tol=tol, max_iter=max_iter, warm=factors)
-        return _batch_result(matrix, _BatchFit.of(found), sparse)
+        skew = structure == "skew"
+        found, verdict = batched_annealed(flat, rank, skew=skew, tol=tol, max_iter=max_iter, warm=factors)
+        if not verdict.mean.isfinite().all():  # the kernels read every entry, and stop at once at such a one
+            _check_finite(matrix)
+        return _batch_result(matrix, _BatchFit.of(found), verdict, sparse)
+
+
+def _check_finite(matrix: Tensor) -> None:
+    infinite = matrix.isinf().nonzero()
+    if len(infinite):
+        where = infinite[0].tolist()
+        raise ValueError(f"matrix must be finite (NaN: missing), got {matrix[tuple(where)].item()} at {where}")
 
 
 def _check_rank(rank, m, n, structure, lam, method, group) -> None:
