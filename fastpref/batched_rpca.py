@@ -13,13 +13,15 @@ from torch import Tensor
 from fastpref import _library, _native
 from fastpref.batched_verdict import MAD, MISFIT, BatchVerdict, batched_verdict, explains
 
-STEP = 0.7  # of the scaled gradient
+STEP, CAREFUL_STEP = 0.9, 0.7  # of the scaled gradient; the second where much is missing
+FIRST = 8.0  # of mean |R| at the start: the first cutoff
 CUTOFF = 3.0  # of Cauchy's weights, in standard deviations of the noise
 FINEST = 1e-9  # of mean |D|: the smallest cutoff
 CLIP = 3.0  # of mean |D|: larger entries are clipped for the start
 AWAY = 10.0  # relative change of a factor at which steps, scaled up for missing entries, lead away: too little observed
 BLIND = 5  # iterations before the median counts as noise
-SLOW, QUICK = 0.9, 0.8  # the cutoff per iteration
+SLOW, QUICK = 0.9, 0.75  # the cutoff per iteration
+COMPLETE = 0.9  # observed share from which little is missing
 _RIDGE = 1e-10  # of the trace of a factor's Gram matrix
 
 
@@ -31,9 +33,15 @@ class BatchSolve(NamedTuple):
     converged: Tensor  # [B] bool
 
 
-def shrinkage(observed_share: float) -> tuple[float, float]:
+def shrinkage(observed_share: float, full_rank: bool) -> tuple[float, ...]:
     """The cutoff's factor per iteration, and the other one, for a matrix that the first leaves unexplained."""
-    return (SLOW, QUICK) if observed_share < 0.9 else (QUICK, SLOW)
+    if full_rank:  # explains every entry
+        return (1.0,)
+    return (SLOW, QUICK) if observed_share < COMPLETE else (QUICK, SLOW)
+
+
+def step_size(observed_share: float) -> float:
+    return (CAREFUL_STEP if observed_share < COMPLETE else STEP) / observed_share
 
 
 def inverse_gram(factor: Tensor) -> Tensor:
@@ -75,7 +83,9 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, other: bool, tol
     clean = torch.where(observed, matrix, 0)
     count = observed.sum((-2, -1))
     share = (count / max(matrix.shape[-2] * matrix.shape[-1], 1)).to(matrix.dtype).clamp(min=1e-30)
-    gamma = torch.where((share < 0.9) != other, SLOW, QUICK)
+    gamma = torch.where((share < COMPLETE) != other, SLOW, QUICK)
+    if rank == min(matrix.shape[1:]):  # explains every entry
+        gamma = torch.ones_like(gamma)
     mean = clean.abs().sum((-2, -1)) / count.clamp(min=1)
     norm = torch.linalg.vector_norm(clean, dim=(-2, -1))
     left, right = start(matrix, observed, rank, skew) if warm is None else warm
@@ -84,7 +94,12 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, other: bool, tol
         core = torch.linalg.lstsq(left.double(), right.double()).solution
         core = ((core - core.mT) / 2).to(matrix.dtype)
         right = left @ core
-    cutoff = clean.abs().amax((-2, -1)) if warm is None else CUTOFF * MAD * _median(clean - left @ right.mT, observed)
+    residual = torch.where(observed, clean - left @ right.mT, 0)
+    if warm is None:
+        first = FIRST * residual.abs().sum((-2, -1)) / count.clamp(min=1)
+        cutoff = torch.minimum(clean.abs().amax((-2, -1)), first)
+    else:
+        cutoff = CUTOFF * MAD * _median(residual, observed)
     cutoff = torch.maximum(cutoff, FINEST * mean)
     iterations = torch.zeros(len(matrix), dtype=torch.int64, device=matrix.device)
     quiet = torch.zeros_like(iterations)
@@ -96,7 +111,7 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, other: bool, tol
             break
         residual = torch.where(observed, clean - left @ right.mT, 0)
         e = residual / (1 + (residual / cutoff[:, None, None].clamp(min=1e-300)) ** 2)
-        size = (STEP / share * running)[:, None, None]
+        size = (torch.where(share < COMPLETE, CAREFUL_STEP, STEP) / share * running)[:, None, None]
         left_step = size * (e @ right @ inverse_gram(right))
         change = torch.linalg.vector_norm(left_step, dim=(-2, -1)) / _norm(left)
         if skew:

@@ -26,11 +26,12 @@ from fastpref.batched_rpca import (
     CLIP,
     CUTOFF,
     FINEST,
-    STEP,
+    FIRST,
     batched_annealed,
     inverse,
     inverse_gram,
     shrinkage,
+    step_size,
 )
 from fastpref.batched_verdict import (
     EXACT,
@@ -118,14 +119,14 @@ class _Data:
         self.total_rows = self.sum(torch.tensor([self.rows], device=matrix.device))[0].item()
         self.share = self.observed / max(self._entries(), 1)
         self.top = self.max(found.max_kept).item()
-        self.mean = min(self._mean(), self.top)
+        self.mean = min(self.mean_size(), self.top)
 
     def _entries(self) -> int:
         n = self.columns
         return n * (n - 1) if self.structure == "skew" else self.total_rows * n
 
-    def _mean(self) -> float:
-        """Mean |D|: |D| = E^2 of one pass over D with E = sqrt|D| does not exist; of the histogram, to a percent."""
+    def mean_size(self) -> float:
+        """Mean |R| of the last read, to a percent: from its histogram."""
         counts = self._histogram
         if counts.sum() == 0:
             return 0.0
@@ -296,8 +297,9 @@ def _annealed(data: _Data, left, right, gamma, tol, max_iter, report, corruption
     if lines is not None:
         zeta = lines.largest(read)
     else:
-        zeta = data.top if not warm else max(CUTOFF * MAD * read.median, finest)
-    quiet = 0
+        zeta = CUTOFF * MAD * read.median if warm else min(data.top, FIRST * data.mean_size())
+    zeta = max(zeta, finest)
+    quiet, size = 0, step_size(data.share)
     for iteration in range(1, max_iter + 1):
         if lines is None:
             read = data.read(left, right, "cauchy", zeta)
@@ -306,7 +308,6 @@ def _annealed(data: _Data, left, right, gamma, tol, max_iter, report, corruption
             weights, median = lines.weigh(read, zeta)
             read = data.read(left, right, "identity", torch.inf, squares=True, **weights)
         residual = read.sum_squares**0.5 / data.norm
-        size = STEP / data.share
         left_step = size * (read.left @ inverse_gram(right))
         change = _relative(left_step, left, data)
         if skew:
@@ -466,7 +467,7 @@ def _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report) -> 
         if method == "altproj" or found.stopped or (found.converged and not found.verdict.suspicious):
             return found
         spent, best = found.iterations, found if found.iterations == max_iter else None
-    for gamma in shrinkage(data.share):
+    for gamma in shrinkage(data.share, rank >= min(data.total_rows, data.columns)):
         if spent == max_iter:
             break
         found = _annealed(data, left, right, gamma, tol, max_iter - spent, report, corruption, warm is not None)

@@ -17,8 +17,8 @@ namespace fastpref::FASTPREF_SIMD {
 namespace {
 
 // as in fastpref/batched_rpca.py
-constexpr double mad = 1.4826, cutoff = 3, step_size = 0.7, finest = 1e-9, clip = 3, ridge = 1e-10, away = 10;
-constexpr double slow = 0.9, quick = 0.8;
+constexpr double mad = 1.4826, cutoff = 3, finest = 1e-9, clip = 3, first = 8, ridge = 1e-10, away = 10;
+constexpr double whole_step = 0.9, careful_step = 0.7, slow = 0.9, quick = 0.75, complete = 0.9;
 constexpr int64_t blind = 5;
 
 constexpr int64_t widest = 8;  // ranks up to this one have kernels with their factors in registers
@@ -260,6 +260,17 @@ struct Solver {
         }
   }
 
+  double mean_residual() const {
+    Vt sum{};
+    for (int64_t first = 0; first < height; first += 4)
+      for (int64_t j = 0; j < stride; j += n) {
+        Vt r[4];
+        residuals<4>(first, j, r);
+        for (int i = 0; i < 4; i++) sum += r[i] == r[i] ? abs_of<T>(r[i]) : Vt{};
+      }
+    return sum_of<T>(sum) / observed;
+  }
+
   double median_residual(int64_t every) {  // of every so manyth group of four rows
     int64_t kept = 0, present = 0;
     Vt high{}, count{};
@@ -440,10 +451,12 @@ struct Solver {
         make_core_skew();
         right_of_core();
       }
-      const double least = finest * mean, size = step_size / share;
-      const double gamma = (share < 0.9) != args.other ? slow : quick;
+      const double least = finest * mean, size = (share < complete ? careful_step : whole_step) / share;
+      const bool explains_all = rank == rows || rank == columns;
+      const double gamma = explains_all ? 1 : (share < complete) != args.other ? slow : quick;
       const int64_t every = rows >= 48 ? 4 : 1;
-      double zeta = larger(args.warm ? cutoff * mad * median_residual(1) : top, least);
+      double zeta =
+          larger(args.warm ? cutoff * mad * median_residual(1) : smaller(top, first * mean_residual()), least);
       for (int still = 0; !converged && iterations < args.max_iter; iterations++) {
         const double next = larger(gamma * zeta, least);
         const Sums sums = pass(zeta, next / (cutoff * mad));
