@@ -1,0 +1,68 @@
+"""The flags of `fastpref denoise`, and what every kind of input does with them."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from fastpref.curate import InputError
+from fastpref.denoise.files import format_of
+
+OUTPUTS = ("low-rank", "factors", "masked")
+
+
+@dataclass(frozen=True)
+class DenoiseOptions:
+    """The flags of `fastpref denoise`, which its --help explains. None: not given."""
+
+    input: str
+    output_file: str
+    array: str | None = None
+    layout: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    output: str | None = None
+    rank: int | None = None
+    structure: str | None = None
+    corruption: str | None = None
+    method: str | None = None
+    lam: float | None = None
+    scale: float | None = None
+    robust: bool | None = None
+    stderr: bool | None = None
+    flagged: str | None = None
+    tol: float | None = None
+    max_iter: int | None = None
+    max_dense: float | None = None
+    threads: int | None = None
+    plot: str | None = None
+
+    def given(self, *names) -> dict:
+        """Of these options, those that were given: keywords of the function behind them."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def refuse(self, names, what: str) -> None:
+        for name in self.given(*names):
+            flag = "no-robust" if name == "robust" else name.replace("_", "-")
+            raise InputError(f"--{flag} is not for {what}")
+
+
+MATRIX_OPTIONS = ("output", "rank", "structure", "corruption", "method", "lam", "scale")
+COMPARISON_OPTIONS = ("robust", "stderr", "flagged")
+
+
+def check_ending(path, formats, what: str) -> None:
+    if format_of(path) not in formats or str(path).endswith(".gz"):
+        raise InputError(f"OUT must end in {', '.join(formats)} for {what}, got {path}")
+
+
+def numbers(values: Tensor):
+    """For JSON: a number (None: NaN), of several their smallest, median and largest."""
+    values = values.double()
+    if values.dim() == 0:
+        number = values.item()
+        return None if math.isnan(number) else number
+    values = values[~values.isnan()].numpy()
+    if not len(values):
+        return None
+    return {"min": float(values.min()), "median": float(np.median(values)), "max": float(values.max())}
