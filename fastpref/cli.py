@@ -175,14 +175,22 @@ def _add_denoise(commands) -> None:
     denoise.add_argument("input", metavar="IN")
     denoise.add_argument("output_file", metavar="OUT")
     denoise.add_argument("--json", action="store_true", help="print a summary as JSON to stdout instead of one line")
-    denoise.add_argument("--plot", metavar="FILE", help="L, S and singular values (comparisons: scores and flagged "
-                         "pairs) as .png, .pdf or .svg; of a batch its first matrix, of several prompts the largest")  # fmt: skip
+    denoise.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="L, S and singular values (comparisons: scores and flagged pairs) as .png, .pdf or .svg; of a batch its "
+        "first matrix, of prompts the largest",
+    )
     denoise.add_argument("--tol", type=float, metavar="X", help="of rpca or bradley_terry (default: theirs)")
     denoise.add_argument("--max-iter", type=positive_integer, metavar="N", help="likewise")
     denoise.add_argument("--threads", type=positive_integer, metavar="N", help="CPU threads (default: torch's choice)")
-    denoise.add_argument("--max-dense", type=float, metavar="GIB", help="refuse before holding a dense matrix of more "
-                         "than this: of triples, of converted numbers, or the ten copies that the convex program "
-                         "needs without --rank (default: half of the memory)")  # fmt: skip
+    denoise.add_argument(
+        "--max-dense",
+        type=float,
+        metavar="GIB",
+        help="refuse before holding a dense matrix of more than this: of triples, of converted numbers, or the ten "
+        "copies that the convex program needs without --rank (default: half of the memory)",
+    )
     matrix = denoise.add_argument_group("matrices, as the arguments of fastpref.rpca")
     matrix.add_argument("--rank", type=int, metavar="N", help="of L; without it the convex program finds it")
     matrix.add_argument("--method", choices=["auto", "annealed", "altproj", "ialm"])
@@ -191,17 +199,26 @@ def _add_denoise(commands) -> None:
     matrix.add_argument("--lam", type=float, metavar="X", help="weight of |S|_1 in the convex program")
     matrix.add_argument("--scale", type=float, metavar="X", help="what the stored numbers, such as int8, are times")
     matrix.add_argument("--array", metavar="NAME", help="which array of an .npz; needed where there are several")
-    matrix.add_argument("--output", choices=["low-rank", "factors", "masked"], help="low-rank: L, dense, .npy (default); "
-                        "masked: IN with the corrupted entries missing, .npy; factors: U, S, Vh, the corruption as "
-                        "sparse_indices and sparse_values, and the diagnoses, .npz. Of triples: a table of all cells "
-                        "of L; IN's own rows, corrupted values null; .npz")  # fmt: skip
+    matrix.add_argument(
+        "--output",
+        choices=["low-rank", "factors", "masked"],
+        help="low-rank (default): L, dense, .npy; masked: IN with the corrupted entries missing, .npy; factors: U, S, "
+        "Vh, the corruption as sparse_indices and sparse_values, and the diagnoses, .npz. Of triples: a table of all "
+        "cells of L; IN's own rows, corrupted values null; .npz",
+    )
     table = denoise.add_argument_group("tables")
     table.add_argument("--layout", choices=["triples", "votes", "winners", "logits"], help="which of the four above")
-    table.add_argument("--columns", type=_columns, default={}, metavar="ROLE=NAME,...",
-                       help="what the file calls them, such as i=model_a,j=model_b,prompt=question_id")  # fmt: skip
+    table.add_argument(
+        "--columns",
+        type=_columns,
+        default={},
+        metavar="ROLE=NAME,...",
+        help="what the file calls them, such as i=model_a,j=model_b,prompt=question_id",
+    )
     comparisons = denoise.add_argument_group("comparisons, as the arguments of fastpref.bradley_terry")
-    comparisons.add_argument("--no-robust", dest="robust", action="store_false", default=None,
-                             help="plain maximum likelihood of votes")  # fmt: skip
+    comparisons.add_argument(
+        "--no-robust", dest="robust", action="store_false", default=None, help="plain maximum likelihood of votes"
+    )
     comparisons.add_argument("--stderr", action="store_true", default=None, help="also the scores' standard errors")
     comparisons.add_argument("--flagged", metavar="FILE", help="table of the pairs that disagree with the scores")
     denoise.set_defaults(handler=_denoise, name="fastpref denoise")

@@ -1,23 +1,22 @@
-"""Pictures of what was found; matplotlib (the extra [cli]) is imported when one is drawn."""
+"""Pictures of what was found."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-PIXELS = 600  # of a side of a matrix; beyond, L is sampled and of S the largest entry of each pixel is shown
+from fastpref.curate import InputError
 
-
-def figure(columns: int):
-    """A matplotlib Figure with so many axes side by side, and these axes. Raises ImportError without matplotlib."""
+try:
     from matplotlib.figure import Figure
+except ImportError as error:
+    raise InputError('plots need matplotlib: pip install "fastpref[cli]"') from error
 
-    drawn = Figure(figsize=(4.5 * columns, 4), layout="constrained")
-    return drawn, drawn.subplots(1, columns)
+PIXELS = 600  # of a side of a matrix; beyond, L is sampled and of S the largest entry of each pixel is shown
 
 
 def plot_low_rank(path, result, format: str | None = None) -> None:
     """L, S and the singular values of one matrix, from an RPCAResult with sparse="coo". format: "png", "pdf", "svg"."""
-    drawn, (low, sparse, values) = figure(3)
+    drawn, (low, sparse, values) = _figure(3)
     m, n = result.U.shape[0], result.Vh.shape[1]
     rows, columns = _sample(m), _sample(n)
     dense = ((result.U[rows] * result.S) @ result.Vh[:, columns]).numpy()
@@ -34,7 +33,7 @@ def plot_low_rank(path, result, format: str | None = None) -> None:
 
 def plot_scores(path, scores: Tensor, stderr: Tensor | None, indices: Tensor, residuals: Tensor, format=None) -> None:
     """Bradley-Terry scores [N] by rank, and the flagged pairs: indices [K, 2], residuals [K]."""
-    drawn, (curve, pairs) = figure(2)
+    drawn, (curve, pairs) = _figure(2)
     order = scores.argsort(descending=True)
     order = order[~scores[order].isnan()]
     place = torch.zeros_like(order.new_empty(len(scores)))
@@ -48,6 +47,11 @@ def plot_scores(path, scores: Tensor, stderr: Tensor | None, indices: Tensor, re
     image = _largest(both, torch.cat([residuals, -residuals]), shape)
     _image(drawn, pairs, image, shape, f"residuals of {len(indices)} flagged pairs")
     drawn.savefig(path, format=format, dpi=120)
+
+
+def _figure(columns: int):
+    drawn = Figure(figsize=(4.5 * columns, 4), layout="constrained")
+    return drawn, drawn.subplots(1, columns)
 
 
 def _sample(size: int) -> Tensor:

@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow
 import torch
 
-from fastpref import plots
 from fastpref.bradley_terry import BradleyTerryInfo, Edges, bradley_terry
 from fastpref.curate import InputError
 from fastpref.denoise import tables
@@ -134,11 +133,13 @@ def _denoise(data: _Comparisons, prompts, names, options: DenoiseOptions, tempor
         columns["residual"] = residuals[order].numpy()
         tables.write_table(temporary[options.flagged], format_of(options.flagged), [pyarrow.table(columns)])
     if options.plot is not None:  # of the largest graph
+        from fastpref.plots import plot_scores
+
         mine = graph == len(data.sizes) - 1
         last = slice(int(starts[-1]), None)
         bars = None if stderr is None else stderr[last]
         format = format_of(options.plot)[1:]
-        plots.plot_scores(temporary[options.plot], scores[last], bars, pairs[mine], residuals[mine], format)
+        plot_scores(temporary[options.plot], scores[last], bars, pairs[mine], residuals[mine], format)
     return _summary(data, info, components, starts, len(residuals), prompts is None)
 
 
@@ -203,7 +204,7 @@ def _summary(data: _Comparisons, info, components, starts, flagged: int, single:
     parts = np.maximum.reduceat(components.numpy(), starts) + 1
     if (parts > 1).any():
         messages.append(
-            f"the comparisons of {int((parts > 1).sum())} of {len(parts)} graphs fall into parts that nothing connects: "
+            f"the comparisons of {int((parts > 1).sum())} of {len(parts)} graphs fall apart into unconnected parts: "
             "scores compare only within a component"
         )
     shown = BradleyTerryInfo(*(number[0] for number in info)) if single else info

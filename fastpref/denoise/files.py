@@ -18,7 +18,7 @@ def format_of(path) -> str:
 
 @contextlib.contextmanager
 def whole_file(path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place at the end; after an error or Ctrl-C nothing is left of it."""
+    """A temporary file beside `path` that takes its place at the end; an error or Ctrl-C leaves nothing of it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     if path.is_dir():
@@ -39,7 +39,7 @@ def whole_file(path) -> Iterator[Path]:
 
 
 def write_npy(path, shape, dtype: np.dtype, blocks: Iterable[np.ndarray], fortran_order=False) -> None:
-    """An array written block by block, in the order in which it lies in the file (a mapped one would hide a full disk)."""
+    """An array, block by block in the order of the file; not mapped, since a full disk would kill the process then."""
     with open(path, "wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": fortran_order, "shape": tuple(shape)}
         np.lib.format.write_array_header_1_0(file, header)

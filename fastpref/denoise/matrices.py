@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastpref import plots
 from fastpref.curate import InputError
 from fastpref.denoise import files
 from fastpref.denoise.options import DenoiseOptions, check_ending, numbers
@@ -107,7 +106,7 @@ def _denoise_one(matrix, names, options, wanted, temporary, progress) -> dict:
         shape = matrix.shape[::-1] if by_columns else matrix.shape
         files.write_npy(out, shape, dtype, blocks, fortran_order=by_columns)
     if options.plot is not None:
-        plots.plot_low_rank(temporary[options.plot], _transposed(result) if by_columns else result, options.plot)
+        _plot(_transposed(result) if by_columns else result, options, temporary)
     shape = list(matrix.shape[::-1] if by_columns else matrix.shape)
     return _summary(result.info, shape, matrix.dtype)
 
@@ -205,6 +204,12 @@ def _write_triples(path, matrix, result, names: _Names, options, wanted) -> None
     tables.write_table(path, files.format_of(options.output_file), parts)
 
 
+def _plot(result: RPCAResult, options, temporary) -> None:
+    from fastpref.plots import plot_low_rank
+
+    plot_low_rank(temporary[options.plot], result, files.format_of(options.plot)[1:])
+
+
 # ---- a batch ----
 
 
@@ -226,7 +231,7 @@ def _denoise_batch(array, options, wanted, temporary, progress) -> dict:
                 data = data.float().masked_fill(data == -128, torch.nan)
             result = rpca(data * scale if scale != 1.0 else data, **keywords, sparse=sparse)
             if begin == 0 and options.plot is not None:
-                plots.plot_low_rank(temporary[options.plot], _first(result), options.plot)
+                _plot(_first(result), options, temporary)
             results.append(result if wanted == "factors" else result._replace(sparse=None))
             progress.advance(len(part))
             yield part, result

@@ -57,12 +57,11 @@ def check_ending(path, formats, what: str) -> None:
 
 
 def numbers(values: Tensor):
-    """For JSON: a number (None: NaN), of several their smallest, median and largest."""
-    values = values.double()
+    """For JSON: a number, or of several their smallest, median and largest; None for NaN."""
     if values.dim() == 0:
         number = values.item()
         return None if math.isnan(number) else number
-    values = values[~values.isnan()].numpy()
-    if not len(values):
+    known = values[~values.isnan()].numpy()
+    if not len(known):
         return None
-    return {"min": float(values.min()), "median": float(np.median(values)), "max": float(values.max())}
+    return {"min": known.min().item(), "median": float(np.median(known)), "max": known.max().item()}

@@ -64,7 +64,7 @@ def denoise(options: DenoiseOptions) -> dict:
     if options.plot is not None:
         if files.format_of(options.plot) not in PLOTS:
             raise InputError(f"--plot must end in {', '.join(PLOTS)}, got {options.plot}")
-        import fastpref.plots  # noqa: F401 - before the run rather than after it
+        import fastpref.plots  # noqa: F401  needs matplotlib: say so before the run rather than after it
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress())
         progress.stage("reading")
