@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from measure import Competitor, Rounds, read_gbps
+from measure import FunctionCompetitor, Rounds, read_gbps
 
 from fastpref.residual_pass import residual_pass
 
@@ -79,9 +79,9 @@ def test_residual_pass(benchmark, case, limits):
     matrix = torch.randn(n, n).addmm_(left, right.t())
     matrix.view(-1)[:: 97 * 97] = torch.nan
     competitors = [
-        Competitor("fastpref", "fastpref", fused, matrix, left, right),
-        Competitor("composed", "plain PyTorch", composed, matrix, left, right),
-        Competitor("in_blocks", "plain PyTorch, 128 rows at a time", in_blocks, matrix, left, right),
+        FunctionCompetitor("fastpref", "fastpref", fused, matrix, left, right),
+        FunctionCompetitor("composed", "plain PyTorch", composed, matrix, left, right),
+        FunctionCompetitor("in_blocks", "plain PyTorch, 128 rows at a time", in_blocks, matrix, left, right),
     ]
     start = time.perf_counter()
     for competitor in competitors:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import low_rank_peers
 import pytest
 import torch
-from measure import Competitor, Rounds
+from measure import FunctionCompetitor, Rounds
 
 import fastpref
 
@@ -103,7 +103,7 @@ def entries(case):
 @pytest.mark.filterwarnings("ignore:rank=:RuntimeWarning")
 def test_rpca(benchmark, case):
     low, data = problem(case)
-    competitors = [Competitor(name, title, function, data) for name, (title, function) in entries(case).items()]
+    competitors = [FunctionCompetitor(name, title, function, data) for name, (title, function) in entries(case).items()]
     recovered, errors = {}, {}
     start = time.perf_counter()
     for competitor in competitors:

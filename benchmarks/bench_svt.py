@@ -10,7 +10,7 @@ import time
 from typing import NamedTuple
 
 import torch
-from measure import Rounds
+from measure import FunctionCompetitor, Rounds
 
 import fastpref
 from fastpref.svt import _by_gram, _by_jacobi, _by_svd, svt_ref
@@ -61,31 +61,17 @@ def truncated(matrix, threshold):
     return (u * (s - threshold[:, None]).clamp(min=0).unsqueeze(-2)) @ v.mT
 
 
-class Competitor:
-    def __init__(self, name, title, function, *tensors):
-        self.name, self.title, self.function, self.tensors = name, title, function, tensors
-
-    def run(self, mark=lambda: None):
-        mark()
-        result = self.function(*self.tensors)
-        mark()
-        return result
-
-    def clean(self):
-        pass
-
-
 def test_svt(benchmark, case):
     matrix = torch.randn(case.batch, case.rows, case.columns, dtype=case.dtype)
     threshold = 0.5 * torch.linalg.matrix_norm(matrix, 2)
     competitors = [
-        Competitor("fastpref", "fastpref", lambda m, t: fastpref.svt(m, t).low_rank, matrix, threshold),
-        Competitor("svd", "torch.linalg.svd", composed, matrix, threshold),
-        Competitor("gram", "Gram and eigh", gram, matrix, threshold),
-        Competitor("svd_lowrank", "torch.svd_lowrank", truncated, matrix, threshold),
-        Competitor("route_jacobi", "route: Jacobi", lambda m, t: _by_jacobi(m, t)[0], matrix, threshold),
-        Competitor("route_gram", "route: float64 Gram", lambda m, t: _by_gram(m, t)[0], matrix, threshold),
-        Competitor("route_svd", "route: SVD", lambda m, t: _by_svd(m, t)[0], matrix, threshold),
+        FunctionCompetitor("fastpref", "fastpref", lambda m, t: fastpref.svt(m, t).low_rank, matrix, threshold),
+        FunctionCompetitor("svd", "torch.linalg.svd", composed, matrix, threshold),
+        FunctionCompetitor("gram", "Gram and eigh", gram, matrix, threshold),
+        FunctionCompetitor("svd_lowrank", "torch.svd_lowrank", truncated, matrix, threshold),
+        FunctionCompetitor("route_jacobi", "route: Jacobi", lambda m, t: _by_jacobi(m, t)[0], matrix, threshold),
+        FunctionCompetitor("route_gram", "route: float64 Gram", lambda m, t: _by_gram(m, t)[0], matrix, threshold),
+        FunctionCompetitor("route_svd", "route: SVD", lambda m, t: _by_svd(m, t)[0], matrix, threshold),
     ]
     truth, _ = svt_ref(matrix, threshold)
     size = torch.linalg.matrix_norm(matrix.double())

@@ -145,6 +145,22 @@ class HeadCompetitor:
         self.received = ()
 
 
+class FunctionCompetitor:
+    """A function of tensors; nothing is differentiated."""
+
+    def __init__(self, name, title, function, *tensors):
+        self.name, self.title, self.function, self.tensors = name, title, function, tensors
+
+    def run(self, mark=lambda: None):
+        mark()
+        result = self.function(*self.tensors)
+        mark()
+        return result
+
+    def clean(self):
+        pass
+
+
 class Gemm:
     """The bare product of the rows that count with the head, into memory that is there: the unit U of the others."""
 
@@ -182,22 +198,6 @@ def try_out(competitors, absent: dict, must_run: str) -> list[Competitor]:
 # ---- rounds ----
 
 PLAIN = ("eager", "eager_step", "plain_head", "plain_head_step")  # what speed-ups are counted from
-
-
-class Competitor:
-    """A function of tensors, for Rounds."""
-
-    def __init__(self, name, title, function, *tensors):
-        self.name, self.title, self.function, self.tensors = name, title, function, tensors
-
-    def run(self, mark=lambda: None):
-        mark()
-        result = self.function(*self.tensors)
-        mark()
-        return result
-
-    def clean(self):
-        pass
 
 
 class Rounds:
