@@ -14,6 +14,7 @@ psi, with zeta the scale beyond which an entry counts as corrupted:
     identity  R
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -728,6 +729,17 @@ def outliers(
     Raises:
         TypeError, ValueError: for arguments of the wrong type, shape, dtype, device or memory layout.
     """
+    found = [part[1:] for part in outlier_blocks(matrix, left, right, threshold, scale=scale)]
+    if not found:
+        empty = torch.empty(0, dtype=torch.int64, device=matrix.device)
+        return empty, empty.clone(), left.new_empty(0)
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+def outlier_blocks(
+    matrix: Tensor, left: Tensor, right: Tensor, threshold: float, *, scale: float = 1.0
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """What `outliers` returns, block by block of rows, each after the slice of its rows: without a list of all."""
     check_matrix(matrix)
     _check_factors(matrix, left, right)
     _check_number("threshold", threshold, "a float that is not negative")
@@ -735,12 +747,16 @@ def outliers(
         raise ValueError(f"threshold must not be negative, got {threshold}")
     _check_scale(scale)
     matrix, left, right = matrix.detach(), left.detach(), right.detach()
-    found = []
+    space = None
     for block in _row_blocks(matrix, _OUTLIER_BYTES):
-        residual = _values(matrix[block], left.dtype).mul(scale).addmm_(left[block], right.t(), alpha=-1)
-        rows, columns = (residual.abs() > threshold).nonzero(as_tuple=True)
-        found.append((rows + block.start, columns, residual[rows, columns]))
-    if not found:
-        empty = torch.empty(0, dtype=torch.int64, device=matrix.device)
-        return empty, empty.clone(), left.new_empty(0)
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+        count = block.stop - block.start
+        if space is None:  # once: blocks freed between results that stay would keep their places in the heap
+            space = left.new_empty(2, count, matrix.shape[1]), left.new_empty(count, matrix.shape[1], dtype=torch.bool)
+        (residual, size), far = space[0][:, :count], space[1][:count]
+        residual.copy_(matrix[block])
+        if matrix.dtype == torch.int8:
+            residual.masked_fill_(torch.eq(matrix[block], -128, out=far), torch.nan)
+        residual.mul_(scale).addmm_(left[block], right.t(), alpha=-1)
+        torch.gt(torch.abs(residual, out=size), threshold, out=far)
+        rows, columns = far.nonzero(as_tuple=True)
+        yield block, rows + block.start, columns, residual[rows, columns]

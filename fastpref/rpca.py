@@ -38,7 +38,14 @@ from fastpref.batched_rpca import (
     outlier_bound,
     shrinkage,
 )
-from fastpref.residual_pass import STRUCTURES, check_matrix, factor_dtype, histogram_median, outliers, residual_pass
+from fastpref.residual_pass import (
+    STRUCTURES,
+    check_matrix,
+    factor_dtype,
+    histogram_median,
+    outlier_blocks,
+    residual_pass,
+)
 
 CORRUPTIONS = ("entries", "rows", "columns")
 METHODS = ("auto", "annealed", "altproj", "ialm")
@@ -230,9 +237,6 @@ class _Data:
 class _Verdict(NamedTuple):
     """What L = left right^T leaves of the matrix, beyond `threshold` taken for corrupted."""
 
-    rows: Tensor  # [K] of the outliers, on this rank
-    columns: Tensor
-    values: Tensor
     rate: float
     row_rates: Tensor  # [m]
     column_rates: Tensor  # [n]
@@ -251,22 +255,24 @@ class _Solve(NamedTuple):
 
 
 def _judge(data: _Data, left, right, threshold: float) -> _Verdict:
-    rows, columns, values = outliers(data.matrix, left, right, threshold, scale=data.scale)
+    found = outlier_blocks(data.matrix, left, right, threshold, scale=data.scale)
     kept = data.read(left, right, "hard", max(threshold, 1e-300)).sum_squares ** 0.5
-    return _verdict(data, rows, columns, values, kept)
+    return _verdict(data, found, kept)
 
 
-def _verdict(data: _Data, rows, columns, values, kept: float) -> _Verdict:
-    row_counts = torch.bincount(rows, minlength=data.rows)
-    column_counts = data.sum(torch.bincount(columns, minlength=data.columns))
+def _verdict(data: _Data, found, kept: float) -> _Verdict:
+    """found: blocks of outliers, to be counted: a list of all of them could take more room than the matrix."""
+    like = {"dtype": torch.int64, "device": data.matrix.device}
+    row_counts, column_counts = torch.zeros(data.rows, **like), torch.zeros(data.columns, **like)
+    for block, rows, columns, _ in found:
+        row_counts[block] += torch.bincount(rows - block.start, minlength=block.stop - block.start)
+        column_counts += torch.bincount(columns, minlength=data.columns)
+    column_counts = data.sum(column_counts)
     row_seen, column_seen = data.counts()
     row_rates = row_counts.double() / row_seen.clamp(min=1)
     column_rates = column_counts.double() / column_seen.clamp(min=1)
     zero = column_rates.new_zeros(1)
     return _Verdict(
-        rows,
-        columns,
-        values,
         float(column_counts.sum() / column_seen.sum().clamp(min=1)),
         row_rates,
         column_rates,
@@ -536,27 +542,37 @@ def _result(data: _Data, found: _Solve, corruption: str, sparse: str, gap: Tenso
     u, s, v = _svd_of(data, found.left, found.right)
     root = s.sqrt().to(u.dtype)
     noise = MAD * found.median
-    verdict = found.verdict
-    if verdict is not None:
-        if gap is None:
-            _warn_of_rank(data, u, s, v, noise)
-    else:
-        lines = _Lines(data, corruption)
-        read = data.read(u * root, v * root, "identity", torch.inf, squares=True)
+    verdict, lines = found.verdict, None
+    left, right, threshold = found.left, found.right, outlier_bound(found.median, data.mean)
+    if verdict is None:
+        lines, left, right, threshold = _Lines(data, corruption), u * root, v * root, 0.0
+        read = data.read(left, right, "identity", torch.inf, squares=True)
         sizes, every = lines.sizes(read), lines.all_sizes(read)
         noise = float(every.nanmedian().nan_to_num(0.0))
         wrong = sizes > max(OUTLIER * noise, EXACT * data.mean)
+    elif gap is None:
+        _warn_of_rank(data, u, s, v, noise)
+
+    def corrupted():
+        for block, rows, columns, values in outlier_blocks(matrix, left, right, threshold, scale=data.scale):
+            inside = slice(None) if lines is None else wrong[rows if lines.rows else columns]
+            yield block, rows[inside], columns[inside], values[inside]
+
+    if verdict is None:
         squares = torch.where(wrong, 0.0, read.row_squares if lines.rows else read.column_squares).sum().reshape(1)
         kept = float(data.sum(squares) if lines.rows else squares) ** 0.5
-        rows, columns, values = outliers(matrix, u * root, v * root, 0.0, scale=data.scale)
-        inside = wrong[rows if lines.rows else columns]
-        verdict = _verdict(data, rows[inside], columns[inside], values[inside], kept)
+        verdict = _verdict(data, corrupted(), kept)
     whole = None
     if sparse == "coo":
-        whole = SparseCOO(torch.stack([verdict.rows, verdict.columns], 1), verdict.values)
+        indices, found_values = [torch.empty(0, 2, dtype=torch.int64, device=matrix.device)], [found.left.new_empty(0)]
+        for _, rows, columns, values in corrupted():
+            indices.append(torch.stack([rows, columns], 1))
+            found_values.append(values)
+        whole = SparseCOO(torch.cat(indices), torch.cat(found_values))
     elif sparse == "dense":
         whole = torch.zeros(matrix.shape, dtype=data.dtype, device=matrix.device)
-        whole[verdict.rows, verdict.columns] = verdict.values
+        for _, rows, columns, values in corrupted():
+            whole[rows, columns] = values
     number = {"dtype": torch.float64, "device": matrix.device}
     info = RPCAInfo(
         torch.tensor(rank, device=matrix.device),

@@ -15,7 +15,7 @@ from fastpref.rpca import RPCAInfo, RPCAResult, SparseCOO, rpca
 
 AS_IT_LIES = (np.float16, np.float32, np.float64, np.int8)  # what is read from the file as it is
 COPIES = 10  # of the matrix that the convex program holds
-BLOCK_BYTES = 16 << 20  # of an output
+BLOCK_BYTES = 4 << 20  # of an output
 BATCH_ENTRIES = 1 << 24  # of a batch that are solved at a time
 
 
