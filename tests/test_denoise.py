@@ -1,0 +1,540 @@
+"""`fastpref denoise`: every format in and out, what it refuses, and what it leaves behind: whole files or none."""
+
+import csv
+import gzip
+import json
+import os
+import pty
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import fastpref
+from fastpref.cli import main
+
+pyarrow = pytest.importorskip("pyarrow", reason="fastpref[cli] is not installed")
+pytest.importorskip("matplotlib", reason="fastpref[cli] is not installed")
+
+from pyarrow import parquet
+
+from fastpref.denoise import comparisons, matrices
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs `fastpref denoise ... --json`: (exit code, summary, stderr)."""
+
+    def denoise(*arguments):
+        code = main(["denoise", *map(str, arguments), "--json"])
+        out, err = capsys.readouterr()
+        return code, json.loads(out) if out else None, err
+
+    return denoise
+
+
+def corrupted(m, n, rank, share=0.03, missing=0.0, batch=(), size=5.0):
+    """L [..., m, n] float64, L with a share of the entries moved by 1 to 2 times `size`, and where they are."""
+    low = torch.randn(*batch, m, rank, dtype=torch.float64) @ torch.randn(*batch, rank, n, dtype=torch.float64)
+    where = torch.rand(low.shape) < share
+    shift = torch.empty_like(low).uniform_(size, 2 * size) * torch.randn_like(low).sign()
+    data = torch.where(where, low + shift, low)
+    data[torch.rand(low.shape) < missing] = torch.nan
+    return low.numpy(), data.numpy(), where.numpy() & ~data.isnan().numpy()
+
+
+def error(found, truth) -> float:
+    return np.linalg.norm(found - truth) / np.linalg.norm(truth)
+
+
+def write_table(path, rows):
+    """Rows as .parquet, .csv[.gz] or .jsonl[.gz]."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif ".csv" in path.suffixes:
+        with opener(path, "wt", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        with opener(path, "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def read_table(path):
+    if path.suffix == ".parquet":
+        return parquet.read_table(path).to_pylist()
+    if path.suffix == ".csv":
+        with open(path, newline="") as file:
+            return [{name: value or None for name, value in row.items()} for row in csv.DictReader(file)]
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- one matrix
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ">f8", np.int32])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_matrix_becomes_its_low_rank_part(tmp_path, run, dtype, order):
+    low, data, _ = corrupted(90, 70, 3)
+    if dtype == np.int32:
+        low, data = np.round(low * 1e6), np.round(data * 1e6)
+    np.save(tmp_path / "in.npy", np.asarray(data, dtype, order=order))
+    code, summary, err = run(tmp_path / "in.npy", tmp_path / "out.npy", "--rank", 3)
+    found = np.load(tmp_path / "out.npy")
+    assert (code, err) == (0, "")
+    assert found.dtype == (np.float64 if np.dtype(dtype).itemsize > 4 or dtype == np.int32 else np.float32)
+    assert error(found, low) < (1e-3 if dtype == np.float16 else 1e-5)
+    assert summary["converged"] and summary["rank"] == 3 and summary["shape"] == [90, 70]
+    assert os.listdir(tmp_path) == ["in.npy", "out.npy"] or sorted(os.listdir(tmp_path)) == ["in.npy", "out.npy"]
+
+
+def test_without_a_rank_it_is_found(tmp_path, run):
+    low, data, _ = corrupted(60, 50, 3, missing=0.1)
+    np.save(tmp_path / "in.npy", data)
+    code, summary, _ = run(tmp_path / "in.npy", tmp_path / "out.npy")
+    assert code == 0 and summary["rank"] == 3 and summary["gap"] < 2e-3
+    assert error(np.load(tmp_path / "out.npy"), low) < 1e-3
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_masked_is_the_input_without_its_corrupted_entries(tmp_path, run, order):
+    _, data, where = corrupted(120, 80, 3, missing=0.2)
+    np.save(tmp_path / "in.npy", np.asarray(data, order=order))
+    code, summary, _ = run(tmp_path / "in.npy", tmp_path / "out.npy", "--rank", 3, "--output", "masked")
+    assert code == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), np.where(where, np.nan, data))
+    assert summary["outlier_rate"] == pytest.approx(where.sum() / (~np.isnan(data)).sum())
+
+
+def test_int8_counts_with_a_scale(tmp_path, run):
+    left, right = torch.randint(-4, 5, (100, 2)), torch.randint(-4, 5, (60, 2))
+    low = (left @ right.T).numpy()
+    data = low.astype(np.int8)
+    where = torch.rand(low.shape).numpy() < 0.03
+    data[where] = np.where(low[where] > 0, -100, 100)
+    data[torch.rand(low.shape).numpy() < 0.1] = -128
+    np.save(tmp_path / "in.npy", data)
+    rank = ["--rank", 2, "--scale", 0.25]
+    assert run(tmp_path / "in.npy", tmp_path / "out.npy", *rank)[0] == 0
+    assert error(np.load(tmp_path / "out.npy"), 0.25 * low) < 1e-4
+    assert run(tmp_path / "in.npy", tmp_path / "masked.npy", *rank, "--output", "masked")[0] == 0
+    masked = np.load(tmp_path / "masked.npy")
+    assert masked.dtype == np.int8
+    np.testing.assert_array_equal(masked, np.where(where, -128, data))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_factors_of_a_matrix_with_corrupted_rows(tmp_path, run, order):
+    low, data, _ = corrupted(80, 60, 2, share=0.0)
+    rows = np.array([3, 41])
+    data[rows] += 5 * torch.randn(2, 60).numpy()
+    np.save(tmp_path / "in.npy", np.asarray(data, order=order))
+    flags = ["--rank", 2, "--corruption", "rows", "--output", "factors"]
+    assert run(tmp_path / "in.npy", tmp_path / "out.npz", *flags)[0] == 0
+    found = np.load(tmp_path / "out.npz")
+    clean = np.setdiff1d(np.arange(80), rows)
+    low_rank = found["U"] * found["S"] @ found["Vh"]
+    assert error(low_rank[clean], low[clean]) < 1e-5
+    assert np.flatnonzero(found["row_outlier_rate"] > 0.5).tolist() == rows.tolist()
+    sparse = np.zeros_like(low)
+    sparse[tuple(found["sparse_indices"].T)] = found["sparse_values"]
+    assert error(low_rank + sparse, data) < 1e-5
+    assert np.flatnonzero(sparse.any(1)).tolist() == rows.tolist()
+
+
+def test_an_array_of_an_archive(tmp_path, run):
+    low, data, _ = corrupted(60, 50, 2)
+    np.savez(tmp_path / "in.npz", other=low, scores=data)
+    code, _, err = run(tmp_path / "in.npz", tmp_path / "out.npy", "--rank", 2)
+    assert code == 2 and "--array must name one of its arrays, found other, scores" in err
+    assert run(tmp_path / "in.npz", tmp_path / "out.npy", "--rank", 2, "--array", "scores")[0] == 0
+    assert error(np.load(tmp_path / "out.npy"), low) < 1e-5
+
+
+def test_an_output_has_the_permissions_of_a_new_file(tmp_path, run):
+    np.save(tmp_path / "in.npy", corrupted(30, 30, 1)[1])
+    run(tmp_path / "in.npy", tmp_path / "out.npy", "--rank", 1)
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("in.npy", "out.npy")}
+    assert len(modes) == 1
+
+
+def test_what_did_not_converge_is_written_and_said(tmp_path, run):
+    np.save(tmp_path / "in.npy", torch.randn(50, 40).numpy())
+    code, summary, err = run(tmp_path / "in.npy", tmp_path / "out.npy", "--rank", 3, "--max-iter", 2)
+    assert code == 1 and not summary["converged"]
+    assert err.startswith("fastpref denoise: warning: did not converge") and len(summary["warnings"]) == err.count("\n")
+    assert np.load(tmp_path / "out.npy").shape == (50, 40)
+
+
+# ---- a batch
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int8])
+@pytest.mark.parametrize("output", ["low-rank", "masked", "factors"])
+def test_a_batch_is_solved_in_pieces(tmp_path, run, monkeypatch, dtype, output):
+    low, data, where = corrupted(40, 30, 2, missing=0.05, batch=(7,))
+    scale = []
+    if dtype == np.int8:
+        data = np.where(np.isnan(data), -128, np.round(data * 8).clip(-127, 127))
+        scale = ["--scale", 1 / 8]
+    np.save(tmp_path / "in.npy", data.astype(dtype))
+    monkeypatch.setattr(matrices, "BATCH_ENTRIES", 3 * 40 * 30)
+    out = tmp_path / ("out.npz" if output == "factors" else "out.npy")
+    code, summary, _ = run(tmp_path / "in.npy", out, "--rank", 2, "--output", output, *scale)
+    assert code == 0 and summary["kind"] == "batch" and summary["not_converged"] == 0
+    found = np.load(out)
+    loose = 0.05 if dtype == np.int8 else 2e-3 if dtype == np.float16 else 1e-5
+    if output == "low-rank":
+        assert found.dtype == (np.float64 if dtype == np.float64 else np.float32) and error(found, low) < loose
+    elif output == "factors":
+        assert error(found["U"] * found["S"][:, None] @ found["Vh"], low) < loose
+        assert found["rank"].tolist() == [2] * 7
+        if loose < 1e-4:
+            assert sorted(map(tuple, found["sparse_indices"])) == list(map(tuple, np.argwhere(where)))
+    elif loose < 1e-4:
+        np.testing.assert_array_equal(found, np.where(where, np.nan, data).astype(dtype))
+    else:
+        assert found.dtype == dtype
+
+
+def test_a_batch_without_a_rank_has_ranks_of_its_own(tmp_path, run, monkeypatch):
+    parts = [corrupted(40, 30, rank) for rank in (1, 3, 2)]
+    np.save(tmp_path / "in.npy", np.stack([data for _, data, _ in parts]))
+    monkeypatch.setattr(matrices, "BATCH_ENTRIES", 40 * 30)
+    code, summary, _ = run(tmp_path / "in.npy", tmp_path / "out.npz", "--output", "factors")
+    found = np.load(tmp_path / "out.npz")
+    assert code == 0 and found["rank"].tolist() == [1, 3, 2] and summary["rank"] == {"min": 1, "median": 2.0, "max": 3}
+    for k, (low, _, _) in enumerate(parts):
+        assert error(found["U"][k] * found["S"][k] @ found["Vh"][k], low) < 1e-3
+
+
+# ---- triples
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv", "jsonl"])
+def test_triples(tmp_path, run, format):
+    low, data, where = corrupted(40, 30, 2, missing=0.2)
+    cells = [(i, j) for i, j in np.ndindex(data.shape) if not np.isnan(data[i, j])]
+    rows = [{"user": f"{i:03}", "score": data[i, j].item(), "item": f"item {j}, x"} for i, j in cells]
+    source = write_table(tmp_path / f"in.{format}", rows)
+    flags = ["--rank", 2, "--columns", "row=user,column=item,value=score"]
+
+    assert run(source, tmp_path / f"out.{format}", *flags)[0] == 0
+    found = {(row["user"], row["item"]): float(row["score"]) for row in read_table(tmp_path / f"out.{format}")}
+    assert len(found) == data.size
+    dense = [[found[f"{i:03}", f"item {j}, x"] for j in range(30)] for i in range(40)]
+    assert error(np.array(dense), low) < 1e-5
+
+    assert run(source, tmp_path / f"masked.{format}", *flags, "--output", "masked")[0] == 0
+    masked = read_table(tmp_path / f"masked.{format}")
+    assert [(row["user"], row["item"]) for row in masked] == [(row["user"], row["item"]) for row in rows]
+    for row, before, cell in zip(masked, rows, cells, strict=True):
+        assert row["score"] is None if where[cell] else float(row["score"]) == before["score"]
+
+    assert run(source, tmp_path / "out.npz", *flags, "--output", "factors")[0] == 0
+    factors = np.load(tmp_path / "out.npz")
+    i, j = factors["row_names"].tolist().index("007"), factors["column_names"].tolist().index("item 4, x")
+    assert factors["U"][i] * factors["S"] @ factors["Vh"][:, j] == pytest.approx(low[7, 4], abs=1e-4)
+
+
+def test_skew_triples_stand_for_their_mirror_images(tmp_path, run):
+    w = torch.randn(12, dtype=torch.float64).numpy()
+    rows = [{"row": a, "column": b, "value": w[a] - w[b]} for a in range(12) for b in range(a)]
+    source = write_table(tmp_path / "in.parquet", rows)
+    flags = ["--structure", "skew", "--rank", 2]
+    assert run(source, tmp_path / "out.parquet", *flags)[0] == 0
+    for row in read_table(tmp_path / "out.parquet"):
+        assert row["value"] == pytest.approx(w[row["row"]] - w[row["column"]], abs=1e-5)
+    write_table(source, [*rows, {"row": 0, "column": 5, "value": 9.0}])
+    code, _, err = run(source, tmp_path / "out.parquet", *flags)
+    assert code == 2 and "is not skew-symmetric" in err
+
+
+# ---- comparisons
+
+
+def votes(items=8, votes=60, prompts=1, reversed_pair=None):
+    """Complete votes as rows, and the scores [prompts, items] behind them; of one pair per prompt they are reversed."""
+    scores = torch.randn(prompts, items, dtype=torch.float64)
+    scores = (scores - scores.mean(1, keepdim=True)).sort(1, descending=True).values
+    rows = []
+    for q in range(prompts):
+        for i in range(items):
+            for j in range(i):
+                share = torch.sigmoid(scores[q, i] - scores[q, j]).item()
+                won = round(votes * (1 - share if (j, i) == reversed_pair else share))
+                names = {"prompt": f"q{q}", "i": f"{i:02}", "j": f"{j:02}"}
+                rows.append(names | {"wins_i": won, "wins_j": votes - won})
+    return rows, scores.numpy()
+
+
+def direct(rows, items, **keywords):
+    column = {name: torch.tensor([int(row[name]) for row in rows]) for name in ("i", "j", "wins_i", "wins_j")}
+    return fastpref.bradley_terry(edges=fastpref.Edges(**column, num_items=items), **keywords)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl", "csv.gz", "jsonl.gz"])
+def test_votes_of_many_prompts(tmp_path, run, ending):
+    rows, scores = votes(prompts=3, votes=400, reversed_pair=(0, 6))
+    order = torch.randperm(len(rows)).tolist()
+    source = write_table(tmp_path / f"in.{ending}", [rows[k] for k in order])
+    format = ending.removesuffix(".gz")
+    out, flagged = tmp_path / f"out.{format}", tmp_path / f"flagged.{format}"
+    code, summary, _ = run(source, out, "--flagged", flagged, "--stderr")
+    assert code == 0 and (summary["graphs"], summary["items"], summary["comparisons"]) == (3, 24, len(rows))
+    found = read_table(out)
+    assert list(found[0]) == ["prompt", "item", "score", "stderr", "component", "rejected"]
+    assert list(dict.fromkeys(row["prompt"] for row in found)) == list(dict.fromkeys(rows[k]["prompt"] for k in order))
+    for q in range(3):
+        own = [row for row in rows if row["prompt"] == f"q{q}"]
+        fit = direct(own, 8, stderr=True, outliers="pairs")
+        mine = {row["item"]: row for row in found if row["prompt"] == f"q{q}"}
+        for i in range(8):
+            assert float(mine[f"{i:02}"]["score"]) == pytest.approx(fit.scores[i].item(), abs=1e-6)
+            assert float(mine[f"{i:02}"]["stderr"]) == pytest.approx(fit.stderr[i].item(), rel=1e-4)
+            assert float(mine[f"{i:02}"]["rejected"]) == pytest.approx(fit.rejected[i].item())
+        pairs = [{row["i"], row["j"]} for row in read_table(flagged) if row["prompt"] == f"q{q}"]
+        assert pairs == [{f"{i:02}", f"{j:02}"} for i, j in fit.outliers.indices.tolist()]
+    assert summary["flagged"] == len(read_table(flagged)) > 0
+
+
+@pytest.mark.parametrize("items", [comparisons.SMALL, comparisons.SMALL + 1])
+def test_one_graph_small_and_large(tmp_path, run, items):
+    rows, scores = votes(items, 1000)
+    rows = [{name: row[name] for name in ("i", "j", "wins_i", "wins_j")} for row in rows]
+    code, summary, _ = run(write_table(tmp_path / "in.csv", rows), tmp_path / "out.csv")
+    found = {row["item"]: float(row["score"]) for row in read_table(tmp_path / "out.csv")}
+    assert code == 0 and summary["converged"] and isinstance(summary["iterations"], int)
+    np.testing.assert_allclose([found[f"{i:02}"] for i in range(items)], scores[0], atol=0.05)
+
+
+def test_winners_are_votes(tmp_path, run):
+    rows, _ = votes(6, 40)
+    ballots = [
+        {"winner": row[a], "loser": row[b], "prompt": "same"}
+        for row in rows
+        for a, b in (("i", "j"), ("j", "i"))
+        for _ in range(row[f"wins_{a}"])
+    ]
+    out = tmp_path / "out.jsonl"
+    assert run(write_table(tmp_path / "in.jsonl", ballots), out, "--no-robust")[0] == 0
+    expected = direct(rows, 6, robust=False).scores
+    for row in read_table(out):
+        assert row["score"] == pytest.approx(expected[int(row["item"])].item(), abs=1e-6)
+
+
+def test_logits_with_integer_names_and_repeated_pairs(tmp_path, run):
+    w = torch.randn(6, dtype=torch.float64).numpy()
+    rows = [{"i": 10 * i, "j": 10 * j, "value": w[i] - w[j]} for i in range(6) for j in range(i)]
+    rows[4]["value"] += 30
+    more = [{"i": 0, "j": 50, "value": w[0] - w[5]}, {"i": 50, "j": 0, "value": None}]
+    for extra in ([], more):
+        source = write_table(tmp_path / "in.parquet", rows + extra)
+        code, _, err = run(source, tmp_path / "out.parquet", "--flagged", tmp_path / "flagged.csv")
+        assert (code, err) == (0, "")
+        for row in read_table(tmp_path / "out.parquet"):
+            assert row["score"] == pytest.approx(w[row["item"] // 10] - w.mean(), abs=1e-5)
+        flagged = read_table(tmp_path / "flagged.csv")
+        assert [{int(row["i"]), int(row["j"])} for row in flagged] == [{rows[4]["i"], rows[4]["j"]}]
+
+
+def test_unconnected_items_are_said(tmp_path, run):
+    rows = [{"winner": "a", "loser": "b"}, {"winner": "b", "loser": "a"}, {"winner": "c", "loser": "d"}]
+    _, summary, err = run(write_table(tmp_path / "in.csv", rows), tmp_path / "out.csv")
+    assert summary["components"] == 2 and "unconnected parts" in err
+    assert [row["component"] for row in read_table(tmp_path / "out.csv")] == ["0", "0", "1", "1"]
+
+
+# ---- errors
+
+
+MATRIX = np.eye(6)
+VOTES = "i,j,wins_i,wins_j\na,b,3,1\n"
+REFUSED = {
+    "no input": (None, [], "cannot read in.npy: No such file or directory"),
+    "an ending": ("in.txt", [], "IN must end in .npy, .npz, .parquet, .csv, .jsonl, got in.txt"),
+    "no npy": (b"hello", [], "cannot read in.npy: "),
+    "a cut npy": (b"\x93NUMPY\x01\x00", [], "cannot read in.npy: "),
+    "a vector": (np.ones(3), [], "in.npy must hold a matrix [m, n] or a batch [batch, m, n], got [3]"),
+    "complex": (np.eye(2) + 0j, [], "in.npy must hold real numbers of at most 64 bits, got complex128"),
+    "strings": (np.array([["a"]]), [], "in.npy must hold real numbers of at most 64 bits, got <U1"),
+    "objects": (np.array([[None]]), [], "cannot read in.npy: "),
+    "empty": (np.ones((0, 4)), [], "in.npy is empty: shape [0, 4]"),
+    "inf": (np.where(MATRIX, np.inf, 1), ["--rank", "1"], "inf"),
+    "rank": (MATRIX, ["--rank", "9"], "rank must be between 0 and min(m, n) = 6, got 9"),
+    "skew": (np.ones((2, 3)), ["--rank", "2", "--structure", "skew"], "structure='skew' needs"),
+    "tol": (MATRIX, ["--tol", "-1"], "tol must be"),
+    "method": (MATRIX, ["--method", "annealed"], "method='annealed' needs a rank, got None"),
+    "batch": (np.ones((2, 3, 3)), ["--rank", "1", "--corruption", "rows"], "corruption is for one matrix"),
+    "a flag of comparisons": (MATRIX, ["--stderr"], "--stderr is not for a matrix"),
+    "a layout of a matrix": (MATRIX, ["--layout", "votes"], "--layout is not for a matrix"),
+    "OUT of factors": (MATRIX, ["--rank", "1", "--output", "factors"], "OUT must end in .npz for --output factors, got "),
+    "memory": (MATRIX, ["--max-dense", "1e-9"], "without --rank the convex program takes about 2.68e-06 GiB, more than"),
+    "memory for conversion": (np.ones((9, 9), np.uint8), ["--max-dense", "1e-9"], "as float32 in.npy takes 3.02e-07"),
+    "plot": (MATRIX, ["--rank", "1", "--plot", "plot.txt"], "--plot must end in .pdf, .png, .svg, got plot.txt"),
+    "plot over OUT": (MATRIX, ["--rank", "1", "--plot", "in.npy"], "in.npy would overwrite IN"),
+    "plot nowhere": (MATRIX, ["--rank", "1", "--plot", "no/plot.png"], "cannot write no/plot.png: No such file"),
+    "unknown columns": ("in.csv", "a,b\n1,2\n", [], "in.csv: its columns a, b fit no layout (triples: row, column, value;"),
+    "ambiguous": ("in.csv", "i,j,wins_i,wins_j,value\n", [], "fit several layouts, choose with --layout: votes, logits"),
+    "missing column": ("in.csv", "i,j,w\n", ["--layout", "votes"], "in.csv has no column wins_i, wins_j for votes, found"),
+    "no such role": ("in.csv", VOTES, ["--layout", "votes", "--columns", "row=i"], "votes has no role row, only i, j"),
+    "no rows": ("in.csv", "winner,loser\n", [], "in.csv holds no comparisons"),
+    "no bytes": ("in.csv", "", [], "cannot read in.csv: "),
+    "a short line": ("in.csv", "winner,loser\na\n", [], "cannot read in.csv: CSV parse error"),
+    "text for numbers": ("in.csv", VOTES + "a,b,x,1\n", [], "cannot read in.csv: "),
+    "no JSON": ("in.jsonl", '{"winner": "a"\n', [], "cannot read in.jsonl: "),
+    "a list": ("in.jsonl", '{"winner": ["a"], "loser": "b"}\n', [], "column winner of in.jsonl must hold strings or int"),
+    "votes of text": ("in.jsonl", '{"i":1,"j":2,"wins_i":"1","wins_j":2}', [], "column wins_i of in.jsonl must hold num"),
+    "no name": ("in.csv", "winner,loser\na,b\n,b\n", [], "column winner of in.csv must hold a name in every row, got none "
+                "in row 2"),  # fmt: skip
+    "itself": ("in.csv", "winner,loser\na,b\nb,b\n", [], "in.csv compares an item with itself in row 2: b"),
+    "negative": ("in.csv", VOTES + "a,b,-1,1\n", [], "wins_i of in.csv must be finite counts >= 0, got -1 in row 2"),
+    "no count": ("in.csv", VOTES + "a,b,,1\n", [], "wins_i of in.csv must be finite counts >= 0, got nan in row 2"),
+    "infinite logit": ("in.csv", "i,j,value\na,b,inf\n", [], "in.csv has the value inf in row 1"),
+    "rank of comparisons": ("in.csv", VOTES, ["--rank", "2"], "--rank is not for comparisons, which in.csv holds (votes)"),
+    "robust logits": ("in.csv", "i,j,value\na,b,1\n", ["--no-robust"], "robust=False needs wins"),
+    "OUT of comparisons": ("in.csv", VOTES, [], "OUT must end in .parquet, .csv, .jsonl for comparisons, got out.npy"),
+    "flagged": ("in.csv", VOTES, ["--flagged", "x.npy"], "--flagged must end in .parquet, .csv, .jsonl, got x.npy"),
+    "a cell twice": ("in.csv", "row,column,value\na,b,1\nc,b,1\na,b,2\n", [], "in.csv has more than one value for (a, b)"),
+    "dense triples": ("in.csv", "row,column,value\na,b,1\n", ["--max-dense", "1e-12"], "1 rows by 1 columns, dense, take"),
+    "--robust of triples": ("in.csv", "row,column,value\na,b,1\n", ["--stderr"], "--stderr is not for triples"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, run, case):
+    *source, flags, message = REFUSED[case]
+    monkeypatch.chdir(tmp_path)
+    name = "in.npy"
+    if isinstance(source[0], np.ndarray):
+        np.save(name, source[0], allow_pickle=True)
+    elif isinstance(source[0], bytes):
+        (tmp_path / name).write_bytes(source[0])
+    elif source[0] is not None:
+        name = source[0]
+        (tmp_path / name).write_text(source[1] if len(source) > 1 else "")
+    out = "out.npy"
+    if name[-3:] != "npy" and "OUT" not in case:
+        out = "out.csv"
+    before = sorted(os.listdir())
+    code, _, err = run(name, out, *flags)
+    assert code == 2 and err.startswith("fastpref denoise: ") and message in err and err.count("\n") == 1
+    assert sorted(os.listdir()) == before
+
+
+def test_an_old_output_survives_an_error_and_is_replaced_by_success(tmp_path, run):
+    np.save(tmp_path / "bad.npy", np.full((4, 4), np.inf))
+    np.save(tmp_path / "good.npy", np.ones((4, 4)))
+    out = tmp_path / "out.npy"
+    out.write_text("old")
+    assert run(tmp_path / "bad.npy", out, "--rank", 1)[0] == 2 and out.read_text() == "old"
+    assert run(tmp_path / "good.npy", out, "--rank", 1)[0] == 0
+    np.testing.assert_allclose(np.load(out), 1, rtol=1e-5)
+    assert sorted(os.listdir(tmp_path)) == ["bad.npy", "good.npy", "out.npy"]
+
+
+@pytest.mark.parametrize(("package", "flags"), [("matplotlib", ["--plot", "p.png"]), ("pyarrow", [])])
+def test_a_missing_package_is_named(tmp_path, python, package, flags):
+    source = ["in.npy", "out.npy"] if flags else ["in.csv", "out.csv"]
+    np.save(tmp_path / "in.npy", np.ones((4, 4)))
+    (tmp_path / "in.csv").write_text(VOTES)
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        f"from fastpref.cli import main; sys.exit(main(['denoise', *{source + flags!r}]))"
+    )
+    done = python(code)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f'need {package}: pip install "fastpref[cli]"' in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["in.csv", "in.npy"]
+
+
+# ---- interrupted, out of room, out of memory
+
+
+ENDLESS = ["--rank", "8", "--method", "annealed", "--tol", "1e-300", "--max-iter", "1000000", "--threads", "1"]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(tmp_path, sign):
+    torch.manual_seed(0)
+    np.save(tmp_path / "in.npy", torch.randn(6000, 500).numpy())
+    command = [sys.executable, "-m", "fastpref", "denoise", "in.npy", "out.npy", *ENDLESS]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(os.listdir(tmp_path)) == 1 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(os.listdir(tmp_path)) == 2, process.communicate()[1]  # the temporary file: it is under way
+    process.send_signal(sign)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "fastpref denoise: interrupted\n")
+    assert os.listdir(tmp_path) == ["in.npy"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, python):
+    np.save(tmp_path / "in.npy", np.ones((500, 400)))
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "from fastpref.cli import main; sys.exit(main(['denoise', 'in.npy', 'out.npy', '--rank', '1']))"
+    )
+    done = python(code)
+    assert (done.returncode, done.stderr) == (2, "fastpref denoise: cannot write: File too large\n")
+    assert os.listdir(tmp_path) == ["in.npy"]
+
+
+MEMORY = """
+import resource, sys
+import numpy as np
+from fastpref.cli import main
+
+def private():  # writable memory of this process; pages of a file mapped for reading are not in it
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+
+for order in "CF":
+    assert main(["denoise", f"small{order}.npy", "out.npy", "--rank", "4"]) == 0  # what is loaded and allocated once
+room = sys.argv[1]
+limit = private() + BUDGET
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+try:
+    np.load("bigC.npy")
+except MemoryError:
+    print("does not fit")
+for order in "CF":
+    for flags in FLAGS:
+        assert main(["denoise", f"big{order}.npy", "out.npy", "--rank", "4", *flags]) == 0, (order, flags)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts what it has to on Linux only")
+def test_a_large_matrix_needs_no_memory_of_its_size(tmp_path, python):
+    """Of 192 MB on disk: 100 MB of memory, a few blocks and the factors."""
+    m, n = 6000, 8000
+    left, right = torch.randn(m, 4), torch.randn(4, n)
+    for name, rows in (("small", 200), ("big", m)):
+        for order in "CF":
+            path, shape = tmp_path / f"{name}{order}.npy", (rows, n if name == "big" else 150)
+            file = np.lib.format.open_memmap(path, "w+", np.float32, shape, order == "F")
+            low = (left[:rows] @ right[:, : shape[1]]).numpy()
+            low.reshape(-1)[:: 97] += 15
+            file[...] = low
+            file.flush()
+    flags = [["--method", "altproj"], ["--method", "annealed", "--corruption", "rows", "--max-iter", "20"]]
+    code = MEMORY.replace("BUDGET", str(100 << 20)).replace("FLAGS", repr(flags)).replace("room = sys.argv[1]\n", "")
+    done = python(code, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.stdout.count("does not fit") == 1
