@@ -5,7 +5,7 @@
 
 `fit_scores` and `low_rank` take and return a dict of NumPy arrays with one row per prompt, and know nothing of Ray:
 `datasets.Dataset.with_format("numpy").map(fit_scores, batched=True)` calls them as well. Prompts do not share anything,
-so batches of any size give the same rows; inside one, fastpref solves the matrices in parallel on the cores it is given.
+so batches of any size give the same rows; inside one, the matrices are solved in parallel on the cores it is given.
 """
 
 import sys

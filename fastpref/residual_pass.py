@@ -737,9 +737,18 @@ def outliers(
 
 
 def outlier_blocks(
-    matrix: Tensor, left: Tensor, right: Tensor, threshold: float, *, scale: float = 1.0
+    matrix: Tensor,
+    left: Tensor,
+    right: Tensor,
+    threshold: float,
+    *,
+    scale: float = 1.0,
+    inside: Tensor | None = None,
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """What `outliers` returns, block by block of rows, each after the slice of its rows: without a list of all."""
+    """What `outliers` returns, block by block of rows, each after the slice of its rows: without a list of all.
+
+    inside: bool, [m, 1] or [1, n]: the rows or columns that are looked into.
+    """
     check_matrix(matrix)
     _check_factors(matrix, left, right)
     _check_number("threshold", threshold, "a float that is not negative")
@@ -758,5 +767,7 @@ def outlier_blocks(
             residual.masked_fill_(torch.eq(matrix[block], -128, out=far), torch.nan)
         residual.mul_(scale).addmm_(left[block], right.t(), alpha=-1)
         torch.gt(torch.abs(residual, out=size), threshold, out=far)
+        if inside is not None:
+            far &= inside.expand(matrix.shape)[block]
         rows, columns = far.nonzero(as_tuple=True)
         yield block, rows + block.start, columns, residual[rows, columns]

@@ -542,7 +542,7 @@ def _result(data: _Data, found: _Solve, corruption: str, sparse: str, gap: Tenso
     u, s, v = _svd_of(data, found.left, found.right)
     root = s.sqrt().to(u.dtype)
     noise = MAD * found.median
-    verdict, lines = found.verdict, None
+    verdict, inside = found.verdict, None
     left, right, threshold = found.left, found.right, outlier_bound(found.median, data.mean)
     if verdict is None:
         lines, left, right, threshold = _Lines(data, corruption), u * root, v * root, 0.0
@@ -550,17 +550,16 @@ def _result(data: _Data, found: _Solve, corruption: str, sparse: str, gap: Tenso
         sizes, every = lines.sizes(read), lines.all_sizes(read)
         noise = float(every.nanmedian().nan_to_num(0.0))
         wrong = sizes > max(OUTLIER * noise, EXACT * data.mean)
+        inside = wrong.unsqueeze(1 if lines.rows else 0)
+        squares = torch.where(wrong, 0.0, read.row_squares if lines.rows else read.column_squares).sum().reshape(1)
+        kept = float(data.sum(squares) if lines.rows else squares) ** 0.5
     elif gap is None:
         _warn_of_rank(data, u, s, v, noise)
 
     def corrupted():
-        for block, rows, columns, values in outlier_blocks(matrix, left, right, threshold, scale=data.scale):
-            inside = slice(None) if lines is None else wrong[rows if lines.rows else columns]
-            yield block, rows[inside], columns[inside], values[inside]
+        return outlier_blocks(matrix, left, right, threshold, scale=data.scale, inside=inside)
 
     if verdict is None:
-        squares = torch.where(wrong, 0.0, read.row_squares if lines.rows else read.column_squares).sum().reshape(1)
-        kept = float(data.sum(squares) if lines.rows else squares) ** 0.5
         verdict = _verdict(data, corrupted(), kept)
     whole = None
     if sparse == "coo":

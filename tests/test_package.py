@@ -1,6 +1,5 @@
 """The installed package: what it imports, what it is made of, and what it says about itself."""
 
-import pickle
 from pathlib import Path
 
 import pytest
@@ -64,10 +63,6 @@ def test_a_submodule_never_hides_the_function_of_its_name(python, first):
     code = f"import {first}, fastpref; assert callable(fastpref.token_logps); fastpref.losses.LOSSES['rdpo']"
     result = python(code)
     assert result.returncode == 0, result.stderr
-
-
-def test_the_module_travels_with_functions_that_name_it():
-    assert pickle.loads(pickle.dumps(fastpref)) is fastpref
 
 
 def test_the_bare_source_tree_says_how_to_install(python):

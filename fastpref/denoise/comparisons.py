@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow
 import torch
 
 from fastpref.bradley_terry import BradleyTerryInfo, Edges, bradley_terry
@@ -43,28 +42,28 @@ class _Fit(NamedTuple):
     info: BradleyTerryInfo
 
 
-def prepare(table: pyarrow.Table, layout: str, options: DenoiseOptions) -> Callable:
+def prepare(table: dict, layout: str, options: DenoiseOptions) -> Callable:
     """-> function(temporary, progress) -> summary."""
     check_ending(options.output_file, tables.FORMATS, "comparisons")
     if options.flagged is not None and format_of(options.flagged) not in tables.FORMATS:
         raise InputError(f"--flagged must end in {', '.join(tables.FORMATS)}, got {options.flagged}")
-    if table.num_rows == 0:
+    first, second = (table[role] for role in tables.LAYOUTS[layout][:2])
+    if len(first) == 0:
         raise InputError(f"{options.input} holds no comparisons")
-    first, second = tables.LAYOUTS[layout][:2]
-    names, (i, j) = tables.index_names(table[first], table[second])
+    names, (i, j) = tables.index_names(first, second)
     if (row := tables.first_row(i == j)) is not None:
         raise InputError(f"{options.input} compares an item with itself in row {row}: {names[int(i[row - 1])]}")
     back = None
     if layout == "winners":
         value, back = np.ones(len(i)), np.zeros(len(i))
     elif layout == "votes":
-        value, back = (_votes(table, role, options) for role in ("wins_i", "wins_j"))
+        value, back = (_votes(table[role], role, options) for role in ("wins_i", "wins_j"))
     else:
         value = tables.numbers(table["value"]).astype(np.float64)
         if (row := tables.first_row(np.isinf(value))) is not None:
             raise InputError(f"{options.input} has the value {value[row - 1]} in row {row}: must be finite or missing")
     prompts, (prompt,) = None, (np.zeros(len(i), np.int64),)
-    if "prompt" in table.column_names:
+    if "prompt" in table:
         prompts, (prompt,) = tables.index_names(table["prompt"])
     comparisons = _by_graph(prompt, i, j, value, back, len(names))
 
@@ -74,8 +73,8 @@ def prepare(table: pyarrow.Table, layout: str, options: DenoiseOptions) -> Calla
     return run
 
 
-def _votes(table, role, options) -> np.ndarray:
-    votes = tables.numbers(table[role]).astype(np.float64)
+def _votes(column, role, options) -> np.ndarray:
+    votes = tables.numbers(column).astype(np.float64)
     if (row := tables.first_row(~((votes >= 0) & (votes < np.inf)))) is not None:
         name = options.columns.get(role, role)
         raise InputError(f"{name} of {options.input} must be finite counts >= 0, got {votes[row - 1]:g} in row {row}")
@@ -119,19 +118,19 @@ def _denoise(data: _Comparisons, prompts, names, options: DenoiseOptions, tempor
 
     order = np.lexsort((data.name, data.prompt))  # prompts and items as they appear in the input
     columns = {"prompt": prompts.take(data.prompt[order])} if prompts is not None else {}
-    columns |= {"item": names.take(data.name[order]), "score": tables.numeric_column(scores[order])}
+    columns |= {"item": names.take(data.name[order]), "score": scores[order]}
     if options.stderr:
-        columns["stderr"] = tables.numeric_column(stderr[order])
-    columns |= {"component": components[order].numpy(), "rejected": tables.numeric_column(rejected[order])}
+        columns["stderr"] = stderr[order]
+    columns |= {"component": components[order], "rejected": rejected[order]}
     progress.stage("writing")
-    tables.write_table(temporary[options.output_file], format_of(options.output_file), [pyarrow.table(columns)])
+    tables.write_table(temporary[options.output_file], format_of(options.output_file), [tables.to_table(columns)])
     if options.flagged is not None:
         i, j = (starts[graph] + pairs[:, side].numpy() for side in (0, 1))
         order = np.lexsort((data.name[j], data.name[i], data.prompt[i]))
         columns = {"prompt": prompts.take(data.prompt[i][order])} if prompts is not None else {}
         columns |= {side: names.take(data.name[node][order]) for side, node in (("i", i), ("j", j))}
-        columns["residual"] = residuals[order].numpy()
-        tables.write_table(temporary[options.flagged], format_of(options.flagged), [pyarrow.table(columns)])
+        columns["residual"] = residuals[order]
+        tables.write_table(temporary[options.flagged], format_of(options.flagged), [tables.to_table(columns)])
     if options.plot is not None:  # of the largest graph
         from fastpref.plots import plot_scores
 

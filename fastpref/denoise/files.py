@@ -70,8 +70,8 @@ def read_array(path, name: str | None, max_dense: float | None) -> np.ndarray:
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"cannot read {path}: {error}".splitlines()[0]) from error
     if not isinstance(array, np.ndarray) or array.ndim not in (2, 3):
-        shape = list(getattr(array, "shape", ["an archive of arrays"]))
-        raise InputError(f"{path} must hold a matrix [m, n] or a batch [batch, m, n], got {shape}")
+        found = f"shape {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive of arrays"
+        raise InputError(f"{path} must hold a matrix [m, n] or a batch [batch, m, n], got {found}")
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
         raise InputError(f"{path} must hold real numbers of at most 64 bits, got {array.dtype}")
     return array

@@ -46,8 +46,8 @@ def prepare(array: np.ndarray, options: DenoiseOptions) -> Callable:
     return lambda temporary, progress: _denoise_one(array, None, options, wanted, temporary, progress)
 
 
-def prepare_triples(table, options: DenoiseOptions) -> Callable:
-    """The same for a table of row, column, value; cells without a triple are missing."""
+def prepare_triples(table: dict, options: DenoiseOptions) -> Callable:
+    """The same for columns row, column and value; cells without a triple are missing."""
     from fastpref.denoise import tables
 
     wanted = options.output or "low-rank"
@@ -179,8 +179,6 @@ def _write_factors(path, result: RPCAResult, names: _Names | None = None) -> Non
 
 
 def _write_triples(path, matrix, result, names: _Names, options, wanted) -> None:
-    import pyarrow
-
     from fastpref.denoise import tables
 
     columns = [options.columns.get(role, role) for role in tables.LAYOUTS["triples"]]
@@ -198,7 +196,7 @@ def _write_triples(path, matrix, result, names: _Names, options, wanted) -> None
             first += len(block)
 
     parts = (
-        pyarrow.table([names.rows.take(row), names.columns.take(column), tables.numeric_column(value)], names=columns)
+        tables.to_table(dict(zip(columns, (names.rows.take(row), names.columns.take(column), value), strict=True)))
         for row, column, value in cells()
     )
     tables.write_table(path, files.format_of(options.output_file), parts)

@@ -28,8 +28,8 @@ LAYOUTS = {
 NAMES = ("row", "column", "i", "j", "winner", "loser", "prompt")  # of items: kept as they are, in CSV as text
 
 
-def read_table(path, layout: str | None, columns: dict[str, str]) -> tuple[pyarrow.Table, str]:
-    """The columns of a layout, under the names of their roles, and the layout.
+def read_table(path, layout: str | None, columns: dict[str, str]) -> tuple[dict, str]:
+    """The columns of a layout, role -> pyarrow.ChunkedArray, and the layout.
 
     layout: None for the only one whose columns are all there. columns: role -> name of the column in the file.
     """
@@ -45,8 +45,12 @@ def read_table(path, layout: str | None, columns: dict[str, str]) -> tuple[pyarr
         names = {role: columns.get(role, role) for role in roles} | columns
         if missing := [name for name in names.values() if name not in found]:
             raise InputError(f"{path} has no column {', '.join(missing)} for {layout}, found {', '.join(found)}")
-        table = _read_columns(path, names) if whole is None else whole
-        table = pyarrow.table({role: table[name] for role, name in names.items()})
+        if len(set(names.values())) < len(names):
+            raise InputError(
+                f"--columns must name a column for each role, got one twice in {', '.join(names.values())}"
+            )
+        read = _read_columns(path, names) if whole is None else whole
+        table = {role: read[name] for role, name in names.items()}
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except pyarrow.ArrowException as error:
@@ -80,7 +84,7 @@ def _only_layout(path, columns, found) -> str:
 
 
 def _read_columns(path, names: dict[str, str]) -> pyarrow.Table:
-    wanted = list(dict.fromkeys(names.values()))
+    wanted = list(names.values())
     if format_of(path) == ".parquet":
         return pyarrow.parquet.read_table(path, columns=wanted)
     # typed, or a name such as 007 would become a number
@@ -125,9 +129,13 @@ def index_names(*columns: pyarrow.ChunkedArray) -> tuple[pyarrow.Array, list[np.
     return distinct, [pyarrow.compute.index_in(values, distinct).to_numpy().astype(np.int64) for values in columns]
 
 
-def numeric_column(values) -> pyarrow.Array:
-    """Null for NaN."""
-    return pyarrow.array(np.ascontiguousarray(values), from_pandas=True)
+def to_table(columns: dict) -> pyarrow.Table:
+    """Of Arrow columns and of numbers, whose NaN becomes null."""
+    arrays = [
+        column if isinstance(column, pyarrow.Array) else pyarrow.array(np.ascontiguousarray(column), from_pandas=True)
+        for column in columns.values()
+    ]
+    return pyarrow.table(arrays, names=list(columns))
 
 
 def write_table(path, format: str, tables: Iterable[pyarrow.Table]) -> None:
