@@ -44,9 +44,9 @@ class _Fit(NamedTuple):
 
 def prepare(table: dict, layout: str, options: DenoiseOptions) -> Callable:
     """-> function(temporary, progress) -> summary."""
-    check_ending(options.output_file, tables.FORMATS, "comparisons")
-    if options.flagged is not None and format_of(options.flagged) not in tables.FORMATS:
-        raise InputError(f"--flagged must end in {', '.join(tables.FORMATS)}, got {options.flagged}")
+    check_ending("OUT", options.output_file, tables.FORMATS, " for comparisons")
+    if options.flagged is not None:
+        check_ending("--flagged", options.flagged, tables.FORMATS)
     first, second = (table[role] for role in tables.LAYOUTS[layout][:2])
     if len(first) == 0:
         raise InputError(f"{options.input} holds no comparisons")

@@ -31,7 +31,7 @@ class _Names(NamedTuple):
 def prepare(array: np.ndarray, options: DenoiseOptions) -> Callable:
     """-> function(temporary, progress) -> summary."""
     wanted = options.output or "low-rank"
-    check_ending(options.output_file, (".npz",) if wanted == "factors" else (".npy",), f"--output {wanted}")
+    check_ending("OUT", options.output_file, (".npz",) if wanted == "factors" else (".npy",), f" for --output {wanted}")
     if array.size == 0:
         raise InputError(f"{options.input} is empty: shape {list(array.shape)}")
     if array.dtype.newbyteorder("=") not in AS_IT_LIES or not array.dtype.isnative:
@@ -52,7 +52,7 @@ def prepare_triples(table: dict, options: DenoiseOptions) -> Callable:
 
     wanted = options.output or "low-rank"
     formats = (".npz",) if wanted == "factors" else tables.FORMATS
-    check_ending(options.output_file, formats, f"--output {wanted} of triples")
+    check_ending("OUT", options.output_file, formats, f" for --output {wanted} of triples")
     skew = options.structure == "skew"
     if skew:
         rows, (row, column) = tables.index_names(table["row"], table["column"])
@@ -185,9 +185,8 @@ def _write_triples(path, matrix, result, names: _Names, options, wanted) -> None
 
     def cells():
         if wanted == "masked":
-            corrupted = np.zeros(matrix.shape, bool)
-            corrupted[tuple(result.sparse.indices.numpy().T)] = True
-            yield names.row, names.column, np.where(corrupted, np.nan, matrix)[names.row, names.column]
+            matrix[tuple(result.sparse.indices.numpy().T)] = np.nan
+            yield names.row, names.column, matrix[names.row, names.column]
             return
         every = np.arange(matrix.shape[1])
         first = 0
@@ -224,9 +223,9 @@ def _denoise_batch(array, options, wanted, temporary, progress) -> dict:
         progress.stage("matrices", batch)
         for begin in range(0, batch, step):
             part = np.array(array[begin : begin + step])
-            data = _tensor(part)
+            data = _tensor(part) if out_dtype == np.float64 else _tensor(part).float()
             if part.dtype == np.int8:
-                data = data.float().masked_fill(data == -128, torch.nan)
+                data = data.masked_fill(data == -128, torch.nan)
             result = rpca(data * scale if scale != 1.0 else data, **keywords, sparse=sparse)
             if begin == 0 and options.plot is not None:
                 _plot(_first(result), options, temporary)

@@ -7,7 +7,6 @@ import numpy as np
 from torch import Tensor
 
 from fastpref.curate import InputError
-from fastpref.denoise.files import format_of
 
 OUTPUTS = ("low-rank", "factors", "masked")
 
@@ -51,17 +50,17 @@ MATRIX_OPTIONS = ("output", "rank", "structure", "corruption", "method", "lam", 
 COMPARISON_OPTIONS = ("robust", "stderr", "flagged")
 
 
-def check_ending(path, formats, what: str) -> None:
-    if format_of(path) not in formats or str(path).endswith(".gz"):
-        raise InputError(f"OUT must end in {', '.join(formats)} for {what}, got {path}")
+def check_ending(name: str, path, formats, what: str = "") -> None:
+    if not str(path).endswith(formats):
+        raise InputError(f"{name} must end in {', '.join(formats)}{what}, got {path}")
 
 
 def numbers(values: Tensor):
-    """For JSON: a number, or of several their smallest, median and largest; None for NaN."""
+    """For JSON: a number, or of several their smallest, median and largest; None for what is not finite."""
     if values.dim() == 0:
         number = values.item()
-        return None if math.isnan(number) else number
-    known = values[~values.isnan()].numpy()
+        return number if math.isfinite(number) else None
+    known = values[values.isfinite()].numpy()
     if not len(known):
         return None
     return {"min": known.min().item(), "median": float(np.median(known)), "max": known.max().item()}

@@ -12,7 +12,7 @@ import torch
 
 from fastpref.curate import InputError
 from fastpref.denoise import files, matrices
-from fastpref.denoise.options import COMPARISON_OPTIONS, MATRIX_OPTIONS, DenoiseOptions
+from fastpref.denoise.options import COMPARISON_OPTIONS, MATRIX_OPTIONS, DenoiseOptions, check_ending
 
 try:
     from tqdm import tqdm
@@ -62,15 +62,14 @@ def denoise(options: DenoiseOptions) -> dict:
             if os.path.realpath(path) == os.path.realpath(other):
                 raise InputError(f"{path} would overwrite {'IN' if other == source else 'another output'}")
     if options.plot is not None:
-        if files.format_of(options.plot) not in PLOTS:
-            raise InputError(f"--plot must end in {', '.join(PLOTS)}, got {options.plot}")
+        check_ending("--plot", options.plot, PLOTS)
         import fastpref.plots  # noqa: F401  needs matplotlib: say so before the run rather than after it
-    with contextlib.ExitStack() as stack:
+    with _library_errors(), contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress())
         progress.stage("reading")
         run = _prepare(options)
         temporary = {path: stack.enter_context(files.whole_file(path)) for path in outputs}
-        with _recorded_warnings() as messages, _library_errors():
+        with _recorded_warnings() as messages:
             summary = run(temporary, progress)
     return {
         "input": source,
@@ -137,7 +136,7 @@ def _library_errors() -> Iterator[None]:
     except InputError:
         raise
     except (TypeError, ValueError) as error:
-        raise InputError(str(error).splitlines()[0]) from error
+        raise InputError(str(error).partition("\n")[0]) from error
     except OSError as error:
         raise InputError(f"cannot write: {error.strerror or error}") from error
     except (MemoryError, RuntimeError) as error:
