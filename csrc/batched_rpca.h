@@ -8,9 +8,9 @@ namespace fastpref {
 struct BatchedRpca {
   const void* data;  // [batch, rows, columns] float or double; NaN is missing
   bool is_double, skew, warm;
+  bool other;  // the cutoff shrinks quickly where much is missing and slowly elsewhere, instead of the reverse
   int64_t batch, rows, columns, rank;
-  const void* start;    // [columns, rank] for the block power steps of a cold start
-  const double* gamma;  // [batch] the cutoff's factor per iteration
+  const void* start;  // [columns, rank] for the block power steps of a cold start
   double tol;
   int64_t max_iter;
   void *left, *right;   // [batch, rows, rank], [batch, columns, rank]; read first where warm

@@ -8,9 +8,11 @@
 #include <vector>
 
 #include "batched_rpca.h"
+#include "batched_verdict.h"
 #include "bradley_terry.h"
 #include "check.h"
 #include "linear_logps.h"
+#include "outliers.h"
 #include "parallel.h"
 #include "preference.h"
 #include "residual_pass.h"
@@ -105,6 +107,18 @@ ResidualPass residual_pass_args(uintptr_t matrix, int dtype, int64_t rows, int64
           nullptr};
 }
 
+Outliers outliers_args(uintptr_t matrix, int dtype, int64_t rows, int64_t columns, int64_t stride, uintptr_t left,
+                       uintptr_t right, int64_t rank, int64_t padded, double scale, double threshold) {
+  Outliers args{};
+  args.matrix = pointer<const void>(matrix);
+  args.dtype = static_cast<MatrixDType>(dtype);
+  args.rows = rows, args.columns = columns, args.stride = stride;
+  args.left = pointer<const void>(left), args.right = pointer<const void>(right);
+  args.rank = rank, args.padded = padded;
+  args.scale = scale, args.threshold = threshold;
+  return args;
+}
+
 std::map<std::string, std::string> build_info() {
   return {
       {"version", FASTPREF_VERSION},
@@ -136,6 +150,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   py::class_<TokenLogpsBackward>(m, "TokenLogpsBackward").def(py::init(&backward_args));
   py::class_<LinearProjection>(m, "LinearProjection").def(py::init(&linear_projection));
   py::class_<ResidualPass>(m, "ResidualPass").def(py::init(&residual_pass_args));
+  py::class_<Outliers>(m, "Outliers").def(py::init(&outliers_args));
 
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("token_logps_fwd_cpu", &token_logps_fwd_cpu, release());
@@ -242,17 +257,31 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("linear_logps_hidden_grad_workspace", &linear_logps_hidden_grad_workspace);
   m.def(
       "batched_rpca_cpu",
-      [](uintptr_t data, bool is_double, bool skew, bool warm, int64_t batch, int64_t rows, int64_t columns,
-         int64_t rank, uintptr_t start, uintptr_t gamma, double tol, int64_t max_iter, uintptr_t left, uintptr_t right,
+      [](uintptr_t data, bool is_double, bool skew, bool warm, bool other, int64_t batch, int64_t rows, int64_t columns,
+         int64_t rank, uintptr_t start, double tol, int64_t max_iter, uintptr_t left, uintptr_t right,
          uintptr_t iterations, uintptr_t median, uintptr_t converged, uintptr_t workspace, int threads) {
         batched_rpca_cpu(
-            {pointer<const void>(data), is_double, skew, warm, batch, rows, columns, rank, pointer<const void>(start),
-             pointer<const double>(gamma), tol, max_iter, pointer<void>(left), pointer<void>(right),
+            {pointer<const void>(data), is_double, skew, warm, other, batch, rows, columns, rank,
+             pointer<const void>(start), tol, max_iter, pointer<void>(left), pointer<void>(right),
              pointer<int64_t>(iterations), pointer<double>(median), pointer<bool>(converged), pointer<void>(workspace)},
             threads);
       },
       release());
   m.def("batched_rpca_workspace", &batched_rpca_workspace);
+  m.def(
+      "batched_verdict_cpu",
+      [](uintptr_t data, bool is_double, int64_t batch, int64_t rows, int64_t columns, int64_t rank, uintptr_t left,
+         uintptr_t right, uintptr_t median, double outlier, double exact, uintptr_t u, uintptr_t s, uintptr_t vh,
+         uintptr_t sums, uintptr_t row_rates, uintptr_t column_rates, uintptr_t workspace, int threads) {
+        batched_verdict_cpu(
+            {pointer<const void>(data), is_double, batch, rows, columns, rank, pointer<const void>(left),
+             pointer<const void>(right), pointer<const double>(median), outlier, exact, pointer<void>(u),
+             pointer<void>(s), pointer<void>(vh), pointer<double>(sums), pointer<double>(row_rates),
+             pointer<double>(column_rates), pointer<void>(workspace)},
+            threads);
+      },
+      release());
+  m.def("batched_verdict_workspace", &batched_verdict_workspace);
   m.def(
       "svt_cpu",
       [](uintptr_t matrix, uintptr_t threshold, bool is_double, int64_t batch, int64_t rows, int64_t columns,
@@ -269,6 +298,24 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       [](ResidualPass args, uintptr_t workspace, int threads) {
         args.workspace = pointer<void>(workspace);
         residual_pass_cpu(args, threads);
+      },
+      release());
+  m.attr("outliers_padding") = outliers_padding;
+  m.def(
+      "outliers_count_cpu",
+      [](Outliers args, uintptr_t far, uintptr_t observed, uintptr_t by_column, uintptr_t rest, int threads) {
+        args.far = pointer<int64_t>(far), args.observed = pointer<int64_t>(observed);
+        args.by_column = pointer<void>(by_column), args.rest = pointer<double>(rest);
+        outliers_count_cpu(args, threads);
+      },
+      release());
+  m.def(
+      "outliers_list_cpu",
+      [](Outliers args, uintptr_t first, uintptr_t out_rows, uintptr_t out_columns, uintptr_t values, int threads) {
+        args.first = pointer<const int64_t>(first);
+        args.out_rows = pointer<int64_t>(out_rows), args.out_columns = pointer<int64_t>(out_columns);
+        args.values = pointer<void>(values);
+        outliers_list_cpu(args, threads);
       },
       release());
 #ifdef FASTPREF_WITH_CUDA

@@ -39,6 +39,40 @@ inline T sum_of(V<T> v) {
     for (int i = 0; i < half; i++) v[i] += v[i + half];
   return v[0];
 }
+// Lane i of the result is the sum of v[i]'s lanes: a tree that halves the vectors and doubles what a lane stands for.
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+template <int... I>
+struct LaneList {};
+template <int N, int... I>
+struct LanesUpTo : LanesUpTo<N - 1, N - 1, I...> {};
+template <int... I>
+struct LanesUpTo<0, I...> {
+  using list = LaneList<I...>;
+};
+template <int HALF, class Vt, int... I>
+inline Vt folded(Vt a, Vt b,
+                 LaneList<I...>) {  // lanes without the bit HALF: of a, with its other half added; else of b
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I & HALF ? n + I : I)...) +
+         __builtin_shufflevector(a, b, (I & HALF ? n + (I ^ HALF) : (I ^ HALF))...);
+}
+template <class T, int HALF = Lanes<T>::n / 2>
+inline V<T> sums_of(V<T>* v) {
+  if constexpr (HALF == 0) {
+    return v[0];
+  } else {
+    for (int i = 0; i < HALF; i++) v[i] = folded<HALF>(v[i], v[i + HALF], typename LanesUpTo<Lanes<T>::n>::list{});
+    return sums_of<T, HALF / 2>(v);
+  }
+}
+#else
+template <class T>
+inline V<T> sums_of(V<T>* v) {
+  V<T> out;
+  for (int i = 0; i < Lanes<T>::n; i++) out[i] = sum_of<T>(v[i]);
+  return out;
+}
+#endif
 template <class T>
 inline V<T> abs_of(V<T> v) {
   return v < 0 ? -v : v;

@@ -44,7 +44,7 @@ def choose_backend(op: str, backend: str, device: str) -> str:
             raise RuntimeError(f"backend={backend!r} of {op} cannot serve {device} tensors: {reason}")
         return backend
     for name in _PREFERENCE.get(device, ("triton", "reference")):
-        if backends[name](device) is None:
+        if name in backends and backends[name](device) is None:
             break
     if name == "reference":
         _warn_once(op, device)
@@ -79,6 +79,11 @@ def native_reason(device: str) -> str | None:
             return "the native CUDA kernels do not run on AMD; Triton serves it"
         return _native.cuda_missing()
     return f"there is no native kernel for {device}"
+
+
+def native_cpu_reason(device: str) -> str | None:
+    """Of ops without a CUDA kernel of their own."""
+    return _native.cpu_missing() if device == "cpu" else f"there is no native kernel for {device}"
 
 
 def triton_reason(device: str) -> str | None:

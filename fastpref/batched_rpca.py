@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastpref import _library, _native
+from fastpref.batched_verdict import MAD, MISFIT, BatchVerdict, batched_verdict, explains
 
-MAD = 1.4826  # of a normal distribution: standard deviation / median |x|
 STEP = 0.7  # of the scaled gradient
 CUTOFF = 3.0  # of Cauchy's weights, in standard deviations of the noise
 FINEST = 1e-9  # of mean |D|: the smallest cutoff
@@ -20,9 +20,6 @@ CLIP = 3.0  # of mean |D|: larger entries are clipped for the start
 AWAY = 10.0  # relative change of a factor at which steps, scaled up for missing entries, lead away: too little observed
 BLIND = 5  # iterations before the median counts as noise
 SLOW, QUICK = 0.9, 0.8  # the cutoff per iteration
-MISFIT = 0.5  # share of outliers in a row or column from which the fit itself may be wrong there
-OUTLIER = 5.0  # standard deviations of the noise
-EXACT = 1e-4  # of mean |D|: no smaller residual is an outlier
 _RIDGE = 1e-10  # of the trace of a factor's Gram matrix
 
 
@@ -37,17 +34,6 @@ class BatchSolve(NamedTuple):
 def shrinkage(observed_share: float) -> tuple[float, float]:
     """The cutoff's factor per iteration, and the other one, for a matrix that the first leaves unexplained."""
     return (SLOW, QUICK) if observed_share < 0.9 else (QUICK, SLOW)
-
-
-def outlier_bound(median, mean):
-    """The |R| beyond which an entry is an outlier; floats or tensors."""
-    noise, least = OUTLIER * MAD * median, EXACT * mean
-    return torch.maximum(noise, least) if isinstance(noise, Tensor) else max(noise, least)
-
-
-def explains(median, mean, tol: float):
-    """A median residual of rounding's size says that the matrix is explained, outliers apart."""
-    return median <= 10 * tol * mean
 
 
 def inverse_gram(factor: Tensor) -> Tensor:
@@ -83,12 +69,13 @@ def start(matrix: Tensor, observed: Tensor, rank: int, skew: bool) -> tuple[Tens
     return clipped @ q, q.clone()
 
 
-def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, tol: float, max_iter: int, warm=None):
-    """[B, m, n] float32 or float64, gamma [B] -> BatchSolve, in batched PyTorch."""
+def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, other: bool, tol: float, max_iter: int, warm=None):
+    """[B, m, n] float32 or float64 -> BatchSolve, in batched PyTorch."""
     observed = ~matrix.isnan()
     clean = torch.where(observed, matrix, 0)
     count = observed.sum((-2, -1))
     share = (count / max(matrix.shape[-2] * matrix.shape[-1], 1)).to(matrix.dtype).clamp(min=1e-30)
+    gamma = torch.where((share < 0.9) != other, SLOW, QUICK)
     mean = clean.abs().sum((-2, -1)) / count.clamp(min=1)
     norm = torch.linalg.vector_norm(clean, dim=(-2, -1))
     left, right = start(matrix, observed, rank, skew) if warm is None else warm
@@ -146,7 +133,7 @@ def _median(residual: Tensor, observed: Tensor) -> Tensor:
     return torch.where(observed, residual.abs(), torch.nan).flatten(1).nanmedian(-1).values.nan_to_num(0.0)
 
 
-def _native_solve(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, tol: float, max_iter: int, warm) -> BatchSolve:
+def _native_solve(matrix: Tensor, rank: int, skew: bool, other: bool, tol: float, max_iter: int, warm) -> BatchSolve:
     batch, m, n = matrix.shape
     matrix = matrix.contiguous()
     core, threads, double = _native._core, torch.get_num_threads(), matrix.dtype == torch.float64
@@ -155,7 +142,7 @@ def _native_solve(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, tol: flo
     else:
         left, right = (factor.clone(memory_format=torch.contiguous_format) for factor in warm)
     iterations, converged = torch.empty(batch, dtype=torch.int64), torch.empty(batch, dtype=torch.bool)
-    median, gamma = torch.empty(batch, dtype=torch.float64), gamma.double().contiguous()
+    median = torch.empty(batch, dtype=torch.float64)
     directions = _directions(matrix, rank).contiguous()
     workspace = torch.empty(threads * core.batched_rpca_workspace(m, n, rank, double) + 64, dtype=torch.uint8)
     core.batched_rpca_cpu(
@@ -163,12 +150,12 @@ def _native_solve(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, tol: flo
         double,
         skew,
         warm is not None,
+        other,
         batch,
         m,
         n,
         rank,
         directions.data_ptr(),
-        gamma.data_ptr(),
         tol,
         max_iter,
         left.data_ptr(),
@@ -183,24 +170,16 @@ def _native_solve(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, tol: flo
 
 
 _library.OPS["batched_rpca"] = {
-    "native": lambda device: _library.native_reason(device) if device == "cpu" else "there is no GPU kernel yet",
+    "native": _library.native_cpu_reason,
     "reference": _library.reference_reason,
 }
 
 
-def _solve(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, tol: float, max_iter: int, warm, backend: str):
+def _solve(matrix: Tensor, rank: int, skew: bool, other: bool, tol: float, max_iter: int, warm, backend: str):
     backend = _library.choose_backend("batched_rpca", backend, matrix.device.type)
     if backend == "native" and matrix.numel() and rank:
-        return _native_solve(matrix, rank, skew, gamma, tol, max_iter, warm)
-    return batched_annealed_ref(matrix, rank, skew, gamma, tol, max_iter, warm)
-
-
-def _outliers(matrix: Tensor, found: BatchSolve, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Share of outliers [B], and the largest share in a row or column [B]."""
-    far = (matrix - found.left @ found.right.mT).abs() > outlier_bound(found.median, mean)[:, None, None]
-    seen = ~matrix.isnan()
-    lines = [(far.sum(dim) / seen.sum(dim).clamp(min=1)).amax(-1) for dim in (-1, -2)]
-    return far.sum((-2, -1)) / seen.sum((-2, -1)).clamp(min=1), torch.maximum(*lines)
+        return _native_solve(matrix, rank, skew, other, tol, max_iter, warm)
+    return batched_annealed_ref(matrix, rank, skew, other, tol, max_iter, warm)
 
 
 def batched_annealed(
@@ -212,24 +191,23 @@ def batched_annealed(
     max_iter: int,
     warm: tuple[Tensor, Tensor] | None = None,
     backend: str = "",
-) -> BatchSolve:
-    """[B, m, n] -> BatchSolve: with the cutoff shrinking slowly where much is missing, quickly elsewhere; matrices that
-    are left unexplained are tried again the other way, and keep the fit with the smaller median residual."""
-    observed = ~matrix.isnan()
-    count = observed.sum((-2, -1))
-    share = count / max(matrix.shape[-2] * matrix.shape[-1], 1)
-    mean = torch.where(observed, matrix, 0).abs().sum((-2, -1)) / count.clamp(min=1)
-    gamma = torch.where(share < 0.9, SLOW, QUICK)
-    found = _solve(matrix, rank, skew, gamma, tol, max_iter, warm, backend)
-    rate, worst = _outliers(matrix, found, mean)
-    again = (~explains(found.median, mean, tol) | (worst > MISFIT)).nonzero().flatten()
+) -> tuple[BatchSolve, BatchVerdict]:
+    """[B, m, n], with the cutoff shrinking slowly where much is missing, quickly elsewhere; matrices that are left
+    unexplained are tried again the other way, and keep the fit with the smaller median residual."""
+
+    def attempt(matrix, other, warm=None):
+        fit = _solve(matrix, rank, skew, other, tol, max_iter, warm, backend)
+        return fit, batched_verdict(matrix, fit.left, fit.right, fit.median, backend)
+
+    fit, verdict = attempt(matrix, False, warm)
+    again = (~explains(fit.median, verdict.mean, tol) | (verdict.worst > MISFIT)).nonzero().flatten()
     if len(again) and warm is None:
-        other = torch.where(share[again] < 0.9, QUICK, SLOW)
-        retry = _solve(matrix[again], rank, skew, other, tol, max_iter, None, backend)
-        old, size = found.median[again], mean[again]
-        closer, fewer = retry.median < 0.99 * old, _outliers(matrix[again], retry, size)[0] < rate[again]
-        better = torch.where(explains(retry.median, size, tol) & explains(old, size, tol), fewer, closer)
-        for old, new in zip(found[:2] + found[3:], retry[:2] + retry[3:], strict=True):
-            old[again[better]] = new[better]
-        found.iterations[again] += retry.iterations
-    return found
+        retry, second = attempt(matrix[again], True)
+        old, mean = fit.median[again], second.mean
+        closer, fewer = retry.median < 0.99 * old, second.rate < verdict.rate[again]
+        better = torch.where(explains(retry.median, mean, tol) & explains(old, mean, tol), fewer, closer)
+        for old, new in zip((*fit, *verdict), (*retry, *second), strict=True):
+            if old is not fit.iterations:
+                old[again[better]] = new[better]
+        fit.iterations[again] += retry.iterations
+    return fit, verdict

@@ -588,19 +588,27 @@ def _deviations(i, j, value, votes, scores, components, stats, data):
 
 
 def _outlier_pairs(flat, scores, stats, data, batch) -> PairOutliers:
-    indices, residuals = [flat.new_empty(0, len(batch) + 2).long()], [flat.new_empty(0).double()]
-    threshold = stats[:, STATS.index("threshold"), None, None]
-    step = max(1, (1 << 20) // max(flat.shape[-1] ** 2, 1))  # matrices at a time
-    for begin in range(0, len(flat), step):
-        part = slice(begin, begin + step)
-        value, votes = _pairs(flat[part].double(), data)
-        difference = scores[part].unsqueeze(-1) - scores[part].unsqueeze(-2)
+    indices, residuals = [], []
+    threshold = stats[:, STATS.index("threshold")]
+    for b, matrix in enumerate(flat):
+        value, votes = _pairs(matrix.double(), data)
+        difference = scores[b, :, None] - scores[b]
         residual = pair_terms(value, votes, difference, data, 1.0)[0].triu(1)
-        found = (residual.abs() > threshold[part]).nonzero()
-        matrix = torch.unravel_index(found[:, 0] + begin, batch) if batch else ()
-        indices.append(torch.stack([*matrix, found[:, 1], found[:, 2]], 1))
-        residuals.append(residual[tuple(found.T)])
+        found = (residual.abs() > threshold[b]).nonzero()
+        head = torch.tensor(_unravel(b, batch), dtype=torch.int64, device=flat.device).expand(len(found), len(batch))
+        indices.append(torch.cat([head, found], 1))
+        residuals.append(residual[found[:, 0], found[:, 1]])
+    if not indices:
+        return PairOutliers(torch.zeros(0, len(batch) + 2, dtype=torch.int64), torch.zeros(0, dtype=torch.float64))
     return PairOutliers(torch.cat(indices), torch.cat(residuals))
+
+
+def _unravel(index: int, shape) -> list[int]:
+    out = []
+    for size in reversed(shape):
+        out.append(index % size)
+        index //= size
+    return out[::-1]
 
 
 def _directed(edges: Edges):

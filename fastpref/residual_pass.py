@@ -14,7 +14,6 @@ psi, with zeta the scale beyond which an entry counts as corrupted:
     identity  R
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -35,7 +34,6 @@ _BIN_SHIFT = 18  # bits of a float32 below its bin
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 8, 32  # a block of entries that the histogram takes or leaves
 _SAMPLE_SHIFT = 23  # odd: from one band of rows to the next, the blocks taken move on to other columns
 _REFERENCE_BYTES = 64 << 20  # the reference works through the rows in float64 blocks of this size
-_OUTLIER_BYTES = 8 << 20  # and outliers in such blocks
 
 
 class ResidualPass(NamedTuple):
@@ -72,7 +70,7 @@ def _sampled(rows: Tensor, columns: Tensor, stride: int) -> Tensor:
     return (band.unsqueeze(1) + columns.div(_SAMPLE_COLUMNS, rounding_mode="floor")) % stride == 0
 
 
-def _values(block: Tensor, dtype: torch.dtype) -> Tensor:
+def entries(block: Tensor, dtype: torch.dtype) -> Tensor:
     """Entries as floating-point numbers, NaN where missing."""
     values = block.to(dtype)
     return values.masked_fill(block == -128, torch.nan) if block.dtype == torch.int8 else values
@@ -88,7 +86,7 @@ def _psi(residual: Tensor, psi: str, zeta: float) -> Tensor:
     return residual
 
 
-def _row_blocks(matrix: Tensor, most: int = _REFERENCE_BYTES):
+def row_blocks(matrix: Tensor, most: int = _REFERENCE_BYTES):
     """Slices of rows that fit `most` bytes in float64."""
     rows, columns = matrix.shape
     step = max(1, most // (8 * max(columns, 1)))
@@ -113,9 +111,9 @@ def _reference(
     column_squares = torch.zeros(n, dtype=torch.float64, device=device)
     columns = torch.arange(n, device=device)
     stride = _sample_stride(m, n)
-    for block in _row_blocks(matrix):
+    for block in row_blocks(matrix):
         rows = torch.arange(block.start, block.stop, device=device)
-        values = _values(matrix[block], torch.float64)
+        values = entries(matrix[block], torch.float64)
         if skew:
             values = values.masked_fill(columns <= rows.unsqueeze(1), torch.nan)
         seen = ~values.isnan()
@@ -152,7 +150,7 @@ def _check_largest(largest: float, matrix: Tensor) -> None:
     """Raises where the largest |R| is not finite."""
     if largest < torch.inf:
         return
-    for block in _row_blocks(matrix):
+    for block in row_blocks(matrix):
         infinite = matrix[block].isinf()
         if infinite.any():
             row, column = infinite.nonzero()[0].tolist()
@@ -472,7 +470,7 @@ def _triton_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, colum
 
 # ---- native ----
 
-_DTYPE_CODES = _native.DTYPE_CODES | {torch.float64: 3, torch.int8: 4}  # csrc/residual_pass.h
+DTYPE_CODES = _native.DTYPE_CODES | {torch.float64: 3, torch.int8: 4}  # csrc/residual_pass.h
 
 
 def _native_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares):
@@ -487,7 +485,7 @@ def _native_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, colum
     counts = torch.empty(2 + BINS, dtype=torch.int64)
     args = _native._core.ResidualPass(
         matrix.data_ptr(),
-        _DTYPE_CODES[matrix.dtype],
+        DTYPE_CODES[matrix.dtype],
         m,
         n,
         matrix.stride(0),
@@ -522,12 +520,8 @@ def _native_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, colum
 # ---- operator: the backend is chosen here, on real tensors ----
 
 
-def _native_reason(device: str) -> str | None:
-    return _library.native_reason(device) if device == "cpu" else f"there is no native kernel for {device}"
-
-
 _library.OPS["residual_pass"] = {
-    "native": _native_reason,
+    "native": _library.native_cpu_reason,
     "triton": _library.triton_reason,
     "reference": _library.reference_reason,
 }
@@ -541,14 +535,14 @@ def _choose(matrix: Tensor, backend: str) -> str:
     return _library.choose_backend("residual_pass", backend, matrix.device.type)
 
 
-def _by_rows(matrix: Tensor) -> bool:
+def lies_by_rows(matrix: Tensor) -> bool:
     rows, columns = matrix.shape
     return (columns <= 1 or matrix.stride(1) == 1) and (rows <= 1 or matrix.stride(0) >= columns)
 
 
 def _pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares, backend):
     run = {"native": _native_pass, "triton": _triton_pass, "reference": _reference}[_choose(matrix, backend)]
-    if _by_rows(matrix):
+    if lies_by_rows(matrix):
         result, largest = run(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares)
     else:  # columns are what lies contiguous: the transpose is a view of which rows are
         result, largest = run(matrix.t(), right, left, psi, zeta, scale, skew, column_weights, row_weights, squares)
@@ -599,14 +593,14 @@ def check_matrix(matrix) -> None:
         raise TypeError(f"matrix must be float32, float64, bfloat16, float16 or int8, got {matrix.dtype}")
     if matrix.dim() != 2:
         raise ValueError(f"matrix must have shape [m, n], got {list(matrix.shape)}")
-    if not _by_rows(matrix) and not _by_rows(matrix.t()):
+    if not lies_by_rows(matrix) and not lies_by_rows(matrix.t()):
         raise ValueError(
             "matrix must have contiguous rows that do not overlap (row stride >= n), or contiguous columns; "
             f"call .contiguous(), which copies it; got strides {matrix.stride()} for shape {list(matrix.shape)}"
         )
 
 
-def _check_factors(matrix: Tensor, left, right) -> None:
+def check_factors(matrix: Tensor, left, right) -> None:
     dtype = factor_dtype(matrix)
     for name, factor, length in (("left", left, matrix.shape[0]), ("right", right, matrix.shape[1])):
         _checks.tensor(name, factor)
@@ -623,13 +617,13 @@ def _check_factors(matrix: Tensor, left, right) -> None:
         )
 
 
-def _check_number(name: str, value, meaning: str) -> None:
+def check_number(name: str, value, meaning: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {meaning}, got {type(value).__name__}")
 
 
-def _check_scale(scale) -> None:
-    _check_number("scale", scale, "a finite float")
+def check_scale(scale) -> None:
+    check_number("scale", scale, "a finite float")
     if not abs(scale) < torch.inf:
         raise ValueError(f"scale must be a finite float, got {scale}")
 
@@ -679,14 +673,14 @@ def residual_pass(
         RuntimeError: for a backend that cannot serve, with the reason.
     """
     check_matrix(matrix)
-    _check_factors(matrix, left, right)
+    check_factors(matrix, left, right)
     for name, value, choices in (("psi", psi, PSI), ("structure", structure, STRUCTURES)):
         if value not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-    _check_number("zeta", zeta, "a positive float")
+    check_number("zeta", zeta, "a positive float")
     if not zeta > 0:
         raise ValueError(f"zeta must be positive, got {zeta}")
-    _check_scale(scale)
+    check_scale(scale)
     if structure == "skew" and matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"structure='skew' needs a square matrix, got shape {list(matrix.shape)}")
     for name, weights, length in (("row_weights", row_weights, 0), ("column_weights", column_weights, 1)):
@@ -712,62 +706,3 @@ def histogram_median(histogram: Tensor) -> float:
         return 0.0  # zero, or a subnormal number
     low, high = torch.tensor([bin_ << _BIN_SHIFT, (bin_ + 1) << _BIN_SHIFT], dtype=torch.int32).view(torch.float32)
     return float(low.double() + high.double()) / 2
-
-
-def outliers(
-    matrix: Tensor, left: Tensor, right: Tensor, threshold: float, *, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where |R| > threshold, R = scale * matrix - left right^T: rows, columns and values of R, sorted by row, column.
-
-    Args:
-        matrix, left, right, scale: as residual_pass takes them.
-        threshold: not negative.
-
-    Returns:
-        (rows, columns, values): [k] int64, [k] int64, and [k] of the factors' dtype. A missing entry is no outlier.
-
-    Raises:
-        TypeError, ValueError: for arguments of the wrong type, shape, dtype, device or memory layout.
-    """
-    found = [part[1:] for part in outlier_blocks(matrix, left, right, threshold, scale=scale)]
-    if not found:
-        empty = torch.empty(0, dtype=torch.int64, device=matrix.device)
-        return empty, empty.clone(), left.new_empty(0)
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-
-
-def outlier_blocks(
-    matrix: Tensor,
-    left: Tensor,
-    right: Tensor,
-    threshold: float,
-    *,
-    scale: float = 1.0,
-    inside: Tensor | None = None,
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """What `outliers` returns, block by block of rows, each after the slice of its rows: without a list of all.
-
-    inside: bool, [m, 1] or [1, n]: the rows or columns that are looked into.
-    """
-    check_matrix(matrix)
-    _check_factors(matrix, left, right)
-    _check_number("threshold", threshold, "a float that is not negative")
-    if not threshold >= 0:
-        raise ValueError(f"threshold must not be negative, got {threshold}")
-    _check_scale(scale)
-    matrix, left, right = matrix.detach(), left.detach(), right.detach()
-    space = None
-    for block in _row_blocks(matrix, _OUTLIER_BYTES):
-        count = block.stop - block.start
-        if space is None:  # once: blocks freed between results that stay would keep their places in the heap
-            space = left.new_empty(2, count, matrix.shape[1]), left.new_empty(count, matrix.shape[1], dtype=torch.bool)
-        (residual, size), far = space[0][:, :count], space[1][:count]
-        residual.copy_(matrix[block])
-        if matrix.dtype == torch.int8:
-            residual.masked_fill_(torch.eq(matrix[block], -128, out=far), torch.nan)
-        residual.mul_(scale).addmm_(left[block], right.t(), alpha=-1)
-        torch.gt(torch.abs(residual, out=size), threshold, out=far)
-        if inside is not None:
-            far &= inside.expand(matrix.shape)[block]
-        rows, columns = far.nonzero(as_tuple=True)
-        yield block, rows + block.start, columns, residual[rows, columns]

@@ -19,33 +19,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref import _checks, ialm
+from fastpref import _checks, _library, ialm
 from fastpref.batched_rpca import (
     AWAY,
     BLIND,
     CLIP,
     CUTOFF,
-    EXACT,
     FINEST,
+    STEP,
+    batched_annealed,
+    inverse,
+    inverse_gram,
+    shrinkage,
+)
+from fastpref.batched_verdict import (
+    EXACT,
     MAD,
     MISFIT,
     OUTLIER,
-    STEP,
-    batched_annealed,
+    BatchVerdict,
+    batched_verdict,
     explains,
-    inverse,
-    inverse_gram,
     outlier_bound,
-    shrinkage,
 )
-from fastpref.residual_pass import (
-    STRUCTURES,
-    check_matrix,
-    factor_dtype,
-    histogram_median,
-    outlier_blocks,
-    residual_pass,
-)
+from fastpref.outliers import Outliers, outlier_counts, outliers
+from fastpref.residual_pass import STRUCTURES, check_matrix, factor_dtype, histogram_median, residual_pass
 
 CORRUPTIONS = ("entries", "rows", "columns")
 METHODS = ("auto", "annealed", "altproj", "ialm")
@@ -112,21 +110,21 @@ class _Data:
 
     def __init__(self, matrix, scale, structure, group, backend):
         self.matrix, self.scale, self.structure, self.group, self.backend = matrix, scale, structure, group, backend
-        self.dtype, self._counts = factor_dtype(matrix), None
+        self.dtype = factor_dtype(matrix)
         self.rows, self.columns = matrix.shape
-        none = self.thin(0)
-        everything = self.read(*none, "identity", torch.inf)
+        found = self._pass(*self.thin(0), "identity", torch.inf)
+        everything = self._shared(found)
         self.observed, self.norm = everything.observed, everything.sum_squares**0.5
         self.total_rows = self.sum(torch.tensor([self.rows], device=matrix.device))[0].item()
         self.share = self.observed / max(self._entries(), 1)
-        self.top = self.max(self._pass(*none, "identity", torch.inf).max_kept).item()
-        self.mean = min(self._mean(none), self.top)
+        self.top = self.max(found.max_kept).item()
+        self.mean = min(self._mean(), self.top)
 
     def _entries(self) -> int:
         n = self.columns
         return n * (n - 1) if self.structure == "skew" else self.total_rows * n
 
-    def _mean(self, none) -> float:
+    def _mean(self) -> float:
         """Mean |D|: |D| = E^2 of one pass over D with E = sqrt|D| does not exist; of the histogram, to a percent."""
         counts = self._histogram
         if counts.sum() == 0:
@@ -135,20 +133,16 @@ class _Data:
         middle = ((edges[:-1] + edges[1:]) / 2).where(counts.cpu() > 0, 0.0)
         return float((middle * counts.cpu()).sum() / counts.sum())
 
-    def counts(self) -> tuple[Tensor, Tensor]:
+    def outlier_counts(self, left, right, threshold: float):
+        found = outlier_counts(self.matrix, left, right, threshold, scale=self.scale)
+        for part in (found.columns, found.column_observed, found.rest_squares):
+            self.sum(part)
+        return found
+
+    def observed_lines(self) -> tuple[Tensor, Tensor]:
         """Observed entries of this rank's rows, and of the columns."""
-        if self._counts is None:
-            m, n = self.matrix.shape
-            rows = torch.empty(m, dtype=torch.int64, device=self.matrix.device)
-            columns = torch.zeros(n, dtype=torch.int64, device=self.matrix.device)
-            step = max(1, (1 << 20) // max(n, 1))  # a sum of booleans copies them as int64
-            for begin in range(0, m, step):
-                block = self.matrix[begin : begin + step]
-                seen = block != -128 if block.dtype == torch.int8 else block == block
-                rows[begin : begin + step] = seen.sum(1)
-                columns += seen.sum(0)
-            self._counts = rows, self.sum(columns)
-        return self._counts
+        found = self.outlier_counts(*self.thin(0), torch.inf)
+        return found.row_observed, found.column_observed
 
     def thin(self, rank: int) -> tuple[Tensor, Tensor]:
         like = {"dtype": self.dtype, "device": self.matrix.device}
@@ -184,7 +178,10 @@ class _Data:
         )
 
     def read(self, left, right, psi, zeta, **options) -> _Read:
-        found = self._pass(left, right, psi, zeta, **options)
+        return self._shared(self._pass(left, right, psi, zeta, **options))
+
+    def _shared(self, found) -> _Read:
+        """Of all ranks' rows."""
         sums = torch.cat(
             [torch.stack([found.sum_squares, found.observed.double(), found.kept.double()]), found.histogram.double()]
         )
@@ -224,9 +221,14 @@ class _Data:
         q = torch.randn(self.columns, rank, generator=generator, dtype=torch.float64).to(self.matrix.device, self.dtype)
         no_left, no_right = self.thin(rank)
         clip = max(CLIP * self.mean, FINEST)
+        before = 0.0
         for _ in range(3):
             p = self.orthonormal(self.read(no_left, q, "soft", clip).left)
-            q = torch.linalg.qr(self.read(p, no_right, "soft", clip).right).Q
+            q, r = torch.linalg.qr(self.read(p, no_right, "soft", clip).right)
+            least = float(torch.linalg.svdvals(r.double())[-1])
+            if least < 1.1 * before:
+                break
+            before = least
         p = self.read(no_left, q, "soft", clip).left / self.share
         if self.structure == "skew":
             core = q.double().mT @ p.double()
@@ -235,8 +237,9 @@ class _Data:
 
 
 class _Verdict(NamedTuple):
-    """What L = left right^T leaves of the matrix, beyond `threshold` taken for corrupted."""
+    """What L = left right^T leaves of the matrix, beyond a threshold taken for corrupted."""
 
+    threshold: float
     rate: float
     row_rates: Tensor  # [m]
     column_rates: Tensor  # [n]
@@ -255,30 +258,21 @@ class _Solve(NamedTuple):
 
 
 def _judge(data: _Data, left, right, threshold: float) -> _Verdict:
-    found = outlier_blocks(data.matrix, left, right, threshold, scale=data.scale)
-    kept = data.read(left, right, "hard", max(threshold, 1e-300)).sum_squares ** 0.5
-    return _verdict(data, found, kept)
-
-
-def _verdict(data: _Data, found, kept: float) -> _Verdict:
-    """found: blocks of outliers, to be counted: a list of all of them could take more room than the matrix."""
-    like = {"dtype": torch.int64, "device": data.matrix.device}
-    row_counts, column_counts = torch.zeros(data.rows, **like), torch.zeros(data.columns, **like)
-    for block, rows, columns, _ in found:
-        row_counts[block] += torch.bincount(rows - block.start, minlength=block.stop - block.start)
-        column_counts += torch.bincount(columns, minlength=data.columns)
-    column_counts = data.sum(column_counts)
-    row_seen, column_seen = data.counts()
-    row_rates = row_counts.double() / row_seen.clamp(min=1)
-    column_rates = column_counts.double() / column_seen.clamp(min=1)
-    zero = column_rates.new_zeros(1)
+    found = data.outlier_counts(left, right, threshold)
+    row_rates, column_rates = _rates(found.rows, found.row_observed), _rates(found.columns, found.column_observed)
+    worst = torch.cat([column_rates.new_zeros(1), row_rates, column_rates]).amax()
     return _Verdict(
-        float(column_counts.sum() / column_seen.sum().clamp(min=1)),
+        threshold,
+        float(_rates(found.columns.sum(), found.column_observed.sum())),
         row_rates,
         column_rates,
-        kept / data.norm if data.norm else 0.0,
-        float(data.max(torch.cat([zero, row_rates, column_rates]).amax())) > MISFIT,
+        float(found.rest_squares) ** 0.5 / data.norm if data.norm else 0.0,
+        float(data.max(worst)) > MISFIT,
     )
+
+
+def _rates(counts: Tensor, observed: Tensor) -> Tensor:
+    return counts.double() / observed.clamp(min=1)
 
 
 def _relative(step: Tensor, factor: Tensor, data: _Data | None = None) -> float:
@@ -342,8 +336,8 @@ class _Lines:
 
     def __init__(self, data: _Data, corruption: str):
         self.data, self.rows = data, corruption == "rows"
-        rows, columns = data.counts()
-        self.counts = (rows if self.rows else columns).double()
+        self.observed = data.observed_lines()
+        self.counts = self.observed[0 if self.rows else 1].double()
 
     def sizes(self, read: _Read) -> Tensor:
         """Root mean squares of the lines' residuals; NaN: an empty line."""
@@ -366,6 +360,38 @@ class _Lines:
         weights = (1 / (1 + (sizes / zeta) ** 2)).nan_to_num(0.0).to(self.data.dtype)
         median = float(self.all_sizes(read).nanmedian().nan_to_num(0.0)) / MAD
         return {"row_weights" if self.rows else "column_weights": weights}, median
+
+    def _part(self, wrong: Tensor) -> Tensor:
+        """The lines that are wrong, copied."""
+        matrix = self.data.matrix
+        return (matrix[wrong] if self.rows else matrix[:, wrong]).contiguous()
+
+    def verdict(self, wrong: Tensor, residual: float) -> _Verdict:
+        """All observed entries of the lines that are wrong count as outliers."""
+        part, none = self._part(wrong), self.data.thin(0)
+        left, right = (none[0][wrong], none[1]) if self.rows else (none[0], none[1][wrong])
+        inside = outlier_counts(part, left, right, torch.inf)
+        rows, columns = self.observed
+        if self.rows:
+            row_counts, column_counts = rows * wrong, self.data.sum(inside.column_observed)
+        else:
+            row_counts, column_counts = inside.row_observed, columns * wrong
+        return _Verdict(
+            0.0,
+            float(_rates(column_counts.sum(), columns.sum())),
+            _rates(row_counts, rows),
+            _rates(column_counts, columns),
+            residual,
+            False,
+        )
+
+    def entries(self, wrong: Tensor, left: Tensor, right: Tensor) -> Outliers:
+        left, right = (left[wrong], right) if self.rows else (left, right[wrong])
+        found = outliers(self._part(wrong), left, right, 0.0, scale=self.data.scale)
+        lines = wrong.nonzero().flatten()
+        if self.rows:
+            return found._replace(rows=lines[found.rows])
+        return found._replace(columns=lines[found.columns])
 
 
 def _altproj(data: _Data, rank: int, left, right, tol, max_iter, report) -> _Solve:
@@ -542,36 +568,30 @@ def _result(data: _Data, found: _Solve, corruption: str, sparse: str, gap: Tenso
     u, s, v = _svd_of(data, found.left, found.right)
     root = s.sqrt().to(u.dtype)
     noise = MAD * found.median
-    verdict, inside = found.verdict, None
-    left, right, threshold = found.left, found.right, outlier_bound(found.median, data.mean)
-    if verdict is None:
-        lines, left, right, threshold = _Lines(data, corruption), u * root, v * root, 0.0
-        read = data.read(left, right, "identity", torch.inf, squares=True)
+    verdict, lines = found.verdict, None
+    if verdict is not None:
+        if gap is None:
+            _warn_of_rank(data, u, s, v, noise)
+    else:
+        lines = _Lines(data, corruption)
+        read = data.read(u * root, v * root, "identity", torch.inf, squares=True)
         sizes, every = lines.sizes(read), lines.all_sizes(read)
         noise = float(every.nanmedian().nan_to_num(0.0))
         wrong = sizes > max(OUTLIER * noise, EXACT * data.mean)
-        inside = wrong.unsqueeze(1 if lines.rows else 0)
         squares = torch.where(wrong, 0.0, read.row_squares if lines.rows else read.column_squares).sum().reshape(1)
         kept = float(data.sum(squares) if lines.rows else squares) ** 0.5
-    elif gap is None:
-        _warn_of_rank(data, u, s, v, noise)
-
-    def corrupted():
-        return outlier_blocks(matrix, left, right, threshold, scale=data.scale, inside=inside)
-
-    if verdict is None:
-        verdict = _verdict(data, corrupted(), kept)
+        verdict = lines.verdict(wrong, kept / data.norm if data.norm else 0.0)
     whole = None
-    if sparse == "coo":
-        indices, found_values = [torch.empty(0, 2, dtype=torch.int64, device=matrix.device)], [found.left.new_empty(0)]
-        for _, rows, columns, values in corrupted():
-            indices.append(torch.stack([rows, columns], 1))
-            found_values.append(values)
-        whole = SparseCOO(torch.cat(indices), torch.cat(found_values))
-    elif sparse == "dense":
-        whole = torch.zeros(matrix.shape, dtype=data.dtype, device=matrix.device)
-        for _, rows, columns, values in corrupted():
-            whole[rows, columns] = values
+    if sparse != "none":
+        if lines is None:
+            listed = outliers(matrix, u * root, v * root, verdict.threshold, scale=data.scale)
+        else:
+            listed = lines.entries(wrong, u * root, v * root)
+        if sparse == "coo":
+            whole = SparseCOO(torch.stack(listed[:2], 1), listed.values)
+        else:
+            whole = torch.zeros(matrix.shape, dtype=data.dtype, device=matrix.device)
+            whole[listed.rows, listed.columns] = listed.values
     number = {"dtype": torch.float64, "device": matrix.device}
     info = RPCAInfo(
         torch.tensor(rank, device=matrix.device),
@@ -628,7 +648,7 @@ def _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse) -> RPCAResul
         warm = None
         if skew and not noisy[part].any():
             warm = left[part, :, :r], right[part, :, :r]
-        fit = batched_annealed(flat[part], r, skew=skew, tol=tol, max_iter=300, warm=warm)
+        fit, _ = batched_annealed(flat[part], r, skew=skew, tol=tol, max_iter=300, warm=warm)
         left[part], right[part] = left[part] * 0, right[part] * 0
         left[part, :, :r], right[part, :, :r] = fit.left, fit.right
         iterations[part] += fit.iterations
@@ -636,70 +656,55 @@ def _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse) -> RPCAResul
     fit = _BatchFit(left, right, rank, iterations, converged, found.residual, found.gap)
     medians = [_median_of(d, a, b) for d, a, b in zip(flat, left, right, strict=True)]
     fit = fit._replace(median=torch.stack(medians) if medians else flat.new_empty(0))
-    return _batch_result(matrix, fit, sparse)
+    return _batch_result(matrix, fit, batched_verdict(flat, fit.left, fit.right, fit.median), sparse)
 
 
 def _median_of(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return (matrix - left @ right.mT).abs().nanmedian().nan_to_num(0.0)
 
 
-def _batch_result(matrix: Tensor, found: _BatchFit, sparse: str) -> RPCAResult:
-    shape, rank = matrix.shape, found.left.shape[-1]
-    flat = matrix.reshape(shape[:-2].numel(), *shape[-2:])
-    batch, m, n = flat.shape
-    u, s, vh = _batched_svd(found.left, found.right)
-    s = s * (torch.arange(rank, device=s.device) < found.rank.unsqueeze(-1))
-    scale = MAD * found.median.double()
-    chunk = max(1, (1 << 24) // max(m * n, 1))
-    rates, row_rates, column_rates, residuals, dense, listed = [], [], [], [], [], []
-    for begin in range(0, batch, chunk):
-        part = slice(begin, begin + chunk)
-        d = flat[part]
-        seen = ~d.isnan()
-        r = torch.where(seen, d - found.left[part] @ found.right[part].mT, 0)
-        clean = torch.where(seen, d, 0)
-        total = seen.sum((-2, -1)).clamp(min=1)
-        bound = outlier_bound(found.median[part], clean.abs().sum((-2, -1)) / total)
-        far = r.abs() > bound[:, None, None]
-        kept = torch.where(far, 0, r)
-        norm = torch.linalg.vector_norm(clean, dim=(-2, -1)).double()
-        residuals.append(torch.linalg.vector_norm(kept, dim=(-2, -1)) / norm.where(norm > 0, 1.0))
-        rates.append(far.sum((-2, -1)) / total)
-        row_rates.append(far.sum(-1) / seen.sum(-1).clamp(min=1))
-        column_rates.append(far.sum(-2) / seen.sum(-2).clamp(min=1))
-        if sparse == "dense":
-            dense.append(torch.where(far, r, 0))
-        elif sparse == "coo":
-            where = far.nonzero()
-            listed.append((where + where.new_tensor([begin, 0, 0]), r[far]))
-    lead = shape[:-2]
-
-    def joined(parts, *size, dtype=torch.float64):
-        return (
-            torch.cat(parts).to(dtype).reshape(*lead, *size) if parts else flat.new_empty((*lead, *size), dtype=dtype)
-        )
-
-    whole = None
-    if sparse == "dense":
-        whole = joined(dense, m, n, dtype=flat.dtype)
-    elif sparse == "coo":
-        indices = torch.cat([i for i, _ in listed]) if listed else torch.empty(0, 3, dtype=torch.int64)
-        if len(lead) != 1:
-            indices = torch.cat([torch.stack(torch.unravel_index(indices[:, 0], lead), 1), indices[:, 1:]], 1)
-        whole = SparseCOO(indices, torch.cat([v for _, v in listed]) if listed else flat.new_empty(0))
+def _batch_result(matrix: Tensor, found: _BatchFit, verdict: BatchVerdict, sparse: str) -> RPCAResult:
+    *lead, m, n = matrix.shape
+    rank = found.left.shape[-1]
+    s = verdict.S * (torch.arange(rank, device=matrix.device) < found.rank.unsqueeze(-1))
     info = RPCAInfo(
         found.rank.view(lead),
         found.iterations.view(lead),
-        joined(residuals),
+        verdict.residual.view(lead),
         found.gap.view(lead),
         found.converged.view(lead),
-        scale.view(lead),
-        joined(rates),
-        joined(row_rates, m),
-        joined(column_rates, n),
+        (MAD * found.median.double()).view(lead),
+        verdict.rate.view(lead),
+        verdict.row_rates.view(*lead, m),
+        verdict.column_rates.view(*lead, n),
         _condition(s, found.rank).view(lead),
     )
-    return RPCAResult(u.view(*lead, m, rank), s.view(*lead, rank), vh.view(*lead, rank, n), whole, info)
+    whole = None if sparse == "none" else _batch_sparse(matrix, found, verdict, sparse)
+    u, vh = verdict.U.view(*lead, m, rank), verdict.Vh.view(*lead, rank, n)
+    return RPCAResult(u, s.view(*lead, rank), vh, whole, info)
+
+
+def _batch_sparse(matrix: Tensor, found: _BatchFit, verdict: BatchVerdict, sparse: str) -> Tensor | SparseCOO:
+    *lead, m, n = matrix.shape
+    flat = matrix.reshape(-1, m, n) if matrix.numel() else matrix.new_empty(len(found.rank), m, n)
+    bound = outlier_bound(found.median, verdict.mean.to(matrix.dtype))[:, None, None]
+    dense, listed = torch.zeros_like(flat) if sparse == "dense" else None, []
+    chunk = max(1, (1 << 24) // max(m * n, 1))
+    for begin in range(0, len(flat), chunk):
+        part = slice(begin, begin + chunk)
+        residual = flat[part] - found.left[part] @ found.right[part].mT
+        far = residual.abs() > bound[part]
+        if dense is not None:
+            dense[part] = torch.where(far, residual, 0)
+        else:
+            where = far.nonzero()
+            listed.append((where + where.new_tensor([begin, 0, 0]), residual[far]))
+    if dense is not None:
+        return dense.view(matrix.shape)
+    indices = torch.cat([i for i, _ in listed]) if listed else torch.empty(0, 3, dtype=torch.int64)
+    if len(lead) != 1:
+        indices = torch.cat([torch.stack(torch.unravel_index(indices[:, 0], lead), 1), indices[:, 1:]], 1)
+    return SparseCOO(indices, torch.cat([v for _, v in listed]) if listed else flat.new_empty(0))
 
 
 def _condition(s: Tensor, rank: Tensor) -> Tensor:
@@ -707,13 +712,6 @@ def _condition(s: Tensor, rank: Tensor) -> Tensor:
         return torch.full(rank.shape, torch.nan, dtype=torch.float64, device=s.device)
     last = s.gather(-1, (rank - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return torch.where(rank > 0, (s[:, 0] / last).double(), torch.nan)
-
-
-def _batched_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, r = torch.linalg.qr(left.double())
-    v, t = torch.linalg.qr(right.double())
-    p, s, qh = torch.linalg.svd(r @ t.mT)
-    return (q @ p).to(left.dtype), s.to(left.dtype), (qh @ v.mT).to(left.dtype)
 
 
 # ---- public ----
@@ -827,10 +825,9 @@ def rpca(
         if not matrix.dtype.is_floating_point:
             raise TypeError(f"matrix must be floating-point in a batch, got {matrix.dtype}")
         matrix = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
-        if matrix.isinf().any():
-            where = matrix.isinf().nonzero()[0].tolist()
-            raise ValueError(f"matrix must be finite (NaN: missing), got {matrix[tuple(where)].item()} at {where}")
         lead = matrix.shape[:-2]
+        if rank is None or _library.choose_backend("batched_rpca", "", matrix.device.type) == "reference":
+            _check_finite(matrix)
         if rank is None:
             return _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse)
         factors = None
@@ -838,8 +835,18 @@ def rpca(
             left, right = _warm_factors(warm, (*lead, m, rank), (*lead, rank, n))
             factors = left.reshape(-1, m, rank).to(matrix), right.reshape(-1, n, rank).to(matrix)
         flat = matrix.reshape(lead.numel(), m, n)
-        found = batched_annealed(flat, rank, skew=structure == "skew", tol=tol, max_iter=max_iter, warm=factors)
-        return _batch_result(matrix, _BatchFit.of(found), sparse)
+        skew = structure == "skew"
+        found, verdict = batched_annealed(flat, rank, skew=skew, tol=tol, max_iter=max_iter, warm=factors)
+        if not verdict.mean.isfinite().all():  # the kernels read every entry, and stop at once at such a one
+            _check_finite(matrix)
+        return _batch_result(matrix, _BatchFit.of(found), verdict, sparse)
+
+
+def _check_finite(matrix: Tensor) -> None:
+    infinite = matrix.isinf().nonzero()
+    if len(infinite):
+        where = infinite[0].tolist()
+        raise ValueError(f"matrix must be finite (NaN: missing), got {matrix[tuple(where)].item()} at {where}")
 
 
 def _check_rank(rank, m, n, structure, lam, method, group) -> None:

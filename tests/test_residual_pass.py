@@ -9,7 +9,7 @@ from tolerance import unit_roundoff
 
 from fastpref import _library, _native
 from fastpref import residual_pass as op
-from fastpref.residual_pass import BINS, PSI, histogram_median, outliers, residual_pass, residual_pass_ref
+from fastpref.residual_pass import BINS, PSI, histogram_median, residual_pass, residual_pass_ref
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -63,7 +63,7 @@ def skew(n, r, dtype=torch.float32, device="cpu"):
 
 
 def sizes(matrix, left, right, scale=1.0):
-    residual = scale * op._values(matrix, torch.float64) - left.double() @ right.double().t()
+    residual = scale * op.entries(matrix, torch.float64) - left.double() @ right.double().t()
     return residual[~residual.isnan()].abs()
 
 
@@ -79,7 +79,7 @@ def zeta_in_a_gap(matrix, left, right, scale=1.0):
 
 def plain(matrix, left, right, psi, zeta, scale=1.0, row_weights=1.0, column_weights=1.0):
     """E right and E^T left as a user writes them, in the dtype of the factors."""
-    residual = scale * op._values(matrix, left.dtype) - left @ right.t()
+    residual = scale * op.entries(matrix, left.dtype) - left @ right.t()
     e = op._psi(residual, psi, zeta) * row_weights * column_weights
     e = torch.where(residual.isnan(), 0.0, e)
     return e @ right, e.t() @ left
@@ -88,7 +88,7 @@ def plain(matrix, left, right, psi, zeta, scale=1.0, row_weights=1.0, column_wei
 def assert_products(result, truth, same, matrix, left, right, options):
     """No worse than plain torch, but for rounding in proportion to what the sums would be without any cancellation."""
     absolute = [t.double().abs() for t in (left, right)]
-    terms = (options.get("scale", 1.0) * op._values(matrix, torch.float64)).abs() + absolute[0] @ absolute[1].t()
+    terms = (options.get("scale", 1.0) * op.entries(matrix, torch.float64)).abs() + absolute[0] @ absolute[1].t()
     terms = torch.where(terms.isnan(), 0.0, terms)
     uncancelled = terms @ absolute[1], terms.t() @ absolute[0]
     for name, composed, bound in zip(FACTORS, same, uncancelled, strict=True):
@@ -387,32 +387,6 @@ def test_histogram_median():
     assert abs(histogram_median(histogram_of(clumped)) / 3 - 1) <= 1 / 64
 
 
-@dtypes
-@pytest.mark.parametrize("layout", ["rows", "columns"])
-def test_outliers(dtype, layout):
-    matrix, left, right = make(61, 77, 4, dtype)
-    scale = 0.125 if dtype == torch.int8 else 0.75
-    threshold = zeta_in_a_gap(matrix, left, right, scale)
-    before = matrix.clone()
-    rows, columns, values = outliers(LAYOUTS.get(layout, lambda x: x)(matrix), left, right, threshold, scale=scale)
-    torch.testing.assert_close(matrix, before, rtol=0, atol=0, equal_nan=True)
-    residual = scale * op._values(matrix, torch.float64) - left.double() @ right.double().t()
-    expected = (residual.abs() > threshold).nonzero()
-    assert 0 < len(expected) < (~residual.isnan()).sum()
-    assert torch.equal(torch.stack([rows, columns], 1), expected)
-    assert values.dtype == left.dtype
-    torch.testing.assert_close(values.double(), residual[rows, columns], rtol=1e-4, atol=1e-5)
-
-
-def test_outliers_in_blocks(monkeypatch):
-    matrix, left, right = make(50, 20, 2)
-    whole = outliers(matrix, left, right, 1.0)
-    monkeypatch.setattr(op, "_REFERENCE_BYTES", 7 * 8 * 20)
-    for part, all_at_once in zip(outliers(matrix, left, right, 1.0), whole, strict=True):
-        torch.testing.assert_close(part, all_at_once, rtol=1e-4, atol=1e-5)
-    assert [t.shape for t in outliers(matrix[:0], left[:0], right, 1.0)] == [(0,)] * 3
-
-
 def test_the_workspace_stays_small():
     n, r = 20000, 10
     args = (0, 0, n, n, n, 0, 0, r, r, 2, 1.0, 1.0, False, 0, 0, 256, 0, 0, False, 0, 0, 0, 0)
@@ -454,11 +428,6 @@ def test_float64_is_refused_by_triton():
     matrix, left, right = make(4, 6, 2, torch.float64)
     with pytest.raises(TypeError, match=r"backend='triton' takes .* got torch\.float64"):
         residual_pass(matrix, left, right, backend="triton")
-
-
-def test_outliers_refuse_a_negative_threshold():
-    with pytest.raises(ValueError, match=r"threshold must not be negative, got -1\.0"):
-        outliers(*make(4, 6, 2), -1.0)
 
 
 @pytest.mark.parametrize("structure", ["general", "skew"])

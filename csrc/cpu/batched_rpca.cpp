@@ -1,5 +1,7 @@
-// Fixed-rank robust PCA, one matrix per task. An iteration is one pass over the matrix: of a few rows at a time the
-// residual, its weights, and both products with the factors, the left factor's by row, the right one's by column.
+// Fixed-rank robust PCA, one matrix per task. Factors lie by component, [rank, rows] and [rank, columns], padded with
+// zeros to whole vectors, and the matrix with missing entries. An iteration is one pass over the matrix: of a few rows
+// at a time the residual, its weights, and both products with the factors, the right factor's summed in place, the left
+// one's in registers and across lanes for all rows and components together.
 #include "batched_rpca.h"
 
 #include "dispatch.h"
@@ -16,9 +18,20 @@ namespace {
 
 // as in fastpref/batched_rpca.py
 constexpr double mad = 1.4826, cutoff = 3, step_size = 0.7, finest = 1e-9, clip = 3, ridge = 1e-10, away = 10;
+constexpr double slow = 0.9, quick = 0.8;
 constexpr int64_t blind = 5;
 
 constexpr int64_t widest = 8;  // ranks up to this one have kernels with their factors in registers
+constexpr int together = 8;    // rows are padded to a multiple
+
+// Rows at a time: as many sums as registers take beside the rows themselves.
+#if defined(FASTPREF_SIMD_avx512) || defined(__aarch64__)
+constexpr int rows_at_once(int rank) { return rank <= 2 ? 8 : rank <= 4 ? 4 : 2; }
+#else
+constexpr int rows_at_once(int rank) { return rank <= 2 ? 4 : rank <= 4 ? 2 : 1; }
+#endif
+
+inline int64_t padded(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
 template <class T>
 struct Solver {
@@ -27,31 +40,36 @@ struct Solver {
   using I = typename Lanes<T>::I;
 
   const BatchedRpca& args;
-  const int64_t rows, columns, rank, stride;
-  T* matrix;                   // [rows, stride], NaN: missing or padding
-  T* scratch;                  // [rows, stride]
-  T *left, *left_grad;         // [rows, rank]
-  T *right, *right_grad;       // [rank, stride], padding zero
-  double *gram, *core, *work;  // [rank, rank]
-  double* line;                // [rank]
+  const int64_t rows, columns, rank, height, stride;  // height: of the padded matrix
+  const int64_t tall;                                 // of a left component
+  T* matrix;                                          // [height, stride], NaN: missing or padding
+  T* scratch;                                         // [height, stride]
+  T *left, *left_grad;                                // [rank, tall]
+  T *right, *right_grad;                              // [rank, stride]
+  double *gram, *core, *work;                         // [rank, rank], work twice
 
   Solver(const BatchedRpca& args, char* memory)
-      : args(args), rows(args.rows), columns(args.columns), rank(args.rank), stride((args.columns + n - 1) / n * n) {
+      : args(args),
+        rows(args.rows),
+        columns(args.columns),
+        rank(args.rank),
+        height(padded(rows, together)),
+        stride(padded(columns, n)),
+        tall(padded(rows, n > together ? n : together)) {
     const auto take = [&](int64_t bytes) {
       char* at = memory;
-      memory += (bytes + 63) / 64 * 64;
+      memory += padded(bytes, 64);
       return at;
     };
-    matrix = reinterpret_cast<T*>(take(rows * stride * sizeof(T)));
-    scratch = reinterpret_cast<T*>(take(rows * stride * sizeof(T)));
-    left = reinterpret_cast<T*>(take(rows * rank * sizeof(T)));
-    left_grad = reinterpret_cast<T*>(take(rows * rank * sizeof(T)));
+    matrix = reinterpret_cast<T*>(take(height * stride * sizeof(T)));
+    scratch = reinterpret_cast<T*>(take(height * stride * sizeof(T)));
+    left = reinterpret_cast<T*>(take(rank * tall * sizeof(T)));
+    left_grad = reinterpret_cast<T*>(take(rank * tall * sizeof(T)));
     right = reinterpret_cast<T*>(take(rank * stride * sizeof(T)));
     right_grad = reinterpret_cast<T*>(take(rank * stride * sizeof(T)));
     gram = reinterpret_cast<double*>(take(rank * rank * 8));
     core = reinterpret_cast<double*>(take(rank * rank * 8));
     work = reinterpret_cast<double*>(take(2 * rank * rank * 8));
-    line = reinterpret_cast<double*>(take(rank * 8));
   }
 
   int64_t observed = 0;
@@ -60,13 +78,14 @@ struct Solver {
   void read(int64_t b) {
     const T* in = static_cast<const T*>(args.data) + b * rows * columns;
     const T nan = static_cast<T>(__builtin_nan(""));
-    double sum = 0, squares = 0, most = 0;
+    double sum = 0, squares = 0;
+    Vt high{};
     observed = 0;
     for (int64_t i = 0; i < rows; i++) {
       T* row = matrix + i * stride;
       std::memcpy(row, in + i * columns, columns * sizeof(T));
       for (int64_t j = columns; j < stride; j++) row[j] = nan;
-      Vt s{}, s2{}, count{}, high{};
+      Vt s{}, s2{}, count{};
       for (int64_t j = 0; j < stride; j += n) {
         const Vt v = load_at(row + j), a = v == v ? abs_of<T>(v) : Vt{};
         s += a;
@@ -77,11 +96,12 @@ struct Solver {
       sum += sum_of<T>(s);
       squares += sum_of<T>(s2);
       observed += static_cast<int64_t>(sum_of<T>(count));
-      for (int k = 0; k < n; k++) most = larger(most, high[k]);
     }
+    for (int64_t i = rows * stride; i < height * stride; i++) matrix[i] = nan;
+    top = 0;
+    for (int k = 0; k < n; k++) top = larger(top, high[k]);
     mean = observed ? sum / observed : 0;
     norm = __builtin_sqrt(squares);
-    top = most;
     share = double(observed) / double(rows * columns);
   }
 
@@ -90,59 +110,87 @@ struct Solver {
     int64_t small = 0;   // residuals up to the bound asked for
   };
 
-  // E = R / (1 + (R / zeta)^2), E right and (unless skew) E^T left; R kept in `scratch` if asked.
+  // sums[i * R + k], by lane, of ROWS rows from `first` -> out[k][first + i]
+  template <int R, int ROWS>
+  static inline void store_row_sums(Vt (&sums)[ROWS][R], T* out, int64_t apart, int64_t first) {
+    constexpr int count = ROWS * R;
+    for (int begin = 0; begin < count; begin += n) {
+      Vt some[n];
+      for (int x = 0; x < n; x++) some[x] = begin + x < count ? sums[(begin + x) / R][(begin + x) % R] : Vt{};
+      const Vt total = sums_of<T>(some);
+      for (int x = 0; x < n && begin + x < count; x++)
+        out[(begin + x) % R * apart + first + (begin + x) / R] = total[x];
+    }
+  }
+
+  // E = R / (1 + (R / zeta)^2), E right and (unless skew) E^T left of ROWS rows.
   template <int R, int ROWS>
   __attribute__((always_inline)) inline void some_rows(int64_t first, Vt inverse_zeta2, Vt limit, Vt& squares,
                                                        I& below) {
-    const int64_t r = R ? R : rank;
     const Vt one = Vt{} + 1;
-    Vt own[ROWS][R ? R : 1];
-    if constexpr (R != 0)
-      for (int i = 0; i < ROWS; i++)
-        for (int k = 0; k < R; k++) own[i][k] = Vt{};
-    if constexpr (R == 0)
-      for (int64_t k = 0; k < r; k++) left_grad[first * rank + k] = 0;
+    Vt own[ROWS][R];
+    for (int i = 0; i < ROWS; i++)
+      for (int k = 0; k < R; k++) own[i][k] = Vt{};
     for (int64_t j = 0; j < stride; j += n) {
       Vt e[ROWS];
       for (int i = 0; i < ROWS; i++) e[i] = load_at(matrix + (first + i) * stride + j);
-      for (int64_t k = 0; k < r; k++) {
+      for (int k = 0; k < R; k++) {
         const Vt v = load_at(right + k * stride + j);
-        for (int i = 0; i < ROWS; i++) e[i] -= v * left[(first + i) * rank + k];
+        for (int i = 0; i < ROWS; i++) e[i] -= v * left[k * tall + first + i];
       }
       for (int i = 0; i < ROWS; i++) {
-        const auto present = e[i] == e[i];
-        const Vt residual = present ? e[i] : Vt{};
-        below -= (abs_of<T>(residual) <= limit) & present;
-        e[i] = residual * inverse(one + residual * residual * inverse_zeta2);
+        below -= abs_of<T>(e[i]) <= limit;  // false of NaN
+        const Vt weighted = e[i] * inverse(one + e[i] * e[i] * inverse_zeta2);
+        e[i] = e[i] == e[i] ? weighted : Vt{};
         squares += e[i] * e[i];
       }
-      for (int64_t k = 0; k < r; k++) {
+      for (int k = 0; k < R; k++) {
         const Vt v = load_at(right + k * stride + j);
-        if constexpr (R != 0)
-          for (int i = 0; i < ROWS; i++) own[i][k] += e[i] * v;
-        else
-          left_grad[first * rank + k] += sum_of<T>(e[0] * v);
+        for (int i = 0; i < ROWS; i++) own[i][k] += e[i] * v;
         if (args.skew) continue;
         Vt sum = load_at(right_grad + k * stride + j);
-        for (int i = 0; i < ROWS; i++) sum += e[i] * left[(first + i) * rank + k];
+        for (int i = 0; i < ROWS; i++) sum += e[i] * left[k * tall + first + i];
         store_at(right_grad + k * stride + j, sum);
       }
     }
-    if constexpr (R != 0)
-      for (int i = 0; i < ROWS; i++)
-        for (int k = 0; k < R; k++) left_grad[(first + i) * rank + k] = sum_of<T>(own[i][k]);
+    store_row_sums<R, ROWS>(own, left_grad, tall, first);
   }
 
   template <int R>
   __attribute__((noinline)) Sums pass_of(double zeta, double bound) {
-    constexpr int many = R == 0 ? 1 : R <= 4 ? 4 : 2;
+    constexpr int many = rows_at_once(R);
     const Vt inverse_zeta2 = Vt{} + static_cast<T>(1 / (zeta * zeta)), limit = Vt{} + static_cast<T>(bound);
     Vt squares{};
     I below{};
     std::memset(right_grad, 0, rank * stride * sizeof(T));
-    int64_t i = 0;
-    for (; i + many <= rows; i += many) some_rows<R, many>(i, inverse_zeta2, limit, squares, below);
-    for (; i < rows; i++) some_rows<R, 1>(i, inverse_zeta2, limit, squares, below);
+    for (int64_t i = 0; i < height; i += many) some_rows<R, many>(i, inverse_zeta2, limit, squares, below);
+    return sums_of_pass(squares, below);
+  }
+
+  // Of more components: E goes through `scratch`.
+  __attribute__((noinline)) Sums pass_of_many(double zeta, double bound) {
+    const Vt inverse_zeta2 = Vt{} + static_cast<T>(1 / (zeta * zeta)), limit = Vt{} + static_cast<T>(bound);
+    const Vt one = Vt{} + 1;
+    Vt squares{};
+    I below{};
+    for (int64_t first = 0; first < height; first += 4)
+      for (int64_t j = 0; j < stride; j += n) {
+        Vt e[4];
+        residuals<4>(first, j, e);
+        for (int i = 0; i < 4; i++) {
+          below -= abs_of<T>(e[i]) <= limit;
+          const Vt weighted = e[i] * inverse(one + e[i] * e[i] * inverse_zeta2);
+          e[i] = e[i] == e[i] ? weighted : Vt{};
+          squares += e[i] * e[i];
+          store_at(scratch + (first + i) * stride + j, e[i]);
+        }
+      }
+    times_right(left_grad);
+    if (!args.skew) times_left(right_grad);
+    return sums_of_pass(squares, below);
+  }
+
+  Sums sums_of_pass(Vt squares, I below) {
     Sums sums;
     sums.squares = sum_of<T>(squares);
     for (int k = 0; k < n; k++) sums.small += below[k];
@@ -168,31 +216,71 @@ struct Solver {
       case widest:
         return pass_of<widest>(zeta, bound);
       default:
-        return pass_of<0>(zeta, bound);
+        return pass_of_many(zeta, bound);
     }
   }
 
-  double median_residual(int64_t every) {
-    int64_t kept = 0, present = 0;
-    double most = 0;
-    for (int64_t i = 0; i < rows; i += every) {
-      T* out = scratch + kept++ * stride;
-      Vt high{}, count{};
-      for (int64_t j = 0; j < stride; j += n) {
-        Vt r = load_at(matrix + i * stride + j);
-        for (int64_t k = 0; k < rank; k++) r -= load_at(right + k * stride + j) * left[i * rank + k];
-        r = abs_of<T>(r);
-        store_at(out + j, r);
-        high = r > high ? r : high;
-        count += r == r ? Vt{} + 1 : Vt{};
-      }
-      present += static_cast<int64_t>(sum_of<T>(count));
-      for (int k = 0; k < n; k++) most = larger(most, high[k]);
+  template <int ROWS>
+  inline void residuals(int64_t first, int64_t j, Vt* r) const {
+    for (int i = 0; i < ROWS; i++) r[i] = load_at(matrix + (first + i) * stride + j);
+    for (int64_t k = 0; k < rank; k++) {
+      const Vt v = load_at(right + k * stride + j);
+      for (int i = 0; i < ROWS; i++) r[i] -= v * left[k * tall + first + i];
     }
+  }
+
+  // out [rank, tall] = scratch right
+  void times_right(T* out) const {
+    int64_t k = 0;
+    for (; k + 4 <= rank; k += 4) times_right_of<4>(out, k);
+    for (; k < rank; k++) times_right_of<1>(out, k);
+  }
+  template <int R>
+  void times_right_of(T* out, int64_t k) const {
+    for (int64_t first = 0; first < height; first += 4) {
+      Vt sums[4][R]{};
+      for (int64_t j = 0; j < stride; j += n)
+        for (int x = 0; x < R; x++) {
+          const Vt v = load_at(right + (k + x) * stride + j);
+          for (int i = 0; i < 4; i++) sums[i][x] += load_at(scratch + (first + i) * stride + j) * v;
+        }
+      store_row_sums<R, 4>(sums, out + k * tall, tall, first);
+    }
+  }
+
+  // out [rank, stride] = scratch^T left
+  void times_left(T* out) const {
+    std::memset(out, 0, rank * stride * sizeof(T));
+    for (int64_t first = 0; first < height; first += 4)
+      for (int64_t k = 0; k < rank; k++)
+        for (int64_t j = 0; j < stride; j += n) {
+          Vt sum = load_at(out + k * stride + j);
+          for (int i = 0; i < 4; i++) sum += load_at(scratch + (first + i) * stride + j) * left[k * tall + first + i];
+          store_at(out + k * stride + j, sum);
+        }
+  }
+
+  double median_residual(int64_t every) {  // of every so manyth group of four rows
+    int64_t kept = 0, present = 0;
+    Vt high{}, count{};
+    for (int64_t first = 0; first < height; first += 4 * every, kept += 4)
+      for (int64_t j = 0; j < stride; j += n) {
+        Vt r[4];
+        residuals<4>(first, j, r);
+        for (int i = 0; i < 4; i++) {
+          r[i] = abs_of<T>(r[i]);
+          store_at(scratch + (kept + i) * stride + j, r[i]);
+          high = r[i] > high ? r[i] : high;
+          count += r[i] == r[i] ? Vt{} + 1 : Vt{};
+        }
+      }
+    present = static_cast<int64_t>(sum_of<T>(count));
+    double most = 0;
+    for (int k = 0; k < n; k++) most = larger(most, high[k]);
     return present ? order_statistic(scratch, kept * stride, (present + 1) / 2, most) : 0;
   }
 
-  // ---- r x r ----
+  // ---- factors ----
 
   // inverse = (gram + ridge)^-1 by Gauss-Jordan with the diagonal as pivots: gram is positive definite with its ridge.
   void invert(double* inverse) {
@@ -218,149 +306,94 @@ struct Solver {
     }
   }
 
-  void gram_of_right() {
+  static double dot(const T* a, const T* b, int64_t length) {
+    Vt sum{};
+    for (int64_t j = 0; j < length; j += n) sum += load_at(a + j) * load_at(b + j);
+    return sum_of<T>(sum);
+  }
+
+  void gram_of(const T* factor, int64_t length) {
     for (int64_t k = 0; k < rank; k++)
-      for (int64_t l = 0; l <= k; l++) {
-        Vt sum{};
-        for (int64_t j = 0; j < stride; j += n)
-          sum += load_at(right + k * stride + j) * load_at(right + l * stride + j);
-        gram[k * rank + l] = gram[l * rank + k] = sum_of<T>(sum);
-      }
+      for (int64_t l = 0; l <= k; l++)
+        gram[k * rank + l] = gram[l * rank + k] = dot(factor + k * length, factor + l * length, length);
   }
 
-  void gram_of_left() {
-    for (int64_t k = 0; k < rank * rank; k++) gram[k] = 0;
-    for (int64_t i = 0; i < rows; i++)
-      for (int64_t k = 0; k < rank; k++)
-        for (int64_t l = 0; l <= k; l++) gram[k * rank + l] += double(left[i * rank + k]) * left[i * rank + l];
+  // factor += size * grad inverse; returns the relative change
+  double step(T* factor, const T* grad, const double* inverse, double size, int64_t length) const {
+    Vt moved{}, total{};
     for (int64_t k = 0; k < rank; k++)
-      for (int64_t l = 0; l < k; l++) gram[l * rank + k] = gram[k * rank + l];
-  }
-
-  // left += size * left_grad inverse; returns the relative change
-  double step_left(const double* inverse, double size) {
-    double moved = 0, total = 0;
-    for (int64_t i = 0; i < rows; i++) {
-      for (int64_t k = 0; k < rank; k++) {
-        double sum = 0;
-        for (int64_t l = 0; l < rank; l++) sum += left_grad[i * rank + l] * inverse[l * rank + k];
-        line[k] = size * sum;
-      }
-      for (int64_t k = 0; k < rank; k++) {
-        T& entry = left[i * rank + k];
-        moved += line[k] * line[k];
-        total += double(entry) * entry;
-        entry = static_cast<T>(entry + line[k]);
-      }
-    }
-    return moved > 0 ? __builtin_sqrt(moved / larger(total, 1e-300)) : 0;
-  }
-
-  double step_right(const double* inverse, double size) {
-    double moved = 0, total = 0;
-    for (int64_t k = 0; k < rank; k++) {
-      Vt squares{}, moves{};
-      for (int64_t j = 0; j < stride; j += n) {
+      for (int64_t j = 0; j < length; j += n) {
         Vt sum{};
         for (int64_t l = 0; l < rank; l++)
-          sum += load_at(right_grad + l * stride + j) * static_cast<T>(size * inverse[l * rank + k]);
-        const Vt v = load_at(right + k * stride + j);
-        squares += v * v;
-        moves += sum * sum;
-        store_at(right + k * stride + j, v + sum);
+          sum += load_at(grad + l * length + j) * static_cast<T>(size * inverse[l * rank + k]);
+        const Vt v = load_at(factor + k * length + j);
+        total += v * v;
+        moved += sum * sum;
+        store_at(factor + k * length + j, v + sum);
       }
-      moved += sum_of<T>(moves);
-      total += sum_of<T>(squares);
-    }
-    return moved > 0 ? __builtin_sqrt(moved / larger(total, 1e-300)) : 0;
+    const double way = sum_of<T>(moved);
+    return way > 0 ? __builtin_sqrt(way / larger(sum_of<T>(total), 1e-300)) : 0;
   }
 
   // ---- the start ----
 
-  T clipped(T v, double bound) const {
-    return v == v ? static_cast<T>(v > bound ? bound : v < -bound ? -bound : v) : T(0);
-  }
-
-  void orthonormalise(T* q, int64_t length, int64_t along, int64_t apart) {  // q[i along + k apart], Gram-Schmidt twice
+  void orthonormalise(T* q, int64_t length) const {  // Gram-Schmidt twice; zero where there are fewer directions
     for (int64_t k = 0; k < rank; k++) {
+      T* own = q + k * length;
       for (int round = 0; round < 2; round++)
         for (int64_t l = 0; l < k; l++) {
-          double dot = 0;
-          for (int64_t i = 0; i < length; i++) dot += double(q[i * along + k * apart]) * q[i * along + l * apart];
-          for (int64_t i = 0; i < length; i++) {
-            T& entry = q[i * along + k * apart];
-            entry = static_cast<T>(entry - dot * q[i * along + l * apart]);
-          }
+          const T part = static_cast<T>(dot(own, q + l * length, length));
+          for (int64_t j = 0; j < length; j += n)
+            store_at(own + j, load_at(own + j) - load_at(q + l * length + j) * part);
         }
-      double squares = 0;
-      for (int64_t i = 0; i < length; i++) squares += double(q[i * along + k * apart]) * q[i * along + k * apart];
-      const double scale = squares > 1e-60 ? 1 / __builtin_sqrt(squares) : 0;
-      for (int64_t i = 0; i < length; i++) q[i * along + k * apart] = static_cast<T>(q[i * along + k * apart] * scale);
+      const double squares = dot(own, own, length);
+      const T scale = squares > 1e-30 ? static_cast<T>(1 / __builtin_sqrt(squares)) : T(0);
+      for (int64_t j = 0; j < length; j += n) store_at(own + j, load_at(own + j) * scale);
     }
   }
 
-  void power_left() {  // left = C right
-    for (int64_t i = 0; i < rows; i++)
-      for (int64_t k = 0; k < rank; k++) {
-        Vt sum{};
-        for (int64_t j = 0; j < stride; j += n)
-          sum += load_at(scratch + i * stride + j) * load_at(right + k * stride + j);
-        left[i * rank + k] = sum_of<T>(sum);
-      }
-  }
-
-  void power_right() {  // right = C^T left
-    std::memset(right, 0, rank * stride * sizeof(T));
-    for (int64_t i = 0; i < rows; i++)
-      for (int64_t k = 0; k < rank; k++) {
-        const T own = left[i * rank + k];
-        for (int64_t j = 0; j < stride; j += n)
-          store_at(right + k * stride + j, load_at(right + k * stride + j) + load_at(scratch + i * stride + j) * own);
-      }
-  }
-
   void cold() {
-    const double bound = clip * mean, scale = share > 0 ? 1 / share : 0;
-    for (int64_t i = 0; i < rows * stride; i++) scratch[i] = static_cast<T>(clipped(matrix[i], bound) * scale);
+    const Vt bound = Vt{} + static_cast<T>(clip * mean), scale = Vt{} + static_cast<T>(share > 0 ? 1 / share : 0);
+    for (int64_t i = 0; i < height * stride; i += n) {
+      const Vt v = load_at(matrix + i), below = v > bound ? bound : v, inside = below < -bound ? -bound : below;
+      store_at(scratch + i, v == v ? inside * scale : Vt{});
+    }
     const T* q = static_cast<const T*>(args.start);
     std::memset(right, 0, rank * stride * sizeof(T));
     for (int64_t j = 0; j < columns; j++)
       for (int64_t k = 0; k < rank; k++) right[k * stride + j] = q[j * rank + k];
     for (int round = 0; round < 3; round++) {
-      power_left();
-      orthonormalise(left, rows, rank, 1);
-      power_right();
-      orthonormalise(right, columns, 1, stride);
+      times_right(left);
+      orthonormalise(left, tall);
+      times_left(right);
+      orthonormalise(right, stride);
     }
-    power_left();
+    times_right(left);
     if (!args.skew) return;
     for (int64_t k = 0; k < rank; k++)  // core^T = q^T C q, left = q
-      for (int64_t l = 0; l < rank; l++) {
-        double sum = 0;
-        for (int64_t i = 0; i < rows; i++) sum += double(right[k * stride + i]) * left[i * rank + l];
-        core[l * rank + k] = sum;
-      }
-    for (int64_t i = 0; i < rows; i++)
-      for (int64_t k = 0; k < rank; k++) left[i * rank + k] = right[k * stride + i];
+      for (int64_t l = 0; l < rank; l++) core[l * rank + k] = dot(right + k * stride, left + l * tall, stride);
+    copy(right, stride, left, tall);
+  }
+
+  void copy(const T* from, int64_t length, T* to, int64_t other) const {  // the matrix is square
+    for (int64_t k = 0; k < rank; k++) std::memcpy(to + k * other, from + k * length, rows * sizeof(T));
   }
 
   void warm(int64_t b) {
     const T* own_left = static_cast<const T*>(args.left) + b * rows * rank;
     const T* own_right = static_cast<const T*>(args.right) + b * columns * rank;
-    std::memcpy(left, own_left, rows * rank * sizeof(T));
     std::memset(right, 0, rank * stride * sizeof(T));
-    for (int64_t j = 0; j < columns; j++)
-      for (int64_t k = 0; k < rank; k++) right[k * stride + j] = own_right[j * rank + k];
+    for (int64_t k = 0; k < rank; k++) {
+      for (int64_t i = 0; i < rows; i++) left[k * tall + i] = own_left[i * rank + k];
+      for (int64_t j = 0; j < columns; j++) right[k * stride + j] = own_right[j * rank + k];
+    }
     if (!args.skew) return;
-    gram_of_left();  // core = (left^T left)^-1 left^T right
+    gram_of(left, tall);  // core = (left^T left)^-1 left^T right
     invert(work);
     double* cross = work + rank * rank;
+    const int64_t common = smaller(tall, stride);
     for (int64_t k = 0; k < rank; k++)
-      for (int64_t l = 0; l < rank; l++) {
-        double sum = 0;
-        for (int64_t i = 0; i < rows; i++) sum += double(left[i * rank + k]) * right[l * stride + i];
-        cross[k * rank + l] = sum;
-      }
+      for (int64_t l = 0; l < rank; l++) cross[k * rank + l] = dot(left + k * tall, right + l * stride, common);
     for (int64_t k = 0; k < rank; k++)
       for (int64_t l = 0; l < rank; l++) {
         double sum = 0;
@@ -379,64 +412,72 @@ struct Solver {
   }
 
   void right_of_core() {  // right = left core: the product stays skew
-    for (int64_t i = 0; i < rows; i++)
-      for (int64_t l = 0; l < rank; l++) {
-        double sum = 0;
-        for (int64_t k = 0; k < rank; k++) sum += left[i * rank + k] * core[k * rank + l];
-        right[l * stride + i] = static_cast<T>(sum);
+    const int64_t common = smaller(tall, stride);
+    for (int64_t l = 0; l < rank; l++)
+      for (int64_t j = 0; j < common; j += n) {
+        Vt sum{};
+        for (int64_t k = 0; k < rank; k++) sum += load_at(left + k * tall + j) * static_cast<T>(core[k * rank + l]);
+        store_at(right + l * stride + j, sum);
       }
+  }
+
+  void forget() {
+    std::memset(left, 0, rank * tall * sizeof(T));
+    std::memset(right, 0, rank * stride * sizeof(T));
   }
 
   void run(int64_t b) {
     read(b);
+    std::memset(left, 0, rank * tall * sizeof(T));
+    std::memset(left_grad, 0, rank * tall * sizeof(T));
     int64_t iterations = 0;
     bool converged = observed > 0 && norm == 0;
     if (observed == 0 || norm == 0) {
-      std::memset(left, 0, rows * rank * sizeof(T));
-      std::memset(right, 0, rank * stride * sizeof(T));
+      forget();
     } else {
       args.warm ? warm(b) : cold();
       if (args.skew) {
         make_core_skew();
         right_of_core();
       }
-      const double least = finest * mean, gamma = args.gamma[b], size = step_size / share;
-      const int64_t sampled = rows >= 48 ? 4 : 1;
+      const double least = finest * mean, size = step_size / share;
+      const double gamma = (share < 0.9) != args.other ? slow : quick;
+      const int64_t every = rows >= 48 ? 4 : 1;
       double zeta = larger(args.warm ? cutoff * mad * median_residual(1) : top, least);
-      for (int quiet = 0; !converged && iterations < args.max_iter; iterations++) {
+      for (int still = 0; !converged && iterations < args.max_iter; iterations++) {
         const double next = larger(gamma * zeta, least);
         const Sums sums = pass(zeta, next / (cutoff * mad));
         const bool noisy = iterations >= blind && 2 * sums.small < observed;
-        const double noise = noisy ? cutoff * mad * median_residual(sampled) : 0;
-        gram_of_right();
+        const double noise = noisy ? cutoff * mad * median_residual(every) : 0;
+        gram_of(right, stride);
         invert(work);
         if (!args.skew) {
-          gram_of_left();
+          gram_of(left, tall);
           invert(work + rank * rank);
         }
-        double change = step_left(work, size);
+        double change = step(left, left_grad, work, size, tall);
         if (args.skew)
           right_of_core();
         else
-          change = larger(change, step_right(work + rank * rank, size));
+          change = larger(change, step(right, right_grad, work + rank * rank, size, stride));
         if (!(change < away)) break;
         zeta = larger(next, noise);
-        quiet = change < args.tol ? quiet + 1 : 0;
-        converged = __builtin_sqrt(sums.squares) < args.tol * norm || quiet >= 3;
+        still = change < args.tol ? still + 1 : 0;
+        converged = __builtin_sqrt(sums.squares) < args.tol * norm || still >= 3;
       }
     }
     double median = median_residual(1);
     if (!(median <= 2 * top)) {  // the steps, scaled up for missing entries, led away: too little is observed
       converged = false;
-      std::memset(left, 0, rows * rank * sizeof(T));
-      std::memset(right, 0, rank * stride * sizeof(T));
+      forget();
       median = median_residual(1);
     }
     T* out_left = static_cast<T*>(args.left) + b * rows * rank;
     T* out_right = static_cast<T*>(args.right) + b * columns * rank;
-    std::memcpy(out_left, left, rows * rank * sizeof(T));
-    for (int64_t j = 0; j < columns; j++)
-      for (int64_t k = 0; k < rank; k++) out_right[j * rank + k] = right[k * stride + j];
+    for (int64_t k = 0; k < rank; k++) {
+      for (int64_t i = 0; i < rows; i++) out_left[i * rank + k] = left[k * tall + i];
+      for (int64_t j = 0; j < columns; j++) out_right[j * rank + k] = right[k * stride + j];
+    }
     args.iterations[b] = iterations;
     args.converged[b] = converged;
     args.median[b] = median;
@@ -461,8 +502,8 @@ void batched_rpca_solve(const BatchedRpca& args, int64_t matrix, int64_t slot) {
 namespace fastpref {
 
 int64_t batched_rpca_workspace(int64_t rows, int64_t columns, int64_t rank, bool is_double) {
-  const int64_t stride = (columns + 15) / 16 * 16, size = is_double ? 8 : 4;
-  return (2 * rows * stride + 2 * rank * (rows + stride)) * size + (4 * rank * rank + rank) * 8 + 12 * 64;
+  const int64_t stride = (columns + 15) / 16 * 16, tall = (rows + 15) / 16 * 16, size = is_double ? 8 : 4;
+  return (2 * tall * stride + 2 * rank * (tall + stride)) * size + 4 * rank * rank * 8 + 12 * 64;
 }
 
 void batched_rpca_cpu(const BatchedRpca& args, int threads) {

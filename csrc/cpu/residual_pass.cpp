@@ -4,33 +4,17 @@
 // added up in order at the end.
 #include "residual_pass.h"
 
-#include <type_traits>
-
-#include "simd.h"
+#include "entries.h"
 
 namespace fastpref::FASTPREF_SIMD {
 namespace {
 
-using Vd = double __attribute__((vector_size(W * 4)));
-using Vl = int64_t __attribute__((vector_size(W * 4)));
-
+using Vd = V<double>;
+using Vl = Lanes<double>::I;
 template <class F>
-struct Vectors {
-  using V = Vf;
-  using I = Vi;
-};
-template <>
-struct Vectors<double> {
-  using V = Vd;
-  using I = Vl;
-};
+using VectorOf = V<F>;
 template <class F>
-using VectorOf = typename Vectors<F>::V;
-template <class F>
-constexpr int lanes = W * 4 / int(sizeof(F));
-
-template <class D>
-using Factor_t = std::conditional_t<std::is_same_v<D, double>, double, float>;
+constexpr int lanes = Lanes<F>::n;
 
 // 2 block_rows vectors of E and those they meet fill the registers: 32 with AVX-512 (and NEON), else 16.
 #if defined(FASTPREF_SIMD_avx512) || defined(__aarch64__)
@@ -105,26 +89,6 @@ template <class V, class T>
 inline void store_whole(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
-
-// One vector of entries, NaN where missing.
-inline Vf values(const float* p) { return load_vector<Vf>(p); }
-inline Vd values(const double* p) { return load_vector<Vd>(p); }
-inline Vf values(const f16* p) { return half_to_float(p); }
-inline Vf values(const bf16* p) {
-  using Vh = uint16_t __attribute__((vector_size(W * 2)));
-  return (Vf)(__builtin_convertvector(load_vector<Vh>(p), Vu) << 16);
-}
-inline Vf values(const int8_t* p) {
-  using Vc = int8_t __attribute__((vector_size(W)));
-  const Vi v = __builtin_convertvector(load_vector<Vc>(p), Vi);
-  return v == -128 ? splat(__builtin_nanf("")) : __builtin_convertvector(v, Vf);
-}
-
-inline void set_missing(float& x) { x = __builtin_nanf(""); }
-inline void set_missing(double& x) { x = __builtin_nan(""); }
-inline void set_missing(f16& x) { x.bits = 0x7e00; }
-inline void set_missing(bf16& x) { x.bits = 0x7fc0; }
-inline void set_missing(int8_t& x) { x = -128; }
 
 inline Vf magnitude(Vf v) { return (Vf)((Vi)v & 0x7fffffff); }
 inline Vd magnitude(Vd v) { return (Vd)((Vl)v & 0x7fffffffffffffff); }
@@ -263,7 +227,7 @@ void meet(const ResidualPass& args, const D* next, const Block<Factor_t<D>>& blo
           Totals<Factor_t<D>>& totals, int32_t* histogram) {
   using F = Factor_t<D>;
   using V = VectorOf<F>;
-  using I = typename Vectors<F>::I;
+  using I = typename Lanes<F>::I;
   constexpr int L = lanes<F>;
   const D* matrix = static_cast<const D*>(args.matrix);
   const Clip<F> clip(args.zeta);

@@ -1,0 +1,37 @@
+// Entries of a matrix of any dtype as vectors of float (of a double matrix double), NaN where missing.
+#pragma once
+#include <type_traits>
+
+#include "lanes.h"
+
+namespace fastpref::FASTPREF_SIMD {
+namespace {
+
+template <class D>
+using Factor_t = std::conditional_t<std::is_same_v<D, double>, double, float>;
+
+inline Vf values(const float* p) { return load_at(p); }
+inline V<double> values(const double* p) { return load_at(p); }
+inline Vf values(const f16* p) { return half_to_float(p); }
+inline Vf values(const bf16* p) {
+  using Vh = uint16_t __attribute__((vector_size(W * 2)));
+  Vh v;
+  std::memcpy(&v, p, sizeof v);
+  return (Vf)(__builtin_convertvector(v, Vu) << 16);
+}
+inline Vf values(const int8_t* p) {
+  using Vc = int8_t __attribute__((vector_size(W)));
+  Vc bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  const Vi v = __builtin_convertvector(bytes, Vi);
+  return v == -128 ? splat(__builtin_nanf("")) : __builtin_convertvector(v, Vf);
+}
+
+inline void set_missing(float& x) { x = __builtin_nanf(""); }
+inline void set_missing(double& x) { x = __builtin_nan(""); }
+inline void set_missing(f16& x) { x.bits = 0x7e00; }
+inline void set_missing(bf16& x) { x.bits = 0x7fc0; }
+inline void set_missing(int8_t& x) { x = -128; }
+
+}  // namespace
+}  // namespace fastpref::FASTPREF_SIMD
