@@ -172,8 +172,8 @@ def _add_denoise(commands) -> None:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    denoise.add_argument("input", metavar="IN")
-    denoise.add_argument("output_file", metavar="OUT")
+    denoise.add_argument("input", metavar="IN", help="told apart by its ending")
+    denoise.add_argument("output_file", metavar="OUT", help="replaced if it is there")
     denoise.add_argument("--json", action="store_true", help="print a summary as JSON to stdout instead of one line")
     denoise.add_argument(
         "--plot",
@@ -197,7 +197,7 @@ def _add_denoise(commands) -> None:
     matrix.add_argument("--structure", choices=["general", "skew"], help="skew: M = -M^T")
     matrix.add_argument("--corruption", choices=["entries", "rows", "columns"], help="what is corrupted")
     matrix.add_argument("--lam", type=float, metavar="X", help="weight of |S|_1 in the convex program")
-    matrix.add_argument("--scale", type=float, metavar="X", help="what the stored numbers, such as int8, are times")
+    matrix.add_argument("--scale", type=float, metavar="X", help="what stored numbers, such as int8, are multiplied by")
     matrix.add_argument("--array", metavar="NAME", help="which array of an .npz; needed where there are several")
     matrix.add_argument(
         "--output",
