@@ -67,6 +67,9 @@ class _Package(ModuleType):
             value = getattr(value, name)
         super().__setattr__(name, value)
 
+    def __reduce__(self):  # a function that names this module travels to other processes by cloudpickle (Ray, Spark)
+        return import_module, (self.__name__,)
+
 
 sys.modules[__name__].__class__ = _Package
 

@@ -10,7 +10,9 @@ import fastpref
 from fastpref.cli import main
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["demo", "--help"], ["info", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["demo", "--help"], ["denoise", "--help"], ["info", "--help"]]
+)
 def test_help_and_version_do_not_import_torch(python, arguments):
     code = (
         "import sys; from fastpref.cli import main\n"
