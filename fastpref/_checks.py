@@ -33,6 +33,12 @@ def floats(name: str, value) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
 
 
+def finite_or_nan(name: str, value: Tensor) -> None:
+    if value.isinf().any():
+        where = value.isinf().nonzero()[0].tolist()
+        raise ValueError(f"{name} must be finite (NaN: missing), got {value[tuple(where)].item()} at {where}")
+
+
 def labels(value, like: Tensor, like_name: str = "logits") -> None:
     integers("labels", value)
     if value.shape != like.shape[:-1]:
