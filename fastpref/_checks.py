@@ -82,6 +82,13 @@ def positive_int(name: str, value) -> None:
         raise ValueError(f"{name} must be positive, got {value}")
 
 
+def natural(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int >= 0, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must be >= 0, got {value}")
+
+
 def transform(temperature, softcap, scale) -> None:
     positive("temperature", temperature)
     positive("scale", scale)
