@@ -277,7 +277,7 @@ def refuse_exchangeable(name: str, x: Tensor, items: str, seed: int) -> None:
 
     x = x[sample(x.shape[0], 1024)][:, sample(x.shape[1], 256)]
     seen = ~x.isnan()
-    ranks = _standard_ranks(x)
+    ranks = standard_ranks(x)
 
     def statistics(values):
         spread = (values.sum(0) / seen.sum(0).clamp(min=1).sqrt()).square().sum()
@@ -301,7 +301,7 @@ def refuse_exchangeable(name: str, x: Tensor, items: str, seed: int) -> None:
         )
 
 
-def _standard_ranks(x: Tensor) -> Tensor:
+def standard_ranks(x: Tensor) -> Tensor:
     """Ranks within each row (ties in arbitrary order shared evenly), mean 0 and mean square 1, missing entries 0."""
     seen = ~x.isnan()
     count = seen.sum(1, keepdim=True).clamp(min=1)
