@@ -1,8 +1,8 @@
 """Non-convex robust PCA by alternating projections, dense and plain: the RPCA step of CURATRON as published.
 
-Netrapalli, Niranjan, Sanghavi, Anandkumar, Jain, "Non-convex Robust PCA", NIPS 2014, arXiv:1410.7660, with the constants
-of the authors' MATLAB code. `rpca` is faster, reads missing entries as missing, and needs less of the data: this one is
-here for comparison with the paper.
+Netrapalli, Niranjan, Sanghavi, Anandkumar, Jain, "Non-convex Robust PCA", NIPS 2014, arXiv:1410.7660, with the
+constants of the authors' MATLAB code. `rpca` is faster, reads missing entries as missing, and needs less of the data:
+this one is here for comparison with the paper.
 """
 
 from typing import NamedTuple

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from fastpref import _checks
+from fastpref.batched_rpca import EXACT, MAD
+from fastpref.rpca import rpca
 
+ACTIONS = ("mask", "replace", "low_rank")
 SECULAR_STEPS = 60  # at most; about six are taken
 
 FILL_STEPS = 100  # of alternating least squares, where entries are missing
 FEW_PROMPTS = 100  # below, a z of 3 is more often chance
-MAD = 1.4826
 
 
 class NothingToClean(ValueError):
@@ -127,6 +129,69 @@ def audit_sources(
     return SourceAudit(spread(share), z, spread(low), spread(high), order, z > threshold, reference, observed, rank)
 
 
+class DenoisedScores(NamedTuple):
+    """What `denoise_scores` returns."""
+
+    scores: Tensor  # [prompts, sources], corrupted entries NaN (or the fit's, by the action)
+    corrupted: Tensor  # [K, 2] int64, prompt and source, the largest residual first
+    residual: Tensor  # [K] float64, of these, in noise scales
+    scale: float  # of the noise
+    converged: bool
+
+
+def denoise_scores(
+    scores, *, rank: int = 3, action: str = "mask", threshold: float = 5.0, backend: str | None = None
+) -> DenoisedScores:
+    """Finds single wrong scores in [prompts, sources] by robust PCA of the columns minus their medians.
+
+    A source that is wrong throughout is structure to this function: `audit_sources` is for those.
+
+    Args:
+        scores: floating-point tensor or array on a linear scale (logits of probabilities); NaN: missing.
+        rank: of the structure.
+        action: "mask": corrupted entries become NaN. "replace": they become the fit's. "low_rank": all entries do; the
+            best response of a prompt is then seldom the best of the fit.
+        threshold: in scales of the noise.
+        backend: of rpca.
+
+    Raises NothingToClean for one column or exchangeable columns, and ValueError and TypeError as audit_sources does.
+    """
+    scores = torch.as_tensor(scores)
+    _checks.floats("scores", scores)
+    if scores.dim() != 2:
+        raise ValueError(f"scores must have shape [prompts, sources], got {list(scores.shape)}")
+    if action not in ACTIONS:
+        raise ValueError(f"action must be one of {ACTIONS}, got {action!r}")
+    _checks.positive("threshold", threshold)
+    _checks.finite_or_nan("scores", scores)
+    with torch.no_grad():
+        x = scores.detach().double()
+        varied = (~constant_columns(x) & ~x.isnan().all(0)).nonzero().flatten()
+        if len(varied) < 2:
+            raise NothingToClean(
+                f"scores has {len(varied)} column(s) that vary of {x.shape[1]}: nothing to compare with"
+            )
+        part = x[:, varied]
+        refuse_exchangeable("scores", part, "sources", 0)
+        centre = part.nanmedian(0).values
+        centred = part - centre
+        found = rpca(centred, rank=rank, backend=backend)
+        low_rank = found.low_rank()
+        scale = float(found.info.scale)
+        bound = max(threshold * scale, EXACT * float(centred.abs().nanmean()))
+        residual = centred - low_rank
+        wrong = residual.abs() > bound
+        fitted = low_rank + centre
+        changed = torch.where(wrong, torch.nan if action == "mask" else fitted, part)
+        out = x.clone()
+        out[:, varied] = fitted if action == "low_rank" else changed
+        where = wrong.nonzero()
+        strength = threshold * residual[wrong] / bound
+        by = strength.abs().argsort(descending=True, stable=True)
+        listed = torch.stack([where[:, 0], varied[where[:, 1]]], 1)[by]
+    return DenoisedScores(out.to(scores.dtype), listed, strength[by], scale, bool(found.info.converged))
+
+
 def constant_columns(x: Tensor) -> Tensor:
     """[m, n] -> [n] bool: all observed entries equal, to rounding; at least two of them."""
     seen = ~x.isnan()
@@ -210,7 +275,7 @@ def _outlyingness(x: Tensor, rank: int, resamples: int, confidence: float, seed:
 
 
 def _downdated(d: Tensor, c: Tensor, rank: int) -> Tensor:
-    """Unit eigenvectors [S, rank, k] of diag(d) - c_s c_s^T for the `rank` largest eigenvalues; d [k] descending, c [S, k].
+    """[S, rank, k]: unit eigenvectors of diag(d) - c_s c_s^T for its largest eigenvalues; d [k] descending, c [S, k].
 
     The j-th eigenvalue lies between d[j] and d[j + 1]. It is sought as its difference from the nearer of the two, so
     that no digit of d - lambda is lost, by the two-pole interpolation of Bunch, Nielsen, Sorensen 1978.
