@@ -112,7 +112,8 @@ def audit_sources(
         prompts = int(seen[:, audited].any(1).sum())
         if prompts < FEW_PROMPTS:
             warnings.warn(
-                f"scores has {prompts} prompts: on so few the audit overlooks outlying sources and flags others by chance "
+                f"scores has {prompts} prompts: on so few the audit overlooks outlying sources and flags others by "
+                "chance "
                 "(trials on 57 real sources: 0.3 at 100 prompts, 0.8 at 50); score more prompts",
                 RuntimeWarning,
                 stacklevel=2,
@@ -362,8 +363,8 @@ def refuse_exchangeable(name: str, x: Tensor, items: str, seed: int) -> None:
     if not (z > SHUFFLED_Z).any():
         raise NothingToClean(
             f"{name} has exchangeable {items}: shuffling the entries of every row changes neither the means of the "
-            f"columns nor their correlations (z = {z[0]:.1f} and {z[1]:.1f} against shuffled rows, {SHUFFLED_Z:g} needed). Columns "
-            "must be fixed identities, such as models; several samples of one policy are not"
+            f"columns nor their correlations (z = {z[0]:.1f} and {z[1]:.1f} against shuffled rows, {SHUFFLED_Z:g} "
+            "needed). Columns must be fixed identities, such as models; several samples of one policy are not"
         )
 
 
