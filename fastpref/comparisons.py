@@ -11,7 +11,7 @@ from fastpref.source_audit import NothingToClean, constant_columns, standard_ran
 
 CHUNK = 1 << 24  # entries of dense tensors at a time
 DECISIVE, ONE_ORDER = 3.0, 0.1  # |z| of a judge's order effect; share of its pairs shown in one order
-CHANCE, ENOUGH = 2.0, 32  # z of votes against chance, and the items from which it is looked at
+CHANCE, ENOUGH = 2.0, 32  # z of votes against chance, and the size from which it is looked at
 
 
 class JudgeReport(NamedTuple):
@@ -260,7 +260,7 @@ def _refuse_disagreement(scores: Tensor) -> None:
     degrees = (~scores.isnan()).any(-1).sum(1) - 1
     chi2 = ranks.sum(1).square().sum(-1) / present.clamp(min=1) * degrees / (degrees + 1).clamp(min=1)
     total, freedom = chi2[usable].sum(), degrees[usable].sum()
-    if freedom < ENOUGH:
+    if (degrees * (present - 1))[usable].sum() < ENOUGH:
         return
     variance = (2 * degrees * (present - 1) / present.clamp(min=1))[usable].sum()
     z = float((total - freedom) / variance.sqrt())

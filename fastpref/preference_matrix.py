@@ -202,21 +202,22 @@ def denoise(
     with torch.no_grad():
         raw = table.probabilities()
         votes = table.wins_i + table.wins_j
-        values = apply_link(_inner(table, raw, has_votes, link, smoothing, clamp), link)
+        inner, edge = _inner(table, raw, has_votes, link, smoothing, clamp)
+        values, edge = apply_link(inner, link), apply_link(1 - edge, link)
         fit = _fit(table, values, by_votes, method, rank, backend)
         if has_votes:
             _refuse_coin_tosses(table)
         eps = 1e-12 if has_votes else 4 * torch.finfo(torch.as_tensor(given).dtype).eps
         blur = _blur(raw, link, eps)
-        consistent = fit if method == "bradley_terry" and not by_votes else None
-        reason = _reasons(table, raw, values, blur, fit, consistent, link, backend)
+        consistent = fit if method == "bradley_terry" and not has_votes else None
+        reason = _reasons(table, raw, values, edge, blur, fit, consistent, has_votes, link, backend)
         _refuse_all(reason)
         if by_votes:
             residual = pair_terms(raw, votes, fit.values, "counts", 1.0)[0]
             scale = MAD * _medians(residual.abs(), table)
             bound = threshold * scale.clamp(min=1)[table.prompt]
         else:
-            residual = values - fit.values
+            residual = _residual(values, fit.values, edge)
             scale = MAD * _medians(residual.abs(), table)
             mean = _sums(values.abs(), table) / _sums(torch.ones_like(values), table).clamp(min=1)
             bound = torch.maximum(threshold * scale, EXACT * mean)[table.prompt] + blur
@@ -278,18 +279,22 @@ def _table(name: str, given) -> Preferences:
     return Preferences(prompt, i, j, wins, 1 - wins, lead.numel(), n)
 
 
-def _inner(
-    table: Preferences, raw: Tensor, has_votes: bool, link: str, smoothing: float, clamp: float | None
-) -> Tensor:
-    """Probabilities a link can take."""
+def _inner(table: Preferences, raw: Tensor, has_votes: bool, link: str, smoothing: float, clamp: float | None):
+    """[E] probabilities that a link can take, and what they were moved to at least."""
     p = table.probabilities(smoothing) if has_votes else raw
     if link == "identity":
-        return p
-    if clamp is None:
-        clamp = 1 / (2 * (table.wins_i + table.wins_j) + 2) if has_votes else torch.full_like(p, CLAMP)
+        edge = torch.zeros_like(p)
+    elif clamp is not None:
+        edge = torch.full_like(p, clamp)
     else:
-        clamp = torch.full_like(p, clamp)
-    return torch.minimum(torch.maximum(p, clamp), 1 - clamp)
+        edge = 1 / (2 * (table.wins_i + table.wins_j) + 2) if has_votes else torch.full_like(p, CLAMP)
+    return torch.minimum(torch.maximum(p, edge), 1 - edge), edge
+
+
+def _residual(values: Tensor, fitted: Tensor, edge: Tensor) -> Tensor:
+    """values - fitted; 0 where a value stands at the edge of what the link takes and the fit lies beyond."""
+    at_edge = values.abs() >= edge * (1 - 1e-12)
+    return torch.where(at_edge & (fitted * values.sign() > edge), 0.0, values - fitted)
 
 
 def _blur(p: Tensor, link: str, eps: float) -> Tensor:
@@ -356,9 +361,9 @@ def _one_score(table: Preferences, values: Tensor | None, backend: str | None) -
     if not found:
         empty = table.wins_i.new_zeros(shape)
         return _Fit(table.wins_i, empty, empty.new_zeros(shape[0], dtype=torch.bool), empty.long(), None)
-    scores = torch.cat([part.scores.reshape(-1, shape[1]) for part in found]).double()
-    converged = torch.cat([part.info.converged.reshape(-1) for part in found])
-    components = torch.cat([part.components.reshape(-1, shape[1]) for part in found])
+    scores = torch.cat([part.scores.flatten() for part in found]).double().view(shape)
+    converged = torch.cat([part.info.converged.flatten() for part in found])
+    components = torch.cat([part.components.flatten() for part in found]).view(shape)
     difference = scores[table.prompt, table.i] - scores[table.prompt, table.j]
     return _Fit(difference, scores, converged, components, None)
 
@@ -446,7 +451,9 @@ def _dense_like(given, table, cleaned, chosen, fit, reason, action, link) -> Ten
 # ---- refusals and warnings ----
 
 
-def _reasons(table, raw, values, blur, fit: _Fit, consistent: _Fit | None, link: str, backend: str | None) -> Tensor:
+def _reasons(
+    table, raw, values, edge, blur, fit: _Fit, consistent: _Fit | None, has_votes: bool, link: str, backend: str | None
+) -> Tensor:
     """[P], index into REASONS."""
     prompts, n = table.num_prompts, table.num_items
     reason = torch.zeros(prompts, dtype=torch.int64, device=raw.device)
@@ -469,14 +476,16 @@ def _reasons(table, raw, values, blur, fit: _Fit, consistent: _Fit | None, link:
     reason[unanimous & (_sums(alive.double(), table) == 0)] = 3
 
     # one score column: the raw frequencies, where the link can take them, are differences exactly
-    inside = _sums((~lone).double(), table) == 0 if link != "identity" else pairs > 0
+    graded = _sums((~lone).double(), table) == 0
+    inside = graded if has_votes and link != "identity" else pairs > 0
     if consistent is None and inside.any():
-        p = raw if link == "identity" else raw.clamp(CLAMP, 1 - CLAMP)
-        values = apply_link(p, link)
+        least = torch.tensor(0.0 if link == "identity" else CLAMP, dtype=torch.float64)
+        values = apply_link(raw.clamp(least, 1 - least), link)
+        edge = apply_link(1 - least, link)
         consistent = _one_score(table, values, backend)
     if consistent is not None:
         mean = _sums(values.abs(), table) / pairs.clamp(min=1)
-        far = (values - consistent.values).abs() > 1e-6 * mean[table.prompt] + 8 * blur
+        far = _residual(values, consistent.values, edge).abs() > 1e-6 * mean[table.prompt] + 8 * blur
         reason[inside & (_sums(far.double(), table) == 0) & (pairs > 0)] = 2
     reason[pairs <= n - components] = 1
     return reason

@@ -372,8 +372,8 @@ def standard_ranks(x: Tensor) -> Tensor:
     """Ranks within each row (ties in arbitrary order shared evenly), mean 0 and mean square 1, missing entries 0."""
     seen = ~x.isnan()
     count = seen.sum(1, keepdim=True).clamp(min=1)
-    ordered = torch.where(seen, x, torch.inf).sort(1).values
     wide = torch.where(seen, x, torch.inf).contiguous()
+    ordered = wide.sort(1).values.contiguous()
     first = torch.searchsorted(ordered, wide).double()
     last = torch.searchsorted(ordered, wide, right=True).double()
     rank = torch.where(seen, (first + torch.minimum(last, count.double())) / 2, 0)

@@ -208,7 +208,7 @@ def test_bad_comparisons(arguments, options, message):
 
 
 def test_types_of_comparisons():
-    with pytest.raises(TypeError, match="i must be int64 or int32, got torch.float32"):
+    with pytest.raises(TypeError, match="i must be int64 or int32"):
         from_comparisons([0.5], [1], [1])
     with pytest.raises(TypeError, match="num_items must be an int >= 0, got float"):
         from_comparisons([0], [1], [1], num_items=3.0)
@@ -359,7 +359,7 @@ def test_p_plus_its_transpose_is_one(method, link, action):
 
 
 def test_curatron_is_the_papers_pipeline():
-    w, p, _ = matrices(4, 30, corrupted=0.1, missing=0.3)
+    _, p, _ = matrices(4, 30, corrupted=0.1, missing=0.3)
     m = p.logit()
     m = (m - m.mT) / 2
     completed = optspace(m, 2).low_rank
@@ -410,8 +410,7 @@ def test_intransitive_preferences_need_a_higher_rank():
     """Logits of rank 4: two dimensions of skill, the second of which goes in circles."""
     g = torch.Generator().manual_seed(5)
     a, b, c = (torch.randn(4, 48, 1, generator=g, dtype=torch.float64) for _ in range(3))
-    one = torch.ones_like(a)
-    m = a - a.mT + 1.5 * (b @ c.mT - c @ b.mT) + 0 * one
+    m = a - a.mT + b @ c.mT - c @ b.mT
     wrong = (torch.rand(m.shape, generator=g) < 0.05).triu(1)
     m = torch.where(wrong | wrong.mT, -m, m)
     p = m.sigmoid().triu(1)
@@ -506,17 +505,27 @@ def from_plain(table):
     return p.nanmean(-1)
 
 
+def complete(prompts, items, votes, inverted):
+    """Preferences of all pairs."""
+    w = scores_of(prompts, items)
+    i, j = (index.repeat(prompts) for index in torch.triu_indices(items, items, 1))
+    prompt = torch.arange(prompts).repeat_interleave(items * (items - 1) // 2)
+    difference = w[prompt, i] - w[prompt, j]
+    p = torch.where(torch.rand(len(i)) < inverted, -difference, difference).sigmoid()
+    return from_comparisons(i, j, torch.binomial(votes * torch.ones_like(p), p), votes=votes, prompt=prompt)
+
+
 @pytest.mark.parametrize("options", [{}, {"link": "probit"}, {"method": "rpca"}])
 def test_large_prompts_are_solved_as_edges(monkeypatch, options):
-    _, table, _ = edges(4, 40, votes=20, inverted=0.1)
+    table = complete(3, 40, 200, 0.03) if "method" in options else edges(4, 40, votes=20, inverted=0.1)[1]
     dense = quietly(denoise, table, **options)
     monkeypatch.setattr(preference_matrix, "SMALL_ITEMS", 8)
     single = quietly(denoise, table, **options)
-    torch.testing.assert_close(single.scores, dense.scores, rtol=1e-4, atol=1e-4)
+    tolerance = 0.02 if "method" in options else 1e-4  # rpca has a solver of its own for one large matrix
+    torch.testing.assert_close(single.scores, dense.scores, rtol=0, atol=tolerance)
     if "method" not in options:
         assert torch.equal(single.probabilities.isnan(), dense.probabilities.isnan())
-    chunked = monkeypatch.setattr(preference_matrix, "CHUNK", 1)
-    assert chunked is None
+    monkeypatch.setattr(preference_matrix, "CHUNK", 1)
     again = quietly(denoise, table, **options, ranking="copeland")
     assert torch.equal(order(again).indices[:, 0], order(single).indices[:, 0])
 
@@ -556,6 +565,8 @@ def test_smoothing_and_clamping():
         assert m.isfinite().all()
         fitted = denoise(table, method="rpca", smoothing=smoothing, clamp=clamp, action="low_rank").probabilities
         residual = (m - fitted.logit()).abs()
+        edge = math.log((1 - least) / least) * (1 - 1e-9)
+        residual[(m.abs() >= edge) & (fitted.logit() * m.sign() > m.abs())] = 0  # unanimous, and the fit says more
         scale = 1.4826 * residual.sort().values[(len(m) - 1) // 2]
         torch.testing.assert_close(found.info.scale[0], scale, rtol=1e-5, atol=1e-7)
 
@@ -585,7 +596,7 @@ def test_items_without_comparisons_and_components():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", ["auto", "rpca"])
 def test_one_score_has_nothing_to_clean(link, dtype, method):
-    w, p, _ = matrices(5, 24, link, corrupted=0.0, sd=0.1 if link == "identity" else 2.0)
+    w, p, _ = matrices(5, 24, link, corrupted=0.0, sd={"logit": 2.0, "probit": 1.0, "identity": 0.1}[link])
     with pytest.raises(NothingToClean, match="in any of its 5 matrices; 5 of them: one score column explains"):
         denoise(p.to(dtype), link=link, method=method)
     graded = from_scores(torch.stack([w[0], w[0] + 1], -1), temperature=1.0)
@@ -698,8 +709,8 @@ def test_warnings_say_what_to_do():
         denoise(p, method="curatron")
     i, j = torch.triu_indices(40, 40, 1)
     rock_paper_scissors = torch.where((j - i) % 3 == 0, 0.5, torch.where((j - i) % 3 == 1, 0.98, 0.02))
-    rock_paper_scissors = torch.where(torch.rand(len(i)) < 0.62, 0.5, rock_paper_scissors)
-    table = from_comparisons(i, j, (rock_paper_scissors * 1000).round(), votes=1000)
+    rock_paper_scissors = torch.where(torch.rand(len(i)) < 0.5, 0.5, rock_paper_scissors)
+    table = from_comparisons(i, j, (rock_paper_scissors * 60).round(), votes=60)
     with pytest.warns(RuntimeWarning, match="preferences may be intransitive; try rank=4"):
         denoise(table)
 
