@@ -192,7 +192,7 @@ def denoise(
     if clamp is not None and not 0 < clamp < 0.5:
         raise ValueError(f"clamp must lie between 0 and 1/2, got {clamp}")
     given = preferences
-    table = preferences if isinstance(preferences, Preferences) else _table("preferences", preferences)
+    table = _checked(given) if isinstance(given, Preferences) else _table("preferences", given)
     n = table.num_items
     method = method if method != "auto" else "bradley_terry" if rank == 2 else "rpca"
     if method != "bradley_terry" and not rank <= n:
@@ -250,6 +250,20 @@ def denoise(
     return Denoised(cleaned, scores.view(*lead, n), pairs, info)
 
 
+def _checked(table: Preferences) -> Preferences:
+    """Preferences may have been put together by hand."""
+    prompt, i, j, wins_i, wins_j, prompts, n = table[:7]
+    key = (prompt * n + i) * n + j
+    if not ((i >= 0) & (i < j) & (j < n) & (prompt >= 0) & (prompt < prompts)).all() or not (key.diff() > 0).all():
+        raise ValueError(
+            "preferences must list every pair once, sorted by prompt, i and j, with i < j < num_items and prompt < "
+            "num_prompts, as from_comparisons does"
+        )
+    if not ((wins_i >= 0) & (wins_j >= 0) & (wins_i + wins_j > 0) & (wins_i + wins_j < torch.inf)).all():
+        raise ValueError("preferences must have finite wins_i and wins_j >= 0 with at least one vote in each pair")
+    return table
+
+
 def _table(name: str, given) -> Preferences:
     """The pairs of [..., N, N] probabilities, as one vote each."""
     p = torch.as_tensor(given)
@@ -262,7 +276,7 @@ def _table(name: str, given) -> Preferences:
         raise ValueError(f"{name} must lie between 0 and 1 (NaN: missing), got {p[tuple(at)].item()} at {at}")
     off = (p.double() + p.double().mT - 1).abs()
     off = torch.where(p.isnan() != p.mT.isnan(), torch.inf, off.nan_to_num(0, posinf=torch.inf))
-    if off.numel() and off.max() > 16 * torch.finfo(p.dtype).eps:
+    if off.numel() and off.max() > max(4 * torch.finfo(p.dtype).eps, 1e-6):
         at = torch.unravel_index(off.argmax(), off.shape)
         at = [int(index) for index in at]
         raise ValueError(
@@ -479,7 +493,7 @@ def _reasons(
     graded = _sums((~lone).double(), table) == 0
     inside = graded if has_votes and link != "identity" else pairs > 0
     if consistent is None and inside.any():
-        least = torch.tensor(0.0 if link == "identity" else CLAMP, dtype=torch.float64)
+        least = raw.new_tensor(0.0 if link == "identity" else CLAMP)
         values = apply_link(raw.clamp(least, 1 - least), link)
         edge = apply_link(1 - least, link)
         consistent = _one_score(table, values, backend)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-import fastpref
 from fastpref import source_audit
 from fastpref.preference_matrix import NothingToClean, audit_sources, denoise_scores
 
@@ -282,6 +282,11 @@ def run_example(path, *options):
     )
 
 
+def ranked(output):
+    """Names in the table, by place."""
+    return re.findall(r"^ +\d+ (\S+)", output, re.MULTILINE)
+
+
 def test_example(tmp_path):
     x = sources_matrix(150, 20, planted=(4, 11)).numpy()
     p = 1 / (1 + np.exp(-x))
@@ -295,10 +300,9 @@ def test_example(tmp_path):
             file.write(json.dumps(line) + "\n")
     result = run_example(path)
     assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert "150 prompts, 20 sources, structure of rank 3" in lines[0]
+    assert "150 prompts, 20 sources, structure of rank 3" in result.stdout
     assert "set apart, the same score everywhere: model-02" in result.stdout
-    table = [line.split()[1] for line in lines if line.strip()[:2].strip().isdigit() and "model-" in line]
+    table = ranked(result.stdout)
     assert set(table[:2]) == {"model-04", "model-11"}
     assert len(table) == 8
 
@@ -308,6 +312,4 @@ def test_real_scores():
     """On AlpacaEval's development scores, the two sources known to game the judge are first and second."""
     result = run_example(Path(os.environ["FASTPREF_SCORED_SAMPLES"]).resolve())
     assert result.returncode == 0, result.stderr
-    ranked = [line.split()[1] for line in result.stdout.splitlines() if line[:3].strip().isdigit()]
-    assert ranked[:2] == ["NullModel", "gpt4_gamed"]
-    assert fastpref.preference_matrix.audit_sources is audit_sources
+    assert ranked(result.stdout)[:2] == ["NullModel", "gpt4_gamed"]
