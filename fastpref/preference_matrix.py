@@ -207,7 +207,7 @@ def denoise(
         fit = _fit(table, values, by_votes, method, rank, backend)
         if has_votes:
             _refuse_coin_tosses(table)
-        eps = 1e-12 if has_votes else 4 * torch.finfo(torch.as_tensor(given).dtype).eps
+        eps = 1e-12 if has_votes else torch.finfo(torch.as_tensor(given).dtype).eps / 2
         blur = _blur(raw, link, eps)
         consistent = fit if method == "bradley_terry" and not has_votes else None
         reason = _reasons(table, raw, values, edge, blur, fit, consistent, has_votes, link, backend)
@@ -289,7 +289,8 @@ def _table(name: str, given) -> Preferences:
     flat = p.detach().reshape(lead.numel(), n, n)
     seen = (~flat.isnan()).triu(1)
     prompt, i, j = seen.nonzero(as_tuple=True)
-    wins = flat[seen].double()
+    upper, lower = flat[seen].double(), flat.mT[seen].double()
+    wins = torch.where(lower < upper, 1 - lower, upper)  # the smaller one has more digits
     return Preferences(prompt, i, j, wins, 1 - wins, lead.numel(), n)
 
 
@@ -499,7 +500,7 @@ def _reasons(
         consistent = _one_score(table, values, backend)
     if consistent is not None:
         mean = _sums(values.abs(), table) / pairs.clamp(min=1)
-        far = _residual(values, consistent.values, edge).abs() > 1e-6 * mean[table.prompt] + 8 * blur
+        far = _residual(values, consistent.values, edge).abs() > 1e-6 * mean[table.prompt] + 2 * blur
         reason[inside & (_sums(far.double(), table) == 0) & (pairs > 0)] = 2
     reason[pairs <= n - components] = 1
     return reason

@@ -25,6 +25,7 @@ from fastpref.rpca import rpca
 ACTIONS = ("mask", "replace", "low_rank")
 SECULAR_STEPS = 60  # at most; about six are taken
 
+TIED = 1e-13  # of the largest eigenvalue
 FILL_STEPS = 100  # of alternating least squares, where entries are missing
 FEW_PROMPTS = 100
 SHUFFLES, SHUFFLED_Z = 20, 3.0
@@ -288,7 +289,10 @@ def _downdated(d: Tensor, c: Tensor, rank: int) -> Tensor:
     ends = torch.cat([d, d.new_zeros(1)])  # where rank = k the last eigenvalue may fall to 0
     vectors = []
     for j in range(min(rank, k)):
-        gap = (ends[j] - ends[j + 1]).clamp(min=1e-300)
+        gap = ends[j] - ends[j + 1]
+        if gap <= TIED * d[0]:  # an eigenvector of both, at right angles to c: it explains nothing
+            vectors.append(torch.zeros_like(c))
+            continue
         nearer_below = _secular(squares, d - ends[j + 1], torch.full_like(c[:, 0], gap / 2), j)[:2].sum(0) > 1
         # from here on everything is relative to d[j], or to d[j + 1] where that is nearer
         poles = torch.where(nearer_below[:, None], d - ends[j + 1], d - ends[j])  # [S, k]

@@ -530,7 +530,7 @@ def test_large_prompts_are_solved_as_edges(monkeypatch, options):
         assert torch.equal(single.probabilities.isnan(), dense.probabilities.isnan())
     monkeypatch.setattr(preference_matrix, "CHUNK", 1)
     again = quietly(denoise, table, **options, ranking="copeland")
-    assert torch.equal(order(again).indices[:, 0], order(single).indices[:, 0])
+    assert discordant(again.scores, single.scores) < 0.02
 
 
 def test_many_items():
