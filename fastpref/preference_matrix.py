@@ -3,8 +3,8 @@
 P[i, j] is the probability that i is preferred to j, P[i, j] + P[j, i] = 1. Through a link psi it becomes a
 skew-symmetric matrix M = psi(P), psi the logit (Bradley-Terry), the probit (Thurstone) or the identity minus 1/2, which
 is w_i - w_j where one score explains all preferences, and of low rank where a few dimensions do. Corrupted pairs are
-few and arbitrary. Comparisons are kept as a list of pairs, some 3 N per prompt of N items; a dense
-matrix is the special case. CURATRON: Nguyen, Naresh, Tulabandhula, arXiv 2403.02745; Rajkumar and Agarwal, COLT 2016.
+few and arbitrary. Comparisons are kept as a list of pairs, some 3 N per prompt of N items; a dense matrix is the
+special case. CURATRON: Nguyen, Naresh, Tulabandhula, arXiv 2403.02745; Rajkumar and Agarwal, COLT 2016.
 """
 
 import warnings
@@ -24,6 +24,7 @@ from fastpref.rpca import rpca
 from fastpref.source_audit import ACTIONS, DenoisedScores, NothingToClean, SourceAudit, audit_sources, denoise_scores
 
 __all__ = [
+    "REASONS",
     "CorruptedPairs",
     "DenoiseInfo",
     "Denoised",

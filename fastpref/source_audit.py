@@ -24,11 +24,10 @@ from fastpref.rpca import rpca
 
 ACTIONS = ("mask", "replace", "low_rank")
 SECULAR_STEPS = 60  # at most; about six are taken
-
 TIED = 1e-13  # of the largest eigenvalue
 FILL_STEPS = 100  # of alternating least squares, where entries are missing
 FEW_PROMPTS = 100
-SHUFFLES, SHUFFLED_Z = 20, 3.0
+SHUFFLES, SHUFFLED_Z = 20, 3.0  # of exchangeable columns, and how far others must be from those
 
 
 class NothingToClean(ValueError):
@@ -114,8 +113,7 @@ def audit_sources(
         if prompts < FEW_PROMPTS:
             warnings.warn(
                 f"scores has {prompts} prompts: on so few the audit overlooks outlying sources and flags others by "
-                "chance "
-                "(trials on 57 real sources: 0.3 at 100 prompts, 0.8 at 50); score more prompts",
+                "chance (trials on 57 real sources: 0.3 at 100 prompts, 0.8 at 50); score more prompts",
                 RuntimeWarning,
                 stacklevel=2,
             )
