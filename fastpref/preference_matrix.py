@@ -56,6 +56,7 @@ REASONS = (
 CLAMP = 1e-6  # of probabilities whose number of votes is not known
 SMALL_ITEMS = 128  # of prompts solved as a batch of dense matrices; larger ones as edges, prompt by prompt
 FEW_ITEMS = 20  # below, a low-rank fit hardly denoises
+PAIRS_PER_RANK = 4  # and item, below which a low-rank fit does not recover
 INTRANSITIVE = 0.3  # share of corrupted pairs from which one score may not be the structure
 
 
@@ -172,9 +173,9 @@ def denoise(
         TypeError, ValueError: for other types, shapes and values, and matrices that are not P[i, j] + P[j, i] = 1.
 
     Warns:
-        RuntimeWarning: of what makes the result doubtful and what to do: too few items for a low-rank fit, too few
-            votes to flag any pair, comparison graphs of several components, so many corrupted pairs that preferences
-            may be intransitive.
+        RuntimeWarning: of what makes the result doubtful and what to do: too few items or pairs for a low-rank fit,
+            too few votes to flag any pair, comparison graphs of several components, so many corrupted pairs that
+            preferences may be intransitive.
     """
     for name, value, choices in (
         ("link", link, LINKS),
@@ -392,6 +393,14 @@ def _fit(table: Preferences, values: Tensor, by_votes: bool, method: str, rank: 
         warnings.warn(
             f"method={method!r} hardly denoises {table.num_items} items: a low-rank fit needs {FEW_ITEMS} or more; "
             "pool items, or take method='bradley_terry' where preferences are transitive",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    n, per_prompt = table.num_items, len(table.i) / table.num_prompts
+    if per_prompt < min(PAIRS_PER_RANK * rank * n, n * (n - 1) / 2):
+        warnings.warn(
+            f"method={method!r} of rank {rank} has {per_prompt / n:.1f} N pairs of N items, and needs some "
+            f"{PAIRS_PER_RANK * rank} N to tell corrupted ones: compare more pairs, or take method='bradley_terry'",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -738,6 +738,9 @@ def test_warnings_say_what_to_do():
     _, p, _ = matrices(4, 8)
     with pytest.warns(RuntimeWarning, match="hardly denoises 8 items.*method='bradley_terry'"):
         denoise(p, method="curatron")
+    _, table, _ = edges(2, 30, votes=10)
+    with pytest.warns(RuntimeWarning, match=r"has 3\.0 N pairs of N items, and needs some 8 N.*method='bradley_terry'"):
+        denoise(table, method="rpca")
     i, j = torch.triu_indices(40, 40, 1)
     rock_paper_scissors = torch.where((j - i) % 3 == 0, 0.5, torch.where((j - i) % 3 == 1, 0.98, 0.02))
     rock_paper_scissors = torch.where(torch.rand(len(i)) < 0.5, 0.5, rock_paper_scissors)
