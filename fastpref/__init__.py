@@ -15,7 +15,7 @@ if find_spec("fastpref._build") is None:
 from fastpref._build import version as __version__
 
 if TYPE_CHECKING:
-    from fastpref import curate, losses
+    from fastpref import curate, losses, preference_matrix
     from fastpref._native import CudaError, build_info, set_simd_level
     from fastpref.bradley_terry import BradleyTerryInfo, BradleyTerryResult, Edges, bradley_terry
     from fastpref.linear_logps import linear_token_logps
@@ -47,6 +47,7 @@ _PUBLIC = {
     "SequenceLogps": "fastpref.preference",
     "preference_loss": "fastpref.preference",
     "sequence_logps": "fastpref.preference",
+    "preference_matrix": "fastpref.preference_matrix",
     "RPCAInfo": "fastpref.rpca",
     "RPCAProgress": "fastpref.rpca",
     "RPCAResult": "fastpref.rpca",

@@ -33,6 +33,12 @@ def floats(name: str, value) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
 
 
+def finite_or_nan(name: str, value: Tensor) -> None:
+    if value.isinf().any():
+        where = value.isinf().nonzero()[0].tolist()
+        raise ValueError(f"{name} must be finite (NaN: missing), got {value[tuple(where)].item()} at {where}")
+
+
 def labels(value, like: Tensor, like_name: str = "logits") -> None:
     integers("labels", value)
     if value.shape != like.shape[:-1]:
@@ -74,6 +80,13 @@ def positive_int(name: str, value) -> None:
         raise TypeError(f"{name} must be a positive int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be positive, got {value}")
+
+
+def natural(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int >= 0, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must be >= 0, got {value}")
 
 
 def transform(temperature, softcap, scale) -> None:

@@ -40,6 +40,7 @@ def test_public_names():
         "losses",
         "plan",
         "preference_loss",
+        "preference_matrix",
         "rpca",
         "sequence_logps",
         "set_simd_level",
