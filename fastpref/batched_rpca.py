@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastpref import _library, _native
-from fastpref.batched_verdict import MAD, MISFIT, BatchVerdict, batched_verdict, explains
+from fastpref.batched_verdict import BatchVerdict, batched_verdict
+from fastpref.outliers import MAD, MISFIT, explains
 
 STEP, CAREFUL_STEP = 0.9, 0.7  # of the scaled gradient; the second where much is missing
 FIRST = 8.0  # of mean |R| at the start: the first cutoff

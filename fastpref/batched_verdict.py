@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 
 from fastpref import _library, _native
+from fastpref.outliers import EXACT, MAD, OUTLIER, outlier_bound
 
-MAD = 1.4826  # of a normal distribution: standard deviation / median |x|
-OUTLIER = 5.0  # standard deviations of the noise
-EXACT = 1e-4  # of mean |D|: no smaller residual is an outlier
-MISFIT = 0.5  # share of outliers in a row or column from which the fit itself may be wrong there
 _CHUNK = 1 << 22  # entries that the reference works through at a time
 
 
@@ -29,17 +26,6 @@ class BatchVerdict(NamedTuple):
     worst: Tensor  # [B] float64, the largest share in a row or column
     row_rates: Tensor  # [B, m] float64
     column_rates: Tensor  # [B, n] float64
-
-
-def outlier_bound(median, mean):
-    """The |R| beyond which an entry is an outlier; floats or tensors."""
-    noise, least = OUTLIER * MAD * median, EXACT * mean
-    return torch.maximum(noise, least) if isinstance(noise, Tensor) else max(noise, least)
-
-
-def explains(median, mean, tol: float):
-    """A median residual of rounding's size says that the matrix is explained, outliers apart."""
-    return median <= 10 * tol * mean
 
 
 def _decompose(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastpref import _checks, _library, _native
+from fastpref.outliers import MAD, OUTLIER
 
 LARGEST_DENSE = 512  # items; above, a matrix's observed pairs are solved as edges
 LARGEST_STDERR = 4096  # items of an edge list: the pseudo-inverse is dense
@@ -190,7 +191,7 @@ def _solve_ref(graph: _Graph, values: Tensor, votes: Tensor, data: str, tol: flo
         target = decay * constant
         if logits:
             residual = terms(w, safe)[0]
-            target = torch.maximum(target, 2.4 * 1.4826 * g.median(residual.abs()).nan_to_num())
+            target = torch.maximum(target, 2.4 * MAD * g.median(residual.abs()).nan_to_num())
         target = torch.minimum(torch.maximum(target, floor), constant)
         reached = (target <= floor) | ((target >= 0.99 * constant) & (step <= 0.05 * constant))
         constant = torch.where(settled | ~active, constant, target)
@@ -200,9 +201,9 @@ def _solve_ref(graph: _Graph, values: Tensor, votes: Tensor, data: str, tol: flo
     degree = g.per_node(weight)
     slope = (g.per_node(pull) - ridge[g.graph] * w).abs() / degree
     slope = g.largest(torch.where(degree > 0, slope, 0)) / (torch.where(mean > 0, mean, 1) if logits else 1)
-    scale = 1.4826 * g.median(residual.abs())
+    scale = MAD * g.median(residual.abs())
     rounding = 1e-5 if values.dtype == torch.float32 else 1e-6
-    threshold = 5 * (torch.maximum(scale, rounding / 5 * mean) if logits else scale.clamp(min=1))
+    threshold = OUTLIER * (torch.maximum(scale, rounding / OUTLIER * mean) if logits else scale.clamp(min=1))
     flagged = g.per_node((residual.abs() > threshold[g.entry_graph]).to(torch.float64))
     rate = g.per_graph(flagged) / g.observed
     columns = (iterations, converged, scale, rate, slope, constant, threshold, ridge)

@@ -23,7 +23,22 @@ from fastpref.residual_pass import (
     row_blocks,
 )
 
+MAD = 1.4826  # of a normal distribution: standard deviation / median |x|
+OUTLIER = 5.0  # standard deviations of the noise
+EXACT = 1e-4  # of mean |D|: no smaller residual is an outlier
+MISFIT = 0.5  # share of outliers in a row or column from which the fit itself may be wrong there
 _BLOCK_BYTES = 8 << 20  # of float64 rows that the reference works through at a time
+
+
+def outlier_bound(median, mean):
+    """The |R| beyond which an entry is an outlier, of median |R| and mean |D|; floats or tensors."""
+    noise, least = OUTLIER * MAD * median, EXACT * mean
+    return torch.maximum(noise, least) if isinstance(noise, Tensor) else max(noise, least)
+
+
+def explains(median, mean, tol: float):
+    """A median residual of rounding's size says that the matrix is explained, outliers apart."""
+    return median <= 10 * tol * mean
 
 
 class OutlierCounts(NamedTuple):

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fastpref import _checks
-from fastpref.batched_rpca import EXACT, MAD
 from fastpref.bradley_terry import Edges, bradley_terry, pair_terms
 from fastpref.comparisons import CHANCE, CHUNK, ENOUGH, JudgeReport, Preferences, from_comparisons, from_scores
 from fastpref.ncrpca import ncrpca
 from fastpref.optspace import optspace
+from fastpref.outliers import EXACT, MAD
 from fastpref.rpca import rpca
 from fastpref.source_audit import ACTIONS, DenoisedScores, NothingToClean, SourceAudit, audit_sources, denoise_scores
 

@@ -33,17 +33,18 @@ from fastpref.batched_rpca import (
     shrinkage,
     step_size,
 )
-from fastpref.batched_verdict import (
+from fastpref.batched_verdict import BatchVerdict, batched_verdict
+from fastpref.outliers import (
     EXACT,
     MAD,
     MISFIT,
     OUTLIER,
-    BatchVerdict,
-    batched_verdict,
+    Outliers,
     explains,
     outlier_bound,
+    outlier_counts,
+    outliers,
 )
-from fastpref.outliers import Outliers, outlier_counts, outliers
 from fastpref.residual_pass import STRUCTURES, check_matrix, factor_dtype, histogram_median, residual_pass
 
 CORRUPTIONS = ("entries", "rows", "columns")

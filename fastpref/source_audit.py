@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastpref import _checks
-from fastpref.batched_rpca import EXACT, MAD
+from fastpref.outliers import EXACT, MAD
 from fastpref.rpca import rpca
 
 ACTIONS = ("mask", "replace", "low_rank")
