@@ -1,22 +1,24 @@
 """Robust PCA against its peers here: `pytest benchmarks/bench_rpca.py --benchmark-json FILE`.
 
-A batch of small matrices, and one larger matrix, against inexact augmented Lagrangians in PyTorch with a full SVD and
-with a Gram matrix, on one and on two threads. Every round runs each competitor once, in the same process; extra_info
-has times, the ratio of the fastest peer's time to each, and what was recovered. --full adds n = 2000.
+A batch of small matrices, and one larger matrix, against inexact augmented Lagrangians (Lin, Chen, Ma 2010) in PyTorch
+with a full SVD, with a Gram matrix, and with scikit-learn's randomised SVD, and against tensorly. Every round runs each
+competitor once, in the same process; the slowest have one or two runs. Errors and shares recovered (relative error
+below 1e-3) are against the L that was put in. `growth` fits how time grows with n, and measures memory. --full adds
+n = 2000 against the peers (a quarter of an hour) and growth to n = 20000 (5 GiB).
 """
 
+import math
 import time
+import warnings
 from typing import NamedTuple
 
-import low_rank_peers
+import low_rank_peers as peers
 import pytest
 import torch
-from measure import FunctionCompetitor, Rounds
+from measure import FunctionCompetitor, PeakMemory
+from problem import CPU, measured
 
 import fastpref
-
-CPU = torch.device("cpu")
-SECONDS = 30  # of rounds, per case
 
 
 class Batch(NamedTuple):
@@ -26,7 +28,7 @@ class Batch(NamedTuple):
     size: int = 100
 
     def __str__(self):
-        return f"batch-{self.size}x{self.items}-r{self.rank}"
+        return f"{self.size} of {self.items}x{self.items}, rank {self.rank}, {100 * self.share:.0f} % corrupted"
 
 
 class Single(NamedTuple):
@@ -35,18 +37,44 @@ class Single(NamedTuple):
     share: float = 0.05
 
     def __str__(self):
-        return f"one-{self.n}-r{self.rank}"
+        return f"{self.n}x{self.n}, rank {self.rank}, {100 * self.share:.0f} % corrupted"
 
 
-DEFAULT = [Batch(32, 3, 0.05), Batch(64, 2, 0.1), Batch(64, 4, 0.1), Single(500), Single(1000)]
-FULL = [*DEFAULT, Batch(16, 2, 0.1), Batch(128, 4, 0.1), Single(2000)]
+BATCHES = [Batch(32, 3, 0.05), Batch(64, 2, 0.1), Batch(64, 4, 0.1), Batch(128, 4, 0.1, 32)]
+SINGLES = [Single(500), Single(1000)]
+GROWTH = [1000, 2000, 4000, 8000]
 
 
 def pytest_generate_tests(metafunc):
-    metafunc.parametrize("case", FULL if metafunc.config.getoption("full") else DEFAULT, ids=str)
+    full = metafunc.config.getoption("full")
+    if "batch" in metafunc.fixturenames:
+        metafunc.parametrize("batch", BATCHES, ids=str)
+    elif "single" in metafunc.fixturenames:
+        metafunc.parametrize("single", SINGLES + ([Single(2000)] if full else []), ids=str)
+    elif "sizes" in metafunc.fixturenames:
+        metafunc.parametrize("sizes", [[*GROWTH, 20000] if full else GROWTH], ids=["sizes"])
 
 
-def on_one_thread(function):
+def judge_of(low):
+    dims = (-2, -1)
+
+    def judge(found):
+        error = (found.reshape(low.shape).double() - low).norm(dim=dims) / low.norm(dim=dims)
+        return {"error": float(error.median()), "recovered": float((error < 1e-3).double().mean())}
+
+    return judge
+
+
+def ours(rank, method="auto", structure="general"):
+    def run(data):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a rank that looks wrong
+            return fastpref.rpca(data, rank=rank, method=method, structure=structure).low_rank()
+
+    return run
+
+
+def one_thread(function):
     def run(*arguments):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -58,68 +86,98 @@ def on_one_thread(function):
     return run
 
 
-def problem(case):
-    if isinstance(case, Single):
-        low, data = low_rank_peers.corrupted(case.n, case.n, case.rank, case.share)
-        return low.unsqueeze(0), data.unsqueeze(0)
-    seeds = range(case.size)
-    if case.rank == 2:  # Bradley-Terry
-        made = [low_rank_peers.corrupted_scores(case.items, case.share, seed)[1:] for seed in seeds]
+def competing(data, entries):
+    return [FunctionCompetitor(name, title, function, data) for name, (title, function) in entries.items()]
+
+
+def test_batch(benchmark, batch):
+    if batch.rank == 2:  # Bradley-Terry
+        made = [peers.corrupted_scores(batch.items, batch.share, seed)[1:] for seed in range(batch.size)]
     else:
-        made = [low_rank_peers.corrupted(case.items, case.items, case.rank, case.share, seed) for seed in seeds]
-    return tuple(torch.stack(part) for part in zip(*made, strict=True))
-
-
-def ours(rank, method="auto"):
-    def run(data):
-        matrix = data[0] if len(data) == 1 else data
-        return fastpref.rpca(matrix, rank=rank, method=method).low_rank().reshape(data.shape)
-
-    return run
-
-
-def peers(case):
-    # one matrix of noise-free data converges at 1.5, a batch's worst member needs 1.2
-    rho, tol = (1.5, 1e-7) if isinstance(case, Single) else (1.2, 1e-6)
-    svd, gram = (lambda d: low_rank_peers.ialm(d, rho, tol)), (lambda d: low_rank_peers.ialm_gram(d, rho, tol))
-    found = {
-        "ialm_svd": ("IALM, torch.linalg.svd", svd),
-        "ialm_svd_one_thread": ("IALM, torch.linalg.svd, one thread", on_one_thread(svd)),
-    }
-    if isinstance(case, Batch):
-        found["ialm_gram"] = ("IALM, Gram + eigh", gram)
-    return found
-
-
-def entries(case):
-    found = {"fastpref": (f"rpca(rank={case.rank})", ours(case.rank))}
-    if isinstance(case, Single):
-        found["fastpref_annealed"] = ("rpca, annealed", ours(case.rank, "annealed"))
-        found["fastpref_altproj"] = ("rpca, altproj", ours(case.rank, "altproj"))
-    found["fastpref_rank_free"] = ("rpca()", ours(None))
-    return found | peers(case)
-
-
-@pytest.mark.filterwarnings("ignore:rank=:RuntimeWarning")
-def test_rpca(benchmark, case):
-    low, data = problem(case)
-    competitors = [FunctionCompetitor(name, title, function, data) for name, (title, function) in entries(case).items()]
-    recovered, errors = {}, {}
-    start = time.perf_counter()
-    for competitor in competitors:
-        found = competitor.run()
-        recovered[competitor.name] = low_rank_peers.share_recovered(found, low)
-        errors[competitor.name] = float(((found - low).norm(dim=(-2, -1)) / low.norm(dim=(-2, -1))).median())
-    count = max(3, min(50, round(SECONDS / (time.perf_counter() - start))))
-    rounds = Rounds(competitors, CPU, "fastpref")
-    benchmark.pedantic(rounds.play_subject, setup=rounds.play_others, teardown=rounds.end_round, rounds=count)
-    summary = rounds.summary()
-    fastest = min(summary[name]["median_ms"] for name in ("ialm_svd", "ialm_svd_one_thread"))
-    benchmark.extra_info.update(
-        case=str(case),
-        threads=torch.get_num_threads(),
-        times=summary,
-        ratio_to_ialm_svd={name: fastest / row["median_ms"] for name, row in summary.items()},
-        recovered=recovered,
-        median_error=errors,
+        made = [peers.corrupted(batch.items, batch.items, batch.rank, batch.share, s) for s in range(batch.size)]
+    low, data = (torch.stack(part) for part in zip(*made, strict=True))
+    rho, tol = 1.2, 1e-6  # of which every member converges
+    entries = {"fastpref": (f"fastpref.rpca(rank={batch.rank})", ours(batch.rank))}
+    if batch.rank == 2:
+        entries["fastpref_skew"] = ("fastpref.rpca(rank=2, structure='skew')", ours(2, structure="skew"))
+    entries["fastpref_rank_free"] = ("fastpref.rpca()", ours(None))
+    entries["ialm_svd"] = ("IALM, torch.linalg.svd", lambda d: peers.ialm(d, rho, tol))
+    entries["ialm_svd_one_thread"] = (
+        "IALM, torch.linalg.svd, one thread",
+        one_thread(lambda d: peers.ialm(d, rho, tol)),
     )
+    entries["ialm_gram"] = ("IALM, Gram and eigh", lambda d: peers.ialm_gram(d, rho, tol))
+    measured(
+        benchmark, "rpca", str(batch), competing(data, entries), judge_of(low), notes=["Times are of the whole batch."]
+    )  # fmt: skip
+
+
+def test_single(benchmark, single):
+    low, data = peers.corrupted(single.n, single.n, single.rank, single.share)
+    rho, tol = 1.5, 1e-7
+    entries = {
+        "fastpref": (f"fastpref.rpca(rank={single.rank})", ours(single.rank)),
+        "fastpref_altproj": (f"fastpref.rpca(rank={single.rank}, method='altproj')", ours(single.rank, "altproj")),
+        "fastpref_annealed": (f"fastpref.rpca(rank={single.rank}, method='annealed')", ours(single.rank, "annealed")),
+        "fastpref_rank_free": ("fastpref.rpca()", ours(None)),
+        "ialm_svd": ("IALM, torch.linalg.svd", lambda d: peers.ialm(d[None], rho, tol)),
+        "ialm_svd_one_thread": (
+            "IALM, torch.linalg.svd, one thread",
+            one_thread(lambda d: peers.ialm(d[None], rho, tol)),
+        ),
+        "ialm_gram": ("IALM, Gram and eigh", lambda d: peers.ialm_gram(d[None], rho, tol)),
+    }
+    if peers.absent("sklearn") is None:
+        entries["ialm_randomized"] = ("IALM, sklearn randomized_svd", lambda d: peers.ialm_randomized(d, rho, tol))
+    if peers.absent("tensorly") is None and single.n <= 500:
+        entries["tensorly"] = ("tensorly robust_pca, reg_E=2/sqrt(n)", peers.by_tensorly)
+    measured(benchmark, "rpca", str(single), competing(data, entries), judge_of(low))
+
+
+@pytest.mark.parametrize("method", ["annealed", "altproj"])
+def test_growth(benchmark, sizes, method):
+    """Seconds, memory beside the matrix, and the exponent of n."""
+    rows, run = {}, ours(10, method)
+    for n in sizes:
+        a, b = (torch.randn(n, 10, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+        data = a @ b.t()
+        for block in data.split(1000):
+            wrong = (torch.rand(block.shape) < 0.05) * (2 * torch.rand(block.shape) - 1)
+            block += wrong * 10 * 2.52  # mean |L| of rank 10
+        sample = slice(0, n, max(1, n // 500))
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            found = fastpref.rpca(data, rank=10, method=method)
+            seconds.append(time.perf_counter() - start)
+        with PeakMemory(CPU) as memory:
+            fastpref.rpca(data, rank=10, method=method)
+        low = a[sample].double() @ b.double().t()
+        error = (found.U[sample] * found.S).double() @ found.Vh.double() - low
+        ms = [1e3 * s for s in seconds]
+        rows[f"n{n}"] = {
+            "title": f"n = {n}",
+            "rounds": len(ms),
+            "median_ms": sorted(ms)[1],
+            "min_ms": min(ms),
+            "max_ms": max(ms),
+            "times_subject": sorted(ms)[1] / rows["n1000"]["median_ms"] if rows else 1.0,
+            "error": float(error.norm() / low.norm()),
+            "iterations": int(found.info.iterations),
+            "beside_data": memory.bytes / data.nbytes if memory.bytes is not None else None,
+        }
+        del data, found
+    largest, start = rows[f"n{sizes[-1]}"], rows["n2000"]
+    factor = (sizes[-1] / 2000) ** 2
+    by_pass = [row["median_ms"] / row["iterations"] for row in (start, largest)]
+    exponent = math.log(largest["median_ms"] / start["median_ms"]) / math.log(sizes[-1] / 2000)
+    note = (
+        f"time grows as n^{exponent:.2f} from 2000 to {sizes[-1]}: {largest['median_ms'] / start['median_ms']:.1f} "
+        f"times, {factor:.0f} as n^2; per iteration {by_pass[1] / by_pass[0]:.1f} times"
+    )
+    print(note)
+    benchmark.extra_info.update(
+        op="rpca", name=f"growth, rank 10, {method}", problem=True, rounds=3, competitors=rows, notes=[note], absent={},
+        threads=torch.get_num_threads(), exponent=exponent,
+    )  # fmt: skip
+    benchmark.pedantic(run, args=(torch.randn(100, 100),), rounds=1)

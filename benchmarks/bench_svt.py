@@ -1,22 +1,19 @@
 """Batched singular-value thresholding against plain PyTorch: `pytest benchmarks/bench_svt.py --benchmark-json FILE`.
 
 Half of each largest singular value is the threshold. Every round begins with one run of each competitor, so that all
-samples are taken in turn in the same process. `extra_info` holds, beside the times, the largest error of each relative
-to the matrix, against a float64 SVD. The routes of svt itself are competitors too: JACOBI_SIZE and GRAM_SIZE of
-fastpref/svt.py are where they cross. OMP_NUM_THREADS=1 gives the figures of one core. --full adds sizes.
+samples are taken in turn in the same process; an error is the largest of the batch, relative to the matrix, against a
+float64 SVD. The routes of svt itself are competitors too: JACOBI_SIZE and GRAM_SIZE of fastpref/svt.py are where they
+cross. OMP_NUM_THREADS=1 gives the figures of one core. --full adds sizes.
 """
 
-import time
 from typing import NamedTuple
 
 import torch
-from measure import FunctionCompetitor, Rounds
+from measure import FunctionCompetitor
+from problem import measured
 
 import fastpref
 from fastpref.svt import _by_gram, _by_jacobi, _by_svd, svt_ref
-
-CPU = torch.device("cpu")
-SECONDS = 3  # of rounds, per case
 
 
 class Case(NamedTuple):
@@ -65,7 +62,7 @@ def test_svt(benchmark, case):
     matrix = torch.randn(case.batch, case.rows, case.columns, dtype=case.dtype)
     threshold = 0.5 * torch.linalg.matrix_norm(matrix, 2)
     competitors = [
-        FunctionCompetitor("fastpref", "fastpref", lambda m, t: fastpref.svt(m, t).low_rank, matrix, threshold),
+        FunctionCompetitor("fastpref", "fastpref.svt", lambda m, t: fastpref.svt(m, t).low_rank, matrix, threshold),
         FunctionCompetitor("svd", "torch.linalg.svd", composed, matrix, threshold),
         FunctionCompetitor("gram", "Gram and eigh", gram, matrix, threshold),
         FunctionCompetitor("svd_lowrank", "torch.svd_lowrank", truncated, matrix, threshold),
@@ -75,12 +72,9 @@ def test_svt(benchmark, case):
     ]
     truth, _ = svt_ref(matrix, threshold)
     size = torch.linalg.matrix_norm(matrix.double())
-    start = time.perf_counter()
-    errors = {c.name: float((torch.linalg.matrix_norm(c.run() - truth) / size).max()) for c in competitors}
-    assert errors["fastpref"] <= 1.5 * errors["svd"] + 16 * torch.finfo(case.dtype).eps
-    count = max(3, min(100, round(SECONDS / (time.perf_counter() - start))))
-    rounds = Rounds(competitors, CPU, "fastpref")
-    benchmark.pedantic(rounds.play_subject, setup=rounds.play_others, teardown=rounds.end_round, rounds=count)
-    benchmark.extra_info.update(
-        shape=list(matrix.shape), threads=torch.get_num_threads(), times=rounds.summary(), errors=errors
-    )
+
+    def judge(found):
+        return {"error": float((torch.linalg.matrix_norm(found - truth) / size).max())}
+
+    rows = measured(benchmark, "svt", str(case), competitors, judge, seconds=3)
+    assert rows["fastpref"]["error"] <= 1.5 * rows["svd"]["error"] + 16 * torch.finfo(case.dtype).eps

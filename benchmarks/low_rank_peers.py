@@ -1,7 +1,9 @@
 """What others do where fastpref has rpca and bradley_terry, and the problems both are given."""
 
+import importlib
 import math
 
+import numpy as np
 import torch
 
 
@@ -61,8 +63,63 @@ def ialm_gram(data, rho, tol):
     return ialm(data, rho, tol, _by_gram)
 
 
-def share_recovered(found, low) -> float:
-    """Of matrices, or score vectors, with a relative error below 1e-3."""
-    dims = tuple(range(1, low.dim()))
-    error = (found.double() - low).square().sum(dims).sqrt() / low.square().sum(dims).sqrt()
-    return (error < 1e-3).double().mean().item()
+def absent(package: str) -> str | None:
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def ialm_randomized(data, rho, tol):
+    """One matrix; scikit-learn's randomised SVD (two power steps, from scratch each time) of a predicted rank."""
+    from sklearn.utils.extmath import randomized_svd
+
+    d = data.numpy()
+    side, k = min(d.shape), 15
+    lam, norm = 1 / math.sqrt(max(d.shape)), np.linalg.norm(d)
+    spectral = float(randomized_svd(d, 1, n_iter=4, random_state=0)[1][0])
+    y = d / max(spectral, np.abs(d).max() / lam)
+    mu, sparse = 1.25 / spectral, np.zeros_like(d)
+    for _ in range(500):
+        u, s, vh = randomized_svd(d - sparse + y / mu, k, n_iter=2, random_state=0)
+        rank = int((s > 1 / mu).sum())
+        low = (u[:, :rank] * (s[:rank] - 1 / mu)) @ vh[:rank]
+        w = d - low + y / mu
+        sparse = w - np.clip(w, -lam / mu, lam / mu)
+        residual = d - low - sparse
+        y, mu = y + mu * residual, mu * rho
+        k = min(rank + 1 if rank < k else rank + round(0.05 * side), side)
+        if np.linalg.norm(residual) / norm < tol:
+            break
+    return torch.from_numpy(low)
+
+
+def by_tensorly(data):
+    """With the weight of |S|_1 at which its program is robust PCA; its default is another."""
+    from tensorly.decomposition import robust_pca
+
+    low, _ = robust_pca(data.numpy(), reg_E=2 / math.sqrt(max(data.shape)), n_iter_max=100, verbose=False)
+    return torch.from_numpy(np.asarray(low))
+
+
+def by_choix(wins):
+    import choix
+
+    return torch.from_numpy(choix.ilsr_pairwise_dense(wins.numpy(), alpha=1e-9))
+
+
+def by_evalica(wins):
+    """The comparisons as the lists evalica takes, made beforehand."""
+    import evalica
+
+    i, j = wins.nonzero(as_tuple=True)
+    names, counts = [str(k) for k in range(len(wins))], wins[i, j].tolist()
+    left, right = [names[k] for k in i], [names[k] for k in j]
+    winners = [evalica.Winner.X] * len(left)
+
+    def run(_):
+        scores = evalica.bradley_terry(left, right, winners, weights=counts).scores
+        return torch.tensor([scores[name] for name in names], dtype=torch.float64).log()
+
+    return run

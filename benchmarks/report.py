@@ -48,9 +48,11 @@ def markdown(results: dict) -> str:
     parts = [f"# Benchmarks, {machine.get('date', 'no date')[:10]}, {device}", _facts(results)]
     parts[1:1] = _caution(results)
     parts += _stages(results) + _tests(results)
+    problems = [record for record in results["cases"] if "problem" in record]
     linear = [record for record in results["cases"] if "hidden_size" in record]
-    parts += [_LEGEND] if len(linear) < len(results["cases"]) else []
+    parts += [_LEGEND] if len(linear) + len(problems) < len(results["cases"]) else []
     parts += [_LINEAR_LEGEND] if linear else []
+    parts += [_PROBLEM_LEGEND] if problems else []
     parts += [_case(record) for record in results["cases"]] or ["No case was measured."]
     return "\n\n".join(parts) + "\n"
 
@@ -73,6 +75,13 @@ _LINEAR_LEGEND = (
     "are against float64 of the same inputs: log-probs (or margins, beta included) absolute in nats, the largest; the "
     "hidden states' gradient per token, relative to that token's gradient, the largest; the head's gradient as a "
     "matrix, relative to its norm."
+)
+
+
+_PROBLEM_LEGEND = (
+    "Medians of rounds in which every row ran once, in the same process; rows marked so ran less often. *times first*: "
+    "the row's time over that of the first row, median of the ratios of each round. Errors are relative, the median "
+    "where there are many; *recovered*: the share with an error below 1e-3."
 )
 
 
@@ -137,6 +146,8 @@ def _tests(results: dict) -> list[str]:
 
 
 def _case(record: dict) -> str:
+    if "problem" in record:
+        return _problem_case(record)
     return _linear_case(record) if "hidden_size" in record else _logits_case(record)
 
 
@@ -196,6 +207,31 @@ def _linear_case(record: dict) -> str:
         f"gradients {record['gradient_bytes'] / 2**20:.1f} MiB. fastpref's plan: {plan['kind']}, "
         f"{plan['gemm_passes']} GEMM passes, {plan['product']}, {plan['predicted_bytes'] / 2**20:.1f} MiB predicted.",
     ]
+    return "\n".join(lines + _absent(record))
+
+
+def _problem_case(record: dict) -> str:
+    rows = list(record["competitors"].values())
+    more = {
+        "recovered": lambda x: f"{100 * x:.0f} %",
+        "error": lambda x: f"{x:.1e}",
+        "iterations": str,
+        "beside_data": lambda x: f"{100 * x:.1f} %",
+    }
+    shown = [key for key in more if any(row.get(key) is not None for row in rows)]
+    head = ["", "ms", "min–max", "times first", *(key.replace("_", " ") for key in shown)]
+    cells = [
+        [
+            row["title"] + (f" ({row['rounds']} rounds)" if row["rounds"] < record["rounds"] else ""),
+            _significant(row["median_ms"]),
+            f"{_significant(row['min_ms'])}–{_significant(row['max_ms'])}",
+            f"{_significant(row['times_subject'])}×",
+            *("" if row.get(key) is None else more[key](row[key]) for key in shown),
+        ]
+        for row in rows
+    ]
+    lines = [f"## {record['op']}, {record['name']}\n\n{table(head, cells)}\n"]
+    lines.append(f"{record['rounds']} rounds, {record['threads']} threads. " + " ".join(record["notes"]))
     return "\n".join(lines + _absent(record))
 
 

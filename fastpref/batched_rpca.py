@@ -12,16 +12,13 @@ from torch import Tensor
 
 from fastpref import _library, _native
 from fastpref.batched_verdict import BatchVerdict, batched_verdict
-from fastpref.outliers import MAD, MISFIT, explains
+from fastpref.outliers import HEAVY, MAD, MISFIT, explains
 
-STEP, CAREFUL_STEP = 0.9, 0.7  # of the scaled gradient; the second where much is missing
-FIRST = 8.0  # of mean |R| at the start: the first cutoff
 CUTOFF = 3.0  # of Cauchy's weights, in standard deviations of the noise
 FINEST = 1e-9  # of mean |D|: the smallest cutoff
 CLIP = 3.0  # of mean |D|: larger entries are clipped for the start
 AWAY = 10.0  # relative change of a factor at which steps, scaled up for missing entries, lead away: too little observed
 BLIND = 5  # iterations before the median counts as noise
-SLOW, QUICK = 0.9, 0.75  # the cutoff per iteration
 COMPLETE = 0.9  # observed share from which little is missing
 _RIDGE = 1e-10  # of the trace of a factor's Gram matrix
 
@@ -34,15 +31,21 @@ class BatchSolve(NamedTuple):
     converged: Tensor  # [B] bool
 
 
-def shrinkage(observed_share: float, full_rank: bool) -> tuple[float, ...]:
-    """The cutoff's factor per iteration, and the other one, for a matrix that the first leaves unexplained."""
-    if full_rank:  # explains every entry
-        return (1.0,)
+class Schedule(NamedTuple):
+    decay: float  # of the cutoff, per iteration
+    first: float  # of mean |R| at the start: the first cutoff
+    step: float  # of the scaled gradient; divided by the observed share
+
+
+SLOW, QUICK = Schedule(0.9, 4.0, 0.7), Schedule(0.75, 8.0, 0.9)
+STILL = Schedule(1.0, 8.0, 0.9)  # of full rank, which explains every entry
+
+
+def schedules(observed_share: float, full_rank: bool) -> tuple[Schedule, ...]:
+    """In the order of trying: the next is for a matrix that one leaves unexplained."""
+    if full_rank:
+        return (STILL,)
     return (SLOW, QUICK) if observed_share < COMPLETE else (QUICK, SLOW)
-
-
-def step_size(observed_share: float) -> float:
-    return (CAREFUL_STEP if observed_share < COMPLETE else STEP) / observed_share
 
 
 def inverse_gram(factor: Tensor) -> Tensor:
@@ -84,9 +87,10 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, other: bool, tol
     clean = torch.where(observed, matrix, 0)
     count = observed.sum((-2, -1))
     share = (count / max(matrix.shape[-2] * matrix.shape[-1], 1)).to(matrix.dtype).clamp(min=1e-30)
-    gamma = torch.where((share < COMPLETE) != other, SLOW, QUICK)
-    if rank == min(matrix.shape[1:]):  # explains every entry
-        gamma = torch.ones_like(gamma)
+    both = matrix.new_tensor([SLOW, QUICK])
+    if rank == min(matrix.shape[1:]):
+        both = matrix.new_tensor([STILL, STILL])
+    decay, first, step = both[((share < COMPLETE) == other).long()].unbind(-1)
     mean = clean.abs().sum((-2, -1)) / count.clamp(min=1)
     norm = torch.linalg.vector_norm(clean, dim=(-2, -1))
     left, right = start(matrix, observed, rank, skew) if warm is None else warm
@@ -97,8 +101,7 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, other: bool, tol
         right = left @ core
     residual = torch.where(observed, clean - left @ right.mT, 0)
     if warm is None:
-        first = FIRST * residual.abs().sum((-2, -1)) / count.clamp(min=1)
-        cutoff = torch.minimum(clean.abs().amax((-2, -1)), first)
+        cutoff = torch.minimum(clean.abs().amax((-2, -1)), first * residual.abs().sum((-2, -1)) / count.clamp(min=1))
     else:
         cutoff = CUTOFF * MAD * _median(residual, observed)
     cutoff = torch.maximum(cutoff, FINEST * mean)
@@ -112,7 +115,7 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, other: bool, tol
             break
         residual = torch.where(observed, clean - left @ right.mT, 0)
         e = residual / (1 + (residual / cutoff[:, None, None].clamp(min=1e-300)) ** 2)
-        size = (torch.where(share < COMPLETE, CAREFUL_STEP, STEP) / share * running)[:, None, None]
+        size = (step / share * running)[:, None, None]
         left_step = size * (e @ right @ inverse_gram(right))
         change = torch.linalg.vector_norm(left_step, dim=(-2, -1)) / _norm(left)
         if skew:
@@ -123,14 +126,14 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, other: bool, tol
             change = torch.maximum(change, torch.linalg.vector_norm(right_step, dim=(-2, -1)) / _norm(right))
             left, right = left + left_step, right + right_step
         iterations += running
-        following = torch.maximum(gamma.to(cutoff) * cutoff, FINEST * mean)
+        following = torch.maximum(decay * cutoff, FINEST * mean)
         if iteration >= BLIND:
             following = torch.maximum(following, CUTOFF * MAD * _median(residual, observed))
         cutoff = torch.where(running, following, cutoff)
         quiet = torch.where(change < tol, quiet + 1, 0)
         lost |= running & ~(change < AWAY)
         running &= ~lost
-        done = (torch.linalg.vector_norm(e, dim=(-2, -1)) < tol * norm) | (quiet >= 3)
+        done = (torch.linalg.vector_norm(e, dim=(-2, -1)) < tol * mean * count.sqrt()) | (quiet >= 3)
         converged |= running & done
         running &= ~done
     median = _median(clean - left @ right.mT, observed)
@@ -216,7 +219,8 @@ def batched_annealed(
         return fit, batched_verdict(matrix, fit.left, fit.right, fit.median, backend)
 
     fit, verdict = attempt(matrix, False, warm)
-    again = (~explains(fit.median, verdict.mean, tol) | (verdict.worst > MISFIT)).nonzero().flatten()
+    doubtful = (verdict.worst > MISFIT) | (verdict.rate > HEAVY)
+    again = (~explains(fit.median, verdict.mean, tol) | doubtful).nonzero().flatten()
     if len(again) and warm is None:
         retry, second = attempt(matrix[again], True)
         old, mean = fit.median[again], second.mean

@@ -26,16 +26,15 @@ from fastpref.batched_rpca import (
     CLIP,
     CUTOFF,
     FINEST,
-    FIRST,
     batched_annealed,
     inverse,
     inverse_gram,
-    shrinkage,
-    step_size,
+    schedules,
 )
 from fastpref.batched_verdict import BatchVerdict, batched_verdict
 from fastpref.outliers import (
     EXACT,
+    HEAVY,
     MAD,
     MISFIT,
     OUTLIER,
@@ -121,6 +120,7 @@ class _Data:
         self.share = self.observed / max(self._entries(), 1)
         self.top = self.max(found.max_kept).item()
         self.mean = min(self.mean_size(), self.top)
+        self.typical = self.mean * self.observed**0.5  # |D|, were all entries of mean size: outliers do not count more
 
     def _entries(self) -> int:
         n = self.columns
@@ -285,7 +285,7 @@ def _relative(step: Tensor, factor: Tensor, data: _Data | None = None) -> float:
     return float((squares[0] / squares[1].clamp(min=1e-300)).sqrt())
 
 
-def _annealed(data: _Data, left, right, gamma, tol, max_iter, report, corruption, warm) -> _Solve:
+def _annealed(data: _Data, left, right, schedule, tol, max_iter, report, corruption, warm) -> _Solve:
     left, right = left.clone(), right.clone()
     skew = data.structure == "skew"
     if skew:  # right = left core stays so under scaled steps, and keeps the product skew
@@ -298,9 +298,9 @@ def _annealed(data: _Data, left, right, gamma, tol, max_iter, report, corruption
     if lines is not None:
         zeta = lines.largest(read)
     else:
-        zeta = CUTOFF * MAD * read.median if warm else min(data.top, FIRST * data.mean_size())
+        zeta = CUTOFF * MAD * read.median if warm else min(data.top, schedule.first * data.mean_size())
     zeta = max(zeta, finest)
-    quiet, size = 0, step_size(data.share)
+    quiet, size = 0, schedule.step / data.share
     for iteration in range(1, max_iter + 1):
         if lines is None:
             read = data.read(left, right, "cauchy", zeta)
@@ -319,13 +319,14 @@ def _annealed(data: _Data, left, right, gamma, tol, max_iter, report, corruption
             change = max(change, _relative(right_step, right))
             left += left_step
             right += right_step
-        zeta = max(gamma * zeta, finest, CUTOFF * MAD * median if iteration > BLIND else 0.0)
+        zeta = max(schedule.decay * zeta, finest, CUTOFF * MAD * median if iteration > BLIND else 0.0)
         quiet = quiet + 1 if change < tol else 0
         if report(iteration, residual, MAD * median, left.shape[1]):
             return _Solve(left, right, iteration, False, median, True)
-        if residual < tol or quiet == 3 or not change < AWAY:
+        done = read.sum_squares**0.5 < tol * data.typical or quiet == 3
+        if done or not change < AWAY:
             break
-    converged = residual < tol or quiet == 3
+    converged = done
     median = data.read(left, right, "cauchy", zeta).median
     if not median <= 2 * data.top:  # the steps, scaled up for missing entries, led away: too little is observed
         left, right, converged = torch.zeros_like(left), torch.zeros_like(right), False
@@ -408,7 +409,7 @@ def _altproj(data: _Data, rank: int, left, right, tol, max_iter, report) -> _Sol
         residual = read.sum_squares**0.5 / data.norm
         if report(iteration, residual, MAD * read.median, rank):
             return _Solve(u * root, v * root, iteration, False, read.median, True)
-        if residual < tol and explains(read.median, data.mean, tol):
+        if read.sum_squares**0.5 < tol * data.typical and explains(read.median, data.mean, tol):
             return _Solve(u * root, v * root, iteration, True, read.median)
         best, worse = (residual, 0) if residual < 0.9 * best else (best, worse + 1)
         if worse == 6:
@@ -430,6 +431,7 @@ def _altproj(data: _Data, rank: int, left, right, tol, max_iter, report) -> _Sol
         v = (torch.cat([wide_v, q1], 1) @ qh.mT[:, :rank]).to(data.dtype)
         s = sigma[:rank]
         zeta = beta * (sigma[rank].item() + 0.5**iteration * sigma[0].item())
+        zeta = max(zeta, 10 * tol * data.mean)  # no entry that is explained may pass for an outlier
     return _Solve(u * root, v * root, iteration, False, read.median)
 
 
@@ -465,18 +467,24 @@ def _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report) -> 
     if method == "altproj" or (method == "auto" and plain and warm is None and data.share >= 0.9):
         budget = max_iter if method == "altproj" else min(40, max_iter)
         found = judged(_altproj(data, rank, left, right, tol, budget, report))
-        if method == "altproj" or found.stopped or (found.converged and not found.verdict.suspicious):
+        exact = found.converged and not found.verdict.suspicious and found.verdict.residual <= 3 * tol
+        if method == "altproj" or found.stopped or exact:
             return found
         spent, best = found.iterations, found if found.iterations == max_iter else None
-    for gamma in shrinkage(data.share, rank >= min(data.total_rows, data.columns)):
+    tries = schedules(data.share, rank >= min(data.total_rows, data.columns))
+    if spent:  # not the easy data that altproj is for
+        tries = tries[::-1]
+    for schedule in tries:
         if spent == max_iter:
             break
-        found = _annealed(data, left, right, gamma, tol, max_iter - spent, report, corruption, warm is not None)
+        found = _annealed(data, left, right, schedule, tol, max_iter - spent, report, corruption, warm is not None)
         found = judged(found)
         spent += found.iterations
         if best is None or _is_better(found, best, data.mean, tol):
             best = found
-        settled = explains(best.median, data.mean, tol) and not (entries and best.verdict.suspicious)
+        settled = explains(best.median, data.mean, tol)
+        if entries:
+            settled &= not best.verdict.suspicious and best.verdict.rate <= HEAVY
         if found.stopped or warm is not None or settled:
             break
     return best._replace(iterations=spent)

@@ -17,8 +17,12 @@ namespace fastpref::FASTPREF_SIMD {
 namespace {
 
 // as in fastpref/batched_rpca.py
-constexpr double mad = 1.4826, cutoff = 3, finest = 1e-9, clip = 3, first = 8, ridge = 1e-10, away = 10;
-constexpr double whole_step = 0.9, careful_step = 0.7, slow = 0.9, quick = 0.75, complete = 0.9;
+constexpr double mad = 1.4826, cutoff = 3, finest = 1e-9, clip = 3, ridge = 1e-10, away = 10;
+constexpr double complete = 0.9;
+struct Schedule {
+  double decay, first, step;
+};
+constexpr Schedule slow{0.9, 4, 0.7}, quick{0.75, 8, 0.9}, still{1, 8, 0.9};
 constexpr int64_t blind = 5;
 
 constexpr int64_t widest = 8;  // ranks up to this one have kernels with their factors in registers
@@ -451,14 +455,15 @@ struct Solver {
         make_core_skew();
         right_of_core();
       }
-      const double least = finest * mean, size = (share < complete ? careful_step : whole_step) / share;
+      const double typical = mean * __builtin_sqrt(double(observed));  // |D|, were all entries of mean size
       const bool explains_all = rank == rows || rank == columns;
-      const double gamma = explains_all ? 1 : (share < complete) != args.other ? slow : quick;
+      const Schedule schedule = explains_all ? still : (share < complete) != args.other ? slow : quick;
+      const double least = finest * mean, size = schedule.step / share;
       const int64_t every = rows >= 48 ? 4 : 1;
       double zeta =
-          larger(args.warm ? cutoff * mad * median_residual(1) : smaller(top, first * mean_residual()), least);
+          larger(args.warm ? cutoff * mad * median_residual(1) : smaller(top, schedule.first * mean_residual()), least);
       for (int still = 0; !converged && iterations < args.max_iter; iterations++) {
-        const double next = larger(gamma * zeta, least);
+        const double next = larger(schedule.decay * zeta, least);
         const Sums sums = pass(zeta, next / (cutoff * mad));
         const bool noisy = iterations >= blind && 2 * sums.small < observed;
         const double noise = noisy ? cutoff * mad * median_residual(every) : 0;
@@ -476,7 +481,7 @@ struct Solver {
         if (!(change < away)) break;
         zeta = larger(next, noise);
         still = change < args.tol ? still + 1 : 0;
-        converged = __builtin_sqrt(sums.squares) < args.tol * norm || still >= 3;
+        converged = __builtin_sqrt(sums.squares) < args.tol * typical || still >= 3;
       }
     }
     double median = median_residual(1);
