@@ -21,8 +21,8 @@ constexpr double closed = 1e-3, lowered = 1e-2, faint = 100, first_mu = 1.25, to
 constexpr double complete_rho = 1.5, missing_rho = 1.2;
 constexpr int64_t restarts_left = 6, extra = 5, first_directions = 15;
 
-constexpr int sweeps = 30;  // of rotations, 1 or 2 are usual
-constexpr int norm_rounds = 3;
+constexpr int sweeps = 30;  // of rotations; 1 is usual, as the last iteration's vectors nearly fit
+constexpr int norm_rounds = 2;
 constexpr double margin = 1e-4;     // of the bound on a spectral norm, doubled until it holds
 constexpr double skewness = 0.3;    // of P's columns, from which one Cholesky round leaves them orthogonal to rounding
 constexpr double indifferent = 0.1;  // cosine of two directions, both below the threshold, that are left as they are
@@ -69,7 +69,7 @@ struct Solver {
   }
 
   int64_t observed = 0, k = 0, width = 0;  // width: k in whole vectors
-  double norm = 0, scale = 1;              // of what is stored, and what that was divided by
+  double norm = 0, largest = 0, scale = 1;  // of what is stored, and what that was divided by
   uint64_t state = 0;
 
   double draw() {  // uniform in (-1, 1)
@@ -180,12 +180,14 @@ struct Solver {
 
   // Rotates the first k rows of right until they are orthogonal; row c of turn is column c of the rotation.
   void rotate(T threshold) {
-    const T tight = 8 * epsilon, tight2 = tight * tight * static_cast<T>(columns);
+    const T tight2 = 64 * epsilon * epsilon * static_cast<T>(columns);
+    const T coarse2 = static_cast<T>(__builtin_sqrt(tight2));  // a sweep of smaller ones squares what is left
     const T loose2 = static_cast<T>(indifferent * indifferent), small = threshold * threshold;
     std::memset(turn, 0, k * width * sizeof(T));
     for (int64_t c = 0; c < k; c++) turn[c * width + c] = 1;
     const int64_t players = k + k % 2, pairs = players / 2;
     for (int64_t c = 0; c < players; c++) order[c] = static_cast<int32_t>(c);
+    for (int64_t i = pairs; i < padded(pairs); i++) dots[i] = first[i] = second[i] = 0;
     for (int sweep = 0; sweep < sweeps; sweep++) {
       T top = 0;
       for (int64_t c = 0; c < k; c++) {
@@ -193,7 +195,7 @@ struct Solver {
         if (squares[c] > top) top = squares[c];
       }
       const T floor = top * (epsilon * epsilon);
-      bool unfinished = false;
+      I unfinished{};
       for (int64_t stage = 0; stage + 1 < players; stage++) {
         for (int64_t i = 0; i < pairs; i++) {
           const int64_t p = order[i], q = order[players - 1 - i];
@@ -202,10 +204,11 @@ struct Solver {
           second[i] = bye ? T(0) : squares[q];
           dots[i] = bye ? T(0) : dot(right + p * stride, right + q * stride, stride);
         }
-        for (int64_t i = 0; i < pairs; i += n) {  // what lies beyond the pairs is never used
+        for (int64_t i = 0; i < pairs; i += n) {
           const Vt alpha = load_at(first + i), beta = load_at(second + i), c = load_at(dots + i);
           const Vt bound = ((alpha < small) & (beta < small)) ? Vt{} + loose2 : Vt{} + tight2;
           const I turns = (c * c > bound * alpha * beta) & (alpha > floor) & (beta > floor);
+          unfinished |= turns & (c * c > coarse2 * alpha * beta);
           const Vt zeta = (beta - alpha) / (2 * (turns ? c : Vt{} + 1));
           const Vt size = 1 / (abs_of<T>(zeta) + root(1 + zeta * zeta));
           const Vt tangent = turns ? (zeta < 0 ? -size : size) : Vt{};
@@ -217,7 +220,6 @@ struct Solver {
         }
         for (int64_t i = 0; i < pairs; i++) {
           if (sine[i] == 0) continue;
-          unfinished = true;
           const int64_t p = order[i], q = order[players - 1 - i];
           squares[p] = first[i];
           squares[q] = second[i];
@@ -228,7 +230,7 @@ struct Solver {
         for (int64_t c = players - 1; c > 1; c--) order[c] = order[c - 1];
         order[1] = last;
       }
-      if (!unfinished) break;
+      if (!any(unfinished)) break;
     }
   }
 
@@ -332,27 +334,46 @@ struct Solver {
 
   // ---- iterations ----
 
+  // data, scaled by a power of two so that squares neither over- nor underflow; a, the same with zeros where missing
   void read(int64_t b) {
     const T* in = static_cast<const T*>(args.data) + b * rows * columns;
-    const int64_t apart = wide ? 1 : columns, along = wide ? rows : 1;
-    double most = 0;
-    observed = 0;
-    for (int64_t i = 0; i < rows * columns; i++) {
-      const double size = in[i] < 0 ? -in[i] : in[i];
-      if (size > most) most = size;
-      observed += in[i] == in[i];
-    }
-    const int exponent = most > 0 ? __builtin_ilogb(most) : 0;  // exact, and squares neither over- nor underflow
-    scale = __builtin_ldexp(1.0, exponent);
-    double squares_sum = 0;
+    Vt top{};
+    I present{};
     for (int64_t i = 0; i < rows; i++) {
       T* row = data + i * stride;
-      for (int64_t j = 0; j < columns; j++) {
-        const double value = in[i * apart + j * along] / scale;
-        row[j] = static_cast<T>(value);
-        if (value == value) squares_sum += value * value;
-      }
+      if (wide)
+        for (int64_t j = 0; j < columns; j++) row[j] = in[j * rows + i];
+      else
+        std::memcpy(row, in + i * columns, columns * sizeof(T));
       for (int64_t j = columns; j < stride; j++) row[j] = 0;
+      for (int64_t j = 0; j < stride; j += n) {
+        const Vt size = abs_of<T>(load_at(row + j));
+        top = size > top ? size : top;
+        present -= size == size;
+      }
+    }
+    observed = -rows * (stride - columns);
+    largest = 0;
+    for (int u = 0; u < n; u++) {
+      observed += present[u];
+      largest = larger(largest, top[u]);
+    }
+    const int exponent = largest > 0 ? __builtin_ilogb(largest) : 0;
+    scale = __builtin_ldexp(1.0, exponent);
+    largest /= scale;
+    // in two factors: one alone can overflow for subnormal matrices
+    const T up = static_cast<T>(__builtin_ldexp(1.0, -exponent / 2));
+    const T down = static_cast<T>(__builtin_ldexp(1.0, -exponent - -exponent / 2));
+    double squares_sum = 0;
+    for (int64_t i = 0; i < rows; i++) {
+      Vt sum{};
+      for (int64_t j = i * stride; j < (i + 1) * stride; j += n) {
+        const Vt value = load_at(data + j) * up * down, known = value == value ? value : Vt{};
+        store_at(data + j, value);
+        store_at(a + j, known);
+        sum += known * known;
+      }
+      squares_sum += sum_of<T>(sum);
     }
     norm = __builtin_sqrt(squares_sum);
   }
@@ -392,19 +413,14 @@ struct Solver {
       state = 1;
       k = directions;
       for (int64_t c = 0; c < k; c++) draw_row(right + c * stride);
-      T most = 0;
-      for (int64_t i = 0; i < rows * stride; i++) {
-        a[i] = data[i] == data[i] ? data[i] : T(0);
-        const T size = a[i] < 0 ? -a[i] : a[i];
-        most = size > most ? size : most;
-      }
-      for (int round = 0; round < norm_rounds; round++) subspace(a, 0);
+      for (int round = 0; round < norm_rounds; round++) subspace(a, static_cast<T>(norm));
       const double spectral = sigma[0], start = first_mu / spectral, top = top_mu * start;
       double mu = start, rho = observed == rows * columns ? complete_rho : missing_rho, ratio = 1, threshold = 0;
-      const T dual_scale = static_cast<T>(1 / larger(spectral, most / lam) / mu);
-      for (int64_t i = 0; i < rows * stride; i++) {
-        dual[i] = a[i] * dual_scale;
-        a[i] += dual[i];
+      const T dual_scale = static_cast<T>(1 / larger(spectral, largest / lam) / mu);
+      for (int64_t j = 0; j < rows * stride; j += n) {
+        const Vt known = load_at(a + j), y = known * dual_scale;
+        store_at(dual + j, y);
+        store_at(a + j, known + y);
       }
       while (iterations < args.max_iter) {
         iterations++;
@@ -429,7 +445,7 @@ struct Solver {
           after *= lowered;
           rho = 1 + (rho - 1) / 2;
           const T change = static_cast<T>(mu / after - next);
-          for (int64_t i = 0; i < rows * stride; i++) a[i] += dual[i] * change;
+          for (int64_t j = 0; j < rows * stride; j += n) store_at(a + j, load_at(a + j) + load_at(dual + j) * change);
           next = mu / after;
         }
         mu = after;
@@ -440,12 +456,10 @@ struct Solver {
         for (; k < wanted; k++) draw_row(right + k * stride);
         k = wanted;
       }
+      I at_bound{};  // an entry of S is not zero where Y is at its bound
+      for (int64_t j = 0; j < rows * stride; j += n) at_bound -= abs_of<T>(load_at(dual + j)) == static_cast<T>(threshold);
       int64_t dense = 0;
-      for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < columns; j++) {
-          const T size = dual[i * stride + j] < 0 ? -dual[i * stride + j] : dual[i * stride + j];
-          dense += size == static_cast<T>(threshold) && data[i * stride + j] == data[i * stride + j];
-        }
+      for (int u = 0; u < n; u++) dense += at_bound[u];
       share = double(dense) / double(observed);
       int64_t certain = 0;  // singular values of rounding's size are none
       while (certain < rank && excess[certain] > faint * args.tol * excess[0]) certain++;
