@@ -17,9 +17,8 @@ namespace fastpref::FASTPREF_SIMD {
 namespace {
 
 // as in fastpref/ialm.py
-constexpr double closed = 1e-3, lowered = 1e-2, faint = 100, first_mu = 1.25, top_mu = 1e7;
-constexpr double complete_rho = 1.5, missing_rho = 1.2;
-constexpr int64_t restarts_left = 6, extra = 5, first_directions = 15;
+constexpr double closed = 1e-3, balance = 0.1, settled = 1e-4, faint = 100, first_mu = 1.25, top_mu = 1e7, rho = 1.5;
+constexpr int64_t extra = 5, first_directions = 15;
 
 constexpr int sweeps = 30;  // of rotations; 1 is usual, as the last iteration's vectors nearly fit
 constexpr int norm_rounds = 2;
@@ -378,13 +377,17 @@ struct Solver {
     norm = __builtin_sqrt(squares_sum);
   }
 
-  // L from its factors, then S, Y and the next A; returns |Y - previous Y| / mu
-  double shrink(int64_t rank, double threshold, double ratio, double next) {
+  struct Step {
+    double moved = 0, changed = 0, size = 0;  // |Y - previous Y| / mu, |S - previous S|, |Y| / mu; squared
+  };
+
+  // L from its factors, then S, Y and the next A, of D - S + next Y / mu
+  Step shrink(int64_t rank, double threshold, double ratio, double next) {
     const Vt bound = Vt{} + static_cast<T>(threshold), own = Vt{} + static_cast<T>(ratio);
     const Vt after = Vt{} + static_cast<T>(1 + next);
-    double moved = 0;
+    Step step;
     for (int64_t i = 0; i < rows; i++) {
-      Vt sum{};
+      Vt moved{}, changed{}, size{};
       for (int64_t j = 0; j < stride; j += n) {
         Vt value{};
         for (int64_t c = 0; c < rank; c++) value += load_at(right + c * stride + j) * low[i * width + c];
@@ -393,20 +396,25 @@ struct Solver {
         Vt kept = w > bound ? bound : w;
         kept = kept < -bound ? -bound : kept;
         kept = w == w ? kept : Vt{};
+        const Vt change = load_at(a + at) - value - kept;  // where missing, of L
         store_at(dual + at, kept);
         store_at(a + at, rest + kept * after);
-        sum += (kept - y) * (kept - y);
+        moved += (kept - y) * (kept - y);
+        changed += change * change;
+        size += kept * kept;
       }
-      moved += sum_of<T>(sum);
+      step.moved += sum_of<T>(moved);
+      step.changed += sum_of<T>(changed);
+      step.size += sum_of<T>(size);
     }
-    return __builtin_sqrt(moved);
+    return step;
   }
 
   void run(int64_t b) {
     read(b);
     const double lam = args.lam[b];
     const int64_t directions = columns < first_directions ? columns : first_directions;
-    int64_t iterations = 0, rank = 0, restarts = 0;
+    int64_t iterations = 0, rank = 0;
     double residual = 0, gap = __builtin_nan(""), share = 0;
     bool converged = observed > 0 && norm == 0;
     if (norm > 0) {
@@ -415,7 +423,8 @@ struct Solver {
       for (int64_t c = 0; c < k; c++) draw_row(right + c * stride);
       for (int round = 0; round < norm_rounds; round++) subspace(a, static_cast<T>(norm));
       const double spectral = sigma[0], start = first_mu / spectral, top = top_mu * start;
-      double mu = start, rho = observed == rows * columns ? complete_rho : missing_rho, ratio = 1, threshold = 0;
+      double mu = start, ratio = 1, threshold = 0, still = settled;
+      bool balanced = observed < rows * columns;
       const T dual_scale = static_cast<T>(1 / larger(spectral, largest / lam) / mu);
       for (int64_t j = 0; j < rows * stride; j += n) {
         const Vt known = load_at(a + j), y = known * dual_scale;
@@ -435,23 +444,30 @@ struct Solver {
           for (int64_t r = 0; r < k; r++) core[c * width + r] = r < rank ? core[c * width + r] * excess[r] : T(0);
         product(left, width, 1, rows, k, core, width, low, width, padded(rank));
         threshold = lam * inverse_mu;
-        double after = smaller(rho * mu, top), next = mu / after;
-        residual = shrink(rank, threshold, ratio, next) / norm;
-        if (residual < args.tol) {
-          gap = duality_gap(lam, nuclear, next);
+        const double raised = smaller(rho * mu, top);
+        const Step step = shrink(rank, threshold, ratio, mu / raised);
+        residual = __builtin_sqrt(step.moved) / norm;
+        const double change = __builtin_sqrt(step.changed / larger(step.size, 1e-300));
+        double after = balanced && residual < balance * change ? mu : raised;
+        if (residual < args.tol && (!balanced || change < still)) {
+          gap = duality_gap(lam, nuclear, mu / raised);
           converged = gap <= closed;
-          if (converged || restarts == restarts_left) break;
-          restarts++;
-          after *= lowered;
-          rho = 1 + (rho - 1) / 2;
-          const T change = static_cast<T>(mu / after - next);
-          for (int64_t j = 0; j < rows * stride; j += n) store_at(a + j, load_at(a + j) + load_at(dual + j) * change);
-          next = mu / after;
+          if (converged) break;
+          if (balanced)
+            still /= 2;
+          else
+            after = mu * smaller(residual / larger(balance * change, 1e-300), 1);
+          balanced = true;
+        }
+        ratio = mu / after;
+        if (after != raised) {
+          const T correction = static_cast<T>(ratio - mu / raised);
+          for (int64_t j = 0; j < rows * stride; j += n)
+            store_at(a + j, load_at(a + j) + load_at(dual + j) * correction);
         }
         mu = after;
-        ratio = next;
-        const int64_t step = columns / 20 > 1 ? columns / 20 : 1;
-        const int64_t predicted = (rank < k - extra ? rank + 1 : rank + step) + extra;
+        const int64_t more = rank < k - extra || columns < 40 ? 1 : columns / 20;
+        const int64_t predicted = rank + more + extra;
         const int64_t wanted = predicted < columns ? predicted : columns;
         for (; k < wanted; k++) draw_row(right + k * stride);
         k = wanted;
