@@ -5,7 +5,8 @@ from a subspace that is carried from one iteration to the next, instead of a ful
 with a penalty that grows geometrically the iteration is feasible soon, and may be far from optimal. The relative
 duality gap (the dual matrix scaled into the feasible set, its spectral norm bounded from above) does. Where it is open,
 and from the start where entries are missing, the penalty is balanced: it grows only while the residual is large beside
-the change of S, the residual of the dual.
+the change of S, the residual of the dual. Where that leaves the gap open the subspace lags behind, and takes one more
+step per iteration.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,9 @@ from torch import Tensor
 GAP = 1e-3  # relative duality gap that counts as closed
 RHO = 1.5  # the penalty's growth
 BALANCE = 0.1  # residual over change, from which a balanced penalty grows
-SETTLED = 1e-4  # change at which the gap is looked at, halved where it is open
+SETTLED = 1e-4  # change at which the gap is looked at
+LOWERED = 0.1  # the penalty, at least, where it grew freely and the gap is open
+PAUSE = 5  # iterations before the gap is looked at again
 SHARE = 0.02  # of rows or columns taken to be corrupted, for lambda
 NOISY = 0.5  # share of S that is not zero: there is noise, and the rank is not that of L
 _EXTRA = 5  # directions beside the predicted rank
@@ -112,7 +115,7 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
     start = 1.25 / spectral
     mu, top = start.clone(), 1e7 * start
     balanced = count < m * n
-    settled = torch.full_like(mu, SETTLED)
+    steps, next_look = torch.ones_like(count), torch.zeros_like(count)
     iterations = torch.zeros(batch, dtype=torch.int64, device=device)
     rank = torch.zeros_like(iterations)
     residual = torch.zeros(batch, dtype=torch.float64, device=device)
@@ -130,7 +133,7 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
         a = data - sparse + y * inverse_mu
         if not complete:
             a = torch.where(observed, a, low)
-        for _ in range(2 if iteration == 1 else 1):
+        for _ in range(2 if iteration == 1 else int(steps[running].max())):
             p = torch.linalg.qr(a @ q).Q
             q, r = torch.linalg.qr(a.mT @ p)
         left, s, right = torch.linalg.svd(r.mT.double())
@@ -159,7 +162,7 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
         change = change.double()
         behind = ~balanced | (residual >= BALANCE * change)
         following = torch.where(running & behind, torch.minimum(RHO * mu, top), mu)
-        done = running & (residual < tol) & (~balanced | (change < settled))
+        done = running & (residual < tol) & (iteration >= next_look) & (~balanced | (change < SETTLED))
         if done.any():
             found = _gap(y[done], data[done], sigma[done], penalty, sparse[done], lam[done], corruption)
             gap[done] = found
@@ -168,9 +171,10 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
             converged |= closed
             running = running & ~closed
             again = done & ~closed
-            settled = torch.where(again & balanced, settled / 2, settled)
-            back = (residual / (BALANCE * change)).clamp(max=1)
+            steps += again & balanced
+            back = (residual / (BALANCE * change)).clamp(max=LOWERED)
             following = torch.where(again & ~balanced, mu * back, following)
+            next_look = torch.where(again, iteration + PAUSE, next_look)
             balanced = balanced | again
         mu = following
         predicted = int(torch.where(above < k - _EXTRA, above + 1, (above + max(1, d // 20))).max()) if batch else 0
