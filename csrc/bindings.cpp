@@ -260,12 +260,12 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
          int64_t max_iter, uintptr_t left, uintptr_t right, uintptr_t sigma, uintptr_t rank, uintptr_t iterations,
          uintptr_t residual, uintptr_t gap, uintptr_t median, uintptr_t dense_share, uintptr_t converged,
          uintptr_t workspace, int threads) {
-        batched_ialm_cpu({pointer<const void>(data), is_double, batch, rows, columns, pointer<const double>(lam), tol,
-                          max_iter, pointer<void>(left), pointer<void>(right), pointer<void>(sigma),
-                          pointer<int64_t>(rank), pointer<int64_t>(iterations), pointer<double>(residual),
-                          pointer<double>(gap), pointer<double>(median), pointer<double>(dense_share),
-                          pointer<bool>(converged), pointer<void>(workspace)},
-                         threads);
+        batched_ialm_cpu(
+            {pointer<const void>(data), is_double, batch, rows, columns, pointer<const double>(lam), tol, max_iter,
+             pointer<void>(left), pointer<void>(right), pointer<void>(sigma), pointer<int64_t>(rank),
+             pointer<int64_t>(iterations), pointer<double>(residual), pointer<double>(gap), pointer<double>(median),
+             pointer<double>(dense_share), pointer<bool>(converged), pointer<void>(workspace)},
+            threads);
       },
       release());
   m.def("batched_ialm_workspace", &batched_ialm_workspace);

@@ -18,7 +18,7 @@ GAP = 1e-3  # relative duality gap that counts as closed
 RHO = 1.5  # the penalty's growth
 BALANCE = 0.1  # residual over change, from which a balanced penalty grows
 SETTLED = 1e-4  # change at which the gap is looked at
-LOWERED = 0.1  # the penalty, at least, where it grew freely and the gap is open
+LOWERED = 1e-4, 0.1  # the penalty, at most and at least, where it grew freely and the gap is open
 PAUSE = 5  # iterations before the gap is looked at again
 SHARE = 0.02  # of rows or columns taken to be corrupted, for lambda
 NOISY = 0.5  # share of S that is not zero: there is noise, and the rank is not that of L
@@ -109,9 +109,9 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
     )
     penalty = _Penalty(lam, corruption)
     norm = torch.linalg.vector_norm(data.double(), dim=(-2, -1))
-    spectral = _estimate_norm(data).clamp(min=1e-300)
     running = norm > 0
-    y = data / _column(torch.maximum(spectral, penalty.dual(data)).clamp(min=1e-300).to(data.dtype))
+    spectral = torch.where(running, _estimate_norm(data), 1.0)
+    y = data / _column(torch.maximum(spectral, penalty.dual(data)).to(data.dtype))
     start = 1.25 / spectral
     mu, top = start.clone(), 1e7 * start
     balanced = count < m * n
@@ -172,7 +172,7 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
             running = running & ~closed
             again = done & ~closed
             steps += again & balanced
-            back = (residual / (BALANCE * change)).clamp(max=LOWERED)
+            back = (residual / (BALANCE * change).clamp(min=1e-300)).clamp(*LOWERED)
             following = torch.where(again & ~balanced, mu * back, following)
             next_look = torch.where(again, iteration + PAUSE, next_look)
             balanced = balanced | again

@@ -17,13 +17,14 @@ namespace fastpref::FASTPREF_SIMD {
 namespace {
 
 // as in fastpref/ialm.py
-constexpr double closed = 1e-3, balance = 0.1, settled = 1e-4, lowered = 0.1, faint = 100, first_mu = 1.25, top_mu = 1e7, rho = 1.5;
+constexpr double closed = 1e-3, balance = 0.1, settled = 1e-4, most_lowered = 1e-4, least_lowered = 0.1, faint = 100,
+                 first_mu = 1.25, top_mu = 1e7, rho = 1.5;
 constexpr int64_t pause = 5, extra = 5, first_directions = 15;
 
 constexpr int sweeps = 30;  // of rotations; 1 is usual, as the last iteration's vectors nearly fit
 constexpr int norm_rounds = 2;
-constexpr double margin = 1e-4;     // relative, of the bound on a spectral norm
-constexpr double skewness = 0.3;    // of P's columns, from which one Cholesky round leaves them orthogonal to rounding
+constexpr double margin = 1e-4;      // relative, of the bound on a spectral norm
+constexpr double skewness = 0.3;     // of P's columns, from which one Cholesky round leaves them orthogonal to rounding
 constexpr double indifferent = 0.1;  // cosine of two directions, both below the threshold, that are left as they are
 
 template <class T>
@@ -34,14 +35,14 @@ struct Solver {
   using I = typename Lanes<T>::I;
 
   const BatchedIalm& args;
-  const bool wide;                      // then all is transposed
-  const int64_t rows, columns, stride;  // rows >= columns
-  T *data, *dual, *a;                   // [rows, stride]; dual is Y / mu; the padding of all three is 0
-  T *left, *other, *low;                // [rows, width]; low and right are L's factors
-  T* basis;                             // [columns, width]
-  T *right, *sorted, *saved;            // [columns, stride], the first k rows
+  const bool wide;                          // then all is transposed
+  const int64_t rows, columns, stride;      // rows >= columns
+  T *data, *dual, *a;                       // [rows, stride]; dual is Y / mu; the padding of all three is 0
+  T *left, *other, *low;                    // [rows, width]; low and right are L's factors
+  T* basis;                                 // [columns, width]
+  T *right, *sorted, *saved;                // [columns, stride], the first k rows
   T *turn, *core, *gram, *half, *products;  // [columns, stride]
-  T *squares, *sigma, *excess;          // [stride]
+  T *squares, *sigma, *excess;              // [stride]
   T *dots, *first, *second, *cosine, *sine;
   int32_t* order;
 
@@ -67,7 +68,7 @@ struct Solver {
     order = reinterpret_cast<int32_t*>(take(2 * stride));
   }
 
-  int64_t observed = 0, k = 0, width = 0;  // width: k in whole vectors
+  int64_t observed = 0, k = 0, width = 0;   // width: k in whole vectors
   double norm = 0, largest = 0, scale = 1;  // of what is stored, and what that was divided by
   uint64_t state = 0;
 
@@ -462,7 +463,7 @@ struct Solver {
           if (balanced)
             steps++;
           else
-            after = mu * smaller(residual / larger(balance * change, 1e-300), lowered);
+            after = mu * larger(smaller(residual / larger(balance * change, 1e-300), least_lowered), most_lowered);
           balanced = true;
           next_look = iterations + pause;
         }
@@ -480,7 +481,8 @@ struct Solver {
         k = wanted;
       }
       I at_bound{};  // an entry of S is not zero where Y is at its bound
-      for (int64_t j = 0; j < rows * stride; j += n) at_bound -= abs_of<T>(load_at(dual + j)) == static_cast<T>(threshold);
+      for (int64_t j = 0; j < rows * stride; j += n)
+        at_bound -= abs_of<T>(load_at(dual + j)) == static_cast<T>(threshold);
       int64_t dense = 0;
       for (int u = 0; u < n; u++) dense += at_bound[u];
       share = double(dense) / double(observed);
