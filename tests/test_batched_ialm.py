@@ -110,7 +110,7 @@ def test_certified_answers_minimise(simd, m, n, dtype):  # noqa: F811
 
 
 def test_factors_are_singular_vectors(simd):  # noqa: F811
-    low, data = made(50, 40, 3, 3)
+    _, data = made(50, 40, 3, 3)
     data[2] = torch.randn(50, 40, dtype=torch.float64)
     for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-6)):
         found = solve(data.to(dtype))
@@ -144,7 +144,9 @@ def test_whatever_the_threads_and_the_neighbours(simd, dtype):  # noqa: F811
         torch.set_num_threads(threads)
     for field in FIELDS[3:]:
         whole = getattr(together, field)
-        torch.testing.assert_close(whole, torch.cat([getattr(one, field) for one in alone]), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            whole, torch.cat([getattr(one, field) for one in alone]), rtol=0, atol=0, equal_nan=True
+        )
         torch.testing.assert_close(whole[order], getattr(moved, field), rtol=0, atol=0, equal_nan=True)
     for b, one in enumerate(alone):
         r = int(one.rank)
@@ -222,7 +224,7 @@ def test_transposition_and_permutation(simd):  # noqa: F811
 
 
 def test_lambda():
-    low, data = made(40, 40, 2, 2)
+    _, data = made(40, 40, 2, 2)
     same = 1 / 40**0.5
     for found, other in zip(both(data, lam=same), both(data), strict=True):
         torch.testing.assert_close(low_rank(found), low_rank(other), rtol=0, atol=1e-6)
@@ -235,7 +237,7 @@ def test_lambda():
 def test_rpca_goes_through_it():
     assert is_small(64, 64)
     assert not is_small(2000, 2000)
-    low, data = made(28, 35, 2, 4, observed=0.9)
+    _, data = made(28, 35, 2, 4, observed=0.9)
     batch = fastpref.rpca(data.view(2, 2, 28, 35), sparse="dense")
     native = solve(data)
     torch.testing.assert_close(batch.low_rank().view_as(data), low_rank(native), rtol=0, atol=1e-9)

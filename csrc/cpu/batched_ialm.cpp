@@ -302,16 +302,17 @@ struct Solver {
     std::memcpy(saved, right, k * stride * sizeof(T));
     subspace(dual, 0);
     std::memcpy(right, saved, k * stride * sizeof(T));
+    const double about = larger(sigma[0], 1e-15);
     double low = 0, high = margin;
-    while (!is_bound(sigma[0] * (1 + high))) {
+    while (high < 1e30 && !is_bound(about * (1 + high))) {
       low = high;
       high *= 2;
     }
-    while (high - low > margin) {
+    while (high - low > margin * (1 + low)) {
       const double middle = (low + high) / 2;
-      (is_bound(sigma[0] * (1 + middle)) ? high : low) = middle;
+      (is_bound(about * (1 + middle)) ? high : low) = middle;
     }
-    return sigma[0] * (1 + high);
+    return about * (1 + high);
   }
 
   // after an iteration, a holding D - S + ratio Y / mu
