@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "batched_ialm.h"
 #include "batched_rpca.h"
 #include "batched_verdict.h"
 #include "bradley_terry.h"
@@ -257,11 +258,11 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("linear_logps_hidden_grad_workspace", &linear_logps_hidden_grad_workspace);
   m.def(
       "batched_rpca_cpu",
-      [](uintptr_t data, bool is_double, bool skew, bool warm, bool other, int64_t batch, int64_t rows, int64_t columns,
-         int64_t rank, uintptr_t start, double tol, int64_t max_iter, uintptr_t left, uintptr_t right,
+      [](uintptr_t data, bool is_double, bool skew, bool warm, int attempt, int64_t batch, int64_t rows,
+         int64_t columns, int64_t rank, uintptr_t start, double tol, int64_t max_iter, uintptr_t left, uintptr_t right,
          uintptr_t iterations, uintptr_t median, uintptr_t converged, uintptr_t workspace, int threads) {
         batched_rpca_cpu(
-            {pointer<const void>(data), is_double, skew, warm, other, batch, rows, columns, rank,
+            {pointer<const void>(data), is_double, skew, warm, attempt, batch, rows, columns, rank,
              pointer<const void>(start), tol, max_iter, pointer<void>(left), pointer<void>(right),
              pointer<int64_t>(iterations), pointer<double>(median), pointer<bool>(converged), pointer<void>(workspace)},
             threads);
@@ -282,6 +283,21 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       },
       release());
   m.def("batched_verdict_workspace", &batched_verdict_workspace);
+  m.def(
+      "batched_ialm_cpu",
+      [](uintptr_t data, bool is_double, int64_t batch, int64_t rows, int64_t columns, uintptr_t lam, double tol,
+         int64_t max_iter, uintptr_t left, uintptr_t right, uintptr_t sigma, uintptr_t rank, uintptr_t iterations,
+         uintptr_t residual, uintptr_t gap, uintptr_t median, uintptr_t dense_share, uintptr_t converged,
+         uintptr_t workspace, int threads) {
+        batched_ialm_cpu(
+            {pointer<const void>(data), is_double, batch, rows, columns, pointer<const double>(lam), tol, max_iter,
+             pointer<void>(left), pointer<void>(right), pointer<void>(sigma), pointer<int64_t>(rank),
+             pointer<int64_t>(iterations), pointer<double>(residual), pointer<double>(gap), pointer<double>(median),
+             pointer<double>(dense_share), pointer<bool>(converged), pointer<void>(workspace)},
+            threads);
+      },
+      release());
+  m.def("batched_ialm_workspace", &batched_ialm_workspace);
   m.def(
       "svt_cpu",
       [](uintptr_t matrix, uintptr_t threshold, bool is_double, int64_t batch, int64_t rows, int64_t columns,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastpref import _library, _native
 from fastpref.batched_verdict import BatchVerdict, batched_verdict
-from fastpref.outliers import HEAVY, MAD, MISFIT, explains
+from fastpref.outliers import MAD, MISFIT, explains
 
 CUTOFF = 3.0  # of Cauchy's weights, in standard deviations of the noise
 FINEST = 1e-9  # of mean |D|: the smallest cutoff
@@ -37,15 +37,17 @@ class Schedule(NamedTuple):
     step: float  # of the scaled gradient; divided by the observed share
 
 
-SLOW, QUICK = Schedule(0.9, 4.0, 0.7), Schedule(0.75, 8.0, 0.9)
+QUICK, SLOW = Schedule(0.75, 8.0, 0.9), Schedule(0.9, 4.0, 0.7)
+LOW = Schedule(0.9, 2.0, 0.7)  # for components much smaller than the others
 STILL = Schedule(1.0, 8.0, 0.9)  # of full rank, which explains every entry
+TRIES = 3
 
 
 def schedules(observed_share: float, full_rank: bool) -> tuple[Schedule, ...]:
     """In the order of trying: the next is for a matrix that one leaves unexplained."""
     if full_rank:
         return (STILL,)
-    return (SLOW, QUICK) if observed_share < COMPLETE else (QUICK, SLOW)
+    return (SLOW, LOW, QUICK) if observed_share < COMPLETE else (QUICK, SLOW, LOW)
 
 
 def inverse_gram(factor: Tensor) -> Tensor:
@@ -81,16 +83,15 @@ def start(matrix: Tensor, observed: Tensor, rank: int, skew: bool) -> tuple[Tens
     return clipped @ q, q.clone()
 
 
-def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, other: bool, tol: float, max_iter: int, warm=None):
+def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, attempt: int, tol: float, max_iter: int, warm=None):
     """[B, m, n] float32 or float64 -> BatchSolve, in batched PyTorch."""
     observed = ~matrix.isnan()
     clean = torch.where(observed, matrix, 0)
     count = observed.sum((-2, -1))
     share = (count / max(matrix.shape[-2] * matrix.shape[-1], 1)).to(matrix.dtype).clamp(min=1e-30)
-    both = matrix.new_tensor([SLOW, QUICK])
-    if rank == min(matrix.shape[1:]):
-        both = matrix.new_tensor([STILL, STILL])
-    decay, first, step = both[((share < COMPLETE) == other).long()].unbind(-1)
+    full_rank = rank == min(matrix.shape[1:])
+    chosen = [schedules(observed, full_rank)[-1 if full_rank else attempt] for observed in (0.0, 1.0)]
+    decay, first, step = matrix.new_tensor(chosen)[(share >= COMPLETE).long()].unbind(-1)
     mean = clean.abs().sum((-2, -1)) / count.clamp(min=1)
     norm = torch.linalg.vector_norm(clean, dim=(-2, -1))
     left, right = start(matrix, observed, rank, skew) if warm is None else warm
@@ -103,7 +104,7 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, other: bool, tol
     if warm is None:
         cutoff = torch.minimum(clean.abs().amax((-2, -1)), first * residual.abs().sum((-2, -1)) / count.clamp(min=1))
     else:
-        cutoff = CUTOFF * MAD * _median(residual, observed)
+        cutoff = CUTOFF * MAD * median_of(residual, observed)
     cutoff = torch.maximum(cutoff, FINEST * mean)
     iterations = torch.zeros(len(matrix), dtype=torch.int64, device=matrix.device)
     quiet = torch.zeros_like(iterations)
@@ -128,7 +129,7 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, other: bool, tol
         iterations += running
         following = torch.maximum(decay * cutoff, FINEST * mean)
         if iteration >= BLIND:
-            following = torch.maximum(following, CUTOFF * MAD * _median(residual, observed))
+            following = torch.maximum(following, CUTOFF * MAD * median_of(residual, observed))
         cutoff = torch.where(running, following, cutoff)
         quiet = torch.where(change < tol, quiet + 1, 0)
         lost |= running & ~(change < AWAY)
@@ -136,10 +137,10 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, other: bool, tol
         done = (torch.linalg.vector_norm(e, dim=(-2, -1)) < tol * mean * count.sqrt()) | (quiet >= 3)
         converged |= running & done
         running &= ~done
-    median = _median(clean - left @ right.mT, observed)
+    median = median_of(clean - left @ right.mT, observed)
     lost |= ~(median <= 2 * clean.abs().amax((-2, -1)))
     left, right = (factor.masked_fill(lost[:, None, None], 0) for factor in (left, right))
-    median = torch.where(lost, _median(clean, observed), median)
+    median = torch.where(lost, median_of(clean, observed), median)
     converged &= ~lost
     return BatchSolve(left, right, iterations, median, converged)
 
@@ -148,11 +149,11 @@ def _norm(factor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(factor, dim=(-2, -1)).clamp(min=1e-300 if factor.dtype == torch.float64 else 1e-30)
 
 
-def _median(residual: Tensor, observed: Tensor) -> Tensor:
+def median_of(residual: Tensor, observed: Tensor) -> Tensor:
     return torch.where(observed, residual.abs(), torch.nan).flatten(1).nanmedian(-1).values.nan_to_num(0.0)
 
 
-def _native_solve(matrix: Tensor, rank: int, skew: bool, other: bool, tol: float, max_iter: int, warm) -> BatchSolve:
+def _native_solve(matrix: Tensor, rank: int, skew: bool, attempt: int, tol: float, max_iter: int, warm) -> BatchSolve:
     batch, m, n = matrix.shape
     matrix = matrix.contiguous()
     core, threads, double = _native._core, torch.get_num_threads(), matrix.dtype == torch.float64
@@ -169,7 +170,7 @@ def _native_solve(matrix: Tensor, rank: int, skew: bool, other: bool, tol: float
         double,
         skew,
         warm is not None,
-        other,
+        attempt,
         batch,
         m,
         n,
@@ -194,11 +195,11 @@ _library.OPS["batched_rpca"] = {
 }
 
 
-def _solve(matrix: Tensor, rank: int, skew: bool, other: bool, tol: float, max_iter: int, warm, backend: str):
+def _solve(matrix: Tensor, rank: int, skew: bool, attempt: int, tol: float, max_iter: int, warm, backend: str):
     backend = _library.choose_backend("batched_rpca", backend, matrix.device.type)
     if backend == "native" and matrix.numel() and rank:
-        return _native_solve(matrix, rank, skew, other, tol, max_iter, warm)
-    return batched_annealed_ref(matrix, rank, skew, other, tol, max_iter, warm)
+        return _native_solve(matrix, rank, skew, attempt, tol, max_iter, warm)
+    return batched_annealed_ref(matrix, rank, skew, attempt, tol, max_iter, warm)
 
 
 def batched_annealed(
@@ -212,22 +213,23 @@ def batched_annealed(
     backend: str = "",
 ) -> tuple[BatchSolve, BatchVerdict]:
     """[B, m, n], with the cutoff shrinking slowly where much is missing, quickly elsewhere; matrices that are left
-    unexplained are tried again the other way, and keep the fit with the smaller median residual."""
+    unexplained are tried again by other schedules, and keep the fit with the smaller median residual."""
 
-    def attempt(matrix, other, warm=None):
-        fit = _solve(matrix, rank, skew, other, tol, max_iter, warm, backend)
+    def tried(matrix, attempt, warm=None):
+        fit = _solve(matrix, rank, skew, attempt, tol, max_iter, warm, backend)
         return fit, batched_verdict(matrix, fit.left, fit.right, fit.median, backend)
 
-    fit, verdict = attempt(matrix, False, warm)
-    doubtful = (verdict.worst > MISFIT) | (verdict.rate > HEAVY)
-    again = (~explains(fit.median, verdict.mean, tol) | doubtful).nonzero().flatten()
-    if len(again) and warm is None:
-        retry, second = attempt(matrix[again], True)
+    fit, verdict = tried(matrix, 0, warm)
+    for attempt in range(1, 1 if warm is not None or rank == min(matrix.shape[1:]) else TRIES):
+        again = (~explains(fit.median, verdict.mean, tol) | (verdict.worst > MISFIT)).nonzero().flatten()
+        if not len(again):
+            break
+        retry, second = tried(matrix[again], attempt)
         old, mean = fit.median[again], second.mean
         closer, fewer = retry.median < 0.99 * old, second.rate < verdict.rate[again]
         better = torch.where(explains(retry.median, mean, tol) & explains(old, mean, tol), fewer, closer)
-        for old, new in zip((*fit, *verdict), (*retry, *second), strict=True):
-            if old is not fit.iterations:
-                old[again[better]] = new[better]
+        for kept, new in zip((*fit, *verdict), (*retry, *second), strict=True):
+            if kept is not fit.iterations:
+                kept[again[better]] = new[better]
         fit.iterations[again] += retry.iterations
     return fit, verdict

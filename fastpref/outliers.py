@@ -26,7 +26,6 @@ from fastpref.residual_pass import (
 MAD = 1.4826  # of a normal distribution: standard deviation / median |x|
 OUTLIER = 5.0  # standard deviations of the noise
 EXACT = 1e-4  # of mean |D|: no smaller residual is an outlier
-HEAVY = 0.2  # share of outliers from which one fit is checked against another
 MISFIT = 0.5  # share of outliers in a row or column from which the fit itself may be wrong there
 _BLOCK_BYTES = 8 << 20  # of float64 rows that the reference works through at a time
 

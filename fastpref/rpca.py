@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref import _checks, _library, ialm
+from fastpref.batched_ialm import batched_ialm, batched_ialm_ref, is_small
 from fastpref.batched_rpca import (
     AWAY,
     BLIND,
@@ -34,7 +35,6 @@ from fastpref.batched_rpca import (
 from fastpref.batched_verdict import BatchVerdict, batched_verdict
 from fastpref.outliers import (
     EXACT,
-    HEAVY,
     MAD,
     MISFIT,
     OUTLIER,
@@ -472,8 +472,8 @@ def _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report) -> 
             return found
         spent, best = found.iterations, found if found.iterations == max_iter else None
     tries = schedules(data.share, rank >= min(data.total_rows, data.columns))
-    if spent:  # not the easy data that altproj is for
-        tries = tries[::-1]
+    if spent:  # not the easy data that altproj is for, nor a quick schedule
+        tries = tries[1:] or tries
     for schedule in tries:
         if spent == max_iter:
             break
@@ -484,7 +484,7 @@ def _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report) -> 
             best = found
         settled = explains(best.median, data.mean, tol)
         if entries:
-            settled &= not best.verdict.suspicious and best.verdict.rate <= HEAVY
+            settled &= not best.verdict.suspicious
         if found.stopped or warm is not None or settled:
             break
     return best._replace(iterations=spent)
@@ -538,20 +538,31 @@ def _single(matrix, rank, structure, corruption, method, tol, max_iter, scale, w
     return _result(data, _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report), corruption, sparse)
 
 
-def _rank_free(matrix, structure, corruption, lam, tol, max_iter, scale, sparse, report, backend) -> RPCAResult:
+def _reporter(callback):
+    def report(iteration, residual, noise, rank):
+        return callback is not None and callback(RPCAProgress(iteration, residual, noise, rank))
+
+    return report
+
+
+def _rank_free(matrix, structure, corruption, lam, tol, max_iter, scale, sparse, callback, backend) -> RPCAResult:
     """The convex program; where noise shrinks L, or lines leave traces in it, a fit of the rank it found."""
     data = _Data(matrix, scale, structure, None, backend)
     dense = matrix.to(data.dtype)
     if matrix.dtype == torch.int8:
         dense = dense.masked_fill(matrix == -128, torch.nan)
-    found = ialm.ialm(
-        (dense * scale).unsqueeze(0),
-        lam=lam,
-        tol=tol,
-        max_iter=max_iter,
-        corruption=corruption,
-        report=lambda iteration, residual, rank: report(iteration, residual, float("nan"), rank),
-    )
+    dense, report = (dense * scale).unsqueeze(0), _reporter(callback)
+    if corruption == "entries" and callback is None and is_small(*matrix.shape):
+        found = batched_ialm(dense, lam=lam, tol=tol, max_iter=max_iter)
+    else:
+        found = ialm.ialm(
+            dense,
+            lam=lam,
+            tol=tol,
+            max_iter=max_iter,
+            corruption=corruption,
+            report=lambda iteration, residual, rank: report(iteration, residual, float("nan"), rank),
+        )
     rank = int(found.rank)
     noisy = float(found.dense_share) > ialm.NOISY and corruption == "entries"
     if noisy:
@@ -639,10 +650,13 @@ class _BatchFit(NamedTuple):
 
 def _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse) -> RPCAResult:
     flat = matrix.reshape(matrix.shape[:-2].numel(), *matrix.shape[-2:])
-    found = ialm.ialm(flat, lam=lam, tol=tol, max_iter=max_iter)
+    solve = batched_ialm if is_small(*flat.shape[1:]) else batched_ialm_ref
+    found = solve(flat, lam=lam, tol=tol, max_iter=max_iter)
     root = found.S.sqrt().unsqueeze(-2)
     left, right = found.U * root, found.Vh.mT * root
-    rank, iterations, converged = found.rank.clone(), found.iterations.clone(), found.converged.clone()
+    rank, iterations, converged, median = (
+        tensor.clone() for tensor in (found.rank, found.iterations, found.converged, found.median)
+    )
     noisy = found.dense_share > ialm.NOISY
     skew = structure == "skew"
     for b in noisy.nonzero().flatten().tolist():
@@ -663,14 +677,9 @@ def _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse) -> RPCAResul
         left[part, :, :r], right[part, :, :r] = fit.left, fit.right
         iterations[part] += fit.iterations
         converged[part] = fit.converged
-    fit = _BatchFit(left, right, rank, iterations, converged, found.residual, found.gap)
-    medians = [_median_of(d, a, b) for d, a, b in zip(flat, left, right, strict=True)]
-    fit = fit._replace(median=torch.stack(medians) if medians else flat.new_empty(0))
-    return _batch_result(matrix, fit, batched_verdict(flat, fit.left, fit.right, fit.median), sparse)
-
-
-def _median_of(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return (matrix - left @ right.mT).abs().nanmedian().nan_to_num(0.0)
+        median[part] = fit.median
+    fit = _BatchFit(left, right, rank, iterations, converged, median, found.gap)
+    return _batch_result(matrix, fit, batched_verdict(flat, left, right, median), sparse)
 
 
 def _batch_result(matrix: Tensor, found: _BatchFit, verdict: BatchVerdict, sparse: str) -> RPCAResult:
@@ -809,18 +818,14 @@ def rpca(
     with torch.no_grad():
         if matrix.dim() == 2:
             check_matrix(matrix)
-
-            def report(iteration, residual, noise, rank):
-                return callback is not None and callback(RPCAProgress(iteration, residual, noise, rank))
-
             if rank is None:
                 return _rank_free(
-                    matrix, structure, corruption, lam, tol, max_iter, scale, sparse, report, backend
+                    matrix, structure, corruption, lam, tol, max_iter, scale, sparse, callback, backend
                 )  # fmt: skip
             factors = None if warm is None else _warm_factors(warm, (m, rank), (rank, n))
             return _single(
-                matrix, rank, structure, corruption, method, tol, max_iter, scale, factors, sparse, report, group,
-                backend,
+                matrix, rank, structure, corruption, method, tol, max_iter, scale, factors, sparse,
+                _reporter(callback), group, backend,
             )  # fmt: skip
         single_only = {
             "corruption": corruption != "entries",

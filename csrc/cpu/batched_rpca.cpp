@@ -22,7 +22,8 @@ constexpr double complete = 0.9;
 struct Schedule {
   double decay, first, step;
 };
-constexpr Schedule slow{0.9, 4, 0.7}, quick{0.75, 8, 0.9}, still{1, 8, 0.9};
+constexpr Schedule slow{0.9, 4, 0.7}, low{0.9, 2, 0.7}, quick{0.75, 8, 0.9}, still{1, 8, 0.9};
+constexpr Schedule sparse_tries[] = {slow, low, quick}, complete_tries[] = {quick, slow, low};
 constexpr int64_t blind = 5;
 
 constexpr int64_t widest = 8;  // ranks up to this one have kernels with their factors in registers
@@ -457,7 +458,7 @@ struct Solver {
       }
       const double typical = mean * __builtin_sqrt(double(observed));  // |D|, were all entries of mean size
       const bool explains_all = rank == rows || rank == columns;
-      const Schedule schedule = explains_all ? still : (share < complete) != args.other ? slow : quick;
+      const Schedule schedule = explains_all ? still : (share < complete ? sparse_tries : complete_tries)[args.attempt];
       const double least = finest * mean, size = schedule.step / share;
       const int64_t every = rows >= 48 ? 4 : 1;
       double zeta =
