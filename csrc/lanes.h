@@ -79,6 +79,7 @@ inline V<T> abs_of(V<T> v) {
 }
 inline Vf inverse(Vf v) {
 #if defined(FASTPREF_SIMD_avx512)
+  v = v > 1e37f ? splat(1e37f) : v;  // the step below would make NaN of 1 / infinity
   const Vf guess = (Vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)v);
   return guess * (2.0f - v * guess);
 #else
@@ -90,6 +91,14 @@ inline V<double> inverse(V<double> v) { return 1.0 / v; }
 inline double smaller(double a, double b) { return a < b ? a : b; }
 inline double larger(double a, double b) { return a > b ? a : b; }
 inline double magnitude(double a) { return a < 0 ? -a : a; }
+
+// Near size, and so that neither it nor its inverse leaves the range of float; 1 for 0 and infinity.
+inline double power_of_two(double size) {
+  if (!(size > 0) || size > 1.7e308) return 1;
+  int exponent;
+  __builtin_frexp(size, &exponent);
+  return __builtin_ldexp(1.0, exponent < -120 ? -120 : exponent > 120 ? 120 : exponent);
+}
 
 // The value that `wanted` of values[0, count) do not exceed, to a percent; NaN entries are none. count is whole
 // vectors.

@@ -79,23 +79,36 @@ struct Solver {
 
   int64_t observed = 0;
   double mean = 0, norm = 0, top = 0, share = 0;
+  double unit = 1;  // the power of two by which the matrix is divided, so that its largest entry is about 1
 
   void read(int64_t b) {
     const T* in = static_cast<const T*>(args.data) + b * rows * columns;
     const T nan = static_cast<T>(__builtin_nan(""));
     double sum = 0, squares = 0;
-    Vt high{};
     observed = 0;
+    Vt high{};
     for (int64_t i = 0; i < rows; i++) {
       T* row = matrix + i * stride;
       std::memcpy(row, in + i * columns, columns * sizeof(T));
       for (int64_t j = columns; j < stride; j++) row[j] = nan;
-      Vt s{}, s2{}, count{};
       for (int64_t j = 0; j < stride; j += n) {
         const Vt v = load_at(row + j), a = v == v ? abs_of<T>(v) : Vt{};
+        high = a > high ? a : high;
+      }
+    }
+    top = 0;
+    for (int k = 0; k < n; k++) top = larger(top, high[k]);
+    unit = power_of_two(top);
+    top /= unit;
+    const Vt down = Vt{} + static_cast<T>(1 / unit);
+    for (int64_t i = 0; i < rows; i++) {
+      T* row = matrix + i * stride;
+      Vt s{}, s2{}, count{};
+      for (int64_t j = 0; j < stride; j += n) {
+        const Vt v = load_at(row + j) * down, a = v == v ? abs_of<T>(v) : Vt{};
+        store_at(row + j, v);
         s += a;
         s2 += a * a;
-        high = a > high ? a : high;
         count += v == v ? Vt{} + 1 : Vt{};
       }
       sum += sum_of<T>(s);
@@ -103,8 +116,6 @@ struct Solver {
       observed += static_cast<int64_t>(sum_of<T>(count));
     }
     for (int64_t i = rows * stride; i < height * stride; i++) matrix[i] = nan;
-    top = 0;
-    for (int k = 0; k < n; k++) top = larger(top, high[k]);
     mean = observed ? sum / observed : 0;
     norm = __builtin_sqrt(squares);
     share = double(observed) / double(rows * columns);
@@ -348,7 +359,7 @@ struct Solver {
         store_at(factor + k * length + j, v + sum);
       }
     const double way = sum_of<T>(moved);
-    return way > 0 ? __builtin_sqrt(way / larger(sum_of<T>(total), 1e-300)) : 0;
+    return way == 0 ? 0 : __builtin_sqrt(way / larger(sum_of<T>(total), 1e-300));  // NaN stays
   }
 
   // ---- the start ----
@@ -400,7 +411,7 @@ struct Solver {
     const T* own_right = static_cast<const T*>(args.right) + b * columns * rank;
     std::memset(right, 0, rank * stride * sizeof(T));
     for (int64_t k = 0; k < rank; k++) {
-      for (int64_t i = 0; i < rows; i++) left[k * tall + i] = own_left[i * rank + k];
+      for (int64_t i = 0; i < rows; i++) left[k * tall + i] = static_cast<T>(own_left[i * rank + k] / unit);
       for (int64_t j = 0; j < columns; j++) right[k * stride + j] = own_right[j * rank + k];
     }
     if (!args.skew) return;
@@ -447,7 +458,7 @@ struct Solver {
     std::memset(left, 0, rank * tall * sizeof(T));
     std::memset(left_grad, 0, rank * tall * sizeof(T));
     int64_t iterations = 0;
-    bool converged = observed > 0 && norm == 0;
+    bool converged = observed > 0 && norm == 0, lost = false;
     if (observed == 0 || norm == 0) {
       forget();
     } else {
@@ -479,14 +490,17 @@ struct Solver {
           right_of_core();
         else
           change = larger(change, step(right, right_grad, work + rank * rank, size, stride));
-        if (!(change < away)) break;
+        if (lost = !(change < away); lost) {
+          iterations++;
+          break;
+        }
         zeta = larger(next, noise);
         still = change < args.tol ? still + 1 : 0;
         converged = __builtin_sqrt(sums.squares) < args.tol * typical || still >= 3;
       }
     }
     double median = median_residual(1);
-    if (!(median <= 2 * top)) {  // the steps, scaled up for missing entries, led away: too little is observed
+    if (lost || !(median <= 2 * top)) {  // the steps, scaled up for missing entries, led away: too little is observed
       converged = false;
       forget();
       median = median_residual(1);
@@ -494,12 +508,12 @@ struct Solver {
     T* out_left = static_cast<T*>(args.left) + b * rows * rank;
     T* out_right = static_cast<T*>(args.right) + b * columns * rank;
     for (int64_t k = 0; k < rank; k++) {
-      for (int64_t i = 0; i < rows; i++) out_left[i * rank + k] = left[k * tall + i];
+      for (int64_t i = 0; i < rows; i++) out_left[i * rank + k] = static_cast<T>(left[k * tall + i] * unit);
       for (int64_t j = 0; j < columns; j++) out_right[j * rank + k] = right[k * stride + j];
     }
     args.iterations[b] = iterations;
     args.converged[b] = converged;
-    args.median[b] = median;
+    args.median[b] = median * unit;
   }
 };
 

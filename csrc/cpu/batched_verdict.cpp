@@ -189,12 +189,24 @@ struct Judge {
     const T* data = static_cast<const T*>(args.data) + b * rows * columns;
     const T* left = static_cast<const T*>(args.left) + b * rows * rank;
     for (int64_t j = columns; j < wide; j++) line[j] = static_cast<T>(__builtin_nan(""));
+    Vt high{};
+    for (int64_t i = 0; i < rows; i++) {
+      std::memcpy(line, data + i * columns, columns * sizeof(T));
+      for (int64_t j = 0; j < wide; j += n) {
+        const Vt a = abs_of<T>(load_at(line + j));
+        high = a > high ? a : high;
+      }
+    }
+    double top = 0;
+    for (int k = 0; k < n; k++) top = larger(top, high[k]);
+    const double unit = power_of_two(top);  // so that sums of squares stay in range
+    const Vt down = Vt{} + static_cast<T>(1 / unit);
     double total = 0, squares = 0, observed = 0;
     for (int64_t i = 0; i < rows; i++) {
       std::memcpy(line, data + i * columns, columns * sizeof(T));
       Vt sum{}, square{}, count{};
       for (int64_t j = 0; j < wide; j += n) {
-        const Vt v = load_at(line + j), a = v == v ? abs_of<T>(v) : Vt{};
+        const Vt v = load_at(line + j) * down, a = v == v ? abs_of<T>(v) : Vt{};
         sum += a;
         square += a * a;
         count += v == v ? Vt{} + 1 : Vt{};
@@ -203,7 +215,7 @@ struct Judge {
       squares += sum_of<T>(square);
       observed += sum_of<T>(count);
     }
-    const double mean = observed > 0 ? total / observed : 0;
+    const double mean = observed > 0 ? total / observed * unit : 0;
     const Vt bound = Vt{} + static_cast<T>(larger(args.outlier * args.median[b], args.exact * mean));
     std::memset(far, 0, wide * sizeof(T));
     std::memset(seen, 0, wide * sizeof(T));
@@ -218,7 +230,7 @@ struct Judge {
         for (int64_t k = 0; k < rank; k++) r -= load_at(right + k * wide + j) * left[i * rank + k];
         const auto is_far = abs_of<T>(r) > bound;
         const Vt one = r == r ? Vt{} + 1 : Vt{}, wrong = is_far ? Vt{} + 1 : Vt{};
-        const Vt kept = is_far ? Vt{} : (r == r ? r : Vt{});
+        const Vt kept = is_far ? Vt{} : (r == r ? r * down : Vt{});
         near += kept * kept;
         beyond += wrong;
         there += one;

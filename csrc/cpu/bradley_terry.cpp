@@ -588,8 +588,8 @@ void dense(const BradleyTerryDense& args, int64_t b, char* workspace) {
     for (int64_t i = 0; i < n; i++)
       for (int64_t j = 0; j < i; j++) {
         const T a = values[i * stride + j], c = values[j * stride + i], total = a + c;
-        if (a < 0 || a > T(3e38) || (a == a) != (c == c)) complain(a == a ? 1 : nan, i, j);
-        if (c < 0 || c > T(3e38)) complain(1, j, i);
+        if (a < 0 || a > most || (a == a) != (c == c)) complain(a == a ? 1 : nan, i, j);
+        if (c < 0 || c > most) complain(1, j, i);
         const bool seen = total > 0;
         values[i * stride + j] = seen ? a / total : missing;
         values[j * stride + i] = seen ? c / total : missing;
@@ -631,7 +631,7 @@ void dense(const BradleyTerryDense& args, int64_t b, char* workspace) {
   const double rounding = sizeof(T) == 4 ? 1e-5 : 1e-6;
   const Problem problem{n, observed, groups, labels, compared, mean, ridge, rounding, args.options, group_sums};
   // Bad data is Python's to refuse: no answer is formed from it.
-  if (largest > 3e38 || worst != worst || (!logits && worst > 0)) {
+  if (largest > most || worst != worst || (!logits && worst > 0)) {
     for (int64_t s = 0; s < bt_worst; s++) out.stats[s] = nan;
     return;
   }
