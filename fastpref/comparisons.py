@@ -78,10 +78,10 @@ def from_comparisons(
     Warns:
         RuntimeWarning: for judges that favour an order (|z| > 3) and saw more than 10 % of their pairs in one order.
     """
-    i = _indices("i", i, None)
-    j = _indices("j", j, i)
-    prompt = _indices("prompt", prompt if prompt is not None else torch.zeros_like(i), i)
-    judge = _indices("judge", judge if judge is not None else torch.zeros_like(i), i)
+    i = as_indices("i", i, None)
+    j = as_indices("j", j, i)
+    prompt = as_indices("prompt", prompt if prompt is not None else torch.zeros_like(i), i)
+    judge = as_indices("judge", judge if judge is not None else torch.zeros_like(i), i)
     if (own := i == j).any():
         at = int(own.nonzero()[0])
         raise ValueError(f"i and j must be different items, got {int(i[at])} against itself at {at}")
@@ -90,8 +90,8 @@ def from_comparisons(
     judges = int(judge.max()) + 1 if len(judge) else 0
     if prompts * items**2 * max(judges, 1) * 2 >= 2**63:
         raise ValueError(f"prompts * items^2 * judges must fit 62 bits, got {prompts} * {items}^2 * {judges}")
-    votes = _column("votes", votes, i)
-    wins = _column("wins", wins, i)
+    votes = as_column("votes", votes, i)
+    wins = as_column("wins", wins, i)
     there = ~wins.isnan()
     if (bad := there & ~((votes > 0) & votes.isfinite())).any():
         at = int(bad.nonzero()[0])
@@ -99,7 +99,7 @@ def from_comparisons(
     if (bad := there & ~((wins >= 0) & (wins <= votes))).any():
         at = int(bad.nonzero()[0])
         raise ValueError(f"wins must lie between 0 and votes, got {wins[at].item()} of {votes[at].item()} at {at}")
-    i, j, prompt, judge, wins, votes = (column[there] for column in (i, j, prompt, judge, wins, votes))
+    i, j, prompt, judge, wins, votes = (given[there] for given in (i, j, prompt, judge, wins, votes))
 
     first = i < j  # the lower item was shown first
     low, high = torch.minimum(i, j), torch.maximum(i, j)
@@ -124,11 +124,11 @@ def from_comparisons(
     return Preferences(pairs // max(items, 1) ** 2, low, high, wins_low, wins_high, prompts, items, report)
 
 
-def _indices(name: str, value, like: Tensor | None) -> Tensor:
-    index = torch.as_tensor(value)
-    if index.numel() == 0:
-        index = index.long()
-    _checks.integers(name, index)
+def as_indices(name: str, value, like: Tensor | None) -> Tensor:
+    """int64 [C], or like `like`; on its device."""
+    index = _checks.array(name, value)
+    if index.numel() and index.dtype != torch.int64:
+        raise TypeError(f"{name} must be integers, got {index.dtype}")
     if index.dim() != 1 or (like is not None and index.shape != like.shape):
         raise ValueError(
             f"{name} must have shape {[len(like)] if like is not None else '[C]'}, got {list(index.shape)}"
@@ -136,7 +136,7 @@ def _indices(name: str, value, like: Tensor | None) -> Tensor:
     if (index < 0).any():
         at = int((index < 0).nonzero()[0])
         raise ValueError(f"{name} must be >= 0, got {int(index[at])} at {at}")
-    return index.long()
+    return index.long() if like is None else index.to(like.device, torch.int64)
 
 
 def _size(name: str, given: int | None, index: Tensor) -> int:
@@ -149,16 +149,14 @@ def _size(name: str, given: int | None, index: Tensor) -> int:
     return given
 
 
-def _column(name: str, value, like: Tensor) -> Tensor:
-    column = torch.as_tensor(value).to(like.device)
-    if column.is_complex():
-        raise TypeError(f"{name} must be real numbers, got {column.dtype}")
-    column = column.double()
-    if column.dim() == 0:
-        return column.expand(like.shape)
-    if column.shape != like.shape:
-        raise ValueError(f"{name} must have shape {list(like.shape)} like i, got {list(column.shape)}")
-    return column
+def as_column(name: str, value, like: Tensor) -> Tensor:
+    """float64, like `like`; a number is repeated."""
+    found = _checks.real(name, value).to(like.device, torch.float64)
+    if found.dim() == 0:
+        return found.expand(like.shape)
+    if found.shape != like.shape:
+        raise ValueError(f"{name} must have shape {list(like.shape)} like i, got {list(found.shape)}")
+    return found
 
 
 def _judge_report(share: Tensor, cast: Tensor, judge: Tensor, judges: int) -> JudgeReport:
@@ -221,8 +219,7 @@ def from_scores(scores, *, temperature: float | None = None) -> Preferences:
             and where the judges agree no more than chance would have them (items that are exchangeable).
         TypeError, ValueError: for other types and shapes, and infinite entries.
     """
-    scores = torch.as_tensor(scores)
-    _checks.floats("scores", scores)
+    scores = _checks.real("scores", scores)
     if scores.dim() not in (2, 3):
         raise ValueError(f"scores must have shape [N, J] or [prompts, N, J], got {list(scores.shape)}")
     _checks.finite_or_nan("scores", scores)
@@ -253,8 +250,7 @@ def from_scores(scores, *, temperature: float | None = None) -> Preferences:
         where, pair = (votes > 0).nonzero(as_tuple=True)
         won = wins[where, pair]
         found.append((where + begin, i[pair], j[pair], won, votes[where, pair] - won))
-    columns = [torch.cat(column) for column in zip(*found, strict=True)]
-    return Preferences(*columns, prompts, items)
+    return Preferences(*(torch.cat(parts) for parts in zip(*found, strict=True)), prompts, items)
 
 
 def _refuse_disagreement(scores: Tensor) -> None:

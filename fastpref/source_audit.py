@@ -60,8 +60,8 @@ def audit_sources(
     """Ranks the sources of [prompts, sources] scores by how little the other sources explain them.
 
     Args:
-        scores: floating-point tensor or array on a linear scale (logits of win probabilities, not the probabilities);
-            NaN is missing. Computed in float64.
+        scores: numbers on a linear scale (logits of win probabilities, not the probabilities); NaN is missing. Computed
+            in float64.
         rank: of the structure the sources share; default 3, at most S - 2. Three is where the audit was tried on real
             scores; it is not estimated from the data.
         threshold: of z.
@@ -78,14 +78,13 @@ def audit_sources(
 
     Warns where fewer than 100 prompts were scored.
     """
-    scores = torch.as_tensor(scores)
-    _checks.floats("scores", scores)
+    scores = _checks.real("scores", scores)
     if scores.dim() != 2:
         raise ValueError(f"scores must have shape [prompts, sources], got {list(scores.shape)}")
     _checks.positive("threshold", threshold)
     _checks.natural("resamples", resamples)
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    _checks.between("confidence", confidence, 0, 1)
+    _checks.natural("seed", seed)
     _checks.finite_or_nan("scores", scores)
     with torch.no_grad():
         x = scores.detach().double()
@@ -148,7 +147,8 @@ def denoise_scores(
     A source that is wrong throughout is structure to this function: `audit_sources` is for those.
 
     Args:
-        scores: floating-point tensor or array on a linear scale (logits of probabilities); NaN: missing.
+        scores: numbers on a linear scale (logits of probabilities); NaN: missing. Returned in their dtype, integers as
+            float64.
         rank: of the structure.
         action: "mask": corrupted entries become NaN. "replace": they become the fit's. "low_rank": all entries do; the
             best response of a prompt is then seldom the best of the fit.
@@ -157,8 +157,7 @@ def denoise_scores(
 
     Raises NothingToClean for one column or exchangeable columns, and ValueError and TypeError as audit_sources does.
     """
-    scores = torch.as_tensor(scores)
-    _checks.floats("scores", scores)
+    scores = _checks.real("scores", scores)
     if scores.dim() != 2:
         raise ValueError(f"scores must have shape [prompts, sources], got {list(scores.shape)}")
     if action not in ACTIONS:

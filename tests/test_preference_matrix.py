@@ -230,9 +230,38 @@ def test_bad_comparisons(arguments, options, message):
         from_comparisons(*arguments, **options)
 
 
-def test_types_of_comparisons():
-    with pytest.raises(TypeError, match="i must be int64 or int32"):
-        from_comparisons([0.5], [1], [1])
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (([0.5], [1], [1]), {}, "i must be integers, got torch.float32"),
+        (([True], [1], [1]), {}, "i must be integers, got torch.bool"),
+        ((["a"], ["b"], [1]), {}, "i must be a tensor or an array of numbers, got list: .*'str'"),
+        (([0], np.array(["b"]), [1]), {}, "j must be a tensor or an array of numbers, got ndarray"),
+        (([0], [1], None), {}, "wins must be a tensor or an array of numbers, got NoneType"),
+        (([0], [1], [1j]), {}, "wins must be real numbers, got torch.complex64"),
+        (([0], [1], [1]), {"votes": "2"}, "votes must be a tensor or an array of numbers, got str"),
+        (([0], [1], [1]), {"judge": ["gpt4"]}, "judge must be a tensor or an array of numbers, got list"),
+    ],
+)
+def test_types_of_comparisons(arguments, options, message):
+    with pytest.raises(TypeError, match=message):
+        from_comparisons(*arguments, **options)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.uint64])
+def test_integers_of_any_width(dtype):
+    i, j, wins = (np.array(column, dtype) for column in ([0, 1, 2], [1, 2, 0], [3, 0, 1]))
+    table = from_comparisons(i, j, wins, votes=3, prompt=i, judge=i)
+    expected = from_comparisons(i.tolist(), j.tolist(), wins.tolist(), votes=3, prompt=i.tolist(), judge=i.tolist())
+    for found, wanted in zip(table[:5], expected[:5], strict=True):
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+
+
+def test_booleans_are_wins():
+    assert from_comparisons([0, 1], [1, 2], [True, False]).wins_i.tolist() == [1, 0]
+
+
+def test_sizes_of_comparisons():
     with pytest.raises(TypeError, match="num_items must be an int >= 0, got float"):
         from_comparisons([0], [1], [1], num_items=3.0)
 
@@ -301,12 +330,21 @@ def test_bad_scores():
         from_scores(torch.zeros(3))
     with pytest.raises(ValueError, match=r"scores must be finite .* got inf at \[1, 0\]"):
         from_scores(torch.tensor([[0.0, 1.0], [math.inf, 2.0]]))
-    with pytest.raises(TypeError, match="scores must be a floating-point tensor"):
-        from_scores(torch.zeros(3, 2, dtype=torch.int64))
+    for value in (None, "scores", [["a", "b"]], [[1, 2], [3]]):
+        with pytest.raises(TypeError, match="scores must be a tensor or an array of numbers"):
+            from_scores(value)
     with pytest.raises(ValueError, match="temperature must be positive"):
         from_scores(torch.randn(3, 2), temperature=0.0)
     with pytest.raises(NothingToClean):
         from_scores(torch.zeros(0, 4, 3))
+
+
+def test_ratings_are_scores():
+    ratings = torch.randint(1, 6, (30, 12, 1)) + torch.randint(0, 2, (30, 12, 3))
+    found = from_scores(ratings.numpy())
+    for ours, theirs in zip(found[:5], from_scores(ratings.double())[:5], strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(order(ratings).ranks, order(ratings.double()).ranks)
 
 
 # ---- links ----
@@ -693,8 +731,9 @@ def test_bad_matrices():
         ValueError, match=r"preferences must have shape \[..., N, N\], or be Preferences, got \[2, 8, 7\]"
     ):
         denoise(p[..., :7])
-    with pytest.raises(TypeError, match="preferences must be a floating-point tensor"):
-        denoise(torch.zeros(3, 3, dtype=torch.int64))
+    for value in (None, "abc", [["a"]]):
+        with pytest.raises(TypeError, match="preferences must be a tensor or an array of numbers"):
+            denoise(value)
     for value in (1.5, -0.1, math.inf):
         wrong = p.clone()
         wrong[1, 2, 3] = value
@@ -718,8 +757,8 @@ def test_bad_matrices():
         ({"rank": 4, "method": "bradley_terry"}, "rank must be even, and 2 for"),
         ({"rank": 12}, "rank must be at most the number of items, 8, got 12"),
         ({"threshold": 0.0}, "threshold must be positive"),
-        ({"smoothing": -1.0}, "smoothing must be positive"),
-        ({"clamp": 0.5}, "clamp must lie between 0 and 1/2, got 0.5"),
+        ({"smoothing": -1.0}, "smoothing must be >= 0 and finite, got -1.0"),
+        ({"clamp": 0.5}, "clamp must lie between 0 and 0.5, got 0.5"),
         ({"backend": "cuda"}, "backend"),
     ],
 )
@@ -743,6 +782,41 @@ def test_preferences_put_together_by_hand():
     for wins in (-table.wins_i, table.wins_i * NAN, table.wins_i + math.inf):
         with pytest.raises(ValueError, match="preferences must have finite wins_i and wins_j"):
             denoise(table._replace(wins_i=wins))
+
+
+@pytest.mark.parametrize("option", ["threshold", "smoothing", "clamp"])
+def test_options_are_numbers(option):
+    with pytest.raises(TypeError, match=f"{option} must be a .*, got str"):
+        denoise(torch.eye(3), **{option: "0.1"})
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.float, torch.Tensor.int, torch.Tensor.numpy, torch.Tensor.tolist])
+def test_preferences_in_other_types(convert):
+    _, table, _ = edges(2, 16, votes=10)
+    expected = denoise(table)
+    found = denoise(table._replace(**{name: convert(getattr(table, name)) for name in ("wins_i", "wins_j")}))
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=0)
+    places = torch.Tensor.int if convert is torch.Tensor.float else convert
+    found = denoise(table._replace(**{name: places(getattr(table, name)) for name in ("prompt", "i", "j")}))
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=0)
+
+
+def test_preferences_with_wrong_columns():
+    _, table, _ = edges(2, 16, votes=10)
+    for wrong, error, message in (
+        ({"j": table.j[:-1]}, ValueError, r"preferences\.j must have shape \[96\], got \[95\]"),
+        ({"wins_j": table.wins_j[1:]}, ValueError, r"preferences\.wins_j must have shape \[96\] like i, got \[95\]"),
+        ({"prompt": None}, TypeError, r"preferences\.prompt must be a tensor or an array of numbers, got NoneType"),
+        ({"i": table.i + 0.5}, TypeError, r"preferences\.i must be integers, got torch.float32"),
+        ({"num_items": 16.0}, TypeError, r"preferences\.num_items must be an int >= 0, got float"),
+    ):
+        with pytest.raises(error, match=message):
+            denoise(table._replace(**wrong))
+
+
+def test_integers_are_probabilities():
+    with pytest.raises(ValueError, match=r"P\[i, j\] \+ P\[j, i\] = 1, got 0.0 and 0.0 at \[0, 0\]"):
+        denoise([[0, 1], [0, 0]])  # the diagonal is 1/2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -780,6 +854,13 @@ def test_order_and_ties():
     assert found.indices.tolist() == [2, 5, 0, 3, 6, 4, 1]
     assert found.ranks.tolist() == [3, -1, 1, 3, 6, 1, 3]
     assert found.tied.tolist() == [True, False, True, True, False, True, True]
+
+
+def test_types_of_order():
+    with pytest.raises(TypeError, match="tolerance must be a number, got str"):
+        order([1.0, 2.0], tolerance="a")
+    with pytest.raises(TypeError, match="scores must be a tensor or an array of numbers, got list"):
+        order(["a"])
 
 
 def test_order_tolerance():

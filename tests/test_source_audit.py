@@ -200,8 +200,9 @@ def test_bad_input(call):
     x = sources_matrix()
     with pytest.raises(ValueError, match=r"scores must have shape \[prompts, sources\], got \[2, 3, 4\]"):
         call(torch.zeros(2, 3, 4))
-    with pytest.raises(TypeError, match="scores must be a floating-point tensor"):
-        call(torch.zeros(200, 4, dtype=torch.int64))
+    for value in (None, "scores", [["a", "b"]]):
+        with pytest.raises(TypeError, match="scores must be a tensor or an array of numbers"):
+            call(value)
     x[3, 4] = -torch.inf
     with pytest.raises(ValueError, match=r"scores must be finite \(NaN: missing\), got -inf at \[3, 4\]"):
         call(x)
@@ -221,12 +222,22 @@ def test_bad_options():
         audit_sources(x, 2.0)
     with pytest.raises(ValueError, match="confidence must lie between 0 and 1, got 1"):
         audit_sources(x, confidence=1)
+    for option in ("confidence", "seed"):
+        with pytest.raises(TypeError, match=f"{option} must be a.* got str"):
+            audit_sources(x, **{option: "a"})
     with pytest.raises(ValueError, match="resamples must be >= 0, got -1"):
         audit_sources(x, resamples=-1)
     with pytest.raises(ValueError, match="rank must be at most"):
         audit_sources(torch.randn(200, 2) + torch.tensor([0.0, 5.0]))
     with pytest.raises(ValueError, match="action must be one of"):
         denoise_scores(x, action="overwrite")
+
+
+@pytest.mark.parametrize("call", [audit_sources, denoise_scores])
+def test_ratings_are_scores(call):
+    x = (2 * sources_matrix(noise=0.3)).round()
+    for ours, theirs in zip(call(x.int().numpy()), call(x), strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 # ---- single wrong scores ----
