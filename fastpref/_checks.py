@@ -16,7 +16,8 @@ def array(name: str, value) -> Tensor:
     try:
         found = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor or an array of numbers, got {type(value).__name__}: {error}") from error
+        what = type(value).__name__
+        raise TypeError(f"{name} must be a tensor or an array of numbers, got {what}: {error}") from error
     if found.is_complex():
         raise TypeError(f"{name} must be real numbers, got {found.dtype}")
     return found if found.is_floating_point() or found.dtype == torch.bool else found.long()
