@@ -140,7 +140,7 @@ class DenoisedScores(NamedTuple):
 
 
 def denoise_scores(
-    scores, *, rank: int = 3, action: str = "mask", threshold: float = 5.0, backend: str | None = None
+    scores, *, rank: int | None = None, action: str = "mask", threshold: float = 5.0, backend: str | None = None
 ) -> DenoisedScores:
     """Finds single wrong scores in [prompts, sources] by robust PCA of the columns minus their medians.
 
@@ -149,7 +149,8 @@ def denoise_scores(
     Args:
         scores: numbers on a linear scale (logits of probabilities); NaN: missing. Returned in their dtype, integers as
             float64.
-        rank: of the structure.
+        rank: of the structure, at most the number of columns that vary - 2: with fewer beside it, an entry that is off
+            cannot be told from the others of its row. Default 3, or as much as that allows.
         action: "mask": corrupted entries become NaN. "replace": they become the fit's. "low_rank": all entries do; the
             best response of a prompt is then seldom the best of the fit.
         threshold: in scales of the noise.
@@ -162,6 +163,8 @@ def denoise_scores(
         raise ValueError(f"scores must have shape [prompts, sources], got {list(scores.shape)}")
     if action not in ACTIONS:
         raise ValueError(f"action must be one of {ACTIONS}, got {action!r}")
+    if rank is not None:
+        _checks.positive_int("rank", rank)
     _checks.positive("threshold", threshold)
     _checks.finite_or_nan("scores", scores)
     with torch.no_grad():
@@ -172,6 +175,13 @@ def denoise_scores(
                 f"scores has {len(varied)} column(s) that vary of {x.shape[1]}: nothing to compare with"
             )
         part = x[:, varied]
+        most = min(part.shape) - 2
+        rank = min(3, most) if rank is None else rank
+        if not 1 <= rank <= most:
+            raise ValueError(
+                f"rank must be at most {most}, the number of prompts or of sources that vary - 2, got {max(rank, 1)} for "
+                f"{len(part)} prompts and {len(varied)} such sources"
+            )
         refuse_exchangeable("scores", part, "sources", 0)
         centre = part.nanmedian(0).values
         centred = part - centre

@@ -231,6 +231,8 @@ def test_bad_options():
         audit_sources(torch.randn(200, 2) + torch.tensor([0.0, 5.0]))
     with pytest.raises(ValueError, match="action must be one of"):
         denoise_scores(x, action="overwrite")
+    with pytest.raises(TypeError, match="rank must be a positive int, got float"):
+        denoise_scores(x, rank=2.0)
 
 
 @pytest.mark.parametrize("call", [audit_sources, denoise_scores])
@@ -286,6 +288,22 @@ def test_masking_beside_missing_and_constant_columns():
     at = found.corrupted[:, 0], found.corrupted[:, 1]
     assert not dirty[at].isnan().any()
     assert torch.equal(found.scores.isnan().sum(), dirty.isnan().sum() + len(found.corrupted))
+
+
+@pytest.mark.parametrize("columns", [3, 4, 5])
+def test_the_rank_leaves_something_to_compare(columns):
+    g = torch.Generator().manual_seed(columns)
+    x = torch.randn(120, 1, generator=g) * torch.tensor([1.0, -2.0, 1.5, 3.0, -1.0])[:columns]
+    x += 0.1 * torch.randn(x.shape, generator=g)
+    x[7, 1] += 50
+    x = torch.cat([x, torch.full((120, 1), 0.5)], 1)  # a constant one does not count
+    for rank in (columns - 1, columns):
+        message = f"rank must be at most {columns - 2}, .* got {rank} for 120 prompts and {columns} such sources"
+        with pytest.raises(ValueError, match=message):
+            denoise_scores(x, rank=rank)
+    assert [7, 1] in denoise_scores(x).corrupted.tolist()
+    with pytest.raises(ValueError, match="rank must be at most 0, .* got 1 for 120 prompts and 2 such sources"):
+        denoise_scores(x[:, [0, 1, -1]])
 
 
 # ---- the example ----
