@@ -1,4 +1,4 @@
-"""The `fastpref` command. Exit codes: 0 done, 1 the run found something wrong, 2 the user can mend it.
+"""The `fastpref` command. Exit codes: 0 done, 1 the run found something wrong, 2 the user can mend it, 3 a defect.
 
 Handlers import what they run, so that --help and --version answer without importing torch.
 """
@@ -7,6 +7,7 @@ import argparse
 import json
 import signal
 import sys
+import traceback
 
 from fastpref import __version__
 from fastpref.curate.samples import InputError
@@ -23,6 +24,9 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print(f"{arguments.name}: interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it
+    except Exception:  # 1, which Python would give, means done
+        traceback.print_exc()
+        return 3
 
 
 class _Parser(argparse.ArgumentParser):
@@ -153,15 +157,15 @@ IN is a matrix or comparisons:
     row, column, value          triples of a matrix, cells without one missing: robust PCA
     i, j, wins_i, wins_j        how often item i beat item j, and j beat i: robust Bradley-Terry scores
     winner, loser               one vote a row: the same
-    i, j, value                 the logit of i beating j: the same
+    i, j, value                 the logit of i beating j, log(p / (1 - p)): the same
   With a column prompt, every prompt has scores of its own. Names are strings (in CSV always) or integers. Columns
   called otherwise are named with --columns, and where several layouts fit, --layout chooses.
 
 OUT of a matrix is what --output says; of comparisons a .parquet, .csv or .jsonl with, for every item, its score (mean 0
 in each component), component (compared among each other, directly or not) and rejected (share of its pairs flagged)."""
 EXIT_CODES = """\
-Exit codes: 0 done; 1 done and written, but something did not converge, which stderr says; 2 the user can mend it; 130
-interrupted. OUT and the other outputs are written whole or not at all."""
+Exit codes: 0 done; 1 done and written, but something did not converge, which stderr says; 2 the user can mend it; 3 a
+defect of fastpref, with a traceback; 130 interrupted. OUT and the other outputs are written whole or not at all."""
 
 
 def _add_denoise(commands) -> None:

@@ -179,8 +179,8 @@ def denoise_scores(
         rank = min(3, most) if rank is None else rank
         if not 1 <= rank <= most:
             raise ValueError(
-                f"rank must be at most {most}, the number of prompts or of sources that vary - 2, got {max(rank, 1)} for "
-                f"{len(part)} prompts and {len(varied)} such sources"
+                f"rank must be at most {most}, the number of prompts or of sources that vary - 2, got {max(rank, 1)} "
+                f"for {len(part)} prompts and {len(varied)} such sources"
             )
         refuse_exchangeable("scores", part, "sources", 0)
         centre = part.nanmedian(0).values

@@ -364,6 +364,15 @@ def test_logits_with_integer_names_and_repeated_pairs(tmp_path, run):
         assert [{int(row["i"]), int(row["j"])} for row in flagged] == [{rows[4]["i"], rows[4]["j"]}]
 
 
+def test_small_logits_need_the_layout(tmp_path, run):
+    source = write_table(tmp_path / "in.csv", [{"i": "a", "j": "b", "value": 0.6}, {"i": "b", "j": "c", "value": 0.2}])
+    assert run(source, tmp_path / "out.csv")[0] == 2
+    assert run(source, tmp_path / "out.csv", "--layout", "logits")[0] == 0
+    rows = [{name: row[name] for name in ("item", "score")} for row in read_table(tmp_path / "out.csv")]
+    assert [row["item"] for row in rows] == ["a", "b", "c"]
+    assert [float(row["score"]) for row in rows] == pytest.approx([1.4 / 3, -0.4 / 3, -1 / 3], abs=1e-5)
+
+
 def test_unconnected_items_are_said(tmp_path, run):
     rows = [{"winner": "a", "loser": "b"}, {"winner": "b", "loser": "a"}, {"winner": "c", "loser": "d"}]
     _, summary, err = run(write_table(tmp_path / "in.csv", rows), tmp_path / "out.csv")
@@ -427,7 +436,8 @@ REFUSED_CSV = {
     "infinite logit": (LOGITS + "a,b,inf\n", [], "in.csv has the value inf in row 1"),
     "rank": (VOTES, ["--rank", "2"], "--rank is not for comparisons, which in.csv holds (votes)"),
     "array": (VOTES, ["--array", "a"], "--array is not for a table"),
-    "robust": (LOGITS + "a,b,1\n", ["--no-robust"], "robust=False needs wins"),
+    "robust": (LOGITS + "a,b,2\n", ["--no-robust"], "robust=False needs wins"),
+    "probabilities": (LOGITS + "a,b,0.7\nb,a,0.3\na,c,\n", [], "the values of in.csv all lie in [0, 1], as probabilit"),
     "OUT": (VOTES, [], "OUT must end in .parquet, .csv, .jsonl for comparisons, got out.npy"),
     "flagged": (VOTES, ["--flagged", "x.npy"], "--flagged must end in .parquet, .csv, .jsonl, got x.npy"),
     "a cell twice": (TRIPLES + "a,b,1\nc,b,1\na,b,2\n", [], "in.csv has more than one value for (a, b)"),
@@ -468,6 +478,19 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(
     code, _, err = run(source, out, *flags)
     assert code == 2 and err.startswith("fastpref denoise: ") and message in err and err.count("\n") == 1
     assert os.listdir() == before
+
+
+@pytest.mark.parametrize(("error", "code"), [(torch.linalg.LinAlgError, 2), (AssertionError, 3)])
+def test_no_failure_looks_like_success(tmp_path, monkeypatch, run, error, code):
+    def failing(*arguments, **keywords):
+        raise error("the algorithm failed to converge\nmore")
+
+    monkeypatch.setattr(matrices, "rpca", failing)
+    np.save(tmp_path / "in.npy", MATRIX)
+    found, _, err = run(tmp_path / "in.npy", tmp_path / "out.npy", "--rank", 1)
+    assert found == code and "the algorithm failed to converge" in err
+    assert ("Traceback" in err) == (code == 3)
+    assert os.listdir(tmp_path) == ["in.npy"]
 
 
 def test_an_old_output_survives_an_error_and_is_replaced_by_success(tmp_path, run):

@@ -302,7 +302,7 @@ def test_the_rank_leaves_something_to_compare(columns):
         with pytest.raises(ValueError, match=message):
             denoise_scores(x, rank=rank)
     assert [7, 1] in denoise_scores(x).corrupted.tolist()
-    with pytest.raises(ValueError, match="rank must be at most 0, .* got 1 for 120 prompts and 2 such sources"):
+    with pytest.raises(ValueError, match=r"rank must be at most 0, .* got 1 for 120 prompts and 2 such sources"):
         denoise_scores(x[:, [0, 1, -1]])
 
 
