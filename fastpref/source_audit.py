@@ -142,7 +142,7 @@ class DenoisedScores(NamedTuple):
 def denoise_scores(
     scores, *, rank: int | None = None, action: str = "mask", threshold: float = 5.0, backend: str | None = None
 ) -> DenoisedScores:
-    """Finds single wrong scores in [prompts, sources] by robust PCA of the columns minus their medians.
+    """Finds single wrong scores in [prompts, sources] by robust PCA of the columns minus their offsets.
 
     A source that is wrong throughout is structure to this function: `audit_sources` is for those.
 
@@ -153,7 +153,7 @@ def denoise_scores(
             cannot be told from the others of its row. Default 3, or as much as that allows.
         action: "mask": corrupted entries become NaN. "replace": they become the fit's. "low_rank": all entries do; the
             best response of a prompt is then seldom the best of the fit.
-        threshold: in scales of the noise.
+        threshold: in scales of the noise, which are larger by the share of the numbers that the fit has for itself.
         backend: of rpca.
 
     Raises NothingToClean for one column or exchangeable columns, and ValueError and TypeError as audit_sources does.
@@ -183,13 +183,17 @@ def denoise_scores(
                 f"for {len(part)} prompts and {len(varied)} such sources"
             )
         refuse_exchangeable("scores", part, "sources", 0)
-        centre = part.nanmedian(0).values
-        centred = part - centre
-        found = rpca(centred, rank=rank, backend=backend)
-        low_rank = found.low_rank()
+        centre, residual = 0, part
+        for _ in range(2):  # medians of the scores are not the offsets that leave a matrix of this rank
+            centre = centre + residual.nanmedian(0).values
+            centred = part - centre
+            found = rpca(centred, rank=rank, backend=backend)
+            low_rank = found.low_rank()
+            residual = centred - low_rank
         scale = float(found.info.scale)
-        bound = max(threshold * scale, EXACT * float(centred.abs().nanmean()))
-        residual = centred - low_rank
+        # the fit follows the entries it was made of, by this share of their noise, and so is off where it was not
+        followed = (rank * (sum(part.shape) - rank) + len(varied)) / float((~part.isnan()).sum())
+        bound = max(threshold * scale / max(1 - followed, 0.1), EXACT * float(centred.abs().nanmean()))
         wrong = residual.abs() > bound
         fitted = low_rank + centre
         changed = torch.where(wrong, torch.nan if action == "mask" else fitted, part)

@@ -277,6 +277,20 @@ def test_masking_keeps_the_best_response_where_the_fit_does_not(seed):
     torch.testing.assert_close(replaced[flagged], fit[flagged])
 
 
+def test_low_noise_is_not_flagged_by_the_column():
+    flagged, false = [], []
+    for seed in range(10):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(120, 3, generator=g, dtype=torch.float64) @ torch.randn(3, 8, generator=g, dtype=torch.float64)
+        x = x + torch.randn(8, generator=g) + 0.01 * torch.randn(x.shape, generator=g)
+        x[5, 1] += 50
+        found = denoise_scores(x).corrupted.tolist()
+        flagged.append(found[0] == [5, 1])
+        false.append(len(found) - 1)
+    assert all(flagged)
+    assert max(false) < 30  # half a column where the offsets stay those of the medians
+
+
 def test_masking_beside_missing_and_constant_columns():
     _, dirty, _ = flipped(0)
     dirty = dirty.float()
