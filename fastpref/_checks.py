@@ -1,5 +1,7 @@
 """Argument checks. Every message names the argument, what was expected and what came."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -11,10 +13,17 @@ def tensor(name: str, value) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def as_tensor(value) -> Tensor:
+    """torch.as_tensor; memory that is read-only stays so, since nobody writes to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.as_tensor(value)
+
+
 def array(name: str, value) -> Tensor:
     """A tensor, or an array or list of numbers as one; integers of any width become int64."""
     try:
-        found = torch.as_tensor(value)
+        found = as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         what = type(value).__name__
         raise TypeError(f"{name} must be a tensor or an array of numbers, got {what}: {error}") from error

@@ -63,7 +63,8 @@ def from_comparisons(
         wins: [C] how often i was preferred, out of `votes`: 0 to votes, ties 1/2, a judge's probability as it is. NaN:
             no comparison.
         votes: [C] or a number > 0.
-        prompt, judge: [C] integers from 0; default 0. Pairs of different prompts are never mixed.
+        prompt, judge: [C] integers from 0; default 0. Pairs of different prompts are never mixed. There is room for
+            all numbers up to the largest: np.unique(ids, return_inverse=True) makes small ones of others.
         num_items, num_prompts: default the largest index + 1.
 
     Returns:
@@ -195,8 +196,7 @@ def _warn_of_order(report: JudgeReport) -> None:
         warnings.warn(
             f"judge {judge} favours the item shown {'first' if effect > 0 else 'second'} by {abs(effect):.2f} logits "
             f"(z = {float(report.z[judge]):.1f}), and {100 * float(single[judge]):.0f} % of its pairs were shown in "
-            "one order "
-            "only, where that cannot be balanced: show them in the other order too",
+            "one order only, where that cannot be balanced: show them in the other order too",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -207,9 +207,9 @@ def from_scores(scores, *, temperature: float | None = None) -> Preferences:
 
     Args:
         scores: [N, J] or [prompts, N, J], one column per judge; NaN: not scored. Judges may have different scales.
-        temperature: None: each judge casts one vote per pair, for the higher score, half each where they are equal. Or
-            the
-            scale of the scores: a vote is sigmoid((s_i - s_j) / temperature), which keeps how much better an item is.
+        temperature: None: each judge casts one vote per pair, for the higher score, half each where they are equal.
+            Otherwise the scale of the scores: a vote is sigmoid((s_i - s_j) / temperature), which keeps how much better
+            an item is.
 
     Returns:
         Preferences: all pairs that some judge scored both items of.

@@ -19,7 +19,6 @@ from fastpref.bradley_terry import Edges, bradley_terry, pair_terms
 from fastpref.comparisons import (
     CHANCE,
     CHUNK,
-    ENOUGH,
     JudgeReport,
     Preferences,
     as_column,
@@ -67,6 +66,7 @@ CLAMP = 1e-6  # of probabilities whose number of votes is not known
 SMALL_ITEMS = 128  # of prompts solved as a batch of dense matrices; larger ones as edges, prompt by prompt
 FEW_ITEMS = 20  # below, a low-rank fit hardly denoises
 PAIRS_PER_RANK = 4  # and item, below which a low-rank fit does not recover
+USUAL_SPREAD, VISIBLE = 0.5, 4.0  # votes are refused where scores of this spread, in logits, would have had this z
 INTRANSITIVE = 0.3  # share of corrupted pairs from which one score may not be the structure
 
 
@@ -178,14 +178,14 @@ def denoise(
 
     Raises:
         NothingToClean (a ValueError): where no matrix has anything to clean: see REASONS; or votes that all prompts
-            together do not tell from coin tosses. In a batch, matrices of these kinds beside others are returned as
-            they were, with the reason in `info.reason`.
+            together do not tell from coin tosses, and are enough to. In a batch, matrices of these kinds beside others
+            are returned as they were, with the reason in `info.reason`.
         TypeError, ValueError: for other types, shapes and values, and matrices that are not P[i, j] + P[j, i] = 1.
 
     Warns:
         RuntimeWarning: of what makes the result doubtful and what to do: too few items or pairs for a low-rank fit,
-            too few votes to flag any pair, comparison graphs of several components, so many corrupted pairs that
-            preferences may be intransitive.
+            too few votes to flag any pair or to tell them from coin tosses, comparison graphs of several components, so
+            many corrupted pairs that preferences may be intransitive.
     """
     for name, value, choices in (
         ("link", link, LINKS),
@@ -293,6 +293,8 @@ def _table(name: str, p: Tensor) -> Preferences:
     if off.numel() and off.max() > max(4 * torch.finfo(p.dtype).eps, 1e-6):
         at = torch.unravel_index(off.argmax(), off.shape)
         at = [int(index) for index in at]
+        if at[-2] == at[-1]:
+            raise ValueError(f"{name} must have 1/2 or NaN on the diagonal, got {p[tuple(at)].item()} at {at}")
         raise ValueError(
             f"{name} must have P[i, j] + P[j, i] = 1, got {p[tuple(at)].item()} and {p.mT[tuple(at)].item()} at {at}. "
             "If the two are answers to the two presentation orders, pass both to from_comparisons, which reports the "
@@ -551,24 +553,31 @@ def _refuse_coin_tosses(table: Preferences) -> None:
         cast.index_add_(0, node, votes)
     compared = cast > 0
     items = int(compared.sum())
-    if items < ENOUGH:
+    if not items:
         return
     by_items = float(((balance.square() / cast)[compared].sum() - items) / (2 * items) ** 0.5)
     spare = float((2 * (1 - 1 / votes)).sum())
     by_pairs = float(((table.wins_i - table.wins_j).square() / votes).sum() - len(votes)) / max(spare, 1e-300) ** 0.5
-    if by_items < CHANCE and (spare == 0 or by_pairs < CHANCE):
+    if by_items >= CHANCE or (spare and by_pairs >= CHANCE):
+        return
+    found = f"its votes do not differ from coin tosses (z = {by_items:.1f} over the items"
+    found += f", {by_pairs:.1f} over the pairs" * (spare > 0) + f"; {CHANCE:g} needed)"
+    # a balance of c votes varies by c + c^2 w^2 / 4, w the logits between an item and those it meets
+    usual = USUAL_SPREAD**2 / 4 * float(cast.sum()) / (2 * items) ** 0.5
+    if usual >= VISIBLE:
         raise NothingToClean(
-            f"preferences has nothing to clean: its votes do not differ from coin tosses (z = {by_items:.1f} over the "
-            "items"
-            + (f", {by_pairs:.1f} over the pairs" if spare else "")
-            + f"; {CHANCE:g} needed). The items are exchangeable, or the judges guess"
+            f"preferences has nothing to clean: {found}. The items are exchangeable, or the judges guess"
         )
+    warnings.warn(
+        f"preferences may have nothing to clean: {found}, but are too few to tell: scores with a standard deviation of "
+        f"{USUAL_SPREAD:g} would give z = {usual:.1f}. Collect more votes",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _warn(table, fit: _Fit, corrupted, votes, by_votes: bool, method: str, threshold: float) -> None:
-    single = fit.scores.isnan().sum(1)
-    several = int((fit.components.amax(1) + 1 - single > 1).sum()) if table.num_items else 0
-    if several:
+    if several := _in_several_components(fit.scores, fit.components):
         warnings.warn(
             f"{several} of {table.num_prompts} comparison graphs fall into several components (info.components), "
             "between which scores mean nothing: compare items across them",
@@ -593,6 +602,13 @@ def _warn(table, fit: _Fit, corrupted, votes, by_votes: bool, method: str, thres
         )
 
 
+def _in_several_components(scores: Tensor, components: Tensor) -> int:
+    """How many rows of [..., N]; items without comparisons, which have no score, do not count."""
+    if not scores.shape[-1]:
+        return 0
+    return int((components.amax(-1) + 1 - scores.isnan().sum(-1) > 1).sum())
+
+
 # ---- ordering ----
 
 
@@ -604,8 +620,16 @@ def order(scores, *, tolerance: float | None = None) -> Ordering:
         tolerance: items whose scores differ by no more are tied, and so are chains of them; default 1e-6 of the spread
             of a row's scores.
 
-    Scores of items in different components of the comparison graph cannot be compared (DenoiseInfo.components).
+    Scores of items in different components of the comparison graph cannot be compared (DenoiseInfo.components): of a
+    Denoised with such scores it warns (RuntimeWarning).
     """
+    if isinstance(scores, Denoised) and (several := _in_several_components(scores.scores, scores.info.components)):
+        warnings.warn(
+            f"scores of {several} comparison graph(s) fall into several components (info.components), between which "
+            "ranks mean nothing: order each component by itself",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     scores = _checks.real("scores", scores.scores if isinstance(scores, Denoised) else scores)
     if scores.dim() < 1:
         raise ValueError(f"scores must have shape [..., N], got {list(scores.shape)}")

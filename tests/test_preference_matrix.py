@@ -347,6 +347,18 @@ def test_ratings_are_scores():
     assert torch.equal(order(ratings).ranks, order(ratings.double()).ranks)
 
 
+def test_read_only_arrays():
+    x = (torch.randn(60, 3) + 3 * torch.randn(60, 1)).numpy()
+    x.setflags(write=False)
+    table = from_scores(x)
+    order(x)
+    columns = [column.numpy() for column in (table.i, table.j, table.wins_i, table.wins_i + table.wins_j, table.prompt)]
+    for column in columns:
+        column.setflags(write=False)
+    i, j, wins, votes, prompt = columns
+    assert torch.equal(from_comparisons(i, j, wins, votes=votes, prompt=prompt).wins_i, table.wins_i)
+
+
 # ---- links ----
 
 
@@ -710,6 +722,18 @@ def test_coin_tosses_are_refused():
     assert refused >= 15
 
 
+@pytest.mark.parametrize(("prompts", "items", "sd"), [(3, 12, 1.0), (1, 33, 0.7), (10, 10, 0.5)])
+def test_few_votes_are_not_refused(prompts, items, sd):
+    doubted = 0
+    for seed in range(10):
+        _, table, _ = edges(prompts, items, votes=1, inverted=0.1, seed=seed, sd=sd)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            denoise(table)
+        doubted += any("but are too few to tell: scores with" in str(warning.message) for warning in seen)
+    assert 0 < doubted < 10
+
+
 def test_mixed_batches_keep_what_has_nothing_to_clean():
     _, clean, _ = matrices(2, 20, corrupted=0.0)
     _, dirty, _ = matrices(2, 20)
@@ -739,7 +763,11 @@ def test_bad_matrices():
         wrong[1, 2, 3] = value
         with pytest.raises(ValueError, match=rf"preferences must lie between 0 and 1 .* got {value} at \[1, 2, 3\]"):
             denoise(wrong)
-    for i, j, value in ((2, 3, NAN), (2, 3, 0.987654), (4, 4, 0.7)):
+    wrong = p.clone()
+    wrong[1, 4, 4] = 1
+    with pytest.raises(ValueError, match=r"preferences must have 1/2 or NaN on the diagonal, got 1.0 at \[1, 4, 4\]"):
+        denoise(wrong)
+    for i, j, value in ((2, 3, NAN), (2, 3, 0.987654)):
         wrong = p.clone()
         wrong[1, i, j] = value
         with pytest.raises(ValueError, match=r"P\[i, j\] \+ P\[j, i\] = 1.*two presentation orders, pass both to"):
@@ -815,8 +843,8 @@ def test_preferences_with_wrong_columns():
 
 
 def test_integers_are_probabilities():
-    with pytest.raises(ValueError, match=r"P\[i, j\] \+ P\[j, i\] = 1, got 0.0 and 0.0 at \[0, 0\]"):
-        denoise([[0, 1], [0, 0]])  # the diagonal is 1/2
+    with pytest.raises(ValueError, match=r"preferences must have 1/2 or NaN on the diagonal, got 0.0 at \[0, 0\]"):
+        denoise([[0, 1], [0, 0]])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -854,6 +882,16 @@ def test_order_and_ties():
     assert found.indices.tolist() == [2, 5, 0, 3, 6, 4, 1]
     assert found.ranks.tolist() == [3, -1, 1, 3, 6, 1, 3]
     assert found.tied.tolist() == [True, False, True, True, False, True, True]
+
+
+def test_order_of_several_components():
+    i, j = [0, 1, 2, 3, 4, 5], [1, 2, 0, 4, 5, 3]
+    table = from_comparisons(i, j, [9, 8, 3, 9, 7, 2], votes=10, num_items=7)
+    found = quietly(denoise, table)
+    assert found.info.components[0, :6].tolist() == [0, 0, 0, 1, 1, 1]
+    with pytest.warns(RuntimeWarning, match="scores of 1 comparison graph.* several components"):
+        order(found)
+    order(quietly(denoise, from_comparisons(i[:3], j[:3], [9, 8, 3], votes=10, num_items=4)))  # an item without any
 
 
 def test_types_of_order():

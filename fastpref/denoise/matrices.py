@@ -1,6 +1,5 @@
 """Matrices through rpca: one where it lies on disk, batches and triples in memory."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpref._checks import as_tensor
 from fastpref.curate import InputError
 from fastpref.denoise import files
 from fastpref.denoise.options import DenoiseOptions, check_ending, numbers
@@ -122,14 +122,7 @@ def _solve(matrix: np.ndarray, by_columns: bool, options: DenoiseOptions, with_o
         progress.advance(residual=f"{state.residual:.1e}", rank=state.rank)
 
     sparse = "coo" if with_outliers else "none"
-    return rpca(_tensor(matrix), **keywords, sparse=sparse, callback=report)
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    """The same memory; what is mapped read-only stays so, since nobody writes to it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        return torch.from_numpy(array)
+    return rpca(as_tensor(matrix), **keywords, sparse=sparse, callback=report)
 
 
 def _transposed(result: RPCAResult) -> RPCAResult:
@@ -223,7 +216,7 @@ def _denoise_batch(array, options, wanted, temporary, progress) -> dict:
         progress.stage("matrices", batch)
         for begin in range(0, batch, step):
             part = np.array(array[begin : begin + step])
-            data = _tensor(part) if out_dtype == np.float64 else _tensor(part).float()
+            data = as_tensor(part) if out_dtype == np.float64 else as_tensor(part).float()
             if part.dtype == np.int8:
                 data = data.masked_fill(data == -128, torch.nan)
             result = rpca(data * scale if scale != 1.0 else data, **keywords, sparse=sparse)
