@@ -392,7 +392,7 @@ DENSE = ["--max-dense", "1e-9"]
 # what IN holds (None: there is none), flags, part of the message
 REFUSED_MATRICES = {
     "no input": (None, [], "cannot read in.npy: No such file or directory"),
-    "no npy": (b"hello", [], "cannot read in.npy: "),
+    "no npy": (b"hello", [], "cannot read in.npy: it holds no array of numbers"),
     "a cut npy": (b"\x93NUMPY\x01\x00", [], "cannot read in.npy: "),
     "a vector": (np.ones(3), [], "in.npy must hold a matrix [m, n] or a batch [batch, m, n], got shape [3]"),
     "complex": (np.eye(2) + 0j, [], "in.npy must hold real numbers of at most 64 bits, got complex128"),
@@ -414,6 +414,11 @@ REFUSED_MATRICES = {
         DENSE,
         "without --rank the convex program takes about 2.68e-06 GiB, more than --max-dense 1e-09",
     ),
+    "memory of a batch": (
+        np.ones((3, 6, 6)),
+        DENSE,
+        "without --rank the convex program takes about 8.05e-06 GiB, more than --max-dense 1e-09",
+    ),
     "memory, converted": (np.ones((9, 9), np.uint8), DENSE, "as float32 in.npy takes 3.02e-07 GiB, more than"),
     "plot": (MATRIX, ["--rank", "1", "--plot", "plot.txt"], "--plot must end in .pdf, .png, .svg, got plot.txt"),
     "plot over IN": (MATRIX, ["--rank", "1", "--plot", "in.npy"], "in.npy would overwrite IN"),
@@ -424,6 +429,13 @@ REFUSED_CSV = {
     "columns": ("a,b\n1,2\n", [], "in.csv: its columns a, b fit no layout (triples: row, column, value; votes: i, j"),
     "ambiguous": ("i,j,wins_i,wins_j,value\n", [], "fit several layouts, choose with --layout: votes, logits"),
     "no such column": ("i,j,w\n", ["--layout", "votes"], "no column wins_i, wins_j for votes, found i, j, w"),
+    "no such column of any": (VOTES, ["--columns", "i=nope"], "in.csv has no column nope, found i, j, wins_i, wins_j"),
+    "no such role of any": (
+        VOTES,
+        ["--columns", "foo=i"],
+        "--columns: no layout has a role foo, only column, i, j, ",
+    ),
+    "a column twice": ("winner,loser,winner\na,b,c\n", [], "in.csv has more than one column winner"),
     "no such role": (VOTES, ["--layout", "votes", "--columns", "row=i"], "votes has no role row, only i, j"),
     "one column twice": (VOTES, ["--columns", "j=i"], "--columns must name a column for each role, got one twice"),
     "no rows": (WINNERS, [], "in.csv holds no comparisons"),
@@ -520,6 +532,30 @@ def test_a_missing_package_is_named(tmp_path, python, package, flags):
 
 
 # ---- what the user sees
+
+
+def test_what_nothing_is_observed_of(tmp_path, run, capsys):
+    nothing, matrix = np.full((1, 6, 5), np.nan), corrupted(6, 5, 1, batch=(2,))[1]
+    for data, warning in (
+        (nothing[0], "nothing is observed"),
+        (np.concatenate([matrix, nothing]), "nothing is observed in 1 of 3 matrices"),
+    ):
+        np.save(tmp_path / "in.npy", data)
+        code, summary, err = run(tmp_path / "in.npy", tmp_path / "out.npy", "--rank", 1)
+        assert (code, err) == (1, f"fastpref denoise: warning: {warning}\n")
+    assert summary["not_converged"] == 1
+    np.save(tmp_path / "in.npy", nothing[0])
+    assert main(["denoise", str(tmp_path / "in.npy"), str(tmp_path / "out.npy"), "--rank", "1"]) == 1
+    assert "6 x 5, rank 1, nothing observed, 0 iterations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--scale", "--max-dense"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_factors_and_sizes_are_positive(capsys, flag, value):
+    with pytest.raises(SystemExit) as caught:
+        main(["denoise", "in.npy", "out.npy", f"{flag}={value}"])
+    assert caught.value.code == 2
+    assert f"argument {flag}: must be positive and finite, got {value}" in capsys.readouterr().err
 
 
 def test_a_summary_in_a_line_or_as_json(tmp_path, capsys):
