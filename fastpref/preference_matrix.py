@@ -58,7 +58,7 @@ METHODS = ("auto", "rpca", "bradley_terry", "curatron")
 RANKINGS = ("row_mean", "copeland")
 REASONS = (
     "cleaned",
-    "no cycle of comparisons: every one of them is fitted exactly, so that none contradicts another",
+    "no cycle of comparisons, or none at all: every one of them is fitted exactly, so that none contradicts another",
     "one score column explains every comparison exactly (the matrix is w_i - w_j under the link, exactly of rank 2)",
     "every pair is unanimous and no comparison contradicts another: an order, with nothing against it",
 )
@@ -76,7 +76,7 @@ class CorruptedPairs(NamedTuple):
     indices: Tensor  # [K, d] int64: prompt (or the batch indices of a matrix), i, j
     observed: Tensor  # [K] float64, P(i beats j) as it was
     fitted: Tensor  # [K] float64, as the other pairs have it
-    residual: Tensor  # [K] float64, in noise scales: how far beyond the noise
+    residual: Tensor  # [K] float64, in noise scales; without noise, in 1e-4 of the mean |psi(P)| over the threshold
 
 
 class DenoiseInfo(NamedTuple):

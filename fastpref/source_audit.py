@@ -107,7 +107,7 @@ def audit_sources(
                 f"rank must be at most the number of audited sources - 2, got rank={max(rank, 1)} for {len(audited)} "
                 f"sources with at least {2 * (max(rank, 1) + 2)} scores"
             )
-        refuse_exchangeable("scores", x[:, audited], "sources", seed)
+        _refuse_exchangeable(x[:, audited], seed)
         prompts = int(seen[:, audited].any(1).sum())
         if prompts < FEW_PROMPTS:
             warnings.warn(
@@ -182,7 +182,7 @@ def denoise_scores(
                 f"rank must be at most {most}, the number of prompts or of sources that vary - 2, got {max(rank, 1)} "
                 f"for {len(part)} prompts and {len(varied)} such sources"
             )
-        refuse_exchangeable("scores", part, "sources", 0)
+        _refuse_exchangeable(part, 0)
         centre, residual = 0, part
         for _ in range(2):  # medians of the scores are not the offsets that leave a matrix of this rank
             centre = centre + residual.nanmedian(0).values
@@ -285,7 +285,7 @@ def _outlyingness(x: Tensor, rank: int, resamples: int, confidence: float, seed:
         return share, torch.full_like(share, torch.nan), torch.full_like(share, torch.nan)
     tail = (1 - confidence) / 2
     low, high = torch.cat(boots, 1).nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64).to(x.device), dim=0)
-    return share, low, high
+    return share, low, high.clamp(max=1)  # of prompts drawn twice the column's mean is another
 
 
 def _downdated(d: Tensor, c: Tensor, rank: int) -> Tensor:
@@ -345,7 +345,7 @@ def _secular(squares: Tensor, poles: Tensor, root: Tensor, j: int) -> Tensor:
     )
 
 
-def refuse_exchangeable(name: str, x: Tensor, items: str, seed: int) -> None:
+def _refuse_exchangeable(x: Tensor, seed: int) -> None:
     """Raises NothingToClean when permuting the entries within each row would make no difference.
 
     Two statistics of the rows' standardised ranks are compared with their values after such permutations: the column
@@ -377,7 +377,7 @@ def refuse_exchangeable(name: str, x: Tensor, items: str, seed: int) -> None:
     z = (found - null.mean(0)) / null.std(0).clamp(min=1e-12)
     if not (z > SHUFFLED_Z).any():
         raise NothingToClean(
-            f"{name} has exchangeable {items}: shuffling the entries of every row changes neither the means of the "
+            "scores has exchangeable sources: shuffling the entries of every row changes neither the means of the "
             f"columns nor their correlations (z = {z[0]:.1f} and {z[1]:.1f} against shuffled rows, {SHUFFLED_Z:g} "
             "needed). Columns must be fixed identities, such as models; several samples of one policy are not"
         )

@@ -126,6 +126,11 @@ def test_interval_covers_the_sampling_of_prompts():
     assert 0.75 < torch.stack(inside).mean() < 0.97
 
 
+def test_intervals_are_shares():
+    audit = audit_sources(torch.cat([sources_matrix(100, 20), torch.randn(100, 4, dtype=torch.float64)], 1))
+    assert (audit.low >= 0).all() and (audit.high <= 1).all() and audit.high.max() > 0.9
+
+
 def test_constant_columns_are_set_apart():
     x = sources_matrix()
     x[:, 9] = 0.5
