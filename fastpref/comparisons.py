@@ -11,7 +11,8 @@ from fastpref.source_audit import NothingToClean, constant_columns, standard_ran
 
 CHUNK = 1 << 24  # entries of dense tensors at a time
 DECISIVE, ONE_ORDER = 3.0, 0.1  # |z| of a judge's order effect; share of its pairs shown in one order
-CHANCE, ENOUGH = 2.0, 32  # z of votes against chance, and the size from which it is looked at
+CHANCE, VISIBLE = 2.0, 4.0  # z against chance below which is noise, where what is usual would have had the second
+USUAL_AGREEMENT = 0.3  # of judges: correlation of the ranks they give
 
 
 class JudgeReport(NamedTuple):
@@ -216,8 +217,12 @@ def from_scores(scores, *, temperature: float | None = None) -> Preferences:
 
     Raises:
         NothingToClean (a ValueError): for one score column, whose every preference matrix is w_i - w_j under some link,
-            and where the judges agree no more than chance would have them (items that are exchangeable).
+            and where the judges agree no more than chance would have them (items that are exchangeable) and would have
+            been seen to.
         TypeError, ValueError: for other types and shapes, and infinite entries.
+
+    Warns:
+        RuntimeWarning: where too few items are scored to tell agreement from chance.
     """
     scores = _checks.real("scores", scores)
     if scores.dim() not in (2, 3):
@@ -262,13 +267,22 @@ def _refuse_disagreement(scores: Tensor) -> None:
     degrees = (~scores.isnan()).any(-1).sum(1) - 1
     chi2 = ranks.sum(1).square().sum(-1) / present.clamp(min=1) * degrees / (degrees + 1).clamp(min=1)
     total, freedom = chi2[usable].sum(), degrees[usable].sum()
-    if (degrees * (present - 1))[usable].sum() < ENOUGH:
-        return
     variance = (2 * degrees * (present - 1) / present.clamp(min=1))[usable].sum()
+    if not variance:
+        return
     z = float((total - freedom) / variance.sqrt())
-    if z < CHANCE:
+    if z >= CHANCE:
+        return
+    found = f"its columns agree about them no more than chance would (Friedman's test: z = {z:.1f}, {CHANCE:g} needed)"
+    usual = USUAL_AGREEMENT * float((degrees * (present - 1))[usable].sum() / variance.sqrt())
+    if usual >= VISIBLE:
         raise NothingToClean(
-            f"scores has exchangeable items: its columns agree about them no more than chance would (Friedman's test "
-            f"over all prompts: z = {z:.1f}, {CHANCE:g} needed), so that their preferences are noise. Samples of one "
-            "policy have no common order across prompts; compare them within a prompt"
+            f"scores has exchangeable items: {found}, so that their preferences are noise. Samples of one policy have "
+            "no common order across prompts; compare them within a prompt"
         )
+    warnings.warn(
+        f"scores may have exchangeable items: {found}, but are too few to tell: ranks that correlate by "
+        f"{USUAL_AGREEMENT:g} would give z = {usual:.1f}. Score more items",
+        RuntimeWarning,
+        stacklevel=3,
+    )

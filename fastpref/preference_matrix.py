@@ -19,6 +19,7 @@ from fastpref.bradley_terry import Edges, bradley_terry, pair_terms
 from fastpref.comparisons import (
     CHANCE,
     CHUNK,
+    VISIBLE,
     JudgeReport,
     Preferences,
     as_column,
@@ -66,7 +67,7 @@ CLAMP = 1e-6  # of probabilities whose number of votes is not known
 SMALL_ITEMS = 128  # of prompts solved as a batch of dense matrices; larger ones as edges, prompt by prompt
 FEW_ITEMS = 20  # below, a low-rank fit hardly denoises
 PAIRS_PER_RANK = 4  # and item, below which a low-rank fit does not recover
-USUAL_SPREAD, VISIBLE = 0.5, 4.0  # votes are refused where scores of this spread, in logits, would have had this z
+USUAL_SPREAD = 0.5  # standard deviation of scores, in logits
 INTRANSITIVE = 0.3  # share of corrupted pairs from which one score may not be the structure
 
 

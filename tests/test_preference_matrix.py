@@ -280,11 +280,11 @@ def test_no_comparisons():
 
 def test_scores_by_hand():
     scores = torch.tensor([[3.0, 1.0, 5.0], [2.0, 1.0, 7.0], [1.0, NAN, 6.0]])
-    table = from_scores(scores)
+    table = quietly(from_scores, scores)
     assert list(zip(table.i.tolist(), table.j.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 2)]
     assert table.wins_i.tolist() == [1.5, 1, 2]
     assert table.wins_j.tolist() == [1.5, 1, 0]
-    graded = from_scores(scores, temperature=2.0)
+    graded = quietly(from_scores, scores, temperature=2.0)
     sigmoid = [1 / (1 + math.exp(-d / 2)) for d in (1, 0, -2)]
     assert float(graded.wins_i[0]) == pytest.approx(sum(sigmoid), rel=1e-6)
     assert torch.equal(graded.wins_i + graded.wins_j, table.wins_i + table.wins_j)
@@ -293,13 +293,13 @@ def test_scores_by_hand():
 def test_prompts_of_scores():
     scores = torch.randn(7, 5, 4, dtype=torch.float64) + 2 * torch.randn(7, 5, 1, dtype=torch.float64)
     scores[3, 2] = NAN
-    table = from_scores(scores)
-    alone = from_scores(scores[3])
+    table = quietly(from_scores, scores)
+    alone = quietly(from_scores, scores[3])
     inside = table.prompt == 3
     assert int(inside.sum()) == 6  # of four items
     assert torch.equal(table.wins_i[inside], alone.wins_i)
     monotone = torch.stack([3 * scores[..., 0] - 1, scores[..., 1].exp(), *scores.unbind(-1)[2:]], -1)
-    assert torch.equal(from_scores(monotone).wins_i, table.wins_i)
+    assert torch.equal(quietly(from_scores, monotone).wins_i, table.wins_i)
 
 
 def test_one_score_column_is_refused():
@@ -323,6 +323,19 @@ def test_exchangeable_items_are_refused():
     pooled = torch.randn(16, 300)  # 16 samples of one policy, over 300 prompts
     with pytest.raises(NothingToClean, match="Samples of one policy"):
         from_scores(torch.cat([pooled, -pooled], 1))
+
+
+@pytest.mark.parametrize(("prompts", "items", "judges"), [(1, 33, 2), (3, 12, 2)])
+def test_few_scores_are_not_refused(prompts, items, judges):
+    doubted = 0
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        scores = torch.randn(prompts, items, 1, generator=g) + torch.randn(prompts, items, judges, generator=g)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            from_scores(scores)
+        doubted += any("but are too few to tell: ranks that correlate" in str(warning.message) for warning in seen)
+    assert 0 < doubted < 15
 
 
 def test_bad_scores():
