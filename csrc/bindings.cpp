@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "batched_ialm.h"
 #include "batched_rpca.h"
 #include "bradley_terry.h"
 #include "check.h"
@@ -267,6 +268,21 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       },
       release());
   m.def("batched_rpca_workspace", &batched_rpca_workspace);
+  m.def(
+      "batched_ialm_cpu",
+      [](uintptr_t data, bool is_double, int64_t batch, int64_t rows, int64_t columns, uintptr_t lam, double tol,
+         int64_t max_iter, uintptr_t left, uintptr_t right, uintptr_t sigma, uintptr_t rank, uintptr_t iterations,
+         uintptr_t residual, uintptr_t gap, uintptr_t median, uintptr_t dense_share, uintptr_t converged,
+         uintptr_t workspace, int threads) {
+        batched_ialm_cpu({pointer<const void>(data), is_double, batch, rows, columns, pointer<const double>(lam), tol,
+                          max_iter, pointer<void>(left), pointer<void>(right), pointer<void>(sigma),
+                          pointer<int64_t>(rank), pointer<int64_t>(iterations), pointer<double>(residual),
+                          pointer<double>(gap), pointer<double>(median), pointer<double>(dense_share),
+                          pointer<bool>(converged), pointer<void>(workspace)},
+                         threads);
+      },
+      release());
+  m.def("batched_ialm_workspace", &batched_ialm_workspace);
   m.def(
       "svt_cpu",
       [](uintptr_t matrix, uintptr_t threshold, bool is_double, int64_t batch, int64_t rows, int64_t columns,

@@ -97,7 +97,7 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, t
         core = torch.linalg.lstsq(left.double(), right.double()).solution
         core = ((core - core.mT) / 2).to(matrix.dtype)
         right = left @ core
-    cutoff = clean.abs().amax((-2, -1)) if warm is None else CUTOFF * MAD * _median(clean - left @ right.mT, observed)
+    cutoff = clean.abs().amax((-2, -1)) if warm is None else CUTOFF * MAD * median_of(clean - left @ right.mT, observed)
     cutoff = torch.maximum(cutoff, FINEST * mean)
     iterations = torch.zeros(len(matrix), dtype=torch.int64, device=matrix.device)
     quiet = torch.zeros_like(iterations)
@@ -122,7 +122,7 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, t
         iterations += running
         following = torch.maximum(gamma.to(cutoff) * cutoff, FINEST * mean)
         if iteration >= BLIND:
-            following = torch.maximum(following, CUTOFF * MAD * _median(residual, observed))
+            following = torch.maximum(following, CUTOFF * MAD * median_of(residual, observed))
         cutoff = torch.where(running, following, cutoff)
         quiet = torch.where(change < tol, quiet + 1, 0)
         lost |= running & ~(change < AWAY)
@@ -130,10 +130,10 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, gamma: Tensor, t
         done = (torch.linalg.vector_norm(e, dim=(-2, -1)) < tol * norm) | (quiet >= 3)
         converged |= running & done
         running &= ~done
-    median = _median(clean - left @ right.mT, observed)
+    median = median_of(clean - left @ right.mT, observed)
     lost |= ~(median <= 2 * clean.abs().amax((-2, -1)))
     left, right = (factor.masked_fill(lost[:, None, None], 0) for factor in (left, right))
-    median = torch.where(lost, _median(clean, observed), median)
+    median = torch.where(lost, median_of(clean, observed), median)
     converged &= ~lost
     return BatchSolve(left, right, iterations, median, converged)
 
@@ -142,7 +142,7 @@ def _norm(factor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(factor, dim=(-2, -1)).clamp(min=1e-300 if factor.dtype == torch.float64 else 1e-30)
 
 
-def _median(residual: Tensor, observed: Tensor) -> Tensor:
+def median_of(residual: Tensor, observed: Tensor) -> Tensor:
     return torch.where(observed, residual.abs(), torch.nan).flatten(1).nanmedian(-1).values.nan_to_num(0.0)
 
 

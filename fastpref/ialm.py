@@ -3,8 +3,9 @@
 Inexact augmented Lagrangian (Lin, Chen, Ma 2010, arXiv:1009.5055) with the singular values above the threshold taken
 from a subspace that is carried from one iteration to the next, instead of a full SVD. A small residual proves nothing:
 with a penalty that grows geometrically the iteration is feasible soon, and may be far from optimal. The relative
-duality gap (the dual matrix scaled into the feasible set, its spectral norm bounded from above) does; while it is open
-the penalty is lowered again and grows more slowly.
+duality gap (the dual matrix scaled into the feasible set, its spectral norm bounded from above) does. Where it is open,
+and from the start where entries are missing, the penalty is balanced: it grows only while the residual is large beside
+the change of S, the residual of the dual.
 """
 
 from typing import NamedTuple
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 GAP = 1e-3  # relative duality gap that counts as closed
-RESTARTS = 6  # of the penalty
-LOWERED = 1e-2  # the penalty at a restart
+RHO = 1.5  # the penalty's growth
+BALANCE = 0.1  # residual over change, from which a balanced penalty grows
+SETTLED = 1e-4  # change at which the gap is looked at, halved where it is open
 SHARE = 0.02  # of rows or columns taken to be corrupted, for lambda
 NOISY = 0.5  # share of S that is not zero: there is noise, and the rank is not that of L
 _EXTRA = 5  # directions beside the predicted rank
@@ -109,10 +111,10 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
     y = data / _column(torch.maximum(spectral, penalty.dual(data)).clamp(min=1e-300).to(data.dtype))
     start = 1.25 / spectral
     mu, top = start.clone(), 1e7 * start
-    rho = torch.where(count == m * n, 1.5, 1.2).to(device).double()
-    restarts = torch.zeros(batch, dtype=torch.int64, device=device)
-    iterations = torch.zeros_like(restarts)
-    rank = torch.zeros_like(restarts)
+    balanced = count < m * n
+    settled = torch.full_like(mu, SETTLED)
+    iterations = torch.zeros(batch, dtype=torch.int64, device=device)
+    rank = torch.zeros_like(iterations)
     residual = torch.zeros(batch, dtype=torch.float64, device=device)
     gap = torch.full((batch,), torch.nan, dtype=torch.float64, device=device)
     converged = ~running & (count > 0)
@@ -141,6 +143,8 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
         sparse_new = penalty.shrink(w, mu)
         y_new = (w - sparse_new) * _column(mu.to(data.dtype))
         left_over = torch.linalg.vector_norm((y_new - y) * inverse_mu, dim=(-2, -1)).double() / norm.clamp(min=1e-300)
+        dual_change = torch.where(observed, sparse_new - sparse, low_new - low) * _column(mu.to(data.dtype))
+        change = torch.linalg.vector_norm(dual_change, dim=(-2, -1)) / torch.linalg.vector_norm(y_new, dim=(-2, -1))
         go = _column(running)
         y, sparse, low = torch.where(go, y_new, y), torch.where(go, sparse_new, sparse), torch.where(go, low_new, low)
         residual = torch.where(running, left_over, residual)
@@ -152,20 +156,23 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
             u, vh = _merge(go, u_new, u, -1), _merge(go, vh_new, vh, -2)
             sigma = _merge(running.unsqueeze(-1), excess.to(data.dtype), sigma, -1)
         iterations += running
-        mu = torch.where(running, torch.minimum(rho * mu, top), mu)
-        done = running & (residual < tol)
+        change = change.double()
+        behind = ~balanced | (residual >= BALANCE * change)
+        following = torch.where(running & behind, torch.minimum(RHO * mu, top), mu)
+        done = running & (residual < tol) & (~balanced | (change < settled))
         if done.any():
             found = _gap(y[done], data[done], sigma[done], penalty, sparse[done], lam[done], corruption)
             gap[done] = found
             closed = torch.zeros_like(done)
             closed[done] = found <= GAP
-            last = restarts >= RESTARTS
             converged |= closed
-            running = running & ~closed & ~(done & last)
-            again = done & ~closed & ~last
-            mu = torch.where(again, mu * LOWERED, mu)
-            rho = torch.where(again, 1 + (rho - 1) / 2, rho)
-            restarts += again
+            running = running & ~closed
+            again = done & ~closed
+            settled = torch.where(again & balanced, settled / 2, settled)
+            back = (residual / (BALANCE * change)).clamp(max=1)
+            following = torch.where(again & ~balanced, mu * back, following)
+            balanced = balanced | again
+        mu = following
         predicted = int(torch.where(above < k - _EXTRA, above + 1, (above + max(1, d // 20))).max()) if batch else 0
         wanted = min(predicted + _EXTRA, d)
         if wanted > k:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref import _checks, ialm
+from fastpref.batched_ialm import batched_ialm, batched_ialm_ref, is_small
 from fastpref.batched_rpca import (
     AWAY,
     BLIND,
@@ -524,20 +525,31 @@ def _single(matrix, rank, structure, corruption, method, tol, max_iter, scale, w
     return _result(data, _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report), corruption, sparse)
 
 
-def _rank_free(matrix, structure, corruption, lam, tol, max_iter, scale, sparse, report, backend) -> RPCAResult:
+def _reporter(callback):
+    def report(iteration, residual, noise, rank):
+        return callback is not None and callback(RPCAProgress(iteration, residual, noise, rank))
+
+    return report
+
+
+def _rank_free(matrix, structure, corruption, lam, tol, max_iter, scale, sparse, callback, backend) -> RPCAResult:
     """The convex program; where noise shrinks L, or lines leave traces in it, a fit of the rank it found."""
     data = _Data(matrix, scale, structure, None, backend)
     dense = matrix.to(data.dtype)
     if matrix.dtype == torch.int8:
         dense = dense.masked_fill(matrix == -128, torch.nan)
-    found = ialm.ialm(
-        (dense * scale).unsqueeze(0),
-        lam=lam,
-        tol=tol,
-        max_iter=max_iter,
-        corruption=corruption,
-        report=lambda iteration, residual, rank: report(iteration, residual, float("nan"), rank),
-    )
+    dense, report = (dense * scale).unsqueeze(0), _reporter(callback)
+    if corruption == "entries" and callback is None and is_small(*matrix.shape):
+        found = batched_ialm(dense, lam=lam, tol=tol, max_iter=max_iter)
+    else:
+        found = ialm.ialm(
+            dense,
+            lam=lam,
+            tol=tol,
+            max_iter=max_iter,
+            corruption=corruption,
+            report=lambda iteration, residual, rank: report(iteration, residual, float("nan"), rank),
+        )
     rank = int(found.rank)
     noisy = float(found.dense_share) > ialm.NOISY and corruption == "entries"
     if noisy:
@@ -625,10 +637,13 @@ class _BatchFit(NamedTuple):
 
 def _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse) -> RPCAResult:
     flat = matrix.reshape(matrix.shape[:-2].numel(), *matrix.shape[-2:])
-    found = ialm.ialm(flat, lam=lam, tol=tol, max_iter=max_iter)
+    solve = batched_ialm if is_small(*flat.shape[1:]) else batched_ialm_ref
+    found = solve(flat, lam=lam, tol=tol, max_iter=max_iter)
     root = found.S.sqrt().unsqueeze(-2)
     left, right = found.U * root, found.Vh.mT * root
-    rank, iterations, converged = found.rank.clone(), found.iterations.clone(), found.converged.clone()
+    rank, iterations, converged, median = (
+        tensor.clone() for tensor in (found.rank, found.iterations, found.converged, found.median)
+    )
     noisy = found.dense_share > ialm.NOISY
     skew = structure == "skew"
     for b in noisy.nonzero().flatten().tolist():
@@ -649,14 +664,8 @@ def _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse) -> RPCAResul
         left[part, :, :r], right[part, :, :r] = fit.left, fit.right
         iterations[part] += fit.iterations
         converged[part] = fit.converged
-    fit = _BatchFit(left, right, rank, iterations, converged, found.residual, found.gap)
-    medians = [_median_of(d, a, b) for d, a, b in zip(flat, left, right, strict=True)]
-    fit = fit._replace(median=torch.stack(medians) if medians else flat.new_empty(0))
-    return _batch_result(matrix, fit, sparse)
-
-
-def _median_of(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return (matrix - left @ right.mT).abs().nanmedian().nan_to_num(0.0)
+        median[part] = fit.median
+    return _batch_result(matrix, _BatchFit(left, right, rank, iterations, converged, median, found.gap), sparse)
 
 
 def _batch_result(matrix: Tensor, found: _BatchFit, sparse: str) -> RPCAResult:
@@ -666,28 +675,30 @@ def _batch_result(matrix: Tensor, found: _BatchFit, sparse: str) -> RPCAResult:
     u, s, vh = _batched_svd(found.left, found.right)
     s = s * (torch.arange(rank, device=s.device) < found.rank.unsqueeze(-1))
     scale = MAD * found.median.double()
-    chunk = max(1, (1 << 24) // max(m * n, 1))
+    chunk = max(1, (1 << 18) // max(m * n, 1))  # what caches hold
     rates, row_rates, column_rates, residuals, dense, listed = [], [], [], [], [], []
     for begin in range(0, batch, chunk):
         part = slice(begin, begin + chunk)
         d = flat[part]
-        seen = ~d.isnan()
-        r = torch.where(seen, d - found.left[part] @ found.right[part].mT, 0)
-        clean = torch.where(seen, d, 0)
-        total = seen.sum((-2, -1)).clamp(min=1)
-        bound = outlier_bound(found.median[part], clean.abs().sum((-2, -1)) / total)
-        far = r.abs() > bound[:, None, None]
-        kept = torch.where(far, 0, r)
+        observed = ~d.isnan()
+        r = torch.where(observed, d - found.left[part] @ found.right[part].mT, 0)
+        clean = torch.where(observed, d, 0)
+        rows, columns = _counts(observed)
+        total = rows.sum(-1).clamp(min=1)
+        bound = outlier_bound(found.median[part], (clean.abs().sum((-2, -1)) / total).to(d.dtype))
+        wrong = r.abs() > bound[:, None, None]
+        kept = torch.where(wrong, 0, r)
+        wrong_rows, wrong_columns = _counts(wrong)
         norm = torch.linalg.vector_norm(clean, dim=(-2, -1)).double()
         residuals.append(torch.linalg.vector_norm(kept, dim=(-2, -1)) / norm.where(norm > 0, 1.0))
-        rates.append(far.sum((-2, -1)) / total)
-        row_rates.append(far.sum(-1) / seen.sum(-1).clamp(min=1))
-        column_rates.append(far.sum(-2) / seen.sum(-2).clamp(min=1))
+        rates.append(wrong_rows.sum(-1) / total)
+        row_rates.append(wrong_rows / rows.clamp(min=1))
+        column_rates.append(wrong_columns / columns.clamp(min=1))
         if sparse == "dense":
-            dense.append(torch.where(far, r, 0))
+            dense.append(torch.where(wrong, r, 0))
         elif sparse == "coo":
-            where = far.nonzero()
-            listed.append((where + where.new_tensor([begin, 0, 0]), r[far]))
+            where = wrong.nonzero()
+            listed.append((where + where.new_tensor([begin, 0, 0]), r[wrong]))
     lead = shape[:-2]
 
     def joined(parts, *size, dtype=torch.float64):
@@ -716,6 +727,12 @@ def _batch_result(matrix: Tensor, found: _BatchFit, sparse: str) -> RPCAResult:
         _condition(s, found.rank).view(lead),
     )
     return RPCAResult(u.view(*lead, m, rank), s.view(*lead, rank), vh.view(*lead, rank, n), whole, info)
+
+
+def _counts(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, m, n] -> how many are true per row [B, m] and column [B, n], float64; sums of booleans are slow."""
+    numbers = mask.float()
+    return numbers.sum(-1).double(), numbers.sum(-2).double()
 
 
 def _condition(s: Tensor, rank: Tensor) -> Tensor:
@@ -817,18 +834,14 @@ def rpca(
     with torch.no_grad():
         if matrix.dim() == 2:
             check_matrix(matrix)
-
-            def report(iteration, residual, noise, rank):
-                return callback is not None and callback(RPCAProgress(iteration, residual, noise, rank))
-
             if rank is None:
                 return _rank_free(
-                    matrix, structure, corruption, lam, tol, max_iter, scale, sparse, report, backend
+                    matrix, structure, corruption, lam, tol, max_iter, scale, sparse, callback, backend
                 )  # fmt: skip
             factors = None if warm is None else _warm_factors(warm, (m, rank), (rank, n))
             return _single(
-                matrix, rank, structure, corruption, method, tol, max_iter, scale, factors, sparse, report, group,
-                backend,
+                matrix, rank, structure, corruption, method, tol, max_iter, scale, factors, sparse,
+                _reporter(callback), group, backend,
             )  # fmt: skip
         single_only = {
             "corruption": corruption != "entries",
