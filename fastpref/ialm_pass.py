@@ -33,9 +33,9 @@ class State(NamedTuple):
 
 class Update(NamedTuple):
     products: Tensor  # [m, k]: A right
-    residual: float  # |D - L - S| over the observed entries
-    change: float  # mu |S - S before|, where D is missing mu |L - L before|
-    dual: float  # |Y|
+    residual: Tensor  # [] float64: |D - L - S| over the observed entries
+    change: Tensor  # [] float64: mu |S - S before|, where D is missing mu |L - L before|
+    dual: Tensor  # [] float64: |Y|
 
 
 class DualSums(NamedTuple):
@@ -164,6 +164,10 @@ def _native_columns(state: State, left, value: _Value) -> Tensor:
 _library.OPS["ialm_pass"] = {"native": _library.native_cpu_reason, "reference": _library.reference_reason}
 
 
+def is_native(matrix: Tensor) -> bool:
+    return _library.native_cpu_reason(matrix.device.type) is None
+
+
 def _native_serves(state: State, backend: str | None) -> bool:
     return _library.choose_backend("ialm_pass", backend or "", state.matrix.device.type) == "native"
 
@@ -194,7 +198,7 @@ def ialm_update(
     """
     run = _native_update if _native_serves(state, backend) else _update_ref
     products, sums = run(state, left, right, mu, mu_before, mu_next)
-    turn, move, dual = sums[:3].sqrt().tolist()
+    turn, move, dual = sums[:3].sqrt()
     return Update(products, turn / mu, move * mu, dual)
 
 
