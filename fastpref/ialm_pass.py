@@ -54,7 +54,7 @@ class _Value(NamedTuple):
     missing: float
 
 
-_DATA, _DUAL = _Value(1.0, 0.0, 0.0, 0.0), _Value(0.0, 0.0, 1.0, 0.0)
+_DUAL = _Value(0.0, 0.0, 1.0, 0.0)
 
 
 def _target(mu: float, mu_next: float) -> _Value:
@@ -184,9 +184,9 @@ def new_state(matrix: Tensor, scale: float, lam: float) -> State:
 
 def set_dual(state: State, factor: float) -> None:
     """T = Y = factor D, S = 0, 0 where D is missing."""
-    for _, data, _, t in _blocks(state):
-        torch.mul(data, factor, out=t)
-        t.nan_to_num_(0.0)
+    for block in row_blocks(state.matrix, _BLOCK_BYTES):
+        t = state.t[block, : state.matrix.shape[1]]
+        torch.mul(entries(state.matrix[block], t.dtype), factor * state.scale, out=t).nan_to_num_(0.0)
 
 
 def ialm_update(
@@ -207,11 +207,6 @@ def ialm_product(
 ) -> Tensor:
     """A factor, or A^T factor, of the step with penalty mu_next; mu is that at which T was formed."""
     return _product(state, factor, _target(mu, mu_next), transposed, backend)
-
-
-def data_product(state: State, factor, *, transposed: bool = False, backend: str | None = None) -> Tensor:
-    """D factor, or D^T factor, a missing entry counting as 0."""
-    return _product(state, factor, _DATA, transposed, backend)
 
 
 def dual_product(state: State, factor, *, transposed: bool = False, backend: str | None = None) -> Tensor:

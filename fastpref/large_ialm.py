@@ -33,8 +33,17 @@ def large_ialm(
     m, n = matrix.shape
     d = min(m, n)
     dtype = factor_dtype(matrix)
-    nothing = (torch.zeros(side, 0, dtype=dtype) for side in (m, n))
-    data = residual_pass(matrix, *nothing, psi="identity", scale=scale, backend=backend)
+
+    def read(left, right):
+        """Products with D, a missing entry counting as 0, and sums over it; a factor is None where that of the other
+        side alone is wanted."""
+        left, right = (
+            torch.zeros(side, 0 if other is None else other.shape[1], dtype=dtype) if factor is None else factor
+            for factor, other, side in ((left, right, m), (right, left, n))
+        )
+        return residual_pass(matrix, left, right, psi="identity", scale=scale, backend=backend)
+
+    data = read(None, None)
     count, norm = data.observed.reshape(1), data.sum_squares.sqrt().reshape(1)
     lam = float(ialm.entries_lambda(count, m, n)) if lam is None else float(lam)
     rank, iterations = torch.zeros(2, 1, dtype=torch.int64)
@@ -53,7 +62,9 @@ def large_ialm(
                 for side in (False, True)
             )
 
-        spectral = ialm.norm_below(*times(ialm_pass.data_product), sigma.new_empty(n, dtype=dtype)).reshape(1)
+        spectral = ialm.norm_below(
+            lambda x: read(None, x).left_grad, lambda x: read(x, None).right_grad, torch.empty(n, dtype=dtype)
+        ).reshape(1)  # fmt: skip
         ialm_pass.set_dual(state, 1 / max(float(spectral), float(data.max_kept) / lam))
         schedule = ialm.Schedule(spectral, count == m * n)
         mu = formed_at = float(schedule.mu)
@@ -79,7 +90,7 @@ def large_ialm(
 
         def gaps(done):
             sums = ialm_pass.dual_sums(state, mu=formed_at, backend=backend)
-            spectral = ialm.norm_above(*times(ialm_pass.dual_product), u.new_empty(n))
+            spectral = ialm.norm_above(*times(ialm_pass.dual_product), torch.empty(n, dtype=dtype))
             gap[0] = ialm.relative_gap(
                 sums.inner, spectral, torch.tensor(sums.largest / lam).double(), sigma.sum(), lam * sums.sparse
             )
