@@ -91,21 +91,17 @@ class Schedule:
         """What mu will be after this iteration, unless the residual or the gap turns it."""
         return torch.where(self.grows, torch.minimum(RHO * self.mu, self.top), self.mu)
 
-    def advance(self, running: Tensor, residual: Tensor, change: Tensor, tol: float, gap) -> Tensor:
-        """The next mu; true for matrices whose gap is closed. gap(done) -> the gaps of those that seem done."""
+    def done(self, running: Tensor, residual: Tensor, change: Tensor, tol: float) -> Tensor:
+        """Whose gap is to be looked at."""
+        return running & (residual < tol) & (~self.balanced | (change < self.settled))
+
+    def advance(self, running: Tensor, residual: Tensor, change: Tensor, open_gap: Tensor) -> None:
+        """To the next mu; open_gap: those that are done but for their gap."""
         self.grows = running & (~self.balanced | (residual >= BALANCE * change))
-        following = self.expected()
-        done = running & (residual < tol) & (~self.balanced | (change < self.settled))
-        closed = torch.zeros_like(done)
-        if done.any():
-            closed[done] = gap(done) <= GAP
-            again = done & ~closed
-            self.settled = torch.where(again & self.balanced, self.settled / 2, self.settled)
-            back = (residual / (BALANCE * change)).clamp(max=1)
-            following = torch.where(again & ~self.balanced, self.mu * back, following)
-            self.balanced = self.balanced | again
-        self.mu = following
-        return closed
+        back = self.mu * (residual / (BALANCE * change)).clamp(max=1)
+        self.mu = torch.where(open_gap & ~self.balanced, back, self.expected())
+        self.settled = torch.where(open_gap & self.balanced, self.settled / 2, self.settled)
+        self.balanced = self.balanced | open_gap
 
 
 def start_directions(n: int, d: int, generator: torch.Generator, like: Tensor) -> Tensor:
@@ -235,13 +231,13 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
             u, vh = _merge(go, u_new, u, -1), _merge(go, vh_new, vh, -2)
             sigma = _merge(running.unsqueeze(-1), excess.to(data.dtype), sigma, -1)
         iterations += running
-
-        def gaps(done):
+        change = change.double()
+        done = schedule.done(running, residual, change, tol)
+        if done.any():
             gap[done] = _gap(y[done], data[done], sigma[done], sparse[done], lam[done], corruption)
-            return gap[done]
-
-        closed = schedule.advance(running, residual, change.double(), tol, gaps)
+        closed = done & (gap <= GAP)
         converged |= closed
+        schedule.advance(running, residual, change, done & ~closed)
         running = running & ~closed
         q = next_directions(vh_new, int(above.max()), d, generator)
         if report is not None and report(iteration, float(residual.max()), int(rank.max())):

@@ -3,7 +3,7 @@
 An inexact augmented Lagrangian step of min |L|_* + lam |S|_1, L + S = D, forms W = D - L + Y / mu, its soft threshold S
 and the dual matrix Y = mu (W - S), and multiplies A = D - S + Y / mu by thin factors for the next L. In plain PyTorch
 these are a dozen tensors of D's size. Here T = mu W is the state, from which Y = T clipped at lam and S = (T - Y) / mu
-follow; A is formed tile by tile. Where D is missing (NaN; int8: -128), T holds L, which is A there. A step is two reads:
+follow; A is formed tile by tile. Where D is missing (NaN; int8: -128), T holds L, which is A there. A step reads twice:
 
     ialm_update     T of the next step from D, T and the factors of L; A right of the new T; sums over the change
     ialm_product    A^T left

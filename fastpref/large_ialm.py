@@ -1,4 +1,4 @@
-"""Rank-free robust PCA of one large matrix: the steps of `ialm`, by two reads of the matrix and of one state of its size.
+"""Rank-free robust PCA of one large matrix: the steps of `ialm`, each two reads of it and of a state of its size.
 
 The matrix is read where it lies, by `ialm_pass`; everything else is thin factors. Floor per step of a float32 matrix
 with L of rank q and k directions: 20 bytes and 2 q + 4 k flops per entry.
@@ -87,17 +87,16 @@ def large_ialm(
         )  # fmt: skip
         formed_at = mu
         residual, iterations[0] = step.residual / norm, iteration
-
-        def gaps(done):
+        change = step.change / step.dual
+        done = schedule.done(running, residual, change, tol)
+        if done:
             sums = ialm_pass.dual_sums(state, mu=formed_at, backend=backend)
             spectral = ialm.norm_above(*times(ialm_pass.dual_product), torch.empty(n, dtype=dtype))
-            gap[0] = ialm.relative_gap(
-                sums.inner, spectral, torch.tensor(sums.largest / lam).double(), sigma.sum(), lam * sums.sparse
-            )
-            return gap
-
-        closed = schedule.advance(running, residual, step.change / step.dual, tol, gaps)
-        converged, running = closed, running & ~closed
+            largest = torch.tensor(sums.largest / lam, dtype=torch.float64)
+            gap[0] = ialm.relative_gap(sums.inner, spectral, largest, sigma.sum(), lam * sums.sparse)
+        converged = done & (gap <= ialm.GAP)
+        schedule.advance(running, residual, change, done & ~converged)
+        running = running & ~converged
         mu = float(schedule.mu)
         product = step.products if mu == expected else None
         if report is not None and report(iteration, float(residual), above):
