@@ -120,12 +120,13 @@ Outliers outliers_args(uintptr_t matrix, int dtype, int64_t rows, int64_t column
   return args;
 }
 
-IalmPass ialm_pass_args(uintptr_t matrix, int dtype, int64_t rows, int64_t columns, int64_t stride, double scale,
-                        uintptr_t state, int64_t state_stride, double lam) {
+IalmPass ialm_pass_args(uintptr_t matrix, int dtype, int64_t rows, int64_t columns, int64_t stride, bool masked,
+                        double scale, uintptr_t state, int64_t state_stride, double lam) {
   IalmPass args{};
   args.matrix = pointer<const void>(matrix);
   args.dtype = static_cast<MatrixDType>(dtype);
-  args.rows = rows, args.columns = columns, args.stride = stride, args.scale = scale;
+  args.rows = rows, args.columns = columns, args.stride = stride;
+  args.masked = masked, args.scale = scale;
   args.state = pointer<void>(state), args.state_stride = state_stride, args.lam = lam;
   args.mu = args.mu_before = 1;
   return args;

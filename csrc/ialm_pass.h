@@ -15,6 +15,7 @@ struct IalmPass {      // F: double for a double matrix, else float
   int64_t rows, columns, stride;
   void* state;           // F [rows rounded up to ialm_rows, state_stride], finite
   int64_t state_stride;  // columns rounded up to ialm_columns, or more
+  bool masked;           // entries may be missing; if not, and D is not what is multiplied, matrix may be null
   double scale, lam;
   const void* row_factors;     // F [rows, rank]: L = row_factors column_factors[:, :rank]^T; for columns() the factor
   const void* column_factors;  // F [columns, width]

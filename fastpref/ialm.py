@@ -118,9 +118,15 @@ def next_directions(vh: Tensor, above: int, d: int, generator: torch.Generator) 
     return torch.cat([vh.mT, fresh.expand(*vh.shape[:-2], -1, -1)], -1)
 
 
+def orthonormal(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Q, and R in float64. In float32 the factorisation's rounding would show in the dual matrix, mu times as large."""
+    q, r = torch.linalg.qr(columns.double())
+    return q.to(columns.dtype), r
+
+
 def thresholded(p: Tensor, q: Tensor, r: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular vectors of p (q r)^T, [..., m, k] and [..., k, n], and how far its values are above, float64, or 0."""
-    left, s, right = torch.linalg.svd(r.mT.double())
+    left, s, right = torch.linalg.svd(r.mT)
     return p @ left.to(p), (s - threshold).clamp(min=0), right.to(q) @ q.mT
 
 
@@ -208,8 +214,8 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
         if not complete:
             a = torch.where(observed, a, low)
         for _ in range(2 if iteration == 1 else 1):
-            p = torch.linalg.qr(a @ q).Q
-            q, r = torch.linalg.qr(a.mT @ p)
+            p = orthonormal(a @ q)[0]
+            q, r = orthonormal(a.mT @ p)
         u_new, excess, vh_new = thresholded(p, q, r, 1 / mu.unsqueeze(-1))
         above = (excess > 0).sum(-1)
         low_new = (u_new * excess.unsqueeze(-2).to(p)) @ vh_new

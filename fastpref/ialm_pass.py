@@ -29,6 +29,7 @@ class State(NamedTuple):
     scale: float  # of what is stored in it
     t: Tensor  # [at least m, at least n] of the factors' dtype
     lam: float
+    complete: bool = False  # nothing is missing
 
 
 class Update(NamedTuple):
@@ -119,13 +120,21 @@ def _columns_ref(state: State, left, value: _Value) -> Tensor:
 # ---- native ----
 
 
-def _native_args(state: State):
+def _native_args(state: State, reads_data: bool = True):
     matrix, t = state.matrix, state.t
     m, n = matrix.shape
     return _native._core.IalmPass(
-        matrix.data_ptr(), DTYPE_CODES[matrix.dtype], m, n, matrix.stride(0), state.scale, t.data_ptr(), t.stride(0),
+        matrix.data_ptr() if reads_data else 0,
+        DTYPE_CODES[matrix.dtype],
+        m,
+        n,
+        matrix.stride(0),
+        reads_data and not state.complete,
+        state.scale,
+        t.data_ptr(),
+        t.stride(0),
         state.lam,
-    )  # fmt: skip
+    )
 
 
 def _run(kernel, args, products, sums: Tensor | None, by_columns: bool) -> None:
@@ -144,7 +153,7 @@ def _native_update(state: State, left, right, mu, mu_before, mu_next) -> tuple[T
 
 
 def _native_rows(state: State, right, value: _Value, sums: Tensor | None) -> Tensor:
-    right, args = right.contiguous(), _native_args(state)
+    right, args = right.contiguous(), _native_args(state, value is not _DUAL or not state.complete or sums is not None)
     args.set_factors(0, right.data_ptr(), 0, right.shape[1])
     args.set_value(*value)
     products = right.new_empty(len(state.matrix), right.shape[1])
@@ -153,7 +162,7 @@ def _native_rows(state: State, right, value: _Value, sums: Tensor | None) -> Ten
 
 
 def _native_columns(state: State, left, value: _Value) -> Tensor:
-    left, args = left.contiguous(), _native_args(state)
+    left, args = left.contiguous(), _native_args(state, value is not _DUAL or not state.complete)
     args.set_factors(left.data_ptr(), 0, left.shape[1], left.shape[1])
     args.set_value(*value)
     products = left.new_empty(state.matrix.shape[1], left.shape[1])
@@ -175,11 +184,11 @@ def _native_serves(state: State, backend: str | None) -> bool:
 # ---- what the solver calls ----
 
 
-def new_state(matrix: Tensor, scale: float, lam: float) -> State:
+def new_state(matrix: Tensor, scale: float, lam: float, complete: bool) -> State:
     """T = 0 for a matrix [m, n] with contiguous rows, of any dtype residual_pass reads; T is padded to whole tiles."""
     m, n = (-(-side // tile) * tile for side, tile in zip(matrix.shape, (8, 32), strict=True))
     t = _native.empty((m, n), factor_dtype(matrix), matrix.device)
-    return State(matrix, scale, t.zero_(), lam)
+    return State(matrix, scale, t.zero_(), lam, complete)
 
 
 def set_dual(state: State, factor: float) -> None:

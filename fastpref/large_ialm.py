@@ -33,17 +33,8 @@ def large_ialm(
     m, n = matrix.shape
     d = min(m, n)
     dtype = factor_dtype(matrix)
-
-    def read(left, right):
-        """Products with D, a missing entry counting as 0, and sums over it; a factor is None where that of the other
-        side alone is wanted."""
-        left, right = (
-            torch.zeros(side, 0 if other is None else other.shape[1], dtype=dtype) if factor is None else factor
-            for factor, other, side in ((left, right, m), (right, left, n))
-        )
-        return residual_pass(matrix, left, right, psi="identity", scale=scale, backend=backend)
-
-    data = read(None, None)
+    nothing = (torch.zeros(side, 0, dtype=dtype) for side in (m, n))
+    data = residual_pass(matrix, *nothing, psi="identity", scale=scale, backend=backend)
     count, norm = data.observed.reshape(1), data.sum_squares.sqrt().reshape(1)
     lam = float(ialm.entries_lambda(count, m, n)) if lam is None else float(lam)
     rank, iterations = torch.zeros(2, 1, dtype=torch.int64)
@@ -53,20 +44,22 @@ def large_ialm(
     u, vh, sigma = torch.zeros(m, 0, dtype=dtype), torch.zeros(0, n, dtype=dtype), torch.zeros(0).double()
     share = torch.zeros(1, dtype=torch.float64)
     if running:
-        state = ialm_pass.new_state(matrix, scale, lam)
+        complete = count == m * n
+        state = ialm_pass.new_state(matrix, scale, lam, bool(complete))
 
-        def times(product, **penalties):
+        def times(product, state=state, **penalties):
             """x -> A x and x -> A^T x."""
             return tuple(
                 lambda x, transposed=side: product(state, x, transposed=transposed, backend=backend, **penalties)
                 for side in (False, True)
             )
 
-        spectral = ialm.norm_below(
-            lambda x: read(None, x).left_grad, lambda x: read(x, None).right_grad, torch.empty(n, dtype=dtype)
-        ).reshape(1)  # fmt: skip
-        ialm_pass.set_dual(state, 1 / max(float(spectral), float(data.max_kept) / lam))
-        schedule = ialm.Schedule(spectral, count == m * n)
+        largest = float(data.max_kept) / lam
+        ialm_pass.set_dual(state, 1 / largest)  # 0 where D is missing: D need not be read for Y
+        y_of = times(ialm_pass.dual_product, state._replace(complete=True))
+        spectral = largest * ialm.norm_below(*y_of, torch.empty(n, dtype=dtype)).reshape(1)
+        state.t.mul_(min(1.0, largest / float(spectral)))
+        schedule = ialm.Schedule(spectral, complete)
         mu = formed_at = float(schedule.mu)
         generator = torch.Generator().manual_seed(0)
         q = ialm.start_directions(n, d, generator, u)
@@ -76,8 +69,8 @@ def large_ialm(
             break
         forward, backward = times(ialm_pass.ialm_product, mu=formed_at, mu_next=mu)
         for _ in range(2 if iteration == 1 else 1):
-            p = torch.linalg.qr(forward(q) if product is None else product).Q
-            q, r = torch.linalg.qr(backward(p))
+            p = ialm.orthonormal(forward(q) if product is None else product)[0]
+            q, r = ialm.orthonormal(backward(p))
         u, sigma, vh = ialm.thresholded(p, q, r, 1 / schedule.mu)
         rank[0] = above = int((sigma > 0).sum())
         q = ialm.next_directions(vh, above, d, generator)

@@ -47,7 +47,7 @@ def storage(m, n, dtype, missing):
 def states(m, n, dtype, missing=0.2):
     """A state to be tested, and the same in float64."""
     matrix, scale = storage(m, n, dtype, missing)
-    state = new_state(matrix, scale, LAM)
+    state = new_state(matrix, scale, LAM, complete=missing == 0)
     set_dual(state, 0.05)
     wide = State(entries(matrix, torch.float64), scale, state.t[:m, :n].double().clone(), LAM)
     torch.testing.assert_close(wide.t, (0.05 * scale * wide.matrix).nan_to_num(0.0), rtol=1e-6, atol=1e-7)
@@ -91,7 +91,7 @@ def test_matches_float64(backend, shape, dtype, missing):
             product = dual_product(state, factor, transposed=transposed, backend=backend)
             agree(product, dual_product(wide, wide_factor, transposed=transposed, backend="reference"), wanted)
         sums, exact = dual_sums(state, mu=mu, backend=backend), dual_sums(wide, mu=mu, backend="reference")
-        assert sums.nonzero == exact.nonzero
+        assert sums.nonzero == pytest.approx(exact.nonzero, abs=2, rel=1e-3)  # int8 has ties with the threshold
         agree(sums.sparse, exact.sparse, wanted)
         agree(sums.inner, exact.inner, wanted)
         agree(sums.largest, exact.largest, wanted)

@@ -92,7 +92,7 @@ struct Block {
 
 // The block to come begins so many rows and columns ahead; the prefetcher wants to know, as no hardware one follows
 // rows this short.
-template <class D, Kind KIND>
+template <class D, Kind KIND, bool MASKED>
 void meet(const IalmPass& args, int64_t rows_ahead, int64_t columns_ahead, const Block<Factor_t<D>>& block,
           const Panel<Factor_t<D>>& panel, double* totals) {
   using F = Factor_t<D>;
@@ -100,7 +100,8 @@ void meet(const IalmPass& args, int64_t rows_ahead, int64_t columns_ahead, const
   constexpr int L = Lanes<F>::n;
   const Constants<F> c(args);
   const V<F> zero{}, bound = zero + c.lam;
-  const D* matrix = static_cast<const D*>(args.matrix) + block.first * args.stride + panel.first;
+  const bool reads_data = MASKED || args.matrix;
+  const D* matrix = static_cast<const D*>(args.matrix) + (reads_data ? block.first * args.stride + panel.first : 0);
   F* state = static_cast<F*>(args.state) + block.first * args.state_stride + panel.first;
   const int64_t end = round_up(panel.columns, step<F>);
   const int64_t d_ahead = rows_ahead * args.stride + columns_ahead;
@@ -112,8 +113,9 @@ void meet(const IalmPass& args, int64_t rows_ahead, int64_t columns_ahead, const
     F* t = state + j;
     int64_t stride = args.stride;
     D part[block_rows * step<F>];
-    if (block.rows < block_rows || j + step<F> > panel.columns) {
-      copy_part(d, args.stride, false, block.first, block.rows, panel.first + j, panel.columns - j, part);
+    if (reads_data && (block.rows < block_rows || j + step<F> > panel.columns)) {
+      copy_part(d, args.stride, false, block.first, block.rows, panel.first + j, panel.columns - j,
+                MASKED ? missing<D>() : D{}, part);
       d = part, stride = step<F>;
     }
     Tile<F> tile{};
@@ -121,32 +123,33 @@ void meet(const IalmPass& args, int64_t rows_ahead, int64_t columns_ahead, const
       subtract_product<F>(tile, block.factors, panel.factors + j, panel.stride, args.rank);
 #pragma GCC unroll 8
     for (int i = 0; i < block_rows; i++) {
-      for (int byte = 0; byte < int(step<F> * sizeof(D)); byte += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(matrix + d_ahead + i * args.stride + j) + byte);
+      if (reads_data)
+        for (int byte = 0; byte < int(step<F> * sizeof(D)); byte += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(matrix + d_ahead + i * args.stride + j) + byte);
       for (int byte = 0; byte < int(step<F> * sizeof(F)); byte += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(t + t_ahead + i * args.state_stride) + byte);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
         F* at = t + i * args.state_stride + half * L;
-        const V<F> data = values(d + i * stride + half * L) * c.scale, old = load_at(at), old_dual = clip(old, bound);
-        const I there = data == data;
+        const V<F> data = reads_data ? values(d + i * stride + half * L) * c.scale : zero;
+        const V<F> old = load_at(at), old_dual = clip(old, bound);
+        const auto where_there = [&](V<F> x, V<F> otherwise) { return MASKED ? (data == data ? x : otherwise) : x; };
         V<F> value;
         if constexpr (KIND == Kind::update) {
-          const V<F> low = -tile[i][half];
-          const V<F> formed = (data - low + old_dual * c.inverse_mu) * c.mu, dual = clip(formed, bound);
-          const V<F> sparse = formed - dual;
-          const V<F> turn = there ? dual - old_dual : zero;
-          const V<F> move = there ? sparse * c.inverse_mu - (old - old_dual) * c.inverse_before : low - old;
-          const V<F> kept = there ? dual : zero;
+          const V<F> formed = (data + tile[i][half] + old_dual * c.inverse_mu) * c.mu, dual = clip(formed, bound);
+          const V<F> sparse = formed - dual, low = -tile[i][half];
+          const V<F> turn = where_there(dual - old_dual, zero), kept = where_there(dual, zero);
+          const V<F> move = where_there(sparse * c.inverse_mu - (old - old_dual) * c.inverse_before, low - old);
           sums[0] += turn * turn;
           sums[1] += move * move;
           sums[2] += kept * kept;
-          store_at(at, there ? formed : low);
-          value = there ? data * c.data + (sparse * c.sparse + dual * c.dual) : low * c.missing;
+          store_at(at, where_there(formed, low));
+          value = where_there(data * c.data + (sparse * c.sparse + dual * c.dual), low * c.missing);
         } else {
           const V<F> sparse = old - old_dual;
-          value = there ? data * c.data + (sparse * c.sparse + old_dual * c.dual) : old * c.missing;
+          value = where_there(data * c.data + (sparse * c.sparse + old_dual * c.dual), old * c.missing);
           if constexpr (KIND == Kind::measured_rows) {
+            const I there = data == data;
             const V<F> size = abs_of<F>(old_dual);
             sums[0] += there ? abs_of<F>(sparse) : zero;
             sums[1] = (sparse != zero) & there ? sums[1] + F(1) : sums[1];
@@ -170,7 +173,7 @@ void meet(const IalmPass& args, int64_t rows_ahead, int64_t columns_ahead, const
     for (int lane = 0; lane < L; lane++) totals[3] = larger(totals[3], double(sums[3][lane]));
 }
 
-template <class D, Kind KIND>
+template <class D, Kind KIND, bool MASKED>
 void chunk(const IalmPass& args, const Layout& layout, int64_t index) {
   using F = Factor_t<D>;
   constexpr bool by_columns = KIND == Kind::columns;
@@ -203,7 +206,8 @@ void chunk(const IalmPass& args, const Layout& layout, int64_t index) {
         const Block<F> block{row, smaller(block_rows, group_end - row), packed_rows + i * row_rank * block_rows,
                              row_sums + i * width * block_rows};
         const bool last = i + 1 == blocks;
-        meet<D, KIND>(args, last ? -i * block_rows : block_rows, last ? layout.panel : 0, block, panel, totals->sums);
+        meet<D, KIND, MASKED>(args, last ? -i * block_rows : block_rows, last ? layout.panel : 0, block, panel,
+                              totals->sums);
       }
     }
     if (!by_columns)
@@ -215,26 +219,31 @@ void chunk(const IalmPass& args, const Layout& layout, int64_t index) {
   }
 }
 
+template <class D, Kind KIND>
+void chunks_dtype(const IalmPass& args, int64_t begin, int64_t end) {
+  const Layout layout(args, KIND == Kind::columns);
+  for (int64_t index = begin; index < end; index++) {
+    if (KIND == Kind::measured_rows || args.masked)
+      chunk<D, KIND, true>(args, layout, index);
+    else if constexpr (KIND != Kind::measured_rows)
+      chunk<D, KIND, false>(args, layout, index);
+  }
+}
+
 template <Kind KIND>
 void chunks(const IalmPass& args, int64_t begin, int64_t end) {
-  const Layout layout(args, KIND == Kind::columns);
-  for (int64_t index = begin; index < end; index++) switch (args.dtype) {
-      case MatrixDType::f32:
-        chunk<float, KIND>(args, layout, index);
-        break;
-      case MatrixDType::bf16:
-        chunk<bf16, KIND>(args, layout, index);
-        break;
-      case MatrixDType::f16:
-        chunk<f16, KIND>(args, layout, index);
-        break;
-      case MatrixDType::f64:
-        chunk<double, KIND>(args, layout, index);
-        break;
-      case MatrixDType::i8:
-        chunk<int8_t, KIND>(args, layout, index);
-        break;
-    }
+  switch (args.dtype) {
+    case MatrixDType::f32:
+      return chunks_dtype<float, KIND>(args, begin, end);
+    case MatrixDType::bf16:
+      return chunks_dtype<bf16, KIND>(args, begin, end);
+    case MatrixDType::f16:
+      return chunks_dtype<f16, KIND>(args, begin, end);
+    case MatrixDType::f64:
+      return chunks_dtype<double, KIND>(args, begin, end);
+    case MatrixDType::i8:
+      return chunks_dtype<int8_t, KIND>(args, begin, end);
+  }
 }
 
 template <class F>

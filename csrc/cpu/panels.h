@@ -38,17 +38,15 @@ inline int64_t chunk_of_rows(int64_t rows) {
   return round_up(larger(larger(32, smaller(96, rows / 16)), rows / 48), 8);
 }
 
-// A tile in part outside the matrix, or (upper) on or below its diagonal: missing there.
+// A tile in part outside the matrix, or (upper) on or below its diagonal: `fill` there.
 template <class D>
 void copy_part(const D* d, int64_t stride, bool upper, int64_t row, int64_t rows, int64_t column, int64_t columns,
-               D* out) {
+               D fill, D* out) {
   constexpr int width = step<Factor_t<D>>;
   for (int64_t i = 0; i < block_rows; i++)
     for (int64_t j = 0; j < width; j++) {
-      if (i < rows && j < columns && (!upper || column + j > row + i))
-        out[i * width + j] = d[i * stride + j];
-      else
-        set_missing(out[i * width + j]);
+      const bool inside = i < rows && j < columns && (!upper || column + j > row + i);
+      out[i * width + j] = inside ? d[i * stride + j] : fill;
     }
 }
 

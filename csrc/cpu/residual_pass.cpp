@@ -196,7 +196,7 @@ void meet(const ResidualPass& args, const D* next, const Block<Factor_t<D>>& blo
     const bool whole = block.rows == block_rows && j + step<F> <= panel.columns &&
                        (!args.upper || column > block.first + block_rows - 1);
     if (!whole) {
-      copy_part(d, args.stride, args.upper, block.first, block.rows, column, panel.columns - j, part);
+      copy_part(d, args.stride, args.upper, block.first, block.rows, column, panel.columns - j, missing<D>(), part);
       d = part, stride = step<F>;
     }
     V r[block_rows][2];
