@@ -5,7 +5,8 @@ from a subspace that is carried from one iteration to the next, instead of a ful
 with a penalty that grows geometrically the iteration is feasible soon, and may be far from optimal. The relative
 duality gap (the dual matrix scaled into the feasible set, its spectral norm bounded from above) does. Where it is open,
 and from the start where entries are missing, the penalty is balanced: it grows only while the residual is large beside
-the change of S, the residual of the dual.
+the change of S, the residual of the dual. Where that leaves the gap open the subspace lags behind, and takes one more
+step per iteration.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,9 @@ from torch import Tensor
 GAP = 1e-3  # relative duality gap that counts as closed
 RHO = 1.5  # the penalty's growth
 BALANCE = 0.1  # residual over change, from which a balanced penalty grows
-SETTLED = 1e-4  # change at which the gap is looked at, halved where it is open
+SETTLED = 1e-4  # change at which the gap is looked at
+LOWERED = 1e-4, 0.1  # the penalty, at most and at least, where it grew freely and the gap is open
+PAUSE = 5  # iterations before the gap is looked at again
 SHARE = 0.02  # of rows or columns taken to be corrupted, for lambda
 NOISY = 0.5  # share of S that is not zero: there is noise, and the rank is not that of L
 _EXTRA = 5  # directions beside the predicted rank
@@ -78,29 +81,32 @@ class _Penalty:
 
 
 class Schedule:
-    """The penalties mu of a batch, and when a matrix has converged."""
+    """The penalties mu of a batch [B], the subspace steps per iteration, and when the gap is looked at."""
 
     def __init__(self, spectral: Tensor, complete: Tensor):
         self.mu = 1.25 / spectral
         self.top = 1e7 * self.mu
         self.balanced = ~complete
-        self.settled = torch.full_like(self.mu, SETTLED)
         self.grows = torch.ones_like(complete)
+        self.steps = torch.ones_like(complete, dtype=torch.int64)
+        self.next_look = torch.zeros_like(self.steps)
 
     def expected(self) -> Tensor:
         """What mu will be after this iteration, unless the residual or the gap turns it."""
         return torch.where(self.grows, torch.minimum(RHO * self.mu, self.top), self.mu)
 
-    def done(self, running: Tensor, residual: Tensor, change: Tensor, tol: float) -> Tensor:
+    def done(self, running: Tensor, iteration: int, residual: Tensor, change: Tensor, tol: float) -> Tensor:
         """Whose gap is to be looked at."""
-        return running & (residual < tol) & (~self.balanced | (change < self.settled))
+        settled = ~self.balanced | (change < SETTLED)
+        return running & (residual < tol) & (iteration >= self.next_look) & settled
 
-    def advance(self, running: Tensor, residual: Tensor, change: Tensor, open_gap: Tensor) -> None:
-        """To the next mu; open_gap: those that are done but for their gap."""
+    def advance(self, running: Tensor, iteration: int, residual: Tensor, change: Tensor, open_gap: Tensor) -> None:
+        """To the next iteration; open_gap: those that are done but for their gap."""
         self.grows = running & (~self.balanced | (residual >= BALANCE * change))
-        back = self.mu * (residual / (BALANCE * change)).clamp(max=1)
+        back = self.mu * (residual / (BALANCE * change).clamp(min=1e-300)).clamp(*LOWERED)
         self.mu = torch.where(open_gap & ~self.balanced, back, self.expected())
-        self.settled = torch.where(open_gap & self.balanced, self.settled / 2, self.settled)
+        self.steps += open_gap & self.balanced
+        self.next_look = torch.where(open_gap, iteration + PAUSE, self.next_look)
         self.balanced = self.balanced | open_gap
 
 
@@ -192,9 +198,9 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
     )
     penalty = _Penalty(lam, corruption)
     norm = torch.linalg.vector_norm(data.double(), dim=(-2, -1))
-    spectral = norm_below(lambda x: data @ x, lambda x: data.mT @ x, data).clamp(min=1e-300)
     running = norm > 0
-    y = data / _column(torch.maximum(spectral, penalty.dual(data)).clamp(min=1e-300).to(data.dtype))
+    spectral = torch.where(running, norm_below(lambda x: data @ x, lambda x: data.mT @ x, data), 1.0)
+    y = data / _column(torch.maximum(spectral, penalty.dual(data)).to(data.dtype))
     schedule = Schedule(spectral, count == m * n)
     iterations = torch.zeros(batch, dtype=torch.int64, device=device)
     rank = torch.zeros_like(iterations)
@@ -213,7 +219,7 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
         a = data - sparse + y * inverse_mu
         if not complete:
             a = torch.where(observed, a, low)
-        for _ in range(2 if iteration == 1 else 1):
+        for _ in range(2 if iteration == 1 else int(schedule.steps[running].max())):
             p = orthonormal(a @ q)[0]
             q, r = orthonormal(a.mT @ p)
         u_new, excess, vh_new = thresholded(p, q, r, 1 / mu.unsqueeze(-1))
@@ -238,12 +244,12 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
             sigma = _merge(running.unsqueeze(-1), excess.to(data.dtype), sigma, -1)
         iterations += running
         change = change.double()
-        done = schedule.done(running, residual, change, tol)
+        done = schedule.done(running, iteration, residual, change, tol)
         if done.any():
             gap[done] = _gap(y[done], data[done], sigma[done], sparse[done], lam[done], corruption)
         closed = done & (gap <= GAP)
         converged |= closed
-        schedule.advance(running, residual, change, done & ~closed)
+        schedule.advance(running, iteration, residual, change, done & ~closed)
         running = running & ~closed
         q = next_directions(vh_new, int(above.max()), d, generator)
         if report is not None and report(iteration, float(residual.max()), int(rank.max())):

@@ -68,8 +68,8 @@ def large_ialm(
         if not running:
             break
         forward, backward = times(ialm_pass.ialm_product, mu=formed_at, mu_next=mu)
-        for _ in range(2 if iteration == 1 else 1):
-            p = ialm.orthonormal(forward(q) if product is None else product)[0]
+        for again in range(2 if iteration == 1 else int(schedule.steps)):
+            p = ialm.orthonormal(forward(q) if again or product is None else product)[0]
             q, r = ialm.orthonormal(backward(p))
         u, sigma, vh = ialm.thresholded(p, q, r, 1 / schedule.mu)
         rank[0] = above = int((sigma > 0).sum())
@@ -81,14 +81,14 @@ def large_ialm(
         formed_at = mu
         residual, iterations[0] = step.residual / norm, iteration
         change = step.change / step.dual
-        done = schedule.done(running, residual, change, tol)
+        done = schedule.done(running, iteration, residual, change, tol)
         if done:
             sums = ialm_pass.dual_sums(state, mu=formed_at, backend=backend)
             spectral = ialm.norm_above(*times(ialm_pass.dual_product), torch.empty(n, dtype=dtype))
             largest = torch.tensor(sums.largest / lam, dtype=torch.float64)
             gap[0] = ialm.relative_gap(sums.inner, spectral, largest, sigma.sum(), lam * sums.sparse)
         converged = done & (gap <= ialm.GAP)
-        schedule.advance(running, residual, change, done & ~converged)
+        schedule.advance(running, iteration, residual, change, done & ~converged)
         running = running & ~converged
         mu = float(schedule.mu)
         product = step.products if mu == expected else None

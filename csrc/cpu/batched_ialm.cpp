@@ -17,13 +17,14 @@ namespace fastpref::FASTPREF_SIMD {
 namespace {
 
 // as in fastpref/ialm.py
-constexpr double closed = 1e-3, balance = 0.1, settled = 1e-4, faint = 100, first_mu = 1.25, top_mu = 1e7, rho = 1.5;
-constexpr int64_t extra = 5, first_directions = 15;
+constexpr double closed = 1e-3, balance = 0.1, settled = 1e-4, most_lowered = 1e-4, least_lowered = 0.1, faint = 100,
+                 first_mu = 1.25, top_mu = 1e7, rho = 1.5;
+constexpr int64_t pause = 5, extra = 5, first_directions = 15;
 
 constexpr int sweeps = 30;  // of rotations; 1 is usual, as the last iteration's vectors nearly fit
 constexpr int norm_rounds = 2;
-constexpr double margin = 1e-4;     // of the bound on a spectral norm, doubled until it holds
-constexpr double skewness = 0.3;    // of P's columns, from which one Cholesky round leaves them orthogonal to rounding
+constexpr double margin = 1e-4;      // relative, of the bound on a spectral norm
+constexpr double skewness = 0.3;     // of P's columns, from which one Cholesky round leaves them orthogonal to rounding
 constexpr double indifferent = 0.1;  // cosine of two directions, both below the threshold, that are left as they are
 
 template <class T>
@@ -34,14 +35,14 @@ struct Solver {
   using I = typename Lanes<T>::I;
 
   const BatchedIalm& args;
-  const bool wide;                      // then all is transposed
-  const int64_t rows, columns, stride;  // rows >= columns
-  T *data, *dual, *a;                   // [rows, stride]; dual is Y / mu; the padding of all three is 0
-  T *left, *other, *low;                // [rows, width]; low and right are L's factors
-  T* basis;                             // [columns, width]
-  T *right, *sorted, *saved;            // [columns, stride], the first k rows
+  const bool wide;                          // then all is transposed
+  const int64_t rows, columns, stride;      // rows >= columns
+  T *data, *dual, *a;                       // [rows, stride]; dual is Y / mu; the padding of all three is 0
+  T *left, *other, *low;                    // [rows, width]; low and right are L's factors
+  T* basis;                                 // [columns, width]
+  T *right, *sorted, *saved;                // [columns, stride], the first k rows
   T *turn, *core, *gram, *half, *products;  // [columns, stride]
-  T *squares, *sigma, *excess;          // [stride]
+  T *squares, *sigma, *excess;              // [stride]
   T *dots, *first, *second, *cosine, *sine;
   int32_t* order;
 
@@ -67,7 +68,7 @@ struct Solver {
     order = reinterpret_cast<int32_t*>(take(2 * stride));
   }
 
-  int64_t observed = 0, k = 0, width = 0;  // width: k in whole vectors
+  int64_t observed = 0, k = 0, width = 0;   // width: k in whole vectors
   double norm = 0, largest = 0, scale = 1;  // of what is stored, and what that was divided by
   uint64_t state = 0;
 
@@ -295,17 +296,23 @@ struct Solver {
     return true;
   }
 
+  // An upper bound of |dual|_2, at most `margin` above it
   double dual_norm_above() {
     product(dual, 1, stride, columns, rows, dual, stride, products, stride, stride);
     std::memcpy(saved, right, k * stride * sizeof(T));
-    double slack = margin, bound = 0;
-    do {
-      subspace(dual, 0);
-      bound = sigma[0] * (1 + slack);
-      slack *= 2;
-    } while (!is_bound(bound));
+    subspace(dual, 0);
     std::memcpy(right, saved, k * stride * sizeof(T));
-    return bound;
+    const double about = larger(sigma[0], 1e-15);
+    double low = 0, high = margin;
+    while (high < 1e30 && !is_bound(about * (1 + high))) {
+      low = high;
+      high *= 2;
+    }
+    while (high - low > margin * (1 + low)) {
+      const double middle = (low + high) / 2;
+      (is_bound(about * (1 + middle)) ? high : low) = middle;
+    }
+    return about * (1 + high);
   }
 
   // after an iteration, a holding D - S + ratio Y / mu
@@ -423,8 +430,9 @@ struct Solver {
       for (int64_t c = 0; c < k; c++) draw_row(right + c * stride);
       for (int round = 0; round < norm_rounds; round++) subspace(a, static_cast<T>(norm));
       const double spectral = sigma[0], start = first_mu / spectral, top = top_mu * start;
-      double mu = start, ratio = 1, threshold = 0, still = settled;
+      double mu = start, ratio = 1, threshold = 0;
       bool balanced = observed < rows * columns;
+      int64_t steps = 1, next_look = 0;
       const T dual_scale = static_cast<T>(1 / larger(spectral, largest / lam) / mu);
       for (int64_t j = 0; j < rows * stride; j += n) {
         const Vt known = load_at(a + j), y = known * dual_scale;
@@ -434,7 +442,7 @@ struct Solver {
       while (iterations < args.max_iter) {
         iterations++;
         const double inverse_mu = 1 / mu;
-        subspace(a, static_cast<T>(inverse_mu));
+        for (int64_t step = 0; step < steps; step++) subspace(a, static_cast<T>(inverse_mu));
         double nuclear = 0;
         for (rank = 0; rank < k && sigma[rank] > static_cast<T>(inverse_mu); rank++) {
           excess[rank] = static_cast<T>(sigma[rank] - inverse_mu);
@@ -449,15 +457,16 @@ struct Solver {
         residual = __builtin_sqrt(step.moved) / norm;
         const double change = __builtin_sqrt(step.changed / larger(step.size, 1e-300));
         double after = balanced && residual < balance * change ? mu : raised;
-        if (residual < args.tol && (!balanced || change < still)) {
+        if (residual < args.tol && iterations >= next_look && (!balanced || change < settled)) {
           gap = duality_gap(lam, nuclear, mu / raised);
           converged = gap <= closed;
           if (converged) break;
           if (balanced)
-            still /= 2;
+            steps++;
           else
-            after = mu * smaller(residual / larger(balance * change, 1e-300), 1);
+            after = mu * larger(smaller(residual / larger(balance * change, 1e-300), least_lowered), most_lowered);
           balanced = true;
+          next_look = iterations + pause;
         }
         ratio = mu / after;
         if (after != raised) {
@@ -473,7 +482,8 @@ struct Solver {
         k = wanted;
       }
       I at_bound{};  // an entry of S is not zero where Y is at its bound
-      for (int64_t j = 0; j < rows * stride; j += n) at_bound -= abs_of<T>(load_at(dual + j)) == static_cast<T>(threshold);
+      for (int64_t j = 0; j < rows * stride; j += n)
+        at_bound -= abs_of<T>(load_at(dual + j)) == static_cast<T>(threshold);
       int64_t dense = 0;
       for (int u = 0; u < n; u++) dense += at_bound[u];
       share = double(dense) / double(observed);
