@@ -125,9 +125,9 @@ void meet(const IalmPass& args, int64_t rows_ahead, int64_t columns_ahead, const
     for (int i = 0; i < block_rows; i++) {
       if (reads_data)
         for (int byte = 0; byte < int(step<F> * sizeof(D)); byte += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(matrix + d_ahead + i * args.stride + j) + byte);
+          __builtin_prefetch(reinterpret_cast<const char*>(matrix + d_ahead + i * args.stride + j) + byte, 0, 2);
       for (int byte = 0; byte < int(step<F> * sizeof(F)); byte += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(t + t_ahead + i * args.state_stride) + byte);
+        __builtin_prefetch(reinterpret_cast<const char*>(t + t_ahead + i * args.state_stride) + byte, 0, 2);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
         F* at = t + i * args.state_stride + half * L;
