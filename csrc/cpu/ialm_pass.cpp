@@ -90,8 +90,8 @@ struct Block {
   V<F>* sums;        // [width, block_rows], by lane
 };
 
-// The block to come begins so many rows and columns ahead; the prefetcher wants to know, as no hardware one follows
-// rows this short.
+// The block to come begins so many rows and columns ahead, and is fetched into L2: no hardware prefetcher follows rows
+// this short, and L1 is full.
 template <class D, Kind KIND, bool MASKED>
 void meet(const IalmPass& args, int64_t rows_ahead, int64_t columns_ahead, const Block<Factor_t<D>>& block,
           const Panel<Factor_t<D>>& panel, double* totals) {
