@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref import _checks, _library, ialm
+from fastpref import _checks, _library, ialm, ialm_pass
 from fastpref.batched_ialm import batched_ialm, batched_ialm_ref, is_small
 from fastpref.batched_rpca import (
     AWAY,
@@ -33,6 +33,7 @@ from fastpref.batched_rpca import (
     schedules,
 )
 from fastpref.batched_verdict import BatchVerdict, batched_verdict
+from fastpref.large_ialm import large_ialm
 from fastpref.outliers import (
     EXACT,
     MAD,
@@ -44,7 +45,7 @@ from fastpref.outliers import (
     outlier_counts,
     outliers,
 )
-from fastpref.residual_pass import STRUCTURES, check_matrix, factor_dtype, histogram_median, residual_pass
+from fastpref.residual_pass import STRUCTURES, check_matrix, entries, factor_dtype, histogram_median, residual_pass
 
 CORRUPTIONS = ("entries", "rows", "columns")
 METHODS = ("auto", "annealed", "altproj", "ialm")
@@ -545,24 +546,28 @@ def _reporter(callback):
     return report
 
 
+def _dense(matrix: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """[1, m, n], NaN where missing."""
+    return (entries(matrix, dtype) * scale).unsqueeze(0)
+
+
 def _rank_free(matrix, structure, corruption, lam, tol, max_iter, scale, sparse, callback, backend) -> RPCAResult:
     """The convex program; where noise shrinks L, or lines leave traces in it, a fit of the rank it found."""
     data = _Data(matrix, scale, structure, None, backend)
-    dense = matrix.to(data.dtype)
-    if matrix.dtype == torch.int8:
-        dense = dense.masked_fill(matrix == -128, torch.nan)
-    dense, report = (dense * scale).unsqueeze(0), _reporter(callback)
-    if corruption == "entries" and callback is None and is_small(*matrix.shape):
-        found = batched_ialm(dense, lam=lam, tol=tol, max_iter=max_iter)
+    report = _reporter(callback)
+    options = {
+        "lam": lam,
+        "tol": tol,
+        "max_iter": max_iter,
+        "report": lambda iteration, residual, rank: report(iteration, residual, float("nan"), rank),
+    }
+    entrywise = corruption == "entries"
+    if entrywise and callback is None and is_small(*matrix.shape):
+        found = batched_ialm(_dense(matrix, scale, data.dtype), lam=lam, tol=tol, max_iter=max_iter)
+    elif entrywise and backend in (None, "native") and ialm_pass.is_native(matrix):
+        found = large_ialm(matrix, scale=scale, backend=backend, **options)
     else:
-        found = ialm.ialm(
-            dense,
-            lam=lam,
-            tol=tol,
-            max_iter=max_iter,
-            corruption=corruption,
-            report=lambda iteration, residual, rank: report(iteration, residual, float("nan"), rank),
-        )
+        found = ialm.ialm(_dense(matrix, scale, data.dtype), corruption=corruption, **options)
     rank = int(found.rank)
     noisy = float(found.dense_share) > ialm.NOISY and corruption == "entries"
     if noisy:
@@ -758,7 +763,8 @@ def rpca(
     Args:
         matrix: [m, n], or a batch [..., m, n] of small ones; float32, float64, bfloat16, float16, or, one matrix only,
             int8; NaN (int8: -128) is missing. One matrix is read where it lies, memory-mapped files too.
-        rank: of L; None finds it with the convex program, which holds some ten copies of the matrix.
+        rank: of L; None finds it with the convex program, which holds one more matrix of this size (on a GPU, and for
+            whole rows and columns, some ten).
         structure: "skew" for M = -M^T, of even rank: half is read, and L is skew to rounding.
         corruption: what S consists of: "entries", whole "rows" or whole "columns" (one matrix only).
         method: "annealed", "altproj" (clean, well-conditioned data: a third of the iterations), "ialm" (the convex
