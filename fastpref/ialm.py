@@ -22,6 +22,7 @@ LOWERED = 1e-4, 0.1  # the penalty, at most and at least, where it grew freely a
 PAUSE = 5  # iterations before the gap is looked at again
 SHARE = 0.02  # of rows or columns taken to be corrupted, for lambda
 NOISY = 0.5  # share of S that is not zero: there is noise, and the rank is not that of L
+FALL = 5.0  # ratio of a singular value of L to the first one of noise
 _EXTRA = 5  # directions beside the predicted rank
 _FAINT = 100  # times tol, relative to the largest singular value
 _EXACT_NORM = 512  # up to this size the spectral norm comes from an SVD
@@ -265,12 +266,14 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
 
 
 def rank_by_gap(sigma: Tensor) -> int:
-    """Where singular values [q], descending, some of them noise, fall off most."""
+    """Where singular values [q], descending, fall off to those that noise left above the threshold; all of them where
+    none do. What is below a thousandth of the first is noise in any case, and falls off as it may."""
     sigma = sigma[sigma > 0].double()
     if len(sigma) < 2:
         return len(sigma)
-    half = max(2, (len(sigma) + 1) // 2)
-    return int((sigma[: half - 1] / sigma[1:half]).argmax()) + 1
+    floored = sigma.clamp(min=1e-3 * sigma[0])
+    ratios = floored[:-1] / floored[1:]
+    return int(ratios.argmax()) + 1 if ratios.max() > FALL else len(sigma)
 
 
 def _merge(mask: Tensor, new: Tensor, old: Tensor, dim: int) -> Tensor:

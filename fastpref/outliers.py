@@ -131,10 +131,11 @@ def _native_count(matrix, left, right, threshold, scale) -> OutlierCounts:
 def _native_list(matrix, left, right, threshold, scale) -> Outliers:
     counts = _native_count(matrix, left, right, threshold, scale).rows
     args, _, _kept = _native_args(matrix, left, right, threshold, scale)
-    ends = counts.cumsum(0)
-    first, total = ends - counts, int(ends[-1]) if len(ends) else 0
-    rows, columns = (torch.empty(total, dtype=torch.int64) for _ in range(2))
-    values = left.new_empty(total)
+    first = torch.zeros(len(counts) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=first[1:])
+    total = int(first[-1])
+    rows, columns = (torch.zeros(total, dtype=torch.int64) for _ in range(2))
+    values = left.new_zeros(total)
     _native._core.outliers_list_cpu(
         args, first.data_ptr(), rows.data_ptr(), columns.data_ptr(), values.data_ptr(), torch.get_num_threads()
     )
@@ -147,6 +148,9 @@ _library.OPS["outliers"] = {"native": _library.native_cpu_reason, "reference": _
 def _checked(matrix, left, right, threshold, scale, backend):
     check_matrix(matrix)
     check_factors(matrix, left, right)
+    for name, factor in (("left", left), ("right", right)):
+        if not factor.isfinite().all():
+            raise ValueError(f"{name} must be finite, got {factor[~factor.isfinite()][0].item()}")
     check_number("threshold", threshold, "a float that is not negative")
     if not threshold >= 0:
         raise ValueError(f"threshold must not be negative, got {threshold}")
