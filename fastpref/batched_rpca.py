@@ -5,6 +5,7 @@ normalised median residual), around scaled gradient steps on the factors of L = 
 the steps): an entry that L cannot explain loses its say, however large it is. A missing entry is NaN.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastpref import _library, _native
 from fastpref.batched_verdict import BatchVerdict, batched_verdict
-from fastpref.outliers import MAD, MISFIT, explains
+from fastpref.outliers import MAD, MISFIT, Fit, explains, is_better
 
 CUTOFF = 3.0  # of Cauchy's weights, in standard deviations of the noise
 FINEST = 1e-9  # of mean |D|: the smallest cutoff
@@ -35,13 +36,14 @@ class Schedule(NamedTuple):
     decay: float  # of the cutoff, per iteration
     first: float  # of mean |R| at the start: the first cutoff; inf: it is the largest |R|
     step: float  # of the scaled gradient; divided by the observed share
+    most: float  # share of the iterations that are left, where another schedule follows
     again: bool = False  # from the fit found so far: rows that it gave up come back, the rest is nearly right
 
 
-QUICK, SLOW, LOW = Schedule(0.75, 8.0, 0.9), Schedule(0.9, 4.0, 0.7), Schedule(0.9, 2.0, 0.7)
-AGAIN = Schedule(0.9, float("inf"), 0.7, again=True)
-STILL = Schedule(1.0, 8.0, 0.9)  # of full rank, which explains every entry
-TRIES, MOST = 3, 150  # schedules, and iterations of one that has another behind it
+QUICK, SLOW, LOW = Schedule(0.75, 8.0, 0.9, 0.2), Schedule(0.9, 4.0, 0.7, 0.4), Schedule(0.9, 2.0, 0.7, 1.0)
+AGAIN = Schedule(0.9, float("inf"), 0.7, 0.5, again=True)
+STILL = Schedule(1.0, 8.0, 0.9, 1.0)  # of full rank, which explains every entry
+TRIES = 3
 
 
 def schedules(little_missing: bool, full_rank: bool) -> tuple[Schedule, ...]:
@@ -92,7 +94,7 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, attempt: int, to
     share = (count / max(matrix.shape[-2] * matrix.shape[-1], 1)).to(matrix.dtype).clamp(min=1e-30)
     full_rank = rank == min(matrix.shape[1:])
     chosen = [schedules(little_missing, full_rank)[-1 if full_rank else attempt] for little_missing in (False, True)]
-    decay, first, step, _ = matrix.new_tensor(chosen)[(share >= COMPLETE).long()].unbind(-1)
+    decay, first, step, *_ = matrix.new_tensor(chosen)[(share >= COMPLETE).long()].unbind(-1)
     mean = clean.abs().sum((-2, -1)) / count.clamp(min=1)
     norm = torch.linalg.vector_norm(clean, dim=(-2, -1))
     left, right = start(matrix, observed, rank, skew)
@@ -227,20 +229,26 @@ def batched_annealed(
         return fit, batched_verdict(matrix, fit.left, fit.right, fit.median, backend)
 
     tries = 1 if full_rank or warm is not None else TRIES
-    fit, verdict = tried(matrix, 0, min(max_iter, MOST) if tries > 1 else max_iter, warm)
+    orders = [schedules(little_missing, full_rank) for little_missing in (False, True)]
+
+    def share(attempt):
+        return 1.0 if attempt == tries - 1 else max(order[attempt].most for order in orders)
+
+    fit, verdict = tried(matrix, 0, math.ceil(share(0) * max_iter), warm)
+    open_ = ~explains(fit.median, verdict.mean, tol) | (verdict.worst > MISFIT)
     for attempt in range(1, tries):
-        doubtful = ~explains(fit.median, verdict.mean, tol) | (verdict.worst > MISFIT)
-        again = (doubtful & (fit.iterations < max_iter)).nonzero().flatten()
+        again = (open_ & (fit.iterations < max_iter)).nonzero().flatten()
         if not len(again):
             break
-        budget = max_iter - int(fit.iterations[again].max())
-        found = (fit.left[again], fit.right[again]) if schedules(True, False)[attempt].again else None
-        retry, second = tried(matrix[again], attempt, min(budget, MOST) if attempt < tries - 1 else budget, found)
-        old, mean = fit.median[again], second.mean
-        closer, fewer = retry.median < 0.99 * old, second.rate < verdict.rate[again]
-        better = torch.where(explains(retry.median, mean, tol) & explains(old, mean, tol), fewer, closer)
-        for kept, new in zip((*fit, *verdict), (*retry, *second), strict=True):
+        budget = math.ceil(share(attempt) * (max_iter - int(fit.iterations[again].max())))
+        found = (fit.left[again], fit.right[again]) if orders[0][attempt].again else None
+        retry, second = tried(matrix[again], attempt, budget, found)
+        new = Fit(retry.median, second.rate, explains(retry.median, second.mean, tol))
+        old = Fit(fit.median[again], verdict.rate[again], explains(fit.median[again], second.mean, tol))
+        better, same = is_better(new, old)
+        open_[again] = (~new.explained & ~same) | (second.worst > MISFIT)
+        for kept, other in zip((*fit, *verdict), (*retry, *second), strict=True):
             if kept is not fit.iterations:
-                kept[again[better]] = new[better]
+                kept[again[better]] = other[better]
         fit.iterations[again] += retry.iterations
     return fit, verdict

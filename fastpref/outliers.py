@@ -41,6 +41,23 @@ def explains(median, mean, tol: float):
     return median <= 10 * tol * mean
 
 
+class Fit(NamedTuple):
+    """What one fit is compared with another by: tensors of one shape."""
+
+    median: Tensor  # |R|
+    rate: Tensor  # share of outliers
+    explained: Tensor  # bool
+
+
+def is_better(new: Fit, old: Fit) -> tuple[Tensor, Tensor]:
+    """Whether new is the better fit: of two alike the one with fewer outliers, else the closer one; and whether it is
+    the same as the old one, by the same measures."""
+    near = (new.median <= 1.2 * old.median) & (old.median <= 1.2 * new.median)
+    alike = near | (new.explained & old.explained)
+    same = alike & ((new.rate - old.rate).abs() <= 0.01)
+    return torch.where(alike, new.rate < old.rate, new.median < old.median), same
+
+
 class OutlierCounts(NamedTuple):
     rows: Tensor  # [m] int64: outliers of a row
     columns: Tensor  # [n] int64: of a column

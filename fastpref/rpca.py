@@ -29,7 +29,6 @@ from fastpref.batched_rpca import (
     COMPLETE,
     CUTOFF,
     FINEST,
-    MOST,
     batched_annealed,
     inverse,
     inverse_gram,
@@ -42,8 +41,10 @@ from fastpref.outliers import (
     MAD,
     MISFIT,
     OUTLIER,
+    Fit,
     Outliers,
     explains,
+    is_better,
     outlier_bound,
     outlier_counts,
     outliers,
@@ -489,32 +490,31 @@ def _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report) -> 
         if method == "altproj" or found.stopped or exact:
             return found
         spent, best = found.iterations, found if found.iterations == max_iter else None
-    # after altproj it is not the easy data that the quick schedule is for either
-    tries = schedules(data.share >= COMPLETE and not spent, rank >= min(data.total_rows, data.columns))
+    tries = schedules(data.share >= COMPLETE, rank >= min(data.total_rows, data.columns))
     tries = tries[:1] if warm is not None else tries
     for attempt, schedule in enumerate(tries):
-        budget = max_iter - spent
-        if budget == 0:
+        if spent == max_iter:
             break
-        if attempt < len(tries) - 1:
-            budget = min(budget, MOST)
+        budget = math.ceil((max_iter - spent) * (schedule.most if attempt < len(tries) - 1 else 1.0))
         begin = left, right
-        if schedule.again and best.left.abs().amax() > 0:
+        if schedule.again and best.right.any():
             begin = best.left, best.right
         found = judged(_annealed(data, *begin, schedule, tol, budget, report, corruption, warm is not None))
         spent += found.iterations
-        if best is None or _is_better(found, best, data.mean, tol):
+        new, same = _compared(found, data, tol), False
+        if best is None:
             best = found
-        settled = explains(best.median, data.mean, tol) and not (entries and best.verdict.suspicious)
-        if found.stopped or settled:
+        else:
+            better, same = is_better(new, _compared(best, data, tol))
+            best = found if better else best
+        if found.stopped or ((new.explained or same) and not (entries and found.verdict.suspicious)):
             break
     return best._replace(iterations=spent)
 
 
-def _is_better(found: _Solve, best: _Solve, mean: float, tol: float) -> bool:
-    if found.verdict is not None and explains(found.median, mean, tol) and explains(best.median, mean, tol):
-        return found.verdict.rate < best.verdict.rate
-    return found.median < 0.99 * best.median
+def _compared(found: _Solve, data: _Data, tol: float) -> Fit:
+    rate = found.verdict.rate if found.verdict is not None else 0.0
+    return Fit(*map(torch.tensor, (found.median, rate, explains(found.median, data.mean, tol))))
 
 
 def _warn_of_rank(data: _Data, u, s, v, scale) -> None:
