@@ -11,6 +11,7 @@ around it; nothing of the matrix's size is written. Two solvers share that read:
 Without a rank, the convex program min |L|_* + lambda |S|_1 (Candes, Li, Ma, Wright 2011) finds it.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -106,7 +107,6 @@ class _Read(NamedTuple):
     right: Tensor  # [n, r] E^T left, of all rows
     sum_squares: float
     observed: int
-    kept: int
     max_kept: Tensor  # [], of this rank's rows
     median: float  # of |R|
     row_squares: Tensor
@@ -196,23 +196,20 @@ class _Data:
 
     def _shared(self, found) -> _Read:
         """Of all ranks' rows."""
-        sums = torch.cat(
-            [torch.stack([found.sum_squares, found.observed.double(), found.kept.double()]), found.histogram.double()]
-        )
+        sums = torch.cat([torch.stack([found.sum_squares, found.observed.double()]), found.histogram.double()])
         if self.group is not None:
             self.sum(sums)
             self.sum(found.right_grad)
             if found.column_squares.numel():
                 self.sum(found.column_squares)
-        squares, observed, kept = sums[:3].tolist()
-        self._histogram = sums[3:]
+        squares, observed = sums[:2].tolist()
+        self._histogram = sums[2:]
         median = histogram_median(self._histogram)
         return _Read(
             found.left_grad,
             found.right_grad,
             squares,
             int(observed),
-            int(kept),
             found.max_kept,
             0.0 if median != median else median,
             found.row_squares,
@@ -562,8 +559,10 @@ def _single(matrix, rank, structure, corruption, method, tol, max_iter, scale, w
 
 
 def _reporter(callback):
-    def report(iteration, residual, noise, rank):
-        return callback is not None and callback(RPCAProgress(iteration, residual, noise, rank))
+    count = itertools.count(1)  # over all solvers that one call tries
+
+    def report(_, residual, noise, rank):
+        return callback is not None and callback(RPCAProgress(next(count), residual, noise, rank))
 
     return report
 

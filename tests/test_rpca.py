@@ -57,6 +57,7 @@ CASES = {
     "30 % observed, 20 %": ({"observed": 0.3, "share": 0.2}, 1e-5),
     "noise": ({"share": 0.1, "noise": 0.1}, 0.025),
     "condition 20": ({"share": 0.1, "condition": 20.0}, 1e-5),
+    "condition 20, 30 %": ({"share": 0.3, "condition": 20.0}, 1e-5),
 }
 
 
@@ -188,6 +189,7 @@ def test_hopeless_matrices_do_not_stall_the_batch():
     half[4], half[:, 7] = torch.nan, torch.nan
     for rank in (2, None):
         found = fastpref.rpca(torch.stack([data, hopeless, nothing, half, torch.zeros_like(data)]), rank=rank)
+        assert found.info.iterations[0] == fastpref.rpca(data.unsqueeze(0), rank=rank).info.iterations[0]
         assert error(found._replace(U=found.U[0], S=found.S[0], Vh=found.Vh[0]), low) < 1e-5
         assert not found.info.converged[2]
         assert found.info.converged[0]
@@ -487,9 +489,7 @@ def test_skew_is_checked_and_backends_are_named():
             fastpref.rpca(wrong, rank=2, backend="cublas")
     data = torch.stack([corrupted(20, 30, 2, seed=seed)[1] for seed in range(3)])
     for rank in (2, None):
-        native, reference = (
-            fastpref.rpca(data, rank=rank, backend=name).low_rank() for name in ("native", "reference")
-        )
+        found = [fastpref.rpca(data, rank=rank, backend=name).low_rank() for name in ("native", "reference")]
         torch.testing.assert_close(*found, rtol=0, atol=1e-4)
 
 
