@@ -156,7 +156,7 @@ struct Solver {
         for (int i = 0; i < ROWS; i++) e[i] -= v * left[k * tall + first + i];
       }
       for (int i = 0; i < ROWS; i++) {
-        below -= abs_of<T>(e[i]) <= limit;  // false of NaN
+        below = abs_of<T>(e[i]) <= limit ? below + 1 : below;  // false of NaN
         const Vt weighted = e[i] * inverse(one + e[i] * e[i] * inverse_zeta2);
         e[i] = e[i] == e[i] ? weighted : Vt{};
         squares += e[i] * e[i];
@@ -195,7 +195,7 @@ struct Solver {
         Vt e[4];
         residuals<4>(first, j, e);
         for (int i = 0; i < 4; i++) {
-          below -= abs_of<T>(e[i]) <= limit;
+          below = abs_of<T>(e[i]) <= limit ? below + 1 : below;
           const Vt weighted = e[i] * inverse(one + e[i] * e[i] * inverse_zeta2);
           e[i] = e[i] == e[i] ? weighted : Vt{};
           squares += e[i] * e[i];
