@@ -1,5 +1,7 @@
 """Argument checks. Every message names the argument, what was expected and what came."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,31 @@ LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def tensor(name: str, value) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def as_tensor(value) -> Tensor:
+    """torch.as_tensor; memory that is read-only stays so, since nobody writes to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.as_tensor(value)
+
+
+def array(name: str, value) -> Tensor:
+    """A tensor, or an array or list of numbers as one; integers of any width become int64."""
+    try:
+        found = as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = type(value).__name__
+        raise TypeError(f"{name} must be a tensor or an array of numbers, got {what}: {error}") from error
+    if found.is_complex():
+        raise TypeError(f"{name} must be real numbers, got {found.dtype}")
+    return found if found.is_floating_point() or found.dtype == torch.bool else found.long()
+
+
+def real(name: str, value) -> Tensor:
+    """The same as a floating-point tensor; integers and booleans become float64."""
+    found = array(name, value)
+    return found if found.is_floating_point() else found.double()
 
 
 def logits(name: str, value) -> None:
@@ -73,6 +100,23 @@ def positive(name: str, value) -> None:
         raise TypeError(f"{name} must be a positive float, got {type(value).__name__}")
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def number(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def between(name: str, value, low: float, high: float) -> None:
+    number(name, value)
+    if not low < value < high:
+        raise ValueError(f"{name} must lie between {low} and {high}, got {value}")
+
+
+def not_negative(name: str, value) -> None:
+    number(name, value)
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be >= 0 and finite, got {value}")
 
 
 def positive_int(name: str, value) -> None:

@@ -1,4 +1,4 @@
-"""The `fastpref` command. Exit codes: 0 done, 1 the run found something wrong, 2 the user can mend it.
+"""The `fastpref` command. Exit codes: 0 done, 1 the run found something wrong, 2 the user can mend it, 3 a defect.
 
 Handlers import what they run, so that --help and --version answer without importing torch.
 """
@@ -7,6 +7,7 @@ import argparse
 import json
 import signal
 import sys
+import traceback
 
 from fastpref import __version__
 from fastpref.curate.samples import InputError
@@ -23,6 +24,9 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print(f"{arguments.name}: interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it
+    except Exception:  # 1, which Python would give, means done
+        traceback.print_exc()
+        return 3
 
 
 class _Parser(argparse.ArgumentParser):
@@ -107,6 +111,13 @@ def _options(arguments) -> dict:
     return {name: value for name, value in vars(arguments).items() if name not in ("handler", "name")}
 
 
+def positive_number(text) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+    return number
+
+
 def positive_integer(text) -> int:
     number = int(text)
     if number < 1:
@@ -153,15 +164,18 @@ IN is a matrix or comparisons:
     row, column, value          triples of a matrix, cells without one missing: robust PCA
     i, j, wins_i, wins_j        how often item i beat item j, and j beat i: robust Bradley-Terry scores
     winner, loser               one vote a row: the same
-    i, j, value                 the logit of i beating j: the same
+    i, j, value                 the logit of i beating j, log(p / (1 - p)): the same
   With a column prompt, every prompt has scores of its own. Names are strings (in CSV always) or integers. Columns
   called otherwise are named with --columns, and where several layouts fit, --layout chooses.
 
 OUT of a matrix is what --output says; of comparisons a .parquet, .csv or .jsonl with, for every item, its score (mean 0
 in each component), component (compared among each other, directly or not) and rejected (share of its pairs flagged)."""
 EXIT_CODES = """\
-Exit codes: 0 done; 1 done and written, but something did not converge, which stderr says; 2 the user can mend it; 130
-interrupted. OUT and the other outputs are written whole or not at all."""
+Exit codes: 0 done; 1 done and written, but something did not converge, which stderr says; 2 the user can mend it; 3 a
+defect of fastpref, with a traceback; 130 interrupted. Every output is written whole or not at all.
+
+With --rank, converged means that the iteration came to rest. Whether a low rank explains the matrix, the share of
+corrupted entries, the noise scale and the plot show."""
 
 
 def _add_denoise(commands) -> None:
@@ -186,7 +200,7 @@ def _add_denoise(commands) -> None:
     denoise.add_argument("--threads", type=positive_integer, metavar="N", help="CPU threads (default: torch's choice)")
     denoise.add_argument(
         "--max-dense",
-        type=float,
+        type=positive_number,
         metavar="GIB",
         help="refuse before holding a dense matrix of more than this: of triples, of converted numbers, or the ten "
         "copies that the convex program needs without --rank (default: half of the memory)",
@@ -197,7 +211,9 @@ def _add_denoise(commands) -> None:
     matrix.add_argument("--structure", choices=["general", "skew"], help="skew: M = -M^T")
     matrix.add_argument("--corruption", choices=["entries", "rows", "columns"], help="what is corrupted")
     matrix.add_argument("--lam", type=float, metavar="X", help="weight of |S|_1 in the convex program")
-    matrix.add_argument("--scale", type=float, metavar="X", help="what stored numbers, such as int8, are multiplied by")
+    matrix.add_argument(
+        "--scale", type=positive_number, metavar="X", help="what stored numbers, such as int8, are multiplied by"
+    )
     matrix.add_argument("--array", metavar="NAME", help="which array of an .npz; needed where there are several")
     matrix.add_argument(
         "--output",

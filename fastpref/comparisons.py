@@ -32,7 +32,7 @@ class Preferences(NamedTuple):
     prompt: Tensor  # [E] int64
     i: Tensor  # [E] int64
     j: Tensor  # [E] int64
-    wins_i: Tensor  # [E] float64
+    wins_i: Tensor  # [E] float64, not whole numbers where the presentation orders were not shown alike
     wins_j: Tensor  # [E] float64
     num_prompts: int
     num_items: int  # per prompt
@@ -63,12 +63,15 @@ def from_comparisons(
         wins: [C] how often i was preferred, out of `votes`: 0 to votes, ties 1/2, a judge's probability as it is. NaN:
             no comparison.
         votes: [C] or a number > 0.
-        prompt, judge: [C] integers from 0; default 0. Pairs of different prompts are never mixed.
+        prompt, judge: [C] integers from 0; default 0. Pairs of different prompts are never mixed. There is room for
+            all numbers up to the largest: np.unique(ids, return_inverse=True) makes small ones of others.
         num_items, num_prompts: default the largest index + 1.
 
     Returns:
-        Preferences. For each judge and pair the win shares of the two orders count the same, whatever their numbers of
-        votes, so that an order effect cancels; then the votes of the judges are added. `judges` is a JudgeReport.
+        Preferences. For each judge and pair the win shares of the two orders count the same, so that an order effect
+        cancels. Their mean is as certain as 4 n m / (n + m) votes, n and m those of the two orders: these are kept,
+        n + m where n = m, less elsewhere (99 and 1: 3.96). The votes of the judges are then added. `judges` is a
+        JudgeReport.
 
     Raises:
         TypeError, ValueError: naming the argument and the first wrong entry.
@@ -76,10 +79,10 @@ def from_comparisons(
     Warns:
         RuntimeWarning: for judges that favour an order (|z| > 3) and saw more than 10 % of their pairs in one order.
     """
-    i = _indices("i", i, None)
-    j = _indices("j", j, i)
-    prompt = _indices("prompt", prompt if prompt is not None else torch.zeros_like(i), i)
-    judge = _indices("judge", judge if judge is not None else torch.zeros_like(i), i)
+    i = as_indices("i", i, None)
+    j = as_indices("j", j, i)
+    prompt = as_indices("prompt", prompt if prompt is not None else torch.zeros_like(i), i)
+    judge = as_indices("judge", judge if judge is not None else torch.zeros_like(i), i)
     if (own := i == j).any():
         at = int(own.nonzero()[0])
         raise ValueError(f"i and j must be different items, got {int(i[at])} against itself at {at}")
@@ -88,8 +91,8 @@ def from_comparisons(
     judges = int(judge.max()) + 1 if len(judge) else 0
     if prompts * items**2 * max(judges, 1) * 2 >= 2**63:
         raise ValueError(f"prompts * items^2 * judges must fit 62 bits, got {prompts} * {items}^2 * {judges}")
-    votes = _column("votes", votes, i)
-    wins = _column("wins", wins, i)
+    votes = as_column("votes", votes, i)
+    wins = as_column("wins", wins, i)
     there = ~wins.isnan()
     if (bad := there & ~((votes > 0) & votes.isfinite())).any():
         at = int(bad.nonzero()[0])
@@ -97,32 +100,36 @@ def from_comparisons(
     if (bad := there & ~((wins >= 0) & (wins <= votes))).any():
         at = int(bad.nonzero()[0])
         raise ValueError(f"wins must lie between 0 and votes, got {wins[at].item()} of {votes[at].item()} at {at}")
-    i, j, prompt, judge, wins, votes = (column[there] for column in (i, j, prompt, judge, wins, votes))
+    i, j, prompt, judge, wins, votes = (given[there] for given in (i, j, prompt, judge, wins, votes))
 
     first = i < j  # the lower item was shown first
     low, high = torch.minimum(i, j), torch.maximum(i, j)
     key = ((prompt * items + low) * items + high) * max(judges, 1) + judge
     pairs, place = torch.unique(key, return_inverse=True)
     slot = place * 2 + (~first).long()
-    won = wins.new_zeros(2 * len(pairs)).index_add_(0, slot, torch.where(first, wins, votes - wins)).view(-1, 2)
-    cast = wins.new_zeros(2 * len(pairs)).index_add_(0, slot, votes).view(-1, 2)
+    lost = votes - wins
+    won = wins.new_zeros(2 * len(pairs)).index_add_(0, slot, torch.where(first, wins, lost)).view(-1, 2)
+    lost = wins.new_zeros(2 * len(pairs)).index_add_(0, slot, torch.where(first, lost, wins)).view(-1, 2)
+    cast = won + lost
     share = won / cast  # P(lower item wins) when it is shown first, second; NaN: that order was not shown
     report = _judge_report(share, cast, pairs % max(judges, 1), judges)
     _warn_of_order(report)
-    share, cast = share.nanmean(1), cast.sum(1)
+    # the mean of two shares, of n and m votes, varies as the share of 4 n m / (n + m) votes does
+    both = (cast > 0).all(1, keepdim=True)
+    weight = torch.where(both, 2 * cast.flip(1) / cast.sum(1, keepdim=True), 1)
 
     pairs, place = torch.unique(pairs // max(judges, 1), return_inverse=True)
-    wins_low = wins.new_zeros(len(pairs)).index_add_(0, place, share * cast)
-    wins_high = wins.new_zeros(len(pairs)).index_add_(0, place, (1 - share) * cast)
+    wins_low = wins.new_zeros(len(pairs)).index_add_(0, place, (won * weight).sum(1))
+    wins_high = wins.new_zeros(len(pairs)).index_add_(0, place, (lost * weight).sum(1))
     low, high = pairs // items % max(items, 1), pairs % max(items, 1)
     return Preferences(pairs // max(items, 1) ** 2, low, high, wins_low, wins_high, prompts, items, report)
 
 
-def _indices(name: str, value, like: Tensor | None) -> Tensor:
-    index = torch.as_tensor(value)
-    if index.numel() == 0:
-        index = index.long()
-    _checks.integers(name, index)
+def as_indices(name: str, value, like: Tensor | None) -> Tensor:
+    """int64 [C], or like `like`; on its device."""
+    index = _checks.array(name, value)
+    if index.numel() and index.dtype != torch.int64:
+        raise TypeError(f"{name} must be integers, got {index.dtype}")
     if index.dim() != 1 or (like is not None and index.shape != like.shape):
         raise ValueError(
             f"{name} must have shape {[len(like)] if like is not None else '[C]'}, got {list(index.shape)}"
@@ -130,7 +137,7 @@ def _indices(name: str, value, like: Tensor | None) -> Tensor:
     if (index < 0).any():
         at = int((index < 0).nonzero()[0])
         raise ValueError(f"{name} must be >= 0, got {int(index[at])} at {at}")
-    return index.long()
+    return index.long() if like is None else index.to(like.device, torch.int64)
 
 
 def _size(name: str, given: int | None, index: Tensor) -> int:
@@ -143,16 +150,14 @@ def _size(name: str, given: int | None, index: Tensor) -> int:
     return given
 
 
-def _column(name: str, value, like: Tensor) -> Tensor:
-    column = torch.as_tensor(value).to(like.device)
-    if column.is_complex():
-        raise TypeError(f"{name} must be real numbers, got {column.dtype}")
-    column = column.double()
-    if column.dim() == 0:
-        return column.expand(like.shape)
-    if column.shape != like.shape:
-        raise ValueError(f"{name} must have shape {list(like.shape)} like i, got {list(column.shape)}")
-    return column
+def as_column(name: str, value, like: Tensor) -> Tensor:
+    """float64, like `like`; a number is repeated."""
+    found = _checks.real(name, value).to(like.device, torch.float64)
+    if found.dim() == 0:
+        return found.expand(like.shape)
+    if found.shape != like.shape:
+        raise ValueError(f"{name} must have shape {list(like.shape)} like i, got {list(found.shape)}")
+    return found
 
 
 def _judge_report(share: Tensor, cast: Tensor, judge: Tensor, judges: int) -> JudgeReport:
@@ -191,8 +196,7 @@ def _warn_of_order(report: JudgeReport) -> None:
         warnings.warn(
             f"judge {judge} favours the item shown {'first' if effect > 0 else 'second'} by {abs(effect):.2f} logits "
             f"(z = {float(report.z[judge]):.1f}), and {100 * float(single[judge]):.0f} % of its pairs were shown in "
-            "one order "
-            "only, where that cannot be balanced: show them in the other order too",
+            "one order only, where that cannot be balanced: show them in the other order too",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -203,9 +207,9 @@ def from_scores(scores, *, temperature: float | None = None) -> Preferences:
 
     Args:
         scores: [N, J] or [prompts, N, J], one column per judge; NaN: not scored. Judges may have different scales.
-        temperature: None: each judge casts one vote per pair, for the higher score, half each where they are equal. Or
-            the
-            scale of the scores: a vote is sigmoid((s_i - s_j) / temperature), which keeps how much better an item is.
+        temperature: None: each judge casts one vote per pair, for the higher score, half each where they are equal.
+            Otherwise the scale of the scores: a vote is sigmoid((s_i - s_j) / temperature), which keeps how much better
+            an item is.
 
     Returns:
         Preferences: all pairs that some judge scored both items of.
@@ -215,8 +219,7 @@ def from_scores(scores, *, temperature: float | None = None) -> Preferences:
             and where the judges agree no more than chance would have them (items that are exchangeable).
         TypeError, ValueError: for other types and shapes, and infinite entries.
     """
-    scores = torch.as_tensor(scores)
-    _checks.floats("scores", scores)
+    scores = _checks.real("scores", scores)
     if scores.dim() not in (2, 3):
         raise ValueError(f"scores must have shape [N, J] or [prompts, N, J], got {list(scores.shape)}")
     _checks.finite_or_nan("scores", scores)
@@ -247,8 +250,7 @@ def from_scores(scores, *, temperature: float | None = None) -> Preferences:
         where, pair = (votes > 0).nonzero(as_tuple=True)
         won = wins[where, pair]
         found.append((where + begin, i[pair], j[pair], won, votes[where, pair] - won))
-    columns = [torch.cat(column) for column in zip(*found, strict=True)]
-    return Preferences(*columns, prompts, items)
+    return Preferences(*(torch.cat(parts) for parts in zip(*found, strict=True)), prompts, items)
 
 
 def _refuse_disagreement(scores: Tensor) -> None:

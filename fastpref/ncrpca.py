@@ -29,7 +29,8 @@ def ncrpca(matrix: Tensor, rank: int, *, skew: bool = False) -> NcRPCAResult:
     skew: M = -M^T. The rank starts at 2 and grows by even steps, since singular values come in pairs, and L and S stay
         skew; it must be even. Otherwise it starts at 1.
 
-    Raises ValueError for entries that are not finite, ranks out of range, and skew with an odd rank.
+    Raises ValueError for entries that are not finite, ranks out of range, and skew with an odd rank or of a matrix that
+        is not M = -M^T.
     """
     _checks.floats("matrix", matrix)
     if matrix.dim() < 2:
@@ -42,6 +43,10 @@ def ncrpca(matrix: Tensor, rank: int, *, skew: bool = False) -> NcRPCAResult:
     if not matrix.isfinite().all():
         where = (~matrix.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"matrix must be finite and complete, got {matrix[tuple(where)].item()} at {where}")
+    if skew and matrix.numel():
+        off, largest = float((matrix.double() + matrix.double().mT).abs().max()), float(matrix.abs().max())
+        if off > max(4 * torch.finfo(matrix.dtype).eps, 1e-6) * largest:
+            raise ValueError(f"matrix must be M = -M^T for skew=True, got M + M^T up to {off:.3g}")
     lead = matrix.shape[:-2]
     data = matrix.detach().double().reshape(lead.numel(), m, n)
     low_rank, sparse, iterations, error = _project(data, rank, skew)

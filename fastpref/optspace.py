@@ -43,6 +43,7 @@ def optspace(matrix: Tensor, rank: int, *, tol: float = 1e-6, max_iter: int = 50
         raise ValueError(f"rank must be between 1 and min(m, n) = {min(m, n)}, got {rank}")
     _checks.positive("tol", tol)
     _checks.positive_int("max_iter", max_iter)
+    _checks.natural("seed", seed)
     _checks.finite_or_nan("matrix", matrix)
     lead = matrix.shape[:-2]
     flat = matrix.detach().double().reshape(lead.numel(), m, n)

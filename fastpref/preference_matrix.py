@@ -16,7 +16,16 @@ from torch import Tensor
 
 from fastpref import _checks
 from fastpref.bradley_terry import Edges, bradley_terry, pair_terms
-from fastpref.comparisons import CHANCE, CHUNK, ENOUGH, JudgeReport, Preferences, from_comparisons, from_scores
+from fastpref.comparisons import (
+    CHANCE,
+    CHUNK,
+    JudgeReport,
+    Preferences,
+    as_column,
+    as_indices,
+    from_comparisons,
+    from_scores,
+)
 from fastpref.ncrpca import ncrpca
 from fastpref.optspace import optspace
 from fastpref.outliers import EXACT, MAD
@@ -49,7 +58,7 @@ METHODS = ("auto", "rpca", "bradley_terry", "curatron")
 RANKINGS = ("row_mean", "copeland")
 REASONS = (
     "cleaned",
-    "no cycle of comparisons: every one of them is fitted exactly, so that none contradicts another",
+    "no cycle of comparisons, or none at all: every one of them is fitted exactly, so that none contradicts another",
     "one score column explains every comparison exactly (the matrix is w_i - w_j under the link, exactly of rank 2)",
     "every pair is unanimous and no comparison contradicts another: an order, with nothing against it",
 )
@@ -57,6 +66,7 @@ CLAMP = 1e-6  # of probabilities whose number of votes is not known
 SMALL_ITEMS = 128  # of prompts solved as a batch of dense matrices; larger ones as edges, prompt by prompt
 FEW_ITEMS = 20  # below, a low-rank fit hardly denoises
 PAIRS_PER_RANK = 4  # and item, below which a low-rank fit does not recover
+USUAL_SPREAD, VISIBLE = 0.5, 4.0  # votes are refused where scores of this spread, in logits, would have had this z
 INTRANSITIVE = 0.3  # share of corrupted pairs from which one score may not be the structure
 
 
@@ -66,7 +76,7 @@ class CorruptedPairs(NamedTuple):
     indices: Tensor  # [K, d] int64: prompt (or the batch indices of a matrix), i, j
     observed: Tensor  # [K] float64, P(i beats j) as it was
     fitted: Tensor  # [K] float64, as the other pairs have it
-    residual: Tensor  # [K] float64, in noise scales: how far beyond the noise
+    residual: Tensor  # [K] float64, in noise scales; without noise, in 1e-4 of the mean |psi(P)| over the threshold
 
 
 class DenoiseInfo(NamedTuple):
@@ -143,9 +153,9 @@ def denoise(
     """Finds the corrupted pairs of preference matrices, and scores their items without them.
 
     Args:
-        preferences: Preferences (votes), or a floating-point tensor [..., N, N] of P(i preferred to j) with P[i, j] +
-            P[j, i] = 1; NaN on both sides: missing; the diagonal is 1/2 or NaN. Every prompt (matrix) is cleaned on its
-            own. Computed in float64, returned in the dtype of the tensor.
+        preferences: Preferences (votes), or [..., N, N] of P(i preferred to j) with P[i, j] + P[j, i] = 1; NaN on both
+            sides: missing; the diagonal is 1/2 or NaN. Every prompt (matrix) is cleaned on its own. Computed in
+            float64, returned in the dtype of the matrix, integers as float64.
         link: "logit", "probit" or "identity": where preferences are differences of scores.
         method: "bradley_terry": one score per item, robustly fitted, votes by their likelihood (link="logit") rather
             than through frequencies. "rpca": a skew matrix of the given rank, for intransitive preferences, fit to the
@@ -168,14 +178,14 @@ def denoise(
 
     Raises:
         NothingToClean (a ValueError): where no matrix has anything to clean: see REASONS; or votes that all prompts
-            together do not tell from coin tosses. In a batch, matrices of these kinds beside others are returned as
-            they were, with the reason in `info.reason`.
+            together do not tell from coin tosses, and are enough to. In a batch, matrices of these kinds beside others
+            are returned as they were, with the reason in `info.reason`.
         TypeError, ValueError: for other types, shapes and values, and matrices that are not P[i, j] + P[j, i] = 1.
 
     Warns:
         RuntimeWarning: of what makes the result doubtful and what to do: too few items or pairs for a low-rank fit,
-            too few votes to flag any pair, comparison graphs of several components, so many corrupted pairs that
-            preferences may be intransitive.
+            too few votes to flag any pair or to tell them from coin tosses, comparison graphs of several components, so
+            many corrupted pairs that preferences may be intransitive.
     """
     for name, value, choices in (
         ("link", link, LINKS),
@@ -189,17 +199,16 @@ def denoise(
     if rank % 2 or (method == "bradley_terry" and rank != 2):
         raise ValueError(f"rank must be even, and 2 for method='bradley_terry', got {rank} for method={method!r}")
     _checks.positive("threshold", threshold)
-    if smoothing != 0:
-        _checks.positive("smoothing", smoothing)
-    if clamp is not None and not 0 < clamp < 0.5:
-        raise ValueError(f"clamp must lie between 0 and 1/2, got {clamp}")
-    given = preferences
-    table = _checked(given) if isinstance(given, Preferences) else _table("preferences", given)
+    _checks.not_negative("smoothing", smoothing)
+    if clamp is not None:
+        _checks.between("clamp", clamp, 0, 0.5)
+    has_votes = isinstance(preferences, Preferences)
+    given = None if has_votes else _checks.real("preferences", preferences)
+    table = _checked(preferences) if has_votes else _table("preferences", given)
     n = table.num_items
     method = method if method != "auto" else "bradley_terry" if rank == 2 else "rpca"
     if method != "bradley_terry" and not rank <= n:
         raise ValueError(f"rank must be at most the number of items, {n}, got {rank}")
-    has_votes = isinstance(given, Preferences)
     by_votes = has_votes and link == "logit" and method == "bradley_terry"
     with torch.no_grad():
         raw = table.probabilities()
@@ -209,7 +218,7 @@ def denoise(
         fit = _fit(table, values, by_votes, method, rank, backend)
         if has_votes:
             _refuse_coin_tosses(table)
-        eps = 1e-12 if has_votes else torch.finfo(torch.as_tensor(given).dtype).eps / 2
+        eps = 1e-12 if has_votes else torch.finfo(given.dtype).eps / 2
         blur = _blur(raw, link, eps)
         consistent = fit if method == "bradley_terry" and not has_votes else None
         reason = _reasons(table, raw, values, edge, blur, fit, consistent, has_votes, link, backend)
@@ -232,7 +241,7 @@ def denoise(
         strength = threshold * residual[listed] / bound[listed]
         listed, strength = listed[(by := strength.abs().argsort(descending=True, stable=True))], strength[by]
         scores = _copeland(fit) if ranking == "copeland" else fit.scores
-        lead = (table.num_prompts,) if has_votes else torch.as_tensor(given).shape[:-2]
+        lead = (table.num_prompts,) if has_votes else given.shape[:-2]
         where = torch.unravel_index(table.prompt[listed], lead) if len(lead) != 1 else (table.prompt[listed],)
         pairs = CorruptedPairs(
             torch.stack([*where, table.i[listed], table.j[listed]], 1), raw[listed], fitted[listed], strength
@@ -248,13 +257,18 @@ def denoise(
         chosen = kept if action == "low_rank" else corrupted
         cleaned = torch.where(chosen, torch.nan if action == "mask" else fitted, raw)
         if not has_votes:
-            cleaned = _dense_like(torch.as_tensor(given), table, cleaned, chosen, fit, reason, action, link)
+            cleaned = _dense_like(given, table, cleaned, chosen, fit, reason, action, link)
     return Denoised(cleaned, scores.view(*lead, n), pairs, info)
 
 
 def _checked(table: Preferences) -> Preferences:
     """Preferences may have been put together by hand."""
-    prompt, i, j, wins_i, wins_j, prompts, n = table[:7]
+    prompts, n = table.num_prompts, table.num_items
+    _checks.natural("preferences.num_prompts", prompts)
+    _checks.natural("preferences.num_items", n)
+    i = as_indices("preferences.i", table.i, None)
+    prompt, j = (as_indices(f"preferences.{name}", getattr(table, name), i) for name in ("prompt", "j"))
+    wins_i, wins_j = (as_column(f"preferences.{name}", getattr(table, name), i) for name in ("wins_i", "wins_j"))
     key = (prompt * n + i) * n + j
     if not ((i >= 0) & (i < j) & (j < n) & (prompt >= 0) & (prompt < prompts)).all() or not (key.diff() > 0).all():
         raise ValueError(
@@ -263,13 +277,11 @@ def _checked(table: Preferences) -> Preferences:
         )
     if not ((wins_i >= 0) & (wins_j >= 0) & (wins_i + wins_j > 0) & (wins_i + wins_j < torch.inf)).all():
         raise ValueError("preferences must have finite wins_i and wins_j >= 0 with at least one vote in each pair")
-    return table
+    return Preferences(prompt, i, j, wins_i, wins_j, prompts, n)
 
 
-def _table(name: str, given) -> Preferences:
+def _table(name: str, p: Tensor) -> Preferences:
     """The pairs of [..., N, N] probabilities, as one vote each."""
-    p = torch.as_tensor(given)
-    _checks.floats(name, p)
     if p.dim() < 2 or p.shape[-1] != p.shape[-2]:
         raise ValueError(f"{name} must have shape [..., N, N], or be Preferences, got {list(p.shape)}")
     outside = (p < 0) | (p > 1)
@@ -281,6 +293,8 @@ def _table(name: str, given) -> Preferences:
     if off.numel() and off.max() > max(4 * torch.finfo(p.dtype).eps, 1e-6):
         at = torch.unravel_index(off.argmax(), off.shape)
         at = [int(index) for index in at]
+        if at[-2] == at[-1]:
+            raise ValueError(f"{name} must have 1/2 or NaN on the diagonal, got {p[tuple(at)].item()} at {at}")
         raise ValueError(
             f"{name} must have P[i, j] + P[j, i] = 1, got {p[tuple(at)].item()} and {p.mT[tuple(at)].item()} at {at}. "
             "If the two are answers to the two presentation orders, pass both to from_comparisons, which reports the "
@@ -539,24 +553,31 @@ def _refuse_coin_tosses(table: Preferences) -> None:
         cast.index_add_(0, node, votes)
     compared = cast > 0
     items = int(compared.sum())
-    if items < ENOUGH:
+    if not items:
         return
     by_items = float(((balance.square() / cast)[compared].sum() - items) / (2 * items) ** 0.5)
     spare = float((2 * (1 - 1 / votes)).sum())
     by_pairs = float(((table.wins_i - table.wins_j).square() / votes).sum() - len(votes)) / max(spare, 1e-300) ** 0.5
-    if by_items < CHANCE and (spare == 0 or by_pairs < CHANCE):
+    if by_items >= CHANCE or (spare and by_pairs >= CHANCE):
+        return
+    found = f"its votes do not differ from coin tosses (z = {by_items:.1f} over the items"
+    found += f", {by_pairs:.1f} over the pairs" * (spare > 0) + f"; {CHANCE:g} needed)"
+    # a balance of c votes varies by c + c^2 w^2 / 4, w the logits between an item and those it meets
+    usual = USUAL_SPREAD**2 / 4 * float(cast.sum()) / (2 * items) ** 0.5
+    if usual >= VISIBLE:
         raise NothingToClean(
-            f"preferences has nothing to clean: its votes do not differ from coin tosses (z = {by_items:.1f} over the "
-            "items"
-            + (f", {by_pairs:.1f} over the pairs" if spare else "")
-            + f"; {CHANCE:g} needed). The items are exchangeable, or the judges guess"
+            f"preferences has nothing to clean: {found}. The items are exchangeable, or the judges guess"
         )
+    warnings.warn(
+        f"preferences may have nothing to clean: {found}, but are too few to tell: scores with a standard deviation of "
+        f"{USUAL_SPREAD:g} would give z = {usual:.1f}. Collect more votes",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _warn(table, fit: _Fit, corrupted, votes, by_votes: bool, method: str, threshold: float) -> None:
-    single = fit.scores.isnan().sum(1)
-    several = int((fit.components.amax(1) + 1 - single > 1).sum()) if table.num_items else 0
-    if several:
+    if several := _in_several_components(fit.scores, fit.components):
         warnings.warn(
             f"{several} of {table.num_prompts} comparison graphs fall into several components (info.components), "
             "between which scores mean nothing: compare items across them",
@@ -581,6 +602,13 @@ def _warn(table, fit: _Fit, corrupted, votes, by_votes: bool, method: str, thres
         )
 
 
+def _in_several_components(scores: Tensor, components: Tensor) -> int:
+    """How many rows of [..., N]; items without comparisons, which have no score, do not count."""
+    if not scores.shape[-1]:
+        return 0
+    return int((components.amax(-1) + 1 - scores.isnan().sum(-1) > 1).sum())
+
+
 # ---- ordering ----
 
 
@@ -588,19 +616,26 @@ def order(scores, *, tolerance: float | None = None) -> Ordering:
     """Orders items by their scores, and says which are tied.
 
     Args:
-        scores: [..., N] floating-point tensor or array, or a Denoised; NaN: no score.
+        scores: [..., N], or a Denoised; NaN: no score.
         tolerance: items whose scores differ by no more are tied, and so are chains of them; default 1e-6 of the spread
             of a row's scores.
 
-    Scores of items in different components of the comparison graph cannot be compared (DenoiseInfo.components).
+    Scores of items in different components of the comparison graph cannot be compared (DenoiseInfo.components): of a
+    Denoised with such scores it warns (RuntimeWarning).
     """
-    scores = torch.as_tensor(scores.scores if isinstance(scores, Denoised) else scores)
-    _checks.floats("scores", scores)
+    if isinstance(scores, Denoised) and (several := _in_several_components(scores.scores, scores.info.components)):
+        warnings.warn(
+            f"scores of {several} comparison graph(s) fall into several components (info.components), between which "
+            "ranks mean nothing: order each component by itself",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    scores = _checks.real("scores", scores.scores if isinstance(scores, Denoised) else scores)
     if scores.dim() < 1:
         raise ValueError(f"scores must have shape [..., N], got {list(scores.shape)}")
     _checks.finite_or_nan("scores", scores)
-    if tolerance is not None and not 0 <= tolerance < float("inf"):
-        raise ValueError(f"tolerance must be >= 0 and finite, got {tolerance}")
+    if tolerance is not None:
+        _checks.not_negative("tolerance", tolerance)
     x = scores.detach().double()
     if not x.shape[-1]:
         empty = torch.zeros(x.shape, dtype=torch.int64, device=x.device)

@@ -60,8 +60,8 @@ def audit_sources(
     """Ranks the sources of [prompts, sources] scores by how little the other sources explain them.
 
     Args:
-        scores: floating-point tensor or array on a linear scale (logits of win probabilities, not the probabilities);
-            NaN is missing. Computed in float64.
+        scores: numbers on a linear scale (logits of win probabilities, not the probabilities); NaN is missing. Computed
+            in float64.
         rank: of the structure the sources share; default 3, at most S - 2. Three is where the audit was tried on real
             scores; it is not estimated from the data.
         threshold: of z.
@@ -78,14 +78,13 @@ def audit_sources(
 
     Warns where fewer than 100 prompts were scored.
     """
-    scores = torch.as_tensor(scores)
-    _checks.floats("scores", scores)
+    scores = _checks.real("scores", scores)
     if scores.dim() != 2:
         raise ValueError(f"scores must have shape [prompts, sources], got {list(scores.shape)}")
     _checks.positive("threshold", threshold)
     _checks.natural("resamples", resamples)
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    _checks.between("confidence", confidence, 0, 1)
+    _checks.natural("seed", seed)
     _checks.finite_or_nan("scores", scores)
     with torch.no_grad():
         x = scores.detach().double()
@@ -108,7 +107,7 @@ def audit_sources(
                 f"rank must be at most the number of audited sources - 2, got rank={max(rank, 1)} for {len(audited)} "
                 f"sources with at least {2 * (max(rank, 1) + 2)} scores"
             )
-        refuse_exchangeable("scores", x[:, audited], "sources", seed)
+        _refuse_exchangeable(x[:, audited], seed)
         prompts = int(seen[:, audited].any(1).sum())
         if prompts < FEW_PROMPTS:
             warnings.warn(
@@ -141,28 +140,31 @@ class DenoisedScores(NamedTuple):
 
 
 def denoise_scores(
-    scores, *, rank: int = 3, action: str = "mask", threshold: float = 5.0, backend: str | None = None
+    scores, *, rank: int | None = None, action: str = "mask", threshold: float = 5.0, backend: str | None = None
 ) -> DenoisedScores:
-    """Finds single wrong scores in [prompts, sources] by robust PCA of the columns minus their medians.
+    """Finds single wrong scores in [prompts, sources] by robust PCA of the columns minus their offsets.
 
     A source that is wrong throughout is structure to this function: `audit_sources` is for those.
 
     Args:
-        scores: floating-point tensor or array on a linear scale (logits of probabilities); NaN: missing.
-        rank: of the structure.
+        scores: numbers on a linear scale (logits of probabilities); NaN: missing. Returned in their dtype, integers as
+            float64.
+        rank: of the structure, at most the number of columns that vary - 2: with fewer beside it, an entry that is off
+            cannot be told from the others of its row. Default 3, or as much as that allows.
         action: "mask": corrupted entries become NaN. "replace": they become the fit's. "low_rank": all entries do; the
             best response of a prompt is then seldom the best of the fit.
-        threshold: in scales of the noise.
+        threshold: in scales of the noise, which are larger by the share of the numbers that the fit has for itself.
         backend: of rpca.
 
     Raises NothingToClean for one column or exchangeable columns, and ValueError and TypeError as audit_sources does.
     """
-    scores = torch.as_tensor(scores)
-    _checks.floats("scores", scores)
+    scores = _checks.real("scores", scores)
     if scores.dim() != 2:
         raise ValueError(f"scores must have shape [prompts, sources], got {list(scores.shape)}")
     if action not in ACTIONS:
         raise ValueError(f"action must be one of {ACTIONS}, got {action!r}")
+    if rank is not None:
+        _checks.positive_int("rank", rank)
     _checks.positive("threshold", threshold)
     _checks.finite_or_nan("scores", scores)
     with torch.no_grad():
@@ -173,14 +175,25 @@ def denoise_scores(
                 f"scores has {len(varied)} column(s) that vary of {x.shape[1]}: nothing to compare with"
             )
         part = x[:, varied]
-        refuse_exchangeable("scores", part, "sources", 0)
-        centre = part.nanmedian(0).values
-        centred = part - centre
-        found = rpca(centred, rank=rank, backend=backend)
-        low_rank = found.low_rank()
+        most = min(part.shape) - 2
+        rank = min(3, most) if rank is None else rank
+        if not 1 <= rank <= most:
+            raise ValueError(
+                f"rank must be at most {most}, the number of prompts or of sources that vary - 2, got {max(rank, 1)} "
+                f"for {len(part)} prompts and {len(varied)} such sources"
+            )
+        _refuse_exchangeable(part, 0)
+        centre, residual = 0, part
+        for _ in range(2):  # medians of the scores are not the offsets that leave a matrix of this rank
+            centre = centre + residual.nanmedian(0).values
+            centred = part - centre
+            found = rpca(centred, rank=rank, backend=backend)
+            low_rank = found.low_rank()
+            residual = centred - low_rank
         scale = float(found.info.scale)
-        bound = max(threshold * scale, EXACT * float(centred.abs().nanmean()))
-        residual = centred - low_rank
+        # the fit follows the entries it was made of, by this share of their noise, and so is off where it was not
+        followed = (rank * (sum(part.shape) - rank) + len(varied)) / float((~part.isnan()).sum())
+        bound = max(threshold * scale / max(1 - followed, 0.1), EXACT * float(centred.abs().nanmean()))
         wrong = residual.abs() > bound
         fitted = low_rank + centre
         changed = torch.where(wrong, torch.nan if action == "mask" else fitted, part)
@@ -272,7 +285,7 @@ def _outlyingness(x: Tensor, rank: int, resamples: int, confidence: float, seed:
         return share, torch.full_like(share, torch.nan), torch.full_like(share, torch.nan)
     tail = (1 - confidence) / 2
     low, high = torch.cat(boots, 1).nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64).to(x.device), dim=0)
-    return share, low, high
+    return share, low, high.clamp(max=1)  # of prompts drawn twice the column's mean is another
 
 
 def _downdated(d: Tensor, c: Tensor, rank: int) -> Tensor:
@@ -332,7 +345,7 @@ def _secular(squares: Tensor, poles: Tensor, root: Tensor, j: int) -> Tensor:
     )
 
 
-def refuse_exchangeable(name: str, x: Tensor, items: str, seed: int) -> None:
+def _refuse_exchangeable(x: Tensor, seed: int) -> None:
     """Raises NothingToClean when permuting the entries within each row would make no difference.
 
     Two statistics of the rows' standardised ranks are compared with their values after such permutations: the column
@@ -364,7 +377,7 @@ def refuse_exchangeable(name: str, x: Tensor, items: str, seed: int) -> None:
     z = (found - null.mean(0)) / null.std(0).clamp(min=1e-12)
     if not (z > SHUFFLED_Z).any():
         raise NothingToClean(
-            f"{name} has exchangeable {items}: shuffling the entries of every row changes neither the means of the "
+            "scores has exchangeable sources: shuffling the entries of every row changes neither the means of the "
             f"columns nor their correlations (z = {z[0]:.1f} and {z[1]:.1f} against shuffled rows, {SHUFFLED_Z:g} "
             "needed). Columns must be fixed identities, such as models; several samples of one policy are not"
         )

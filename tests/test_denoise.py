@@ -364,6 +364,15 @@ def test_logits_with_integer_names_and_repeated_pairs(tmp_path, run):
         assert [{int(row["i"]), int(row["j"])} for row in flagged] == [{rows[4]["i"], rows[4]["j"]}]
 
 
+def test_small_logits_need_the_layout(tmp_path, run):
+    source = write_table(tmp_path / "in.csv", [{"i": "a", "j": "b", "value": 0.6}, {"i": "b", "j": "c", "value": 0.2}])
+    assert run(source, tmp_path / "out.csv")[0] == 2
+    assert run(source, tmp_path / "out.csv", "--layout", "logits")[0] == 0
+    rows = [{name: row[name] for name in ("item", "score")} for row in read_table(tmp_path / "out.csv")]
+    assert [row["item"] for row in rows] == ["a", "b", "c"]
+    assert [float(row["score"]) for row in rows] == pytest.approx([1.4 / 3, -0.4 / 3, -1 / 3], abs=1e-5)
+
+
 def test_unconnected_items_are_said(tmp_path, run):
     rows = [{"winner": "a", "loser": "b"}, {"winner": "b", "loser": "a"}, {"winner": "c", "loser": "d"}]
     _, summary, err = run(write_table(tmp_path / "in.csv", rows), tmp_path / "out.csv")
@@ -383,7 +392,7 @@ DENSE = ["--max-dense", "1e-9"]
 # what IN holds (None: there is none), flags, part of the message
 REFUSED_MATRICES = {
     "no input": (None, [], "cannot read in.npy: No such file or directory"),
-    "no npy": (b"hello", [], "cannot read in.npy: "),
+    "no npy": (b"hello", [], "cannot read in.npy: it holds no array of numbers"),
     "a cut npy": (b"\x93NUMPY\x01\x00", [], "cannot read in.npy: "),
     "a vector": (np.ones(3), [], "in.npy must hold a matrix [m, n] or a batch [batch, m, n], got shape [3]"),
     "complex": (np.eye(2) + 0j, [], "in.npy must hold real numbers of at most 64 bits, got complex128"),
@@ -405,6 +414,11 @@ REFUSED_MATRICES = {
         DENSE,
         "without --rank the convex program takes about 2.68e-06 GiB, more than --max-dense 1e-09",
     ),
+    "memory of a batch": (
+        np.ones((3, 6, 6)),
+        DENSE,
+        "without --rank the convex program takes about 8.05e-06 GiB, more than --max-dense 1e-09",
+    ),
     "memory, converted": (np.ones((9, 9), np.uint8), DENSE, "as float32 in.npy takes 3.02e-07 GiB, more than"),
     "plot": (MATRIX, ["--rank", "1", "--plot", "plot.txt"], "--plot must end in .pdf, .png, .svg, got plot.txt"),
     "plot over IN": (MATRIX, ["--rank", "1", "--plot", "in.npy"], "in.npy would overwrite IN"),
@@ -415,6 +429,13 @@ REFUSED_CSV = {
     "columns": ("a,b\n1,2\n", [], "in.csv: its columns a, b fit no layout (triples: row, column, value; votes: i, j"),
     "ambiguous": ("i,j,wins_i,wins_j,value\n", [], "fit several layouts, choose with --layout: votes, logits"),
     "no such column": ("i,j,w\n", ["--layout", "votes"], "no column wins_i, wins_j for votes, found i, j, w"),
+    "no such column of any": (VOTES, ["--columns", "i=nope"], "in.csv has no column nope, found i, j, wins_i, wins_j"),
+    "no such role of any": (
+        VOTES,
+        ["--columns", "foo=i"],
+        "--columns: no layout has a role foo, only column, i, j, ",
+    ),
+    "a column twice": ("winner,loser,winner\na,b,c\n", [], "in.csv has more than one column winner"),
     "no such role": (VOTES, ["--layout", "votes", "--columns", "row=i"], "votes has no role row, only i, j"),
     "one column twice": (VOTES, ["--columns", "j=i"], "--columns must name a column for each role, got one twice"),
     "no rows": (WINNERS, [], "in.csv holds no comparisons"),
@@ -427,7 +448,8 @@ REFUSED_CSV = {
     "infinite logit": (LOGITS + "a,b,inf\n", [], "in.csv has the value inf in row 1"),
     "rank": (VOTES, ["--rank", "2"], "--rank is not for comparisons, which in.csv holds (votes)"),
     "array": (VOTES, ["--array", "a"], "--array is not for a table"),
-    "robust": (LOGITS + "a,b,1\n", ["--no-robust"], "robust=False needs wins"),
+    "robust": (LOGITS + "a,b,2\n", ["--no-robust"], "robust=False needs wins"),
+    "probabilities": (LOGITS + "a,b,0.7\nb,a,0.3\na,c,\n", [], "the values of in.csv all lie in [0, 1], as probabilit"),
     "OUT": (VOTES, [], "OUT must end in .parquet, .csv, .jsonl for comparisons, got out.npy"),
     "flagged": (VOTES, ["--flagged", "x.npy"], "--flagged must end in .parquet, .csv, .jsonl, got x.npy"),
     "a cell twice": (TRIPLES + "a,b,1\nc,b,1\na,b,2\n", [], "in.csv has more than one value for (a, b)"),
@@ -470,6 +492,19 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(
     assert os.listdir() == before
 
 
+@pytest.mark.parametrize(("error", "code"), [(torch.linalg.LinAlgError, 2), (AssertionError, 3)])
+def test_no_failure_looks_like_success(tmp_path, monkeypatch, run, error, code):
+    def failing(*arguments, **keywords):
+        raise error("the algorithm failed to converge\nmore")
+
+    monkeypatch.setattr(matrices, "rpca", failing)
+    np.save(tmp_path / "in.npy", MATRIX)
+    found, _, err = run(tmp_path / "in.npy", tmp_path / "out.npy", "--rank", 1)
+    assert found == code and "the algorithm failed to converge" in err
+    assert ("Traceback" in err) == (code == 3)
+    assert os.listdir(tmp_path) == ["in.npy"]
+
+
 def test_an_old_output_survives_an_error_and_is_replaced_by_success(tmp_path, run):
     np.save(tmp_path / "bad.npy", np.full((4, 4), np.inf))
     np.save(tmp_path / "good.npy", np.ones((4, 4)))
@@ -497,6 +532,30 @@ def test_a_missing_package_is_named(tmp_path, python, package, flags):
 
 
 # ---- what the user sees
+
+
+def test_what_nothing_is_observed_of(tmp_path, run, capsys):
+    nothing, matrix = np.full((1, 6, 5), np.nan), corrupted(6, 5, 1, batch=(2,))[1]
+    for data, warning in (
+        (nothing[0], "nothing is observed"),
+        (np.concatenate([matrix, nothing]), "nothing is observed in 1 of 3 matrices"),
+    ):
+        np.save(tmp_path / "in.npy", data)
+        code, summary, err = run(tmp_path / "in.npy", tmp_path / "out.npy", "--rank", 1)
+        assert (code, err) == (1, f"fastpref denoise: warning: {warning}\n")
+    assert summary["not_converged"] == 1
+    np.save(tmp_path / "in.npy", nothing[0])
+    assert main(["denoise", str(tmp_path / "in.npy"), str(tmp_path / "out.npy"), "--rank", "1"]) == 1
+    assert "6 x 5, rank 1, nothing observed, 0 iterations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--scale", "--max-dense"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_factors_and_sizes_are_positive(capsys, flag, value):
+    with pytest.raises(SystemExit) as caught:
+        main(["denoise", "in.npy", "out.npy", f"{flag}={value}"])
+    assert caught.value.code == 2
+    assert f"argument {flag}: must be positive and finite, got {value}" in capsys.readouterr().err
 
 
 def test_a_summary_in_a_line_or_as_json(tmp_path, capsys):

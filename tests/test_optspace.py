@@ -142,6 +142,10 @@ def test_matrices_without_entries():
         (lambda: ncrpca(torch.tensor([[0.0, NAN]]), 1), r"matrix must be finite and complete, got nan at \[0, 1\]"),
         (lambda: ncrpca(torch.zeros(4, 4), 3, skew=True), "rank must be even, of a square matrix, .* got 3"),
         (lambda: ncrpca(torch.zeros(4, 6), 2, skew=True), "rank must be even, of a square matrix"),
+        (
+            lambda: ncrpca(torch.ones(4, 4), 2, skew=True),
+            r"matrix must be M = -M\^T .* got M \+ M\^T up to 2",
+        ),
         (lambda: ncrpca(torch.zeros(4, 6), 5), r"rank must be at most min\(m, n\), got 5"),
     ],
 )

@@ -77,15 +77,16 @@ def test_comparisons_by_hand():
     table = from_comparisons(
         i=[0, 1, 2, 0, 1], j=[1, 0, 1, 2, 2], wins=[3, 1, 1, NAN, 2], votes=[4, 2, 1, 1, 2], prompt=[0, 0, 0, 0, 1]
     )
-    # 0 against 1: 3 of 4 when shown first, 1 of 2 when shown second: (0.75 + 0.5) / 2 of 6 votes
+    # 0 against 1: 3 of 4 when shown first, 1 of 2 when shown second: (0.75 + 0.5) / 2 of 4 * 4 * 2 / (4 + 2) votes
     assert table.prompt.tolist() == [0, 0, 1]
     assert table.i.tolist() == [0, 1, 1]
     assert table.j.tolist() == [1, 2, 2]
-    assert table.wins_i.tolist() == [3.75, 0, 2]
-    assert table.wins_j.tolist() == [2.25, 1, 0]
+    assert table.wins_i.tolist() == pytest.approx([0.625 * 16 / 3, 0, 2])
+    assert table.wins_j.tolist() == pytest.approx([0.375 * 16 / 3, 1, 0])
+    assert table.judges.votes.tolist() == [9]  # as cast
     assert (table.num_prompts, table.num_items) == (2, 3)
-    assert table.probabilities().tolist() == [0.625, 0, 1]
-    assert table.probabilities(0.5).tolist() == [4.25 / 7, 0.25, 2.5 / 3]
+    assert table.probabilities().tolist() == pytest.approx([0.625, 0, 1])
+    assert table.probabilities(0.5).tolist() == pytest.approx([(10 / 3 + 0.5) / (16 / 3 + 1), 0.25, 2.5 / 3])
     dense = table.dense()
     expected = torch.full((2, 3, 3), NAN, dtype=torch.float64)
     expected[0] = torch.tensor([[0.5, 0.625, NAN], [0.375, 0.5, 0.0], [NAN, 1.0, 0.5]])
@@ -111,7 +112,7 @@ def test_rows_may_come_in_any_order_and_in_arrays():
         torch.testing.assert_close(a, b, equal_nan=True)
     assert torch.equal(one.prompt, one.prompt.sort().values)
     assert (one.i < one.j).all()
-    assert float((one.wins_i + one.wins_j).sum()) == 800
+    assert one.judges.votes.sum() == 800
 
 
 def judged(effects, both, votes=1, items=12, prompts=60, seed=0):
@@ -172,6 +173,28 @@ def test_both_orders_cancel_the_effect():
     assert (biased.probabilities() - upper.sigmoid()).mean() > 0.1
 
 
+@pytest.mark.parametrize("uneven", [0.2, 1.0])
+def test_pairs_shown_unevenly_are_not_taken_for_corrupted(uneven):
+    flagged = 0
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        i, j = torch.triu_indices(16, 16, 1)
+        p = scores_of(1, 16, seed)[0]
+        p = (p[i] - p[j]).sigmoid()
+        first = torch.where(torch.rand(len(i), generator=g) < uneven, 99.0, 50.0).double()
+        votes = torch.cat([first, 100 - first])
+        wins = torch.binomial(votes, torch.cat([p, 1 - p]), generator=g)
+        found = denoise(from_comparisons(torch.cat([i, j]), torch.cat([j, i]), wins, votes=votes))
+        flagged += len(found.corrupted.residual)
+    assert flagged <= 1  # of 600; 17 and 29 where 99 + 1 votes count as 100
+
+
+def test_orders_shown_alike_keep_their_votes():
+    # shares times votes are not whole numbers in floating point
+    table = from_comparisons([0, 1], [1, 0], [7, 12], votes=49)
+    assert (table.wins_i.tolist(), table.wins_j.tolist()) == ([7 + 37], [42 + 12])
+
+
 def test_one_sided_judges_are_named():
     _, rows, options = judged([0.0, 1.0, -1.0], 0.3)
     with pytest.warns(RuntimeWarning) as seen:
@@ -207,9 +230,38 @@ def test_bad_comparisons(arguments, options, message):
         from_comparisons(*arguments, **options)
 
 
-def test_types_of_comparisons():
-    with pytest.raises(TypeError, match="i must be int64 or int32"):
-        from_comparisons([0.5], [1], [1])
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (([0.5], [1], [1]), {}, "i must be integers, got torch.float32"),
+        (([True], [1], [1]), {}, "i must be integers, got torch.bool"),
+        ((["a"], ["b"], [1]), {}, "i must be a tensor or an array of numbers, got list: .*'str'"),
+        (([0], np.array(["b"]), [1]), {}, "j must be a tensor or an array of numbers, got ndarray"),
+        (([0], [1], None), {}, "wins must be a tensor or an array of numbers, got NoneType"),
+        (([0], [1], [1j]), {}, "wins must be real numbers, got torch.complex64"),
+        (([0], [1], [1]), {"votes": "2"}, "votes must be a tensor or an array of numbers, got str"),
+        (([0], [1], [1]), {"judge": ["gpt4"]}, "judge must be a tensor or an array of numbers, got list"),
+    ],
+)
+def test_types_of_comparisons(arguments, options, message):
+    with pytest.raises(TypeError, match=message):
+        from_comparisons(*arguments, **options)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.uint64])
+def test_integers_of_any_width(dtype):
+    i, j, wins = (np.array(column, dtype) for column in ([0, 1, 2], [1, 2, 0], [3, 0, 1]))
+    table = from_comparisons(i, j, wins, votes=3, prompt=i, judge=i)
+    expected = from_comparisons(i.tolist(), j.tolist(), wins.tolist(), votes=3, prompt=i.tolist(), judge=i.tolist())
+    for found, wanted in zip(table[:5], expected[:5], strict=True):
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+
+
+def test_booleans_are_wins():
+    assert from_comparisons([0, 1], [1, 2], [True, False]).wins_i.tolist() == [1, 0]
+
+
+def test_sizes_of_comparisons():
     with pytest.raises(TypeError, match="num_items must be an int >= 0, got float"):
         from_comparisons([0], [1], [1], num_items=3.0)
 
@@ -278,12 +330,33 @@ def test_bad_scores():
         from_scores(torch.zeros(3))
     with pytest.raises(ValueError, match=r"scores must be finite .* got inf at \[1, 0\]"):
         from_scores(torch.tensor([[0.0, 1.0], [math.inf, 2.0]]))
-    with pytest.raises(TypeError, match="scores must be a floating-point tensor"):
-        from_scores(torch.zeros(3, 2, dtype=torch.int64))
+    for value in (None, "scores", [["a", "b"]], [[1, 2], [3]]):
+        with pytest.raises(TypeError, match="scores must be a tensor or an array of numbers"):
+            from_scores(value)
     with pytest.raises(ValueError, match="temperature must be positive"):
         from_scores(torch.randn(3, 2), temperature=0.0)
     with pytest.raises(NothingToClean):
         from_scores(torch.zeros(0, 4, 3))
+
+
+def test_ratings_are_scores():
+    ratings = torch.randint(1, 6, (30, 12, 1)) + torch.randint(0, 2, (30, 12, 3))
+    found = from_scores(ratings.numpy())
+    for ours, theirs in zip(found[:5], from_scores(ratings.double())[:5], strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(order(ratings).ranks, order(ratings.double()).ranks)
+
+
+def test_read_only_arrays():
+    x = (torch.randn(60, 3) + 3 * torch.randn(60, 1)).numpy()
+    x.setflags(write=False)
+    table = from_scores(x)
+    order(x)
+    columns = [column.numpy() for column in (table.i, table.j, table.wins_i, table.wins_i + table.wins_j, table.prompt)]
+    for column in columns:
+        column.setflags(write=False)
+    i, j, wins, votes, prompt = columns
+    assert torch.equal(from_comparisons(i, j, wins, votes=votes, prompt=prompt).wins_i, table.wins_i)
 
 
 # ---- links ----
@@ -649,6 +722,18 @@ def test_coin_tosses_are_refused():
     assert refused >= 15
 
 
+@pytest.mark.parametrize(("prompts", "items", "sd"), [(3, 12, 1.0), (1, 33, 0.7), (10, 10, 0.5)])
+def test_few_votes_are_not_refused(prompts, items, sd):
+    doubted = 0
+    for seed in range(10):
+        _, table, _ = edges(prompts, items, votes=1, inverted=0.1, seed=seed, sd=sd)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            denoise(table)
+        doubted += any("but are too few to tell: scores with" in str(warning.message) for warning in seen)
+    assert 0 < doubted < 10
+
+
 def test_mixed_batches_keep_what_has_nothing_to_clean():
     _, clean, _ = matrices(2, 20, corrupted=0.0)
     _, dirty, _ = matrices(2, 20)
@@ -670,14 +755,19 @@ def test_bad_matrices():
         ValueError, match=r"preferences must have shape \[..., N, N\], or be Preferences, got \[2, 8, 7\]"
     ):
         denoise(p[..., :7])
-    with pytest.raises(TypeError, match="preferences must be a floating-point tensor"):
-        denoise(torch.zeros(3, 3, dtype=torch.int64))
+    for value in (None, "abc", [["a"]]):
+        with pytest.raises(TypeError, match="preferences must be a tensor or an array of numbers"):
+            denoise(value)
     for value in (1.5, -0.1, math.inf):
         wrong = p.clone()
         wrong[1, 2, 3] = value
         with pytest.raises(ValueError, match=rf"preferences must lie between 0 and 1 .* got {value} at \[1, 2, 3\]"):
             denoise(wrong)
-    for i, j, value in ((2, 3, NAN), (2, 3, 0.987654), (4, 4, 0.7)):
+    wrong = p.clone()
+    wrong[1, 4, 4] = 1
+    with pytest.raises(ValueError, match=r"preferences must have 1/2 or NaN on the diagonal, got 1.0 at \[1, 4, 4\]"):
+        denoise(wrong)
+    for i, j, value in ((2, 3, NAN), (2, 3, 0.987654)):
         wrong = p.clone()
         wrong[1, i, j] = value
         with pytest.raises(ValueError, match=r"P\[i, j\] \+ P\[j, i\] = 1.*two presentation orders, pass both to"):
@@ -695,8 +785,8 @@ def test_bad_matrices():
         ({"rank": 4, "method": "bradley_terry"}, "rank must be even, and 2 for"),
         ({"rank": 12}, "rank must be at most the number of items, 8, got 12"),
         ({"threshold": 0.0}, "threshold must be positive"),
-        ({"smoothing": -1.0}, "smoothing must be positive"),
-        ({"clamp": 0.5}, "clamp must lie between 0 and 1/2, got 0.5"),
+        ({"smoothing": -1.0}, "smoothing must be >= 0 and finite, got -1.0"),
+        ({"clamp": 0.5}, "clamp must lie between 0 and 0.5, got 0.5"),
         ({"backend": "cuda"}, "backend"),
     ],
 )
@@ -720,6 +810,41 @@ def test_preferences_put_together_by_hand():
     for wins in (-table.wins_i, table.wins_i * NAN, table.wins_i + math.inf):
         with pytest.raises(ValueError, match="preferences must have finite wins_i and wins_j"):
             denoise(table._replace(wins_i=wins))
+
+
+@pytest.mark.parametrize("option", ["threshold", "smoothing", "clamp"])
+def test_options_are_numbers(option):
+    with pytest.raises(TypeError, match=f"{option} must be a .*, got str"):
+        denoise(torch.eye(3), **{option: "0.1"})
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.float, torch.Tensor.int, torch.Tensor.numpy, torch.Tensor.tolist])
+def test_preferences_in_other_types(convert):
+    _, table, _ = edges(2, 16, votes=10)
+    expected = denoise(table)
+    found = denoise(table._replace(**{name: convert(getattr(table, name)) for name in ("wins_i", "wins_j")}))
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=0)
+    places = torch.Tensor.int if convert is torch.Tensor.float else convert
+    found = denoise(table._replace(**{name: places(getattr(table, name)) for name in ("prompt", "i", "j")}))
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=0)
+
+
+def test_preferences_with_wrong_columns():
+    _, table, _ = edges(2, 16, votes=10)
+    for wrong, error, message in (
+        ({"j": table.j[:-1]}, ValueError, r"preferences\.j must have shape \[96\], got \[95\]"),
+        ({"wins_j": table.wins_j[1:]}, ValueError, r"preferences\.wins_j must have shape \[96\] like i, got \[95\]"),
+        ({"prompt": None}, TypeError, r"preferences\.prompt must be a tensor or an array of numbers, got NoneType"),
+        ({"i": table.i + 0.5}, TypeError, r"preferences\.i must be integers, got torch.float32"),
+        ({"num_items": 16.0}, TypeError, r"preferences\.num_items must be an int >= 0, got float"),
+    ):
+        with pytest.raises(error, match=message):
+            denoise(table._replace(**wrong))
+
+
+def test_integers_are_probabilities():
+    with pytest.raises(ValueError, match=r"preferences must have 1/2 or NaN on the diagonal, got 0.0 at \[0, 0\]"):
+        denoise([[0, 1], [0, 0]])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -757,6 +882,23 @@ def test_order_and_ties():
     assert found.indices.tolist() == [2, 5, 0, 3, 6, 4, 1]
     assert found.ranks.tolist() == [3, -1, 1, 3, 6, 1, 3]
     assert found.tied.tolist() == [True, False, True, True, False, True, True]
+
+
+def test_order_of_several_components():
+    i, j = [0, 1, 2, 3, 4, 5], [1, 2, 0, 4, 5, 3]
+    table = from_comparisons(i, j, [9, 8, 3, 9, 7, 2], votes=10, num_items=7)
+    found = quietly(denoise, table)
+    assert found.info.components[0, :6].tolist() == [0, 0, 0, 1, 1, 1]
+    with pytest.warns(RuntimeWarning, match="scores of 1 comparison graph.* several components"):
+        order(found)
+    order(quietly(denoise, from_comparisons(i[:3], j[:3], [9, 8, 3], votes=10, num_items=4)))  # an item without any
+
+
+def test_types_of_order():
+    with pytest.raises(TypeError, match="tolerance must be a number, got str"):
+        order([1.0, 2.0], tolerance="a")
+    with pytest.raises(TypeError, match="scores must be a tensor or an array of numbers, got list"):
+        order(["a"])
 
 
 def test_order_tolerance():

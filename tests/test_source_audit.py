@@ -126,6 +126,11 @@ def test_interval_covers_the_sampling_of_prompts():
     assert 0.75 < torch.stack(inside).mean() < 0.97
 
 
+def test_intervals_are_shares():
+    audit = audit_sources(torch.cat([sources_matrix(100, 20), torch.randn(100, 4, dtype=torch.float64)], 1))
+    assert (audit.low >= 0).all() and (audit.high <= 1).all() and audit.high.max() > 0.9
+
+
 def test_constant_columns_are_set_apart():
     x = sources_matrix()
     x[:, 9] = 0.5
@@ -200,8 +205,9 @@ def test_bad_input(call):
     x = sources_matrix()
     with pytest.raises(ValueError, match=r"scores must have shape \[prompts, sources\], got \[2, 3, 4\]"):
         call(torch.zeros(2, 3, 4))
-    with pytest.raises(TypeError, match="scores must be a floating-point tensor"):
-        call(torch.zeros(200, 4, dtype=torch.int64))
+    for value in (None, "scores", [["a", "b"]]):
+        with pytest.raises(TypeError, match="scores must be a tensor or an array of numbers"):
+            call(value)
     x[3, 4] = -torch.inf
     with pytest.raises(ValueError, match=r"scores must be finite \(NaN: missing\), got -inf at \[3, 4\]"):
         call(x)
@@ -221,12 +227,24 @@ def test_bad_options():
         audit_sources(x, 2.0)
     with pytest.raises(ValueError, match="confidence must lie between 0 and 1, got 1"):
         audit_sources(x, confidence=1)
+    for option in ("confidence", "seed"):
+        with pytest.raises(TypeError, match=f"{option} must be a.* got str"):
+            audit_sources(x, **{option: "a"})
     with pytest.raises(ValueError, match="resamples must be >= 0, got -1"):
         audit_sources(x, resamples=-1)
     with pytest.raises(ValueError, match="rank must be at most"):
         audit_sources(torch.randn(200, 2) + torch.tensor([0.0, 5.0]))
     with pytest.raises(ValueError, match="action must be one of"):
         denoise_scores(x, action="overwrite")
+    with pytest.raises(TypeError, match="rank must be a positive int, got float"):
+        denoise_scores(x, rank=2.0)
+
+
+@pytest.mark.parametrize("call", [audit_sources, denoise_scores])
+def test_ratings_are_scores(call):
+    x = (2 * sources_matrix(noise=0.3)).round()
+    for ours, theirs in zip(call(x.int().numpy()), call(x), strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 # ---- single wrong scores ----
@@ -264,6 +282,20 @@ def test_masking_keeps_the_best_response_where_the_fit_does_not(seed):
     torch.testing.assert_close(replaced[flagged], fit[flagged])
 
 
+def test_low_noise_is_not_flagged_by_the_column():
+    flagged, false = [], []
+    for seed in range(10):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(120, 3, generator=g, dtype=torch.float64) @ torch.randn(3, 8, generator=g, dtype=torch.float64)
+        x = x + torch.randn(8, generator=g) + 0.01 * torch.randn(x.shape, generator=g)
+        x[5, 1] += 50
+        found = denoise_scores(x).corrupted.tolist()
+        flagged.append(found[0] == [5, 1])
+        false.append(len(found) - 1)
+    assert all(flagged)
+    assert max(false) < 30  # half a column where the offsets stay those of the medians
+
+
 def test_masking_beside_missing_and_constant_columns():
     _, dirty, _ = flipped(0)
     dirty = dirty.float()
@@ -275,6 +307,22 @@ def test_masking_beside_missing_and_constant_columns():
     at = found.corrupted[:, 0], found.corrupted[:, 1]
     assert not dirty[at].isnan().any()
     assert torch.equal(found.scores.isnan().sum(), dirty.isnan().sum() + len(found.corrupted))
+
+
+@pytest.mark.parametrize("columns", [3, 4, 5])
+def test_the_rank_leaves_something_to_compare(columns):
+    g = torch.Generator().manual_seed(columns)
+    x = torch.randn(120, 1, generator=g) * torch.tensor([1.0, -2.0, 1.5, 3.0, -1.0])[:columns]
+    x += 0.1 * torch.randn(x.shape, generator=g)
+    x[7, 1] += 50
+    x = torch.cat([x, torch.full((120, 1), 0.5)], 1)  # a constant one does not count
+    for rank in (columns - 1, columns):
+        message = f"rank must be at most {columns - 2}, .* got {rank} for 120 prompts and {columns} such sources"
+        with pytest.raises(ValueError, match=message):
+            denoise_scores(x, rank=rank)
+    assert [7, 1] in denoise_scores(x).corrupted.tolist()
+    with pytest.raises(ValueError, match=r"rank must be at most 0, .* got 1 for 120 prompts and 2 such sources"):
+        denoise_scores(x[:, [0, 1, -1]])
 
 
 # ---- the example ----

@@ -62,6 +62,12 @@ def prepare(table: dict, layout: str, options: DenoiseOptions) -> Callable:
         value = tables.numbers(table["value"]).astype(np.float64)
         if (row := tables.first_row(np.isinf(value))) is not None:
             raise InputError(f"{options.input} has the value {value[row - 1]} in row {row}: must be finite or missing")
+        known = value[~np.isnan(value)]
+        if options.layout is None and len(known) and known.min() >= 0 and known.max() <= 1:
+            raise InputError(
+                f"the values of {options.input} all lie in [0, 1], as probabilities do: make logits of them, "
+                "log(p / (1 - p)), or say with --layout logits that they are"
+            )
     prompts, (prompt,) = None, (np.zeros(len(i), np.int64),)
     if "prompt" in table:
         prompts, (prompt,) = tables.index_names(table["prompt"])

@@ -68,7 +68,9 @@ def read_array(path, name: str | None, max_dense: float | None) -> np.ndarray:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"cannot read {path}: {error}".splitlines()[0]) from error
+        # numpy takes what is no array for pickled objects, and says how to load those
+        reason = "it holds no array of numbers" if "pickle" in str(error) else str(error).partition("\n")[0]
+        raise InputError(f"cannot read {path}: {reason}") from error
     if not isinstance(array, np.ndarray) or array.ndim not in (2, 3):
         found = f"shape {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive of arrays"
         raise InputError(f"{path} must hold a matrix [m, n] or a batch [batch, m, n], got {found}")

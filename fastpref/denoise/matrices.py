@@ -1,6 +1,6 @@
 """Matrices through rpca: one where it lies on disk, batches and triples in memory."""
 
-import warnings
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpref._checks import as_tensor
 from fastpref.curate import InputError
 from fastpref.denoise import files
 from fastpref.denoise.options import DenoiseOptions, check_ending, numbers
@@ -41,6 +42,7 @@ def prepare(array: np.ndarray, options: DenoiseOptions) -> Callable:
         files.check_memory(array.size * dtype.itemsize, options.max_dense, f"as {dtype} {options.input} takes")
         array = array.astype(dtype)
     if array.ndim == 3:
+        _check_rank_free(array[: _at_a_time(array)], options)
         return lambda temporary, progress: _denoise_batch(array, options, wanted, temporary, progress)
     _check_rank_free(array, options)
     return lambda temporary, progress: _denoise_one(array, None, options, wanted, temporary, progress)
@@ -122,14 +124,7 @@ def _solve(matrix: np.ndarray, by_columns: bool, options: DenoiseOptions, with_o
         progress.advance(residual=f"{state.residual:.1e}", rank=state.rank)
 
     sparse = "coo" if with_outliers else "none"
-    return rpca(_tensor(matrix), **keywords, sparse=sparse, callback=report)
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    """The same memory; what is mapped read-only stays so, since nobody writes to it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        return torch.from_numpy(array)
+    return rpca(as_tensor(matrix), **keywords, sparse=sparse, callback=report)
 
 
 def _transposed(result: RPCAResult) -> RPCAResult:
@@ -214,22 +209,23 @@ def _denoise_batch(array, options, wanted, temporary, progress) -> dict:
     keywords = options.given("rank", "structure", "corruption", "method", "lam", "tol", "max_iter")
     sparse = "none" if wanted == "low-rank" and options.plot is None else "coo"
     scale = 1.0 if options.scale is None else options.scale
-    batch, m, n = array.shape
-    step = max(1, BATCH_ENTRIES // max(m * n, 1))
-    results = []
+    step = _at_a_time(array)
+    results, infos = [], []
     out_dtype = np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
 
     def solve():
-        progress.stage("matrices", batch)
-        for begin in range(0, batch, step):
+        progress.stage("matrices", len(array))
+        for begin in range(0, len(array), step):
             part = np.array(array[begin : begin + step])
-            data = _tensor(part) if out_dtype == np.float64 else _tensor(part).float()
+            data = as_tensor(part) if out_dtype == np.float64 else as_tensor(part).float()
             if part.dtype == np.int8:
                 data = data.masked_fill(data == -128, torch.nan)
             result = rpca(data * scale if scale != 1.0 else data, **keywords, sparse=sparse)
             if begin == 0 and options.plot is not None:
                 _plot(_first(result), options, temporary)
-            results.append(result if wanted == "factors" else result._replace(sparse=None))
+            infos.append(result.info)
+            if wanted == "factors":
+                results.append(result)
             progress.advance(len(part))
             yield part, result
 
@@ -242,8 +238,12 @@ def _denoise_batch(array, options, wanted, temporary, progress) -> dict:
         for _ in solve():
             pass
         _write_factors(out, _joined(results, step))
-    info = RPCAInfo(*(torch.cat(parts) for parts in zip(*(result.info for result in results), strict=True)))
+    info = RPCAInfo(*(torch.cat(parts) for parts in zip(*infos, strict=True)))
     return _summary(info, list(array.shape), array.dtype)
+
+
+def _at_a_time(array: np.ndarray) -> int:
+    return max(1, BATCH_ENTRIES // max(math.prod(array.shape[1:]), 1))
 
 
 def _masked(part: np.ndarray, result: RPCAResult) -> np.ndarray:
@@ -278,13 +278,22 @@ def _joined(results: list[RPCAResult], step: int) -> RPCAResult:
     )
 
 
+def _count(which: Tensor, text: str) -> str:
+    return text.format(int(which.sum()), len(which)) if which.dim() else ""
+
+
 def _summary(info: RPCAInfo, shape: list[int], dtype: np.dtype) -> dict:
     """For JSON; what a batch has many of is its smallest, median and largest."""
     converged = info.converged
+    empty = ~converged & (info.iterations == 0)
     messages = []
-    if not converged.all():
-        which = "did" if converged.dim() == 0 else f"{int((~converged).sum())} of {len(converged)} matrices did"
-        messages.append(f"{which} not converge: raise --max-iter, or look whether a low rank is there at all")
+    if empty.any():
+        messages.append("nothing is observed" + _count(empty, " in {} of {} matrices"))
+    if (~converged & ~empty).any():
+        messages.append(
+            _count(~converged & ~empty, "{} of {} matrices ")
+            + "did not converge: raise --max-iter, or look whether a low rank is there at all"
+        )
     return {
         "kind": "matrix" if converged.dim() == 0 else "batch",
         "shape": shape,
@@ -295,7 +304,7 @@ def _summary(info: RPCAInfo, shape: list[int], dtype: np.dtype) -> dict:
         "iterations": numbers(info.iterations),
         "residual": numbers(info.residual),
         "gap": numbers(info.gap),
-        "outlier_rate": numbers(info.outlier_rate),
+        "outlier_rate": numbers(info.outlier_rate.masked_fill(empty, torch.nan)),
         "noise_scale": numbers(info.scale),
         "condition": numbers(info.condition),
         "warnings": messages,

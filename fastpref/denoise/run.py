@@ -135,7 +135,7 @@ def _library_errors() -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, torch.linalg.LinAlgError) as error:
         raise InputError(str(error).partition("\n")[0]) from error
     except OSError as error:
         raise InputError(f"cannot write: {error.strerror or error}") from error

@@ -36,6 +36,11 @@ def read_table(path, layout: str | None, columns: dict[str, str]) -> tuple[dict,
     try:
         whole = pyarrow.json.read_json(path) if format_of(path) == ".jsonl" else None
         found = _column_names(path) if whole is None else whole.column_names
+        known = {role for roles in LAYOUTS.values() for role in (*roles, "prompt")}
+        if unknown := set(columns) - known:
+            raise InputError(f"--columns: no layout has a role {', '.join(unknown)}, only {', '.join(sorted(known))}")
+        if missing := [name for name in columns.values() if name not in found]:
+            raise InputError(f"{path} has no column {', '.join(missing)}, found {', '.join(found)}")
         layout = layout or _only_layout(path, columns, found)
         roles = LAYOUTS[layout]
         if layout != "triples" and columns.get("prompt", "prompt") in found:
@@ -45,6 +50,8 @@ def read_table(path, layout: str | None, columns: dict[str, str]) -> tuple[dict,
         names = {role: columns.get(role, role) for role in roles} | columns
         if missing := [name for name in names.values() if name not in found]:
             raise InputError(f"{path} has no column {', '.join(missing)} for {layout}, found {', '.join(found)}")
+        if repeated := [name for name in names.values() if found.count(name) > 1]:
+            raise InputError(f"{path} has more than one column {', '.join(repeated)}")
         if len(set(names.values())) < len(names):
             raise InputError(
                 f"--columns must name a column for each role, got one twice in {', '.join(names.values())}"
