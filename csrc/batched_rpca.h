@@ -8,7 +8,7 @@ namespace fastpref {
 struct BatchedRpca {
   const void* data;  // [batch, rows, columns] float or double; NaN is missing
   bool is_double, skew, warm;
-  int attempt;  // which of the schedules for its observed share a matrix is given
+  int attempt;  // which of the schedules for its observed share a matrix is given; 1, warm: again, from a found fit
   int64_t batch, rows, columns, rank;
   const void* start;  // [columns, rank] for the block power steps of a cold start
   double tol;

@@ -12,6 +12,7 @@
 #include "batched_verdict.h"
 #include "bradley_terry.h"
 #include "check.h"
+#include "ialm_pass.h"
 #include "linear_logps.h"
 #include "outliers.h"
 #include "parallel.h"
@@ -120,6 +121,18 @@ Outliers outliers_args(uintptr_t matrix, int dtype, int64_t rows, int64_t column
   return args;
 }
 
+IalmPass ialm_pass_args(uintptr_t matrix, int dtype, int64_t rows, int64_t columns, int64_t stride, bool masked,
+                        double scale, uintptr_t state, int64_t state_stride, double lam) {
+  IalmPass args{};
+  args.matrix = pointer<const void>(matrix);
+  args.dtype = static_cast<MatrixDType>(dtype);
+  args.rows = rows, args.columns = columns, args.stride = stride;
+  args.masked = masked, args.scale = scale;
+  args.state = pointer<void>(state), args.state_stride = state_stride, args.lam = lam;
+  args.mu = args.mu_before = 1;
+  return args;
+}
+
 std::map<std::string, std::string> build_info() {
   return {
       {"version", FASTPREF_VERSION},
@@ -151,6 +164,20 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   py::class_<TokenLogpsBackward>(m, "TokenLogpsBackward").def(py::init(&backward_args));
   py::class_<LinearProjection>(m, "LinearProjection").def(py::init(&linear_projection));
   py::class_<ResidualPass>(m, "ResidualPass").def(py::init(&residual_pass_args));
+  py::class_<IalmPass>(m, "IalmPass")
+      .def(py::init(&ialm_pass_args))
+      .def("set_factors",
+           [](IalmPass& args, uintptr_t row_factors, uintptr_t column_factors, int64_t rank, int64_t width) {
+             args.row_factors = pointer<const void>(row_factors),
+             args.column_factors = pointer<const void>(column_factors);
+             args.rank = rank, args.width = width;
+           })
+      .def("set_penalty", [](IalmPass& args, double mu, double mu_before) { args.mu = mu, args.mu_before = mu_before; })
+      .def("set_value",
+           [](IalmPass& args, double from_data, double from_sparse, double from_dual, double from_missing) {
+             args.from_data = from_data, args.from_sparse = from_sparse;
+             args.from_dual = from_dual, args.from_missing = from_missing;
+           });
   py::class_<Outliers>(m, "Outliers").def(py::init(&outliers_args));
 
   using release = py::call_guard<py::gil_scoped_release>;
@@ -316,6 +343,20 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         residual_pass_cpu(args, threads);
       },
       release());
+  m.attr("ialm_rows") = ialm_rows;
+  m.attr("ialm_columns") = ialm_columns;
+  m.def("ialm_workspace", &ialm_workspace);
+  for (const auto& [name, pass] :
+       {std::pair{"ialm_update_cpu", &ialm_update_cpu}, std::pair{"ialm_rows_cpu", &ialm_rows_cpu},
+        std::pair{"ialm_columns_cpu", &ialm_columns_cpu}})
+    m.def(
+        name,
+        [pass = pass](IalmPass args, uintptr_t products, uintptr_t sums, uintptr_t workspace, int threads) {
+          args.products = pointer<void>(products), args.sums = pointer<double>(sums);
+          args.workspace = pointer<void>(workspace);
+          pass(args, threads);
+        },
+        release());
   m.attr("outliers_padding") = outliers_padding;
   m.def(
       "outliers_count_cpu",

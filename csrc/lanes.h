@@ -75,11 +75,13 @@ inline V<T> sums_of(V<T>* v) {
 #endif
 template <class T>
 inline V<T> abs_of(V<T> v) {
-  return v < 0 ? -v : v;
+  using I = typename Lanes<T>::I;
+  return (V<T>)((I)v & ~((I{} + 1) << (sizeof(T) * 8 - 1)));
 }
 inline Vf inverse(Vf v) {
 #if defined(FASTPREF_SIMD_avx512)
-  v = v > 1e37f ? splat(1e37f) : v;  // the step below would make NaN of 1 / infinity
+  v = (Vf)_mm512_maskz_min_ps(0xffff, (__m512)v,
+                              (__m512)splat(1e37f));  // the step below would make NaN of 1 / infinity
   const Vf guess = (Vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)v);
   return guess * (2.0f - v * guess);
 #else

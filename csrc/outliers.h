@@ -20,7 +20,7 @@ struct Outliers {      // F: double for a double matrix, else float
   void* by_column;          // [threads, 2, padded] int32 (double: int64), zero: far and observed, to be summed
   double* rest;             // [rows]: sum of R^2 of the other observed entries
   // listing
-  const int64_t* first;             // [rows]: where a row's outliers begin
+  const int64_t* first;             // [rows + 1]: where a row's outliers begin, and the last one's end
   int64_t *out_rows, *out_columns;  // by row, then by column
   void* values;                     // F: R
 };

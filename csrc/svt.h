@@ -14,7 +14,7 @@ struct Svt {
   void* workspace;  // threads * svt_workspace(...) bytes
 };
 
-int64_t svt_workspace(int64_t rows, int64_t columns, bool is_double);
+int64_t svt_workspace(int64_t rows, int64_t columns);
 void svt_cpu(const Svt& args, int threads);
 
 }  // namespace fastpref

@@ -5,6 +5,7 @@ normalised median residual), around scaled gradient steps on the factors of L = 
 the steps): an entry that L cannot explain loses its say, however large it is. A missing entry is NaN.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastpref import _library, _native
 from fastpref.batched_verdict import BatchVerdict, batched_verdict
-from fastpref.outliers import MAD, MISFIT, explains
+from fastpref.outliers import MAD, MISFIT, Fit, explains, is_better
 
 CUTOFF = 3.0  # of Cauchy's weights, in standard deviations of the noise
 FINEST = 1e-9  # of mean |D|: the smallest cutoff
@@ -33,21 +34,23 @@ class BatchSolve(NamedTuple):
 
 class Schedule(NamedTuple):
     decay: float  # of the cutoff, per iteration
-    first: float  # of mean |R| at the start: the first cutoff
+    first: float  # of mean |R| at the start: the first cutoff; inf: it is the largest |R|
     step: float  # of the scaled gradient; divided by the observed share
+    most: float  # share of the iterations that are left, where another schedule follows
+    again: bool = False  # from the fit found so far: rows that it gave up come back, the rest is nearly right
 
 
-QUICK, SLOW = Schedule(0.75, 8.0, 0.9), Schedule(0.9, 4.0, 0.7)
-LOW = Schedule(0.9, 2.0, 0.7)  # for components much smaller than the others
-STILL = Schedule(1.0, 8.0, 0.9)  # of full rank, which explains every entry
+QUICK, SLOW, LOW = Schedule(0.75, 8.0, 0.9, 0.2), Schedule(0.9, 4.0, 0.7, 0.4), Schedule(0.9, 2.0, 0.7, 1.0)
+AGAIN = Schedule(0.9, float("inf"), 0.7, 0.5, again=True)
+STILL = Schedule(1.0, 8.0, 0.9, 1.0)  # of full rank, which explains every entry
 TRIES = 3
 
 
-def schedules(observed_share: float, full_rank: bool) -> tuple[Schedule, ...]:
-    """In the order of trying: the next is for a matrix that one leaves unexplained."""
+def schedules(little_missing: bool, full_rank: bool) -> tuple[Schedule, ...]:
+    """In the order of trying: the next is for a matrix that the ones before leave unexplained."""
     if full_rank:
         return (STILL,)
-    return (SLOW, LOW, QUICK) if observed_share < COMPLETE else (QUICK, SLOW, LOW)
+    return (QUICK, AGAIN, SLOW) if little_missing else (SLOW, AGAIN, LOW)
 
 
 def inverse_gram(factor: Tensor) -> Tensor:
@@ -90,12 +93,14 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, attempt: int, to
     count = observed.sum((-2, -1))
     share = (count / max(matrix.shape[-2] * matrix.shape[-1], 1)).to(matrix.dtype).clamp(min=1e-30)
     full_rank = rank == min(matrix.shape[1:])
-    chosen = [schedules(observed, full_rank)[-1 if full_rank else attempt] for observed in (0.0, 1.0)]
-    decay, first, step = matrix.new_tensor(chosen)[(share >= COMPLETE).long()].unbind(-1)
+    chosen = [schedules(little_missing, full_rank)[-1 if full_rank else attempt] for little_missing in (False, True)]
+    decay, first, step, *_ = matrix.new_tensor(chosen)[(share >= COMPLETE).long()].unbind(-1)
     mean = clean.abs().sum((-2, -1)) / count.clamp(min=1)
     norm = torch.linalg.vector_norm(clean, dim=(-2, -1))
-    left, right = start(matrix, observed, rank, skew) if warm is None else warm
-    left, right = left.clone(), right.clone()
+    left, right = start(matrix, observed, rank, skew)
+    if warm is not None:  # unless that is nothing, from which no step leads away
+        something = (warm[0].abs().amax((-2, -1)) > 0)[:, None, None]
+        left, right = (torch.where(something, own, cold) for own, cold in zip(warm, (left, right), strict=True))
     if skew:  # right = left core stays so under scaled steps, and keeps the product skew
         core = torch.linalg.lstsq(left.double(), right.double()).solution
         core = ((core - core.mT) / 2).to(matrix.dtype)
@@ -103,6 +108,8 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, attempt: int, to
     residual = torch.where(observed, clean - left @ right.mT, 0)
     if warm is None:
         cutoff = torch.minimum(clean.abs().amax((-2, -1)), first * residual.abs().sum((-2, -1)) / count.clamp(min=1))
+    elif chosen[0].again:
+        cutoff = residual.abs().amax((-2, -1))
     else:
         cutoff = CUTOFF * MAD * median_of(residual, observed)
     cutoff = torch.maximum(cutoff, FINEST * mean)
@@ -115,7 +122,7 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, attempt: int, to
         if not running.any():
             break
         residual = torch.where(observed, clean - left @ right.mT, 0)
-        e = residual / (1 + (residual / cutoff[:, None, None].clamp(min=1e-300)) ** 2)
+        e = residual / (1 + (residual / cutoff[:, None, None].clamp(min=torch.finfo(matrix.dtype).tiny)) ** 2)
         size = (step / share * running)[:, None, None]
         left_step = size * (e @ right @ inverse_gram(right))
         change = torch.linalg.vector_norm(left_step, dim=(-2, -1)) / _norm(left)
@@ -156,7 +163,7 @@ def median_of(residual: Tensor, observed: Tensor) -> Tensor:
 def _native_solve(matrix: Tensor, rank: int, skew: bool, attempt: int, tol: float, max_iter: int, warm) -> BatchSolve:
     batch, m, n = matrix.shape
     matrix = matrix.contiguous()
-    core, threads, double = _native._core, torch.get_num_threads(), matrix.dtype == torch.float64
+    core, threads, double = _native._core, min(torch.get_num_threads(), batch), matrix.dtype == torch.float64
     if warm is None:
         left, right = matrix.new_empty(batch, m, rank), matrix.new_empty(batch, n, rank)
     else:
@@ -215,21 +222,33 @@ def batched_annealed(
     """[B, m, n], with the cutoff shrinking slowly where much is missing, quickly elsewhere; matrices that are left
     unexplained are tried again by other schedules, and keep the fit with the smaller median residual."""
 
-    def tried(matrix, attempt, warm=None):
-        fit = _solve(matrix, rank, skew, attempt, tol, max_iter, warm, backend)
+    full_rank = rank == min(matrix.shape[1:])
+
+    def tried(matrix, attempt, budget, warm=None):
+        fit = _solve(matrix, rank, skew, attempt, tol, budget, warm, backend)
         return fit, batched_verdict(matrix, fit.left, fit.right, fit.median, backend)
 
-    fit, verdict = tried(matrix, 0, warm)
-    for attempt in range(1, 1 if warm is not None or rank == min(matrix.shape[1:]) else TRIES):
-        again = (~explains(fit.median, verdict.mean, tol) | (verdict.worst > MISFIT)).nonzero().flatten()
+    tries = 1 if full_rank or warm is not None else TRIES
+    orders = [schedules(little_missing, full_rank) for little_missing in (False, True)]
+
+    def share(attempt):
+        return 1.0 if attempt == tries - 1 else max(order[attempt].most for order in orders)
+
+    fit, verdict = tried(matrix, 0, math.ceil(share(0) * max_iter), warm)
+    open_ = ~explains(fit.median, verdict.mean, tol) | (verdict.worst > MISFIT)
+    for attempt in range(1, tries):
+        again = (open_ & (fit.iterations < max_iter)).nonzero().flatten()
         if not len(again):
             break
-        retry, second = tried(matrix[again], attempt)
-        old, mean = fit.median[again], second.mean
-        closer, fewer = retry.median < 0.99 * old, second.rate < verdict.rate[again]
-        better = torch.where(explains(retry.median, mean, tol) & explains(old, mean, tol), fewer, closer)
-        for kept, new in zip((*fit, *verdict), (*retry, *second), strict=True):
+        budget = math.ceil(share(attempt) * (max_iter - int(fit.iterations[again].max())))
+        found = (fit.left[again], fit.right[again]) if orders[0][attempt].again else None
+        retry, second = tried(matrix[again], attempt, budget, found)
+        new = Fit(retry.median, second.rate, explains(retry.median, second.mean, tol))
+        old = Fit(fit.median[again], verdict.rate[again], explains(fit.median[again], second.mean, tol))
+        better, same = is_better(new, old)
+        open_[again] = (~new.explained & ~same) | (second.worst > MISFIT)
+        for kept, other in zip((*fit, *verdict), (*retry, *second), strict=True):
             if kept is not fit.iterations:
-                kept[again[better]] = new[better]
+                kept[again[better]] = other[better]
         fit.iterations[again] += retry.iterations
     return fit, verdict

@@ -459,7 +459,6 @@ def _fit_matrices(name, value, options, stderr, outliers):
     deviations = found = None
     if stderr:
         rows = zip(flat, scores, components, stats, strict=True)
-        rows = zip(flat, scores, components, stats, strict=True)
         deviations = torch.stack([_stderr(*row, data) for row in rows]) if len(flat) else scores.clone()
     if outliers == "pairs":
         found = _outlier_pairs(flat, scores, stats, data, shape[:-2])

@@ -41,6 +41,23 @@ def explains(median, mean, tol: float):
     return median <= 10 * tol * mean
 
 
+class Fit(NamedTuple):
+    """What one fit is compared with another by: tensors of one shape."""
+
+    median: Tensor  # |R|
+    rate: Tensor  # share of outliers
+    explained: Tensor  # bool
+
+
+def is_better(new: Fit, old: Fit) -> tuple[Tensor, Tensor]:
+    """Whether new is the better fit: of two alike the one with fewer outliers, else the closer one; and whether it is
+    the same as the old one, by the same measures."""
+    near = (new.median <= 1.2 * old.median) & (old.median <= 1.2 * new.median)
+    alike = near | (new.explained & old.explained)
+    same = alike & ((new.rate - old.rate).abs() <= 0.01)
+    return torch.where(alike, new.rate < old.rate, new.median < old.median), same
+
+
 class OutlierCounts(NamedTuple):
     rows: Tensor  # [m] int64: outliers of a row
     columns: Tensor  # [n] int64: of a column
@@ -131,10 +148,11 @@ def _native_count(matrix, left, right, threshold, scale) -> OutlierCounts:
 def _native_list(matrix, left, right, threshold, scale) -> Outliers:
     counts = _native_count(matrix, left, right, threshold, scale).rows
     args, _, _kept = _native_args(matrix, left, right, threshold, scale)
-    ends = counts.cumsum(0)
-    first, total = ends - counts, int(ends[-1]) if len(ends) else 0
-    rows, columns = (torch.empty(total, dtype=torch.int64) for _ in range(2))
-    values = left.new_empty(total)
+    first = torch.zeros(len(counts) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=first[1:])
+    total = int(first[-1])
+    rows, columns = (torch.zeros(total, dtype=torch.int64) for _ in range(2))
+    values = left.new_zeros(total)
     _native._core.outliers_list_cpu(
         args, first.data_ptr(), rows.data_ptr(), columns.data_ptr(), values.data_ptr(), torch.get_num_threads()
     )
@@ -147,6 +165,9 @@ _library.OPS["outliers"] = {"native": _library.native_cpu_reason, "reference": _
 def _checked(matrix, left, right, threshold, scale, backend):
     check_matrix(matrix)
     check_factors(matrix, left, right)
+    for name, factor in (("left", left), ("right", right)):
+        if not factor.isfinite().all():
+            raise ValueError(f"{name} must be finite, got {factor[~factor.isfinite()][0].item()}")
     check_number("threshold", threshold, "a float that is not negative")
     if not threshold >= 0:
         raise ValueError(f"threshold must not be negative, got {threshold}")

@@ -11,6 +11,8 @@ around it; nothing of the matrix's size is written. Two solvers share that read:
 Without a rank, the convex program min |L|_* + lambda |S|_1 (Candes, Li, Ma, Wright 2011) finds it.
 """
 
+import itertools
+import math
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,12 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref import _checks, _library, ialm
-from fastpref.batched_ialm import batched_ialm, batched_ialm_ref, is_small
+from fastpref import _checks, _library, ialm, ialm_pass
+from fastpref.batched_ialm import batched_ialm, is_small
 from fastpref.batched_rpca import (
     AWAY,
     BLIND,
     CLIP,
+    COMPLETE,
     CUTOFF,
     FINEST,
     batched_annealed,
@@ -33,22 +36,26 @@ from fastpref.batched_rpca import (
     schedules,
 )
 from fastpref.batched_verdict import BatchVerdict, batched_verdict
+from fastpref.large_ialm import large_ialm
 from fastpref.outliers import (
     EXACT,
     MAD,
     MISFIT,
     OUTLIER,
+    Fit,
     Outliers,
     explains,
+    is_better,
     outlier_bound,
     outlier_counts,
     outliers,
 )
-from fastpref.residual_pass import STRUCTURES, check_matrix, factor_dtype, histogram_median, residual_pass
+from fastpref.residual_pass import STRUCTURES, check_matrix, entries, factor_dtype, histogram_median, residual_pass
 
 CORRUPTIONS = ("entries", "rows", "columns")
 METHODS = ("auto", "annealed", "altproj", "ialm")
 SPARSE = ("none", "coo", "dense")
+SMALL = 1e-6  # sizes of the largest entry, or their inverses, from which a matrix is rescaled
 
 
 class RPCAInfo(NamedTuple):
@@ -100,7 +107,7 @@ class _Read(NamedTuple):
     right: Tensor  # [n, r] E^T left, of all rows
     sum_squares: float
     observed: int
-    kept: int
+    max_kept: Tensor  # [], of this rank's rows
     median: float  # of |R|
     row_squares: Tensor
     column_squares: Tensor
@@ -111,14 +118,19 @@ class _Data:
 
     def __init__(self, matrix, scale, structure, group, backend):
         self.matrix, self.scale, self.structure, self.group, self.backend = matrix, scale, structure, group, backend
+        self.unit = 1.0  # everything below is in this unit, by which sizes whose squares leave float32 are divided
         self.dtype = factor_dtype(matrix)
         self.rows, self.columns = matrix.shape
         found = self._pass(*self.thin(0), "identity", torch.inf)
+        self.top = self.max(found.max_kept).item()
+        if 0 < self.top < SMALL or 1 / SMALL < self.top < torch.inf:
+            self.unit = 2.0 ** math.frexp(self.top)[1]
+            self.scale, self.top = self.scale / self.unit, self.top / self.unit
+            found = self._pass(*self.thin(0), "identity", torch.inf)
         everything = self._shared(found)
         self.observed, self.norm = everything.observed, everything.sum_squares**0.5
         self.total_rows = self.sum(torch.tensor([self.rows], device=matrix.device))[0].item()
         self.share = self.observed / max(self._entries(), 1)
-        self.top = self.max(found.max_kept).item()
         self.mean = min(self.mean_size(), self.top)
         self.typical = self.mean * self.observed**0.5  # |D|, were all entries of mean size: outliers do not count more
 
@@ -184,23 +196,21 @@ class _Data:
 
     def _shared(self, found) -> _Read:
         """Of all ranks' rows."""
-        sums = torch.cat(
-            [torch.stack([found.sum_squares, found.observed.double(), found.kept.double()]), found.histogram.double()]
-        )
+        sums = torch.cat([torch.stack([found.sum_squares, found.observed.double()]), found.histogram.double()])
         if self.group is not None:
             self.sum(sums)
             self.sum(found.right_grad)
             if found.column_squares.numel():
                 self.sum(found.column_squares)
-        squares, observed, kept = sums[:3].tolist()
-        self._histogram = sums[3:]
+        squares, observed = sums[:2].tolist()
+        self._histogram = sums[2:]
         median = histogram_median(self._histogram)
         return _Read(
             found.left_grad,
             found.right_grad,
             squares,
             int(observed),
-            int(kept),
+            found.max_kept,
             0.0 if median != median else median,
             found.row_squares,
             found.column_squares,
@@ -298,7 +308,11 @@ def _annealed(data: _Data, left, right, schedule, tol, max_iter, report, corrupt
     if lines is not None:
         zeta = lines.largest(read)
     else:
-        zeta = CUTOFF * MAD * read.median if warm else min(data.top, schedule.first * data.mean_size())
+        zeta = (
+            CUTOFF * MAD * read.median
+            if warm
+            else min(data.max(read.max_kept).item(), schedule.first * data.mean_size())
+        )
     zeta = max(zeta, finest)
     quiet, size = 0, schedule.step / data.share
     for iteration in range(1, max_iter + 1):
@@ -456,6 +470,8 @@ def _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report) -> 
         left, right = data.thin(rank)
         median = data.read(left, right, "identity", torch.inf).median
         return judged(_Solve(left, right, 0, data.observed > 0, median))
+    if warm is not None and not warm[1].any():  # nothing, from which no step leads away
+        warm = None
     left, right = data.start(rank) if warm is None else warm
     plain = entries and data.structure == "general" and rank < min(data.total_rows, data.columns)
     if method == "altproj" and not plain:
@@ -471,29 +487,31 @@ def _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report) -> 
         if method == "altproj" or found.stopped or exact:
             return found
         spent, best = found.iterations, found if found.iterations == max_iter else None
-    tries = schedules(data.share, rank >= min(data.total_rows, data.columns))
-    if spent:  # not the easy data that altproj is for, nor a quick schedule
-        tries = tries[1:] or tries
-    for schedule in tries:
+    tries = schedules(data.share >= COMPLETE, rank >= min(data.total_rows, data.columns))
+    tries = tries[:1] if warm is not None else tries
+    for attempt, schedule in enumerate(tries):
         if spent == max_iter:
             break
-        found = _annealed(data, left, right, schedule, tol, max_iter - spent, report, corruption, warm is not None)
-        found = judged(found)
+        budget = math.ceil((max_iter - spent) * (schedule.most if attempt < len(tries) - 1 else 1.0))
+        begin = left, right
+        if schedule.again and best.right.any():
+            begin = best.left, best.right
+        found = judged(_annealed(data, *begin, schedule, tol, budget, report, corruption, warm is not None))
         spent += found.iterations
-        if best is None or _is_better(found, best, data.mean, tol):
+        new, same = _compared(found, data, tol), False
+        if best is None:
             best = found
-        settled = explains(best.median, data.mean, tol)
-        if entries:
-            settled &= not best.verdict.suspicious
-        if found.stopped or warm is not None or settled:
+        else:
+            better, same = is_better(new, _compared(best, data, tol))
+            best = found if better else best
+        if found.stopped or ((new.explained or same) and not (entries and found.verdict.suspicious)):
             break
     return best._replace(iterations=spent)
 
 
-def _is_better(found: _Solve, best: _Solve, mean: float, tol: float) -> bool:
-    if found.verdict is not None and explains(found.median, mean, tol) and explains(best.median, mean, tol):
-        return found.verdict.rate < best.verdict.rate
-    return found.median < 0.99 * best.median
+def _compared(found: _Solve, data: _Data, tol: float) -> Fit:
+    rate = found.verdict.rate if found.verdict is not None else 0.0
+    return Fit(*map(torch.tensor, (found.median, rate, explains(found.median, data.mean, tol))))
 
 
 def _warn_of_rank(data: _Data, u, s, v, scale) -> None:
@@ -535,34 +553,42 @@ def _warn_of_rank(data: _Data, u, s, v, scale) -> None:
 
 def _single(matrix, rank, structure, corruption, method, tol, max_iter, scale, warm, sparse, report, group, backend):
     data = _Data(matrix, scale, structure, group, backend)
+    if warm is not None:
+        warm = warm[0] / data.unit, warm[1]
     return _result(data, _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report), corruption, sparse)
 
 
 def _reporter(callback):
-    def report(iteration, residual, noise, rank):
-        return callback is not None and callback(RPCAProgress(iteration, residual, noise, rank))
+    count = itertools.count(1)  # over all solvers that one call tries
+
+    def report(_, residual, noise, rank):
+        return callback is not None and callback(RPCAProgress(next(count), residual, noise, rank))
 
     return report
+
+
+def _dense(matrix: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """[1, m, n], NaN where missing."""
+    return (entries(matrix, dtype) * scale).unsqueeze(0)
 
 
 def _rank_free(matrix, structure, corruption, lam, tol, max_iter, scale, sparse, callback, backend) -> RPCAResult:
     """The convex program; where noise shrinks L, or lines leave traces in it, a fit of the rank it found."""
     data = _Data(matrix, scale, structure, None, backend)
-    dense = matrix.to(data.dtype)
-    if matrix.dtype == torch.int8:
-        dense = dense.masked_fill(matrix == -128, torch.nan)
-    dense, report = (dense * scale).unsqueeze(0), _reporter(callback)
-    if corruption == "entries" and callback is None and is_small(*matrix.shape):
-        found = batched_ialm(dense, lam=lam, tol=tol, max_iter=max_iter)
+    report = _reporter(callback)
+    options = {
+        "lam": lam,
+        "tol": tol,
+        "max_iter": max_iter,
+        "report": lambda iteration, residual, rank: report(iteration, residual, float("nan"), rank),
+    }
+    entrywise = corruption == "entries"
+    if entrywise and callback is None and is_small(*matrix.shape):
+        found = batched_ialm(_dense(matrix, data.scale, data.dtype), lam=lam, tol=tol, max_iter=max_iter)
+    elif entrywise and backend in (None, "native") and ialm_pass.is_native(matrix):
+        found = large_ialm(matrix, scale=data.scale, backend=backend, **options)
     else:
-        found = ialm.ialm(
-            dense,
-            lam=lam,
-            tol=tol,
-            max_iter=max_iter,
-            corruption=corruption,
-            report=lambda iteration, residual, rank: report(iteration, residual, float("nan"), rank),
-        )
+        found = ialm.ialm(_dense(matrix, data.scale, data.dtype), corruption=corruption, **options)
     rank = int(found.rank)
     noisy = float(found.dense_share) > ialm.NOISY and corruption == "entries"
     if noisy:
@@ -571,14 +597,15 @@ def _rank_free(matrix, structure, corruption, lam, tol, max_iter, scale, sparse,
         rank += rank % 2
     root = found.S[0].sqrt()
     left, right = (found.U[0] * root)[:, :rank], (found.Vh[0].mT * root)[:, :rank]
-    spent = int(found.iterations)
-    if rank and left.shape[1] == rank and (noisy or structure == "skew" or corruption != "entries"):
+    spent, certified = int(found.iterations), bool(found.converged)
+    polished = rank and left.shape[1] == rank and (noisy or structure == "skew" or corruption != "entries")
+    if polished and spent < max_iter:
         warm = None if noisy else (left, right)
-        fit = _fixed_rank(data, rank, corruption, "annealed", tol, 300, warm, report)
-        fit = fit._replace(iterations=spent + fit.iterations)
+        fit = _fixed_rank(data, rank, corruption, "annealed", tol, min(300, max_iter - spent), warm, report)
+        fit = fit._replace(iterations=spent + fit.iterations, converged=certified and fit.converged)
     else:
         read = data.read(left, right, "identity", torch.inf)
-        fit = _Solve(left, right, spent, bool(found.converged), read.median)
+        fit = _Solve(left, right, spent, certified, read.median)
         if corruption == "entries":
             fit = fit._replace(verdict=_judge(data, left, right, outlier_bound(fit.median, data.mean)))
     return _result(data, fit, corruption, sparse, found.gap[0])
@@ -609,10 +636,10 @@ def _result(data: _Data, found: _Solve, corruption: str, sparse: str, gap: Tenso
         else:
             listed = lines.entries(wrong, u * root, v * root)
         if sparse == "coo":
-            whole = SparseCOO(torch.stack(listed[:2], 1), listed.values)
+            whole = SparseCOO(torch.stack(listed[:2], 1), listed.values * data.unit)
         else:
             whole = torch.zeros(matrix.shape, dtype=data.dtype, device=matrix.device)
-            whole[listed.rows, listed.columns] = listed.values
+            whole[listed.rows, listed.columns] = listed.values * data.unit
     number = {"dtype": torch.float64, "device": matrix.device}
     info = RPCAInfo(
         torch.tensor(rank, device=matrix.device),
@@ -620,13 +647,13 @@ def _result(data: _Data, found: _Solve, corruption: str, sparse: str, gap: Tenso
         torch.tensor(verdict.residual, **number),
         torch.tensor(torch.nan, **number) if gap is None else gap,
         torch.tensor(found.converged and data.observed > 0, device=matrix.device),
-        torch.tensor(noise, **number),
+        torch.tensor(noise * data.unit, **number),
         torch.tensor(verdict.rate, **number),
         verdict.row_rates,
         verdict.column_rates,
         s[0] / s[-1] if rank else torch.tensor(torch.nan, **number),
     )
-    return RPCAResult(u, s.to(u.dtype), v.mT, whole, info)
+    return RPCAResult(u, (s * data.unit).to(u.dtype), v.mT, whole, info)
 
 
 # ---- many small matrices ----
@@ -648,10 +675,11 @@ class _BatchFit(NamedTuple):
         return cls(found.left, found.right, rank, found.iterations, found.converged, found.median, gap)
 
 
-def _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse) -> RPCAResult:
+def _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse, backend) -> RPCAResult:
     flat = matrix.reshape(matrix.shape[:-2].numel(), *matrix.shape[-2:])
-    solve = batched_ialm if is_small(*flat.shape[1:]) else batched_ialm_ref
-    found = solve(flat, lam=lam, tol=tol, max_iter=max_iter)
+    if not backend and not is_small(*flat.shape[1:]):
+        backend = "reference"
+    found = batched_ialm(flat, lam=lam, tol=tol, max_iter=max_iter, backend=backend)
     root = found.S.sqrt().unsqueeze(-2)
     left, right = found.U * root, found.Vh.mT * root
     rank, iterations, converged, median = (
@@ -672,14 +700,17 @@ def _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse) -> RPCAResul
         warm = None
         if skew and not noisy[part].any():
             warm = left[part, :, :r], right[part, :, :r]
-        fit, _ = batched_annealed(flat[part], r, skew=skew, tol=tol, max_iter=300, warm=warm)
+        part = part[iterations[part] < max_iter]
+        if not len(part):
+            continue
+        fit, _ = batched_annealed(flat[part], r, skew=skew, tol=tol, max_iter=300, warm=warm, backend=backend)
         left[part], right[part] = left[part] * 0, right[part] * 0
         left[part, :, :r], right[part, :, :r] = fit.left, fit.right
         iterations[part] += fit.iterations
-        converged[part] = fit.converged
+        converged[part] &= fit.converged
         median[part] = fit.median
     fit = _BatchFit(left, right, rank, iterations, converged, median, found.gap)
-    return _batch_result(matrix, fit, batched_verdict(flat, left, right, median), sparse)
+    return _batch_result(matrix, fit, batched_verdict(flat, left, right, median, backend), sparse)
 
 
 def _batch_result(matrix: Tensor, found: _BatchFit, verdict: BatchVerdict, sparse: str) -> RPCAResult:
@@ -758,7 +789,8 @@ def rpca(
     Args:
         matrix: [m, n], or a batch [..., m, n] of small ones; float32, float64, bfloat16, float16, or, one matrix only,
             int8; NaN (int8: -128) is missing. One matrix is read where it lies, memory-mapped files too.
-        rank: of L; None finds it with the convex program, which holds some ten copies of the matrix.
+        rank: of L; None finds it with the convex program, which holds one more matrix of this size (on a GPU, and for
+            whole rows and columns, some ten).
         structure: "skew" for M = -M^T, of even rank: half is read, and L is skew to rounding.
         corruption: what S consists of: "entries", whole "rows" or whole "columns" (one matrix only).
         method: "annealed", "altproj" (clean, well-conditioned data: a third of the iterations), "ialm" (the convex
@@ -767,17 +799,20 @@ def rpca(
         lam: weight of |S|_1 in the convex program; default 1 / sqrt(observed share * max(m, n)).
         tol: relative residual, or three times the relative change of the factors, at which it has converged; default
             1e-6, 1e-7 for float64.
-        max_iter: default 300.
+        max_iter: default 300; 1000 without a rank.
         scale: of an int8 matrix: what the stored numbers are multiplied by.
         warm: an earlier result for a similar matrix of the same shape and rank.
         sparse: what of S is returned: "none", "coo" (a SparseCOO) or "dense".
         callback: called with an RPCAProgress after each iteration over one matrix; true stops, not converged.
         group: process group over which the rows of one matrix are spread: U and row rates are those of this rank's
             rows, everything else is the whole matrix's, the same on all ranks. Rows may be spread unevenly.
-        backend: of residual_pass: None, "native", "triton" or "reference".
+        backend: None (the fastest), "native", "triton" (of one matrix with a rank) or "reference".
 
     Returns:
-        RPCAResult. Matrices that did not converge say so in info.converged; they do not hold up the others.
+        RPCAResult. Matrices that did not converge say so in info.converged; they do not hold up the others. With a
+        rank, converged means that the iteration came to rest: where much is corrupted and the matrix small that may be
+        at a wrong answer, of which info.scale and info.outlier_rate tell. Without, that the duality gap has closed too;
+        gap is that of the convex program's L, before a fit of its rank undoes what noise made of it.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, shape or combination, and infinite entries.
@@ -816,8 +851,12 @@ def rpca(
     tol = tol if tol is not None else (1e-7 if matrix.dtype == torch.float64 else 1e-6)
     max_iter = max_iter or (300 if rank is not None else 1000)
     with torch.no_grad():
+        if not matrix.numel() and group is None:
+            return _empty(matrix, rank or 0, sparse)
         if matrix.dim() == 2:
             check_matrix(matrix)
+            if structure == "skew":
+                _check_skew(matrix)
             if rank is None:
                 return _rank_free(
                     matrix, structure, corruption, lam, tol, max_iter, scale, sparse, callback, backend
@@ -841,20 +880,66 @@ def rpca(
             raise TypeError(f"matrix must be floating-point in a batch, got {matrix.dtype}")
         matrix = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
         lead = matrix.shape[:-2]
-        if rank is None or _library.choose_backend("batched_rpca", "", matrix.device.type) == "reference":
+        _library.check_backend("batched_rpca", backend)
+        if structure == "skew":
+            _check_skew(matrix)
+        if rank is None or _library.choose_backend("batched_rpca", backend or "", matrix.device.type) == "reference":
             _check_finite(matrix)
         if rank is None:
-            return _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse)
+            return _rank_free_batch(matrix, structure, lam, tol, max_iter, sparse, backend or "")
         factors = None
         if warm is not None:
             left, right = _warm_factors(warm, (*lead, m, rank), (*lead, rank, n))
             factors = left.reshape(-1, m, rank).to(matrix), right.reshape(-1, n, rank).to(matrix)
         flat = matrix.reshape(lead.numel(), m, n)
         skew = structure == "skew"
-        found, verdict = batched_annealed(flat, rank, skew=skew, tol=tol, max_iter=max_iter, warm=factors)
+        found, verdict = batched_annealed(
+            flat, rank, skew=skew, tol=tol, max_iter=max_iter, warm=factors, backend=backend or ""
+        )
         if not verdict.mean.isfinite().all():  # the kernels read every entry, and stop at once at such a one
             _check_finite(matrix)
         return _batch_result(matrix, _BatchFit.of(found), verdict, sparse)
+
+
+def _check_skew(matrix: Tensor) -> None:
+    """64 rows of a matrix, or 64 matrices of a batch, against their transposes."""
+    chosen = torch.linspace(0, len(matrix) - 1, min(64, len(matrix)), dtype=torch.float64).long().to(matrix.device)
+    there, back = matrix[chosen], matrix[:, chosen].mT if matrix.dim() == 2 else matrix[chosen].mT
+    there, back = entries(there, torch.float64), entries(back, torch.float64)
+    off = (there + back).abs()
+    rounding = 8 * torch.finfo(matrix.dtype).eps if matrix.dtype.is_floating_point else 0.0
+    wrong = (off > rounding * (there.abs() + back.abs())) | (there.isnan() != back.isnan())
+    if wrong.any():
+        where = wrong.nonzero()[0].tolist()
+        value, other = there[tuple(where)].item(), back[tuple(where)].item()
+        where[0] = int(chosen[where[0]])
+        mirror = [*where[:-2], where[-1], where[-2]]
+        raise ValueError(f"structure='skew' needs matrix = -matrix^T, got {value} at {where} and {other} at {mirror}")
+
+
+def _empty(matrix: Tensor, rank: int, sparse: str) -> RPCAResult:
+    *lead, m, n = matrix.shape
+    floating = {"dtype": factor_dtype(matrix), "device": matrix.device}
+    number = {"dtype": torch.float64, "device": matrix.device}
+    rank = min(rank, m, n)
+    whole = {"none": None, "dense": matrix.new_zeros(matrix.shape, dtype=floating["dtype"])}.get(
+        sparse, SparseCOO(torch.empty(0, matrix.dim(), dtype=torch.int64), torch.empty(0, **floating))
+    )
+    zeros, unknown = torch.zeros(lead, **number), torch.full(lead, torch.nan, **number)
+    info = RPCAInfo(
+        zeros.long() + rank,
+        zeros.long(),
+        zeros,
+        unknown,
+        zeros.bool(),
+        zeros,
+        zeros,
+        torch.zeros(*lead, m, **number),
+        torch.zeros(*lead, n, **number),
+        unknown,
+    )
+    u, vh = torch.zeros(*lead, m, rank, **floating), torch.zeros(*lead, rank, n, **floating)
+    return RPCAResult(u, torch.zeros(*lead, rank, **floating), vh, whole, info)
 
 
 def _check_finite(matrix: Tensor) -> None:
@@ -883,5 +968,6 @@ def _warm_factors(warm: RPCAResult, u_shape, vh_shape) -> tuple[Tensor, Tensor]:
             f"warm must have U of shape {list(u_shape)} and Vh of shape {list(vh_shape)}, got {list(warm.U.shape)} and "
             f"{list(warm.Vh.shape)}"
         )
-    root = warm.S.sqrt().unsqueeze(-2)
+    # components of size 0 would stay so
+    root = warm.S.clamp(min=1e-3 * warm.S.amax(-1, keepdim=True)).sqrt().unsqueeze(-2)
     return warm.U * root, warm.Vh.mT * root

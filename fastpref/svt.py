@@ -81,7 +81,7 @@ def _by_jacobi(matrix: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     low = _native.empty(matrix.shape, matrix.dtype, matrix.device)
     rank = torch.empty(batch, dtype=torch.int64)
     threads = min(torch.get_num_threads(), -(-batch // 4))
-    workspace = torch.empty(threads * core.svt_workspace(m, n, is_double), dtype=torch.uint8)
+    workspace = torch.empty(threads * core.svt_workspace(m, n), dtype=torch.uint8)
     pointers = low.data_ptr(), rank.data_ptr(), workspace.data_ptr()
     core.svt_cpu(matrix.data_ptr(), threshold.data_ptr(), is_double, batch, m, n, *pointers, threads)
     if (worst := rank.min()) < 0:

@@ -377,3 +377,21 @@ def test_operator():
     m = logit_matrices(2, 9)[1]
     for backend in ("native", "reference"):
         torch.library.opcheck(bradley_terry_dense, (m, "logits", 1e-9, 100, backend))
+
+
+def test_logits_beyond_float32_are_data_in_float64():
+    w = torch.randn(8, dtype=torch.float64)
+    logits = w.unsqueeze(1) - w
+    logits[0, 1], logits[1, 0] = 1e39, -1e39
+    found = bradley_terry(logits)
+    assert found.info.iterations > 0
+    assert found.scores.isfinite().all()
+    assert found.components.eq(0).all()
+
+
+def test_repeated_edges_are_not_a_complete_graph():
+    w = torch.randn(16, dtype=torch.float64)
+    i = torch.arange(15).repeat(8)  # a chain, 240 directed entries as the complete graph has
+    edges = Edges(i, i + 1, logits=w[i] - w[i + 1], num_items=16)
+    found = bradley_terry(edges=edges, tol=1e-9)
+    torch.testing.assert_close(found.scores, w - w.mean(), rtol=0, atol=1e-7)

@@ -100,3 +100,11 @@ def test_refused():
             function(*make(4, 6, 2), 1.0, backend="cublas")
         with pytest.raises(ValueError, match=r"right must have shape \[6, r\]"):
             function(make(4, 6, 2)[0], torch.ones(4, 2), torch.ones(5, 2), 1.0)
+
+
+def test_factors_that_are_not_finite_are_refused():
+    matrix, left, right = make(4, 6, 2)
+    left[1, 0] = torch.nan
+    for function in (outliers, outlier_counts):
+        with pytest.raises(ValueError, match="left must be finite, got nan"):
+            function(matrix, left, right, 1.0)

@@ -57,6 +57,7 @@ CASES = {
     "30 % observed, 20 %": ({"observed": 0.3, "share": 0.2}, 1e-5),
     "noise": ({"share": 0.1, "noise": 0.1}, 0.025),
     "condition 20": ({"share": 0.1, "condition": 20.0}, 1e-5),
+    "condition 20, 30 %": ({"share": 0.3, "condition": 20.0}, 1e-5),
 }
 
 
@@ -188,6 +189,7 @@ def test_hopeless_matrices_do_not_stall_the_batch():
     half[4], half[:, 7] = torch.nan, torch.nan
     for rank in (2, None):
         found = fastpref.rpca(torch.stack([data, hopeless, nothing, half, torch.zeros_like(data)]), rank=rank)
+        assert found.info.iterations[0] == fastpref.rpca(data.unsqueeze(0), rank=rank).info.iterations[0]
         assert error(found._replace(U=found.U[0], S=found.S[0], Vh=found.Vh[0]), low) < 1e-5
         assert not found.info.converged[2]
         assert found.info.converged[0]
@@ -407,3 +409,94 @@ def test_row_shards_give_the_whole_matrix_answer(two_ranks):
         result = True
     """
     two_ranks(code)
+
+
+# ---- shapes and sizes that are easy to get wrong ----
+
+
+@QUIET
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+@pytest.mark.parametrize("m,n,rank", [(300, 12, 3), (12, 300, 3), (48, 48, 2)])
+def test_heavy_rows_are_not_given_up(m, n, rank, noise):
+    """Rows much larger than the others look like corruption at first; nothing is corrupted here."""
+    made = [corrupted(m, n, rank, share=0.0, noise=noise, seed=seed) for seed in range(10)]
+    low, data = (torch.stack(part) for part in zip(*made, strict=True))
+    batch = fastpref.rpca(data, rank=rank)
+    alone = torch.stack([fastpref.rpca(matrix, rank=rank).low_rank() for matrix in data])
+    for found in (batch.low_rank(), alone):
+        errors = (found - low).norm(dim=(-2, -1)) / low.norm(dim=(-2, -1))
+        assert (errors < 1e-5 + 3 * noise).double().mean() >= 0.9
+    assert batch.info.outlier_rate.median() < 0.005
+
+
+@pytest.mark.parametrize("noise", [1e-4, 1e-2])
+def test_a_little_noise_keeps_the_rank(noise):
+    for seed in range(4):
+        low, data = corrupted(100, 100, 5, noise=noise, seed=seed)
+        found = fastpref.rpca(data)
+        assert found.info.rank == 5
+        assert error(found, low) < 3 * noise
+    half = corrupted(40, 30, 3)[1].half()  # its rounding is noise
+    assert fastpref.rpca(half).info.rank == 3
+
+
+def test_without_a_rank_only_a_closed_gap_is_converged():
+    data = corrupted(100, 100, 5, noise=0.01)[1]
+    for matrix in (data, data.unsqueeze(0)):
+        for most in (5, 20, 60):
+            found = fastpref.rpca(matrix, max_iter=most)
+            assert found.info.iterations <= most
+            assert not found.info.converged or found.info.gap <= GAP
+        assert fastpref.rpca(matrix).info.converged
+
+
+@QUIET
+@pytest.mark.parametrize("rank", [2, None])
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e18, 1e25])
+def test_any_size(size, rank):
+    low, data = corrupted(40, 30, 2)
+    for matrix in ((data * size).float(), (data * size).float().unsqueeze(0)):
+        found = fastpref.rpca(matrix, rank=rank)
+        assert error(found, low * size) < 1e-4
+        assert found.info.converged
+        assert 0.02 < found.info.outlier_rate < 0.08
+
+
+def test_too_little_observed_is_never_nan():
+    data = torch.stack([corrupted(16, 17, 4, share=0.0, seed=seed)[1] for seed in range(100)]).float()
+    data[torch.rand(data.shape, generator=torch.Generator().manual_seed(0)) < 0.85] = torch.nan
+    found = fastpref.rpca(data, rank=4)
+    for part in (found.U, found.S, found.Vh, found.info.scale, found.info.residual):
+        assert part.isfinite().all()
+    assert not found.info.converged.any()
+
+
+@pytest.mark.parametrize("rank", [0, None])
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (2, 0, 4), (0, 4, 5), (0, 0)])
+def test_nothing(shape, rank):
+    for sparse in ("none", "coo", "dense"):
+        found = fastpref.rpca(torch.zeros(shape), rank=rank, sparse=sparse)
+        assert found.low_rank().shape == shape
+        assert not found.info.converged.any()
+
+
+def test_skew_is_checked_and_backends_are_named():
+    matrix = torch.randn(20, 20)
+    for wrong in (matrix, matrix.expand(3, -1, -1)):
+        with pytest.raises(ValueError, match=r"structure='skew' needs matrix = -matrix\^T, got .* at \["):
+            fastpref.rpca(wrong, rank=2, structure="skew")
+        with pytest.raises(ValueError, match=r"backend must be None or one of .* got 'cublas'"):
+            fastpref.rpca(wrong, rank=2, backend="cublas")
+    data = torch.stack([corrupted(20, 30, 2, seed=seed)[1] for seed in range(3)])
+    for rank in (2, None):
+        found = [fastpref.rpca(data, rank=rank, backend=name).low_rank() for name in ("native", "reference")]
+        torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+
+
+@QUIET
+def test_warm_starts_leave_zero():
+    low, data = corrupted(40, 30, 3)
+    nothing = fastpref.rpca(torch.zeros(40, 30, dtype=torch.float64), rank=3)
+    assert error(fastpref.rpca(data, rank=3, warm=nothing), low) < 1e-5
+    batch = fastpref.rpca(torch.zeros(1, 40, 30, dtype=torch.float64), rank=3)
+    assert error(fastpref.rpca(data.unsqueeze(0), rank=3, warm=batch), low) < 1e-5

@@ -22,8 +22,9 @@ constexpr double complete = 0.9;
 struct Schedule {
   double decay, first, step;
 };
-constexpr Schedule slow{0.9, 4, 0.7}, low{0.9, 2, 0.7}, quick{0.75, 8, 0.9}, still{1, 8, 0.9};
-constexpr Schedule sparse_tries[] = {slow, low, quick}, complete_tries[] = {quick, slow, low};
+constexpr Schedule quick{0.75, 8, 0.9}, slow{0.9, 4, 0.7}, low{0.9, 2, 0.7}, still{1, 8, 0.9};
+constexpr Schedule again{0.9, 0, 0.7};  // from the fit that was found, with the largest residual as the first cutoff
+constexpr Schedule complete_tries[] = {quick, again, slow}, sparse_tries[] = {slow, again, low};
 constexpr int64_t blind = 5;
 
 constexpr int64_t widest = 8;  // ranks up to this one have kernels with their factors in registers
@@ -155,7 +156,7 @@ struct Solver {
         for (int i = 0; i < ROWS; i++) e[i] -= v * left[k * tall + first + i];
       }
       for (int i = 0; i < ROWS; i++) {
-        below -= abs_of<T>(e[i]) <= limit;  // false of NaN
+        below = abs_of<T>(e[i]) <= limit ? below + 1 : below;  // false of NaN
         const Vt weighted = e[i] * inverse(one + e[i] * e[i] * inverse_zeta2);
         e[i] = e[i] == e[i] ? weighted : Vt{};
         squares += e[i] * e[i];
@@ -194,7 +195,7 @@ struct Solver {
         Vt e[4];
         residuals<4>(first, j, e);
         for (int i = 0; i < 4; i++) {
-          below -= abs_of<T>(e[i]) <= limit;
+          below = abs_of<T>(e[i]) <= limit ? below + 1 : below;
           const Vt weighted = e[i] * inverse(one + e[i] * e[i] * inverse_zeta2);
           e[i] = e[i] == e[i] ? weighted : Vt{};
           squares += e[i] * e[i];
@@ -276,19 +277,32 @@ struct Solver {
         }
   }
 
-  double mean_residual() const {
-    Vt sum{};
+  template <class Visit>
+  void sizes(const Visit& visit) const {  // |R| by vectors, 0 where missing
     for (int64_t first = 0; first < height; first += 4)
       for (int64_t j = 0; j < stride; j += n) {
         Vt r[4];
         residuals<4>(first, j, r);
-        for (int i = 0; i < 4; i++) sum += r[i] == r[i] ? abs_of<T>(r[i]) : Vt{};
+        for (int i = 0; i < 4; i++) visit(r[i] == r[i] ? abs_of<T>(r[i]) : Vt{});
       }
+  }
+
+  double mean_residual() const {
+    Vt sum{};
+    sizes([&](Vt size) { sum += size; });
     return sum_of<T>(sum) / observed;
   }
 
+  double largest_residual() const {
+    Vt high{};
+    sizes([&](Vt size) { high = size > high ? size : high; });
+    double most = 0;
+    for (int k = 0; k < n; k++) most = larger(most, high[k]);
+    return most;
+  }
+
   double median_residual(int64_t every) {  // of every so manyth group of four rows
-    int64_t kept = 0, present = 0;
+    int64_t kept = 0;
     Vt high{}, count{};
     for (int64_t first = 0; first < height; first += 4 * every, kept += 4)
       for (int64_t j = 0; j < stride; j += n) {
@@ -301,7 +315,8 @@ struct Solver {
           count += r[i] == r[i] ? Vt{} + 1 : Vt{};
         }
       }
-    present = static_cast<int64_t>(sum_of<T>(count));
+    const int64_t present = static_cast<int64_t>(sum_of<T>(count));
+    if (every > 1 && 2 * every * present < observed) return median_residual(1);  // most of the sample is missing
     double most = 0;
     for (int k = 0; k < n; k++) most = larger(most, high[k]);
     return present ? order_statistic(scratch, kept * stride, (present + 1) / 2, most) : 0;
@@ -406,7 +421,7 @@ struct Solver {
     for (int64_t k = 0; k < rank; k++) std::memcpy(to + k * other, from + k * length, rows * sizeof(T));
   }
 
-  void warm(int64_t b) {
+  bool warm(int64_t b) {  // unless that is nothing, from which no step leads away
     const T* own_left = static_cast<const T*>(args.left) + b * rows * rank;
     const T* own_right = static_cast<const T*>(args.right) + b * columns * rank;
     std::memset(right, 0, rank * stride * sizeof(T));
@@ -414,7 +429,15 @@ struct Solver {
       for (int64_t i = 0; i < rows; i++) left[k * tall + i] = static_cast<T>(own_left[i * rank + k] / unit);
       for (int64_t j = 0; j < columns; j++) right[k * stride + j] = own_right[j * rank + k];
     }
-    if (!args.skew) return;
+    Vt high{};
+    for (int64_t i = 0; i < rank * tall; i += n) {
+      const Vt size = abs_of<T>(load_at(left + i));
+      high = size > high ? size : high;
+    }
+    double most = 0;
+    for (int k = 0; k < n; k++) most = larger(most, high[k]);
+    if (most == 0) return false;
+    if (!args.skew) return true;
     gram_of(left, tall);  // core = (left^T left)^-1 left^T right
     invert(work);
     double* cross = work + rank * rank;
@@ -427,6 +450,7 @@ struct Solver {
         for (int64_t x = 0; x < rank; x++) sum += work[k * rank + x] * cross[x * rank + l];
         core[k * rank + l] = sum;
       }
+    return true;
   }
 
   void make_core_skew() {
@@ -462,18 +486,25 @@ struct Solver {
     if (observed == 0 || norm == 0) {
       forget();
     } else {
-      args.warm ? warm(b) : cold();
+      const bool warm_start = args.warm && warm(b);
+      if (!warm_start) cold();
       if (args.skew) {
         make_core_skew();
         right_of_core();
       }
       const double typical = mean * __builtin_sqrt(double(observed));  // |D|, were all entries of mean size
       const bool explains_all = rank == rows || rank == columns;
-      const Schedule schedule = explains_all ? still : (share < complete ? sparse_tries : complete_tries)[args.attempt];
+      Schedule schedule = explains_all ? still : (share < complete ? sparse_tries : complete_tries)[args.attempt];
+      if (!warm_start && schedule.first == 0) schedule = slow;
       const double least = finest * mean, size = schedule.step / share;
       const int64_t every = rows >= 48 ? 4 : 1;
-      double zeta =
-          larger(args.warm ? cutoff * mad * median_residual(1) : smaller(top, schedule.first * mean_residual()), least);
+      double zeta = least;
+      if (!warm_start)
+        zeta = larger(zeta, smaller(top, schedule.first * mean_residual()));
+      else if (args.attempt == 1)
+        zeta = larger(zeta, largest_residual());
+      else
+        zeta = larger(zeta, cutoff * mad * median_residual(1));
       for (int still = 0; !converged && iterations < args.max_iter; iterations++) {
         const double next = larger(schedule.decay * zeta, least);
         const Sums sums = pass(zeta, next / (cutoff * mad));
@@ -536,7 +567,8 @@ namespace fastpref {
 
 int64_t batched_rpca_workspace(int64_t rows, int64_t columns, int64_t rank, bool is_double) {
   const int64_t stride = (columns + 15) / 16 * 16, tall = (rows + 15) / 16 * 16, size = is_double ? 8 : 4;
-  return (2 * tall * stride + 2 * rank * (tall + stride)) * size + 4 * rank * rank * 8 + 12 * 64;
+  const int64_t bytes = (2 * tall * stride + 2 * rank * (tall + stride)) * size + 4 * rank * rank * 8;
+  return (bytes + 9 * 64) / 64 * 64;  // each of the nine parts begins on a line
 }
 
 void batched_rpca_cpu(const BatchedRpca& args, int threads) {

@@ -274,7 +274,8 @@ namespace fastpref {
 
 int64_t batched_verdict_workspace(int64_t rows, int64_t columns, int64_t rank) {
   const int64_t tall = (rows + 15) / 16 * 16, wide = (columns + 15) / 16 * 16, square = (rank + 15) / 16 * 16;
-  return 8 * (rank * (tall + 2 * wide + 2 * rank + 2 * square + 1) + 3 * wide) + 12 * 64;
+  const int64_t bytes = 8 * (rank * (tall + 2 * wide + 2 * rank + 2 * square + 1) + 3 * wide);
+  return (bytes + 11 * 64) / 64 * 64;  // each of the eleven parts begins on a line
 }
 
 void batched_verdict_cpu(const BatchedVerdict& args, int threads) {

@@ -58,7 +58,8 @@ inline V reciprocal(V x) {
 }
 #if defined(FASTPREF_SIMD_avx512)
 template <>
-inline Vf reciprocal(Vf x) {  // 14 bits and a Newton step: half the time of a division
+inline Vf reciprocal(Vf x) {         // 14 bits and a Newton step: half the time of a division
+  x = x > 1e37f ? splat(1e37f) : x;  // the step below would make NaN of 1 / infinity
   const Vf y = (Vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
   return y * (2.0f - x * y);
 }
@@ -322,6 +323,7 @@ double median(const Graph& graph, int64_t observed) {
 
 struct Problem {
   int64_t items, observed;    // entries, both directions
+  bool complete;              // every item was compared with every other
   int64_t groups;             // connected components
   const int64_t* components;  // [items]
   const int64_t* compared;    // [items] pairs of each item
@@ -402,7 +404,7 @@ void solve(const Graph& graph, const Problem& problem, T* vectors, int64_t strid
   const double decay = logits ? logit_decay : count_decay;
   const T ridge = static_cast<T>(problem.ridge);
   double constant = logits ? 2 * problem.mean : count_start;
-  bool settled = plain, sweeps = logits && problem.observed == n * (n - 1), converged = problem.observed == 0;
+  bool settled = plain, sweeps = logits && problem.complete, converged = problem.observed == 0;
   double previous = 0;
   int64_t iteration = 0;
   if (logits && problem.mean == 0) converged = true;
@@ -535,6 +537,7 @@ void dense(const BradleyTerryDense& args, int64_t b, char* workspace) {
     worst_column = column;
   };
   const T missing = static_cast<T>(nan);
+  constexpr double most = sizeof(T) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308;  // finite
   for (int64_t i = 0; i < n; i++) {
     T* row = values + i * stride;
     std::memcpy(row, matrix + i * n, n * sizeof(T));
@@ -629,7 +632,8 @@ void dense(const BradleyTerryDense& args, int64_t b, char* workspace) {
   const Dense<T, DATA> graph{n, stride, values, votes, weights, row_counts};
   const double mean = observed > 0 ? sum / double(observed) : 0;
   const double rounding = sizeof(T) == 4 ? 1e-5 : 1e-6;
-  const Problem problem{n, observed, groups, labels, compared, mean, ridge, rounding, args.options, group_sums};
+  const Problem problem{
+      n, observed, observed == n * (n - 1), groups, labels, compared, mean, ridge, rounding, args.options, group_sums};
   // Bad data is Python's to refuse: no answer is formed from it.
   if (largest > most || worst != worst || (!logits && worst > 0)) {
     for (int64_t s = 0; s < bt_worst; s++) out.stats[s] = nan;
@@ -665,7 +669,7 @@ void sparse(const BradleyTerryEdges& edges) {
   if constexpr (DATA == BradleyTerryData::counts_mle)
     if (strongly_connected(n, groups, along(0), losses, edges.out.components, stack)) ridge = 0;
   const double mean = observed > 0 ? sum / double(observed) : 0;
-  const Problem problem{n, observed, groups, labels, compared, mean, ridge, 1e-6, edges.options, group_sums};
+  const Problem problem{n, observed, false, groups, labels, compared, mean, ridge, 1e-6, edges.options, group_sums};
   const Sparse<DATA> graph{edges, n, row_counts};
   solve<DATA>(graph, problem, edges.vectors, n, edges.out);
 }

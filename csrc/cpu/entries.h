@@ -32,6 +32,12 @@ inline void set_missing(double& x) { x = __builtin_nan(""); }
 inline void set_missing(f16& x) { x.bits = 0x7e00; }
 inline void set_missing(bf16& x) { x.bits = 0x7fc0; }
 inline void set_missing(int8_t& x) { x = -128; }
+template <class D>
+inline D missing() {
+  D x;
+  set_missing(x);
+  return x;
+}
 
 }  // namespace
 }  // namespace fastpref::FASTPREF_SIMD

@@ -108,7 +108,7 @@ void list_rows(const Outliers& args, int64_t first) {
   residuals<D, ROWS>(args, first, [&](int i, int64_t j, V<F> r) {
     const I is_far = abs_of<F>(r) > threshold;
     for (int k = 0; k < Lanes<F>::n; k++)
-      if (is_far[k]) {
+      if (is_far[k] && at[i] < args.first[first + i + 1]) {  // a file may have changed since it was counted
         args.out_rows[at[i]] = first + i;
         args.out_columns[at[i]] = j + k;
         static_cast<F*>(args.values)[at[i]++] = r[k];

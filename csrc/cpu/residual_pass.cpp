@@ -4,7 +4,7 @@
 // added up in order at the end.
 #include "residual_pass.h"
 
-#include "entries.h"
+#include "panels.h"
 
 namespace fastpref::FASTPREF_SIMD {
 namespace {
@@ -16,24 +16,8 @@ using VectorOf = V<F>;
 template <class F>
 constexpr int lanes = Lanes<F>::n;
 
-// 2 block_rows vectors of E and those they meet fill the registers: 32 with AVX-512 (and NEON), else 16.
-#if defined(FASTPREF_SIMD_avx512) || defined(__aarch64__)
-constexpr int block_rows = 8, dot_columns = 3;
-#else
-constexpr int block_rows = 4, dot_columns = 2;
-#endif
-template <class F>
-constexpr int step = 2 * lanes<F>;  // columns of E in registers
-
-constexpr int64_t max_panel = 512;
-constexpr int64_t panel_bytes = 16384;  // of a panel's factors and sums: a third of L1
-constexpr int64_t group_rows = 48;      // rows that meet a panel while it is in L1
 constexpr int64_t sample_rows = 8, sample_columns = 32, sample_shift = 23;
 constexpr int bin_shift = 18;
-
-inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct ChunkTotals {
   double squares, kept_top, top;
@@ -52,12 +36,9 @@ struct Layout {
     const int64_t item = args.dtype == MatrixDType::f64 ? 8 : 4;
     packed = args.width + (args.row_weights || args.column_weights);
     slots = args.width + args.squares;
-    const int64_t fits = panel_bytes / (larger(packed + slots, 1) * item) / sample_columns * sample_columns;
-    panel = larger(64, smaller(max_panel, fits));
-    panel = smaller(panel, round_up(larger(args.columns, 1), sample_columns));
+    panel = panel_columns(packed + slots, item, args.columns);
     panels = (args.columns + panel - 1) / panel;
-    // few enough chunks that their sums stay small beside the matrix, enough of them for the threads
-    chunk_rows = round_up(larger(larger(32, smaller(96, args.rows / 16)), args.rows / 48), sample_rows);
+    chunk_rows = chunk_of_rows(args.rows);
     chunks = (args.rows + chunk_rows - 1) / chunk_rows;
 
     packed_columns = 0;
@@ -168,20 +149,6 @@ struct Totals {
   VectorOf<F> top{}, kept_top{};
 };
 
-// Block and panel in part outside the matrix, or (UPPER) on or below its diagonal: missing there.
-template <class D>
-void copy_part(const ResidualPass& args, const D* d, int64_t row, int64_t rows, int64_t column, int64_t columns,
-               D* out) {
-  constexpr int width = step<Factor_t<D>>;
-  for (int64_t i = 0; i < block_rows; i++)
-    for (int64_t j = 0; j < width; j++) {
-      if (i < rows && j < columns && (!args.upper || column + j > row + i))
-        out[i * width + j] = d[i * args.stride + j];
-      else
-        set_missing(out[i * width + j]);
-    }
-}
-
 template <class F, class V>
 void count(const V (&r)[block_rows][2], int32_t* histogram) {
   float sizes[block_rows][step<F>];
@@ -198,27 +165,6 @@ void count(const V (&r)[block_rows][2], int32_t* histogram) {
       const uint32_t bin = bits >> bin_shift;
       histogram[bin < histogram_bins ? bin : histogram_bins - 1]++;
     }
-}
-
-// sums[k][i] += sum_j factors[k][j] e[i][j]
-template <int K, class F>
-inline void dots(const F* factors, const F* e, int64_t stride, int64_t begin, int64_t end, VectorOf<F>* sums) {
-  using V = VectorOf<F>;
-  V total[K][block_rows] = {};
-  for (int64_t j = begin; j < end; j += lanes<F>) {
-    V b[K];
-    for (int k = 0; k < K; k++) b[k] = load_vector<V>(factors + k * stride + j);
-#pragma GCC unroll 8
-    for (int i = 0; i < block_rows; i++) {
-      V x = load_vector<V>(e + i * stride + j);
-#if defined(FASTPREF_SIMD_avx512)
-      asm("" : "+v"(x));  // in a register: GCC would load it again for each k, and loads are what this loop waits for
-#endif
-      for (int k = 0; k < K; k++) total[k][i] += b[k] * x;
-    }
-  }
-  for (int k = 0; k < K; k++)
-    for (int i = 0; i < block_rows; i++) sums[k * block_rows + i] += total[k][i];
 }
 
 // `next` is where the block to come begins, for the prefetcher: no hardware one follows rows this short.
@@ -250,7 +196,7 @@ void meet(const ResidualPass& args, const D* next, const Block<Factor_t<D>>& blo
     const bool whole = block.rows == block_rows && j + step<F> <= panel.columns &&
                        (!args.upper || column > block.first + block_rows - 1);
     if (!whole) {
-      copy_part(args, d, block.first, block.rows, column, panel.columns - j, part);
+      copy_part(d, args.stride, args.upper, block.first, block.rows, column, panel.columns - j, missing<D>(), part);
       d = part, stride = step<F>;
     }
     V r[block_rows][2];
@@ -261,16 +207,7 @@ void meet(const ResidualPass& args, const D* next, const Block<Factor_t<D>>& blo
       for (int byte = 0; byte < int(step<F> * sizeof(D)); byte += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(next + i * args.stride + j) + byte);
     }
-    const F* b = panel.factors + j;
-    const F* a = block.factors;
-    for (int64_t k = 0; k < rank; k++, b += panel.stride, a += block_rows) {
-      const V b0 = load_vector<V>(b), b1 = load_vector<V>(b + L);
-#pragma GCC unroll 8
-      for (int i = 0; i < block_rows; i++) {
-        r[i][0] -= a[i] * b0;
-        r[i][1] -= a[i] * b1;
-      }
-    }
+    subtract_product<F>(r, block.factors, panel.factors + j, panel.stride, rank);
     if (((block.first / sample_rows * sample_shift + column / sample_columns) & (args.sample_stride - 1)) == 0) {
       V sampled[block_rows][2];  // a copy: the address of r itself would keep it out of registers
       for (int i = 0; i < block_rows; i++)
@@ -312,27 +249,9 @@ void meet(const ResidualPass& args, const D* next, const Block<Factor_t<D>>& blo
         r[i][half] = y;
       }
     }
-    F* sums = panel.sums + j;
-    a = block.factors;
-    for (int64_t k = 0; k < width; k++, sums += panel.stride, a += block_rows) {
-      V s0 = load_vector<V>(sums), s1 = load_vector<V>(sums + L);
-#pragma GCC unroll 8
-      for (int i = 0; i < block_rows; i++) {
-        s0 += a[i] * r[i][0];
-        s1 += a[i] * r[i][1];
-      }
-      store_whole(sums, s0);
-      store_whole(sums + L, s1);
-    }
+    add_to_columns<F>(r, block.factors, panel.sums + j, panel.stride, width);
   }
-  int64_t k = 0;
-  for (; k + dot_columns <= width; k += dot_columns)
-    dots<dot_columns>(panel.factors + k * panel.stride, e, panel.stride, begin, end, block.sums + k * block_rows);
-  if constexpr (dot_columns == 3) {
-    if (width - k == 2)
-      dots<2>(panel.factors + k * panel.stride, e, panel.stride, begin, end, block.sums + k * block_rows), k += 2;
-  }
-  if (k < width) dots<1>(panel.factors + k * panel.stride, e, panel.stride, begin, end, block.sums + k * block_rows);
+  add_to_rows(panel.factors, e, panel.stride, begin, end, width, block.sums);
   totals.top = top;
   totals.kept_top = kept_top;
   totals.squares += lane_sum(squares);

@@ -150,7 +150,7 @@ void threshold_group(const Svt& args, int64_t group, char* memory) {
 }  // namespace
 
 void svt_matrices(const Svt& args, int64_t group, int64_t slot) {
-  char* memory = static_cast<char*>(args.workspace) + slot * svt_workspace(args.rows, args.columns, args.is_double);
+  char* memory = static_cast<char*>(args.workspace) + slot * svt_workspace(args.rows, args.columns);
   if (args.is_double)
     threshold_group<double>(args, group, memory);
   else
@@ -163,7 +163,7 @@ void svt_matrices(const Svt& args, int64_t group, int64_t slot) {
 
 namespace fastpref {
 
-int64_t svt_workspace(int64_t rows, int64_t columns, bool) {
+int64_t svt_workspace(int64_t rows, int64_t columns) {
   const int64_t count = rows < columns ? rows : columns;
   const int64_t vectors = 2 * rows * columns + count * count + count;
   return vectors * 64 + (count * 8 + 127) / 64 * 64;  // of the widest level

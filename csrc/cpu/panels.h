@@ -1,0 +1,116 @@
+// What the passes over one large matrix share. A block of rows meets a panel of columns two vectors at a time: a tile
+// of the matrix is in registers, and the thin factors it meets are packed, vector by vector, one after the other.
+#pragma once
+#include "entries.h"
+
+namespace fastpref::FASTPREF_SIMD {
+namespace {
+
+// 2 block_rows vectors of a tile and those they meet fill the registers: 32 with AVX-512 (and NEON), else 16.
+#if defined(FASTPREF_SIMD_avx512) || defined(__aarch64__)
+constexpr int block_rows = 8, dot_columns = 3;
+#else
+constexpr int block_rows = 4, dot_columns = 2;
+#endif
+template <class F>
+constexpr int step = 2 * Lanes<F>::n;  // columns of a tile
+
+constexpr int64_t max_panel = 512;
+constexpr int64_t group_rows = 48;  // rows that meet a panel while it is in L1
+constexpr int64_t max_step = 32;    // of all levels and types
+
+template <class F>
+using Tile = V<F>[block_rows][2];
+
+inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Columns of a panel such that `vectors` of its factors and sums stay in a third of L1.
+inline int64_t panel_columns(int64_t vectors, int64_t item, int64_t columns) {
+  const int64_t fits = 16384 / (larger(vectors, 1) * item) / max_step * max_step;
+  return smaller(larger(64, smaller(max_panel, fits)), round_up(larger(columns, 1), max_step));
+}
+
+// Rows with sums of their own over them: few enough such chunks that these stay small beside the matrix, and enough of
+// them for the threads.
+inline int64_t chunk_of_rows(int64_t rows) {
+  return round_up(larger(larger(32, smaller(96, rows / 16)), rows / 48), 8);
+}
+
+// A tile in part outside the matrix, or (upper) on or below its diagonal: `fill` there.
+template <class D>
+void copy_part(const D* d, int64_t stride, bool upper, int64_t row, int64_t rows, int64_t column, int64_t columns,
+               D fill, D* out) {
+  constexpr int width = step<Factor_t<D>>;
+  for (int64_t i = 0; i < block_rows; i++)
+    for (int64_t j = 0; j < width; j++) {
+      const bool inside = i < rows && j < columns && (!upper || column + j > row + i);
+      out[i * width + j] = inside ? d[i * stride + j] : fill;
+    }
+}
+
+// tile[i] -= sum_k a[k][i] b[k]
+template <class F>
+inline void subtract_product(Tile<F>& tile, const F* a, const F* b, int64_t stride, int64_t rank) {
+  for (int64_t k = 0; k < rank; k++, b += stride, a += block_rows) {
+    const V<F> b0 = load_at(b), b1 = load_at(b + Lanes<F>::n);
+#pragma GCC unroll 8
+    for (int i = 0; i < block_rows; i++) {
+      tile[i][0] -= a[i] * b0;
+      tile[i][1] -= a[i] * b1;
+    }
+  }
+}
+
+// sums[k] += sum_i a[k][i] tile[i]
+template <class F>
+inline void add_to_columns(const Tile<F>& tile, const F* a, F* sums, int64_t stride, int64_t width) {
+  constexpr int L = Lanes<F>::n;
+  for (int64_t k = 0; k < width; k++, sums += stride, a += block_rows) {
+    V<F> s0 = load_at(sums), s1 = load_at(sums + L);
+#pragma GCC unroll 8
+    for (int i = 0; i < block_rows; i++) {
+      s0 += a[i] * tile[i][0];
+      s1 += a[i] * tile[i][1];
+    }
+    store_at(sums, s0);
+    store_at(sums + L, s1);
+  }
+}
+
+// sums[k][i] += sum_j factors[k][j] e[i][j]
+template <int K, class F>
+inline void dots(const F* factors, const F* e, int64_t stride, int64_t begin, int64_t end, V<F>* sums) {
+  V<F> total[K][block_rows] = {};
+  for (int64_t j = begin; j < end; j += Lanes<F>::n) {
+    V<F> b[K];
+    for (int k = 0; k < K; k++) b[k] = load_at(factors + k * stride + j);
+#pragma GCC unroll 8
+    for (int i = 0; i < block_rows; i++) {
+      V<F> x = load_at(e + i * stride + j);
+#if defined(FASTPREF_SIMD_avx512)
+      asm("" : "+v"(x));  // in a register: GCC would load it again for each k, and loads are what this loop waits for
+#endif
+      for (int k = 0; k < K; k++) total[k][i] += b[k] * x;
+    }
+  }
+  for (int k = 0; k < K; k++)
+    for (int i = 0; i < block_rows; i++) sums[k * block_rows + i] += total[k][i];
+}
+
+// The same for all `width` factors of a panel; e is [block_rows, stride].
+template <class F>
+inline void add_to_rows(const F* factors, const F* e, int64_t stride, int64_t begin, int64_t end, int64_t width,
+                        V<F>* sums) {
+  int64_t k = 0;
+  for (; k + dot_columns <= width; k += dot_columns)
+    dots<dot_columns>(factors + k * stride, e, stride, begin, end, sums + k * block_rows);
+  if constexpr (dot_columns == 3) {
+    if (width - k == 2) dots<2>(factors + k * stride, e, stride, begin, end, sums + k * block_rows), k += 2;
+  }
+  if (k < width) dots<1>(factors + k * stride, e, stride, begin, end, sums + k * block_rows);
+}
+
+}  // namespace
+}  // namespace fastpref::FASTPREF_SIMD
