@@ -703,7 +703,7 @@ def test_a_large_matrix_needs_no_memory_of_its_size(tmp_path, python):
             low.reshape(-1)[::97] += 15
             file[...] = low
             file.flush()
-    flags = [["--method", "altproj"], ["--method", "annealed", "--corruption", "rows", "--max-iter", "20"]]
+    flags = [["--method", "altproj"], ["--method", "annealed", "--corruption", "rows", "--max-iter", "100"]]
     code = MEMORY.replace("BUDGET", str(40 << 20)).replace("FLAGS", repr(flags))
     # the threshold: glibc otherwise keeps up to 64 MB of freed blocks for later, whatever the size of the matrix
     done = python(code, OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="1048576")
