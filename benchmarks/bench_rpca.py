@@ -40,7 +40,7 @@ class Single(NamedTuple):
         return f"{self.n}x{self.n}, rank {self.rank}, {100 * self.share:.0f} % corrupted"
 
 
-BATCHES = [Batch(32, 3, 0.05), Batch(64, 2, 0.1), Batch(64, 4, 0.1), Batch(128, 4, 0.1, 32)]
+BATCHES = [Batch(32, 3, 0.05), Batch(64, 2, 0.1, 400), Batch(64, 4, 0.1, 400), Batch(128, 4, 0.1, 32)]
 SINGLES = [Single(500), Single(1000)]
 GROWTH = [1000, 2000, 4000, 8000]
 

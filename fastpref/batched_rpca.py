@@ -246,7 +246,7 @@ def batched_annealed(
         new = Fit(retry.median, second.rate, explains(retry.median, second.mean, tol))
         old = Fit(fit.median[again], verdict.rate[again], explains(fit.median[again], second.mean, tol))
         better, same = is_better(new, old)
-        open_[again] = (~new.explained & ~same) | (second.worst > MISFIT)
+        open_[again] = ~(new.explained | same & retry.converged) | (second.worst > MISFIT)
         for kept, other in zip((*fit, *verdict), (*retry, *second), strict=True):
             if kept is not fit.iterations:
                 kept[again[better]] = other[better]

@@ -503,6 +503,7 @@ def _fixed_rank(data, rank, corruption, method, tol, max_iter, warm, report) -> 
             best = found
         else:
             better, same = is_better(new, _compared(best, data, tol))
+            same &= found.converged
             best = found if better else best
         if found.stopped or ((new.explained or same) and not (entries and found.verdict.suspicious)):
             break

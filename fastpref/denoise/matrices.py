@@ -15,7 +15,7 @@ from fastpref.denoise.options import DenoiseOptions, check_ending, numbers
 from fastpref.rpca import RPCAInfo, RPCAResult, SparseCOO, rpca
 
 AS_IT_LIES = (np.float16, np.float32, np.float64, np.int8)  # what is read from the file as it is
-COPIES = 10  # of the matrix that the convex program holds
+COPIES = {"entries": 1, "rows": 10, "columns": 10}  # of the matrix that the convex program holds beside it
 BLOCK_BYTES = 4 << 20  # of an output
 BATCH_ENTRIES = 1 << 24  # of a batch that are solved at a time
 
@@ -83,7 +83,7 @@ def prepare_triples(table: dict, options: DenoiseOptions) -> Callable:
 
 def _check_rank_free(matrix: np.ndarray, options: DenoiseOptions) -> None:
     if options.rank is None:
-        size = COPIES * matrix.size * max(matrix.itemsize, 4)
+        size = (1 + COPIES[options.corruption or "entries"]) * matrix.size * max(matrix.itemsize, 4)
         files.check_memory(size, options.max_dense, "without --rank the convex program takes about")
 
 
