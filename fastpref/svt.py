@@ -18,7 +18,7 @@ from fastpref.token_logps import Once
 
 # Crossovers, measured on one core with AVX-512 by benchmarks/bench_svt.py. Jacobi is faster than the others by about
 # SIZE / sqrt(M N) when its vectors, of 64 bytes with a matrix per lane, are full, and pays for empty lanes.
-JACOBI_SIZE = {torch.float32: 80, torch.float64: 60}
+JACOBI_SIZE = {torch.float32: 128, torch.float64: 60}
 JACOBI_LANES = {torch.float32: 16, torch.float64: 8}
 # the shorter side up to which Gram and eigh beat an SVD
 GRAM_SIZE = 32

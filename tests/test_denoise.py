@@ -412,12 +412,12 @@ REFUSED_MATRICES = {
     "memory": (
         MATRIX,
         DENSE,
-        "without --rank the convex program takes about 2.68e-06 GiB, more than --max-dense 1e-09",
+        "without --rank the convex program takes about 5.36e-07 GiB, more than --max-dense 1e-09",
     ),
     "memory of a batch": (
         np.ones((3, 6, 6)),
         DENSE,
-        "without --rank the convex program takes about 8.05e-06 GiB, more than --max-dense 1e-09",
+        "without --rank the convex program takes about 1.61e-06 GiB, more than --max-dense 1e-09",
     ),
     "memory, converted": (np.ones((9, 9), np.uint8), DENSE, "as float32 in.npy takes 3.02e-07 GiB, more than"),
     "plot": (MATRIX, ["--rank", "1", "--plot", "plot.txt"], "--plot must end in .pdf, .png, .svg, got plot.txt"),
