@@ -24,7 +24,7 @@ def judge_of(w):
 
 @pytest.mark.parametrize(("items", "corrupted"), [(16, 0.2), (32, 0.2), (64, 0.1), (64, 0.2), (128, 0.2)])
 def test_logits(benchmark, items, corrupted):
-    size = 4096 // items
+    size = 16384 // items
     made = [peers.corrupted_scores(items, corrupted, seed) for seed in range(size)]
     w, _, data = (torch.stack(part) for part in zip(*made, strict=True))
 

@@ -19,6 +19,9 @@ from fastpref import _checks, _library, _native
 from fastpref.outliers import MAD, OUTLIER
 
 LARGEST_DENSE = 512  # items; above, a matrix's observed pairs are solved as edges
+# of logits: the annealing's constant, in units of the mean |logit|, below which it is known which ones are wrong: what
+# they still pull falls with its square
+EARLY, DECAY, LATE_DECAY = 0.1, 0.7, 0.4
 LARGEST_STDERR = 4096  # items of an edge list: the pseudo-inverse is dense
 DATA = ("logits", "counts", "counts_mle")
 # columns of the statistics, csrc/bradley_terry.h
@@ -162,7 +165,6 @@ def _solve_ref(graph: _Graph, values: Tensor, votes: Tensor, data: str, tol: flo
         complete = g.reached(roots, values > 0) & g.reached(roots, values < 1)
         ridge[g.per_graph((~complete).to(values.dtype)) == 0] = 0
     floor = 1e-4 * mean if logits else zero + 3
-    decay = 0.7 if logits else 0.8
     constant = 2 * mean if logits else zero + 20
     settled = torch.full((g.graphs,), data == "counts_mle", device=values.device)
     converged = (g.observed == 0) | (logits & (mean == 0))
@@ -188,6 +190,7 @@ def _solve_ref(graph: _Graph, values: Tensor, votes: Tensor, data: str, tol: flo
         w = w + (active * damping)[g.graph] * x
         unit = mean if logits else g.largest(w.abs()).clamp(min=1)
         converged = converged | (settled & (step <= tol * unit))
+        decay = torch.where(constant > EARLY * mean, DECAY, LATE_DECAY) if logits else 0.8
         target = decay * constant
         if logits:
             residual = terms(w, safe)[0]

@@ -12,9 +12,11 @@
 namespace fastpref::FASTPREF_SIMD {
 namespace {
 
-constexpr double mad_to_sigma = 1.4826;                  // of a normal distribution
-constexpr double constant_per_sigma = 2.4;               // 95 % efficiency of Cauchy weights is at 2.385
-constexpr double logit_decay = 0.7, logit_floor = 1e-4;  // annealing; the floor in units of the mean |logit|
+constexpr double mad_to_sigma = 1.4826;     // of a normal distribution
+constexpr double constant_per_sigma = 2.4;  // 95 % efficiency of Cauchy weights is at 2.385
+constexpr double logit_floor = 1e-4;        // of the annealing, in units of the mean |logit|
+// by now it is known which logits are wrong, and what they still pull falls with the square of the constant
+constexpr double logit_early = 0.1, logit_decay = 0.7, logit_late_decay = 0.4;
 constexpr double count_start = 20, count_decay = 0.8, count_floor = 3;
 constexpr double count_ridge = 1e-2;
 constexpr double outlier_sigmas = 5;
@@ -401,7 +403,6 @@ void solve(const Graph& graph, const Problem& problem, T* vectors, int64_t strid
     *z = r + stride, *p = z + stride, *y = p + stride;
   for (int64_t i = 0; i < 8 * stride; i++) vectors[i] = 0;  // padding too: it meets NaN values, never NaN scores
   const double floor = logits ? logit_floor * problem.mean : count_floor;
-  const double decay = logits ? logit_decay : count_decay;
   const T ridge = static_cast<T>(problem.ridge);
   double constant = logits ? 2 * problem.mean : count_start;
   bool settled = plain, sweeps = logits && problem.complete, converged = problem.observed == 0;
@@ -410,6 +411,7 @@ void solve(const Graph& graph, const Problem& problem, T* vectors, int64_t strid
   if (logits && problem.mean == 0) converged = true;
   while (!converged && iteration < problem.options.max_iter) {
     iteration++;
+    const double decay = !logits ? count_decay : constant > logit_early * problem.mean ? logit_decay : logit_late_decay;
     const double bound = decay * constant / (constant_per_sigma * mad_to_sigma);
     const T precision = static_cast<T>(plain ? 0 : 1 / (constant * constant));
     const int64_t within = graph.pass(w, precision, static_cast<T>(bound), sweeps, gradient, degree);
