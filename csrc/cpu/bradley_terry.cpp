@@ -101,6 +101,22 @@ inline Term<V> term(V value, V votes, V d, V precision) {
 inline double magnitude(double x) { return x < 0 ? -x : x; }
 
 template <class T>
+double largest_of(const T* values, int64_t n) {
+  constexpr int apart = 16;  // chains of comparisons
+  T most[apart] = {};
+  int64_t i = 0;
+  for (; i + apart <= n; i += apart)
+    for (int k = 0; k < apart; k++) {
+      const T size = values[i + k] < 0 ? -values[i + k] : values[i + k];
+      most[k] = size <= most[k] ? most[k] : size;
+    }
+  double all = 0;
+  for (; i < n; i++) all = magnitude(values[i]) <= all ? all : magnitude(values[i]);
+  for (int k = 0; k < apart; k++) all = most[k] <= all ? all : static_cast<double>(most[k]);
+  return all;
+}
+
+template <class T>
 inline T root(T x) {
   return static_cast<T>(__builtin_sqrt(static_cast<double>(x)));
 }
@@ -425,12 +441,10 @@ void solve(const Graph& graph, const Problem& problem, T* vectors, int64_t strid
     }
     double step = 0, size = 0;
     if (!sweeps) centre(x, problem);
-    for (int64_t i = 0; i < n; i++) step = magnitude(x[i]) > step ? magnitude(x[i]) : step;
+    step = largest_of(x, n);
     const T damping = static_cast<T>(!logits && step > 1 ? 1 / step : 1);
-    for (int64_t i = 0; i < n; i++) {
-      w[i] += damping * x[i];
-      size = magnitude(w[i]) > size ? magnitude(w[i]) : size;
-    }
+    for (int64_t i = 0; i < n; i++) w[i] += damping * x[i];
+    if (!logits) size = largest_of(w, n);
     const double unit = logits ? problem.mean : (size > 1 ? size : 1);
     if (settled) {
       converged = step <= problem.options.tol * unit;
