@@ -67,16 +67,28 @@ inline Vf reciprocal(Vf x) {         // 14 bits and a Newton step: half the time
 }
 #endif
 
+// To 14 bits, which is enough for weights while the annealing only has to find out which logits are wrong.
+template <class V>
+inline V rough_reciprocal(V x) {
+  return reciprocal(x);
+}
+#if defined(FASTPREF_SIMD_avx512)
+template <>
+inline Vf rough_reciprocal(Vf x) {
+  return (Vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+}
+#endif
+
 template <class V>
 struct Term {
   V residual, pull, weight;
 };
 
 // One pair at difference d = w_i - w_j; `precision` is 1 / constant^2. A missing value gives a NaN residual.
-template <class V>
+template <bool ROUGH, class V>
 inline Term<V> logit_term(V value, V d, V precision) {
-  const V r = value - d;
-  const V weight = reciprocal<V>(1 + r * r * precision);
+  const V r = value - d, inverse = 1 + r * r * precision;
+  const V weight = ROUGH ? rough_reciprocal<V>(inverse) : reciprocal<V>(inverse);
   return {r, weight * r, weight};
 }
 
@@ -92,9 +104,9 @@ inline Term<V> count_term(V share, V votes, V d, V precision) {
   return {squared, weight * miss, weight * votes * variance};
 }
 
-template <BradleyTerryData DATA, class V>
+template <BradleyTerryData DATA, bool ROUGH = false, class V>
 inline Term<V> term(V value, V votes, V d, V precision) {
-  if constexpr (DATA == BradleyTerryData::logits) return logit_term(value, d, precision);
+  if constexpr (DATA == BradleyTerryData::logits) return logit_term<ROUGH>(value, d, precision);
   return count_term<DATA == BradleyTerryData::counts>(value, votes, d, precision);
 }
 
@@ -102,17 +114,16 @@ inline double magnitude(double x) { return x < 0 ? -x : x; }
 
 template <class T>
 double largest_of(const T* values, int64_t n) {
-  constexpr int apart = 16;  // chains of comparisons
-  T most[apart] = {};
+  using V = typename Lanes<T>::type;
+  V most{};
   int64_t i = 0;
-  for (; i + apart <= n; i += apart)
-    for (int k = 0; k < apart; k++) {
-      const T size = values[i + k] < 0 ? -values[i + k] : values[i + k];
-      most[k] = size <= most[k] ? most[k] : size;
-    }
+  for (; i + Lanes<T>::count <= n; i += Lanes<T>::count) {
+    const V v = load_as<V>(values + i), size = v < 0 ? -v : v;
+    most = size <= most ? most : size;
+  }
   double all = 0;
   for (; i < n; i++) all = magnitude(values[i]) <= all ? all : magnitude(values[i]);
-  for (int k = 0; k < apart; k++) all = most[k] <= all ? all : static_cast<double>(most[k]);
+  for (int l = 0; l < Lanes<T>::count; l++) all = most[l] <= all ? all : static_cast<double>(most[l]);
   return all;
 }
 
@@ -142,18 +153,20 @@ struct Dense {
     if (j < stride) f(std::integral_constant<int, 1>{}, j);
   }
 
+  template <bool ROUGH = false>
   Term<V> at(int64_t i, int64_t j, const T* w, V w_columns, V precision) const {
     V k{};
     if constexpr (DATA != BradleyTerryData::logits) k = load_as<V>(votes + i * stride + j);
-    return term<DATA, V>(load_as<V>(values + i * stride + j), k, w[i] - w_columns, precision);
+    return term<DATA, ROUGH, V>(load_as<V>(values + i * stride + j), k, w[i] - w_columns, precision);
   }
 
   // gradient_i = sum of pulls, degree_i = sum of weights; returns the number of |residual| <= bound (logits). Keeps the
   // weights, unless the graph is complete.
-  int64_t pass(const T* w, T precision, T bound, bool complete, T* gradient, T* degree) const {
-    if (!complete) return sums<false>(w, precision, bound, gradient, degree);
+  int64_t pass(const T* w, T precision, T bound, bool complete, bool rough, T* gradient, T* degree) const {
+    if (!complete) return sums<false, false>(w, precision, bound, gradient, degree);
     for (int64_t i = 0; i < items; i++) values[i * stride + i] = 0;  // nothing is missing then, and nothing tested
-    const int64_t within = sums<true>(w, precision, bound, gradient, degree);
+    const int64_t within = rough ? sums<true, true>(w, precision, bound, gradient, degree)
+                                 : sums<true, false>(w, precision, bound, gradient, degree);
     for (int64_t i = 0; i < items; i++) {
       values[i * stride + i] = static_cast<T>(nan);
       degree[i] -= 1;
@@ -161,7 +174,7 @@ struct Dense {
     return within - items;
   }
 
-  template <bool COMPLETE>
+  template <bool COMPLETE, bool ROUGH>
   int64_t sums(const T* w, T precision, T bound, T* gradient, T* degree) const {
     int64_t within = 0;
     column_blocks([&](auto block, int64_t j) {
@@ -171,7 +184,7 @@ struct Dense {
       for (int u = 0; u < n; u++) w_columns[u] = load_as<V>(w + j + u * lanes);
       for (int64_t i = 0; i < items; i++)
         for (int u = 0; u < n; u++) {
-          const Term<V> t = at(i, j + u * lanes, w, w_columns[u], precisions);
+          const Term<V> t = at<ROUGH>(i, j + u * lanes, w, w_columns[u], precisions);
           V h = t.weight, q = t.pull;
           if constexpr (!COMPLETE) {
             const auto seen = t.residual == t.residual;
@@ -224,7 +237,21 @@ struct Dense {
     });
   }
 
-  int64_t count_within(T bound) const {  // residuals <= bound: all, and per row
+  int64_t number_within(T bound) const {  // of residuals <= bound
+    constexpr int apart = 4;
+    using Counts = decltype(V{} == V{});
+    Counts counts[apart] = {};
+    const int64_t vectors = items * (stride / lanes);
+    int64_t k = 0, within = 0;
+    for (; k + apart <= vectors; k += apart)
+      for (int u = 0; u < apart; u++) counts[u] -= load_as<V>(weights + (k + u) * lanes) <= bound;
+    for (; k < vectors; k++) counts[0] -= load_as<V>(weights + k * lanes) <= bound;
+    const Counts all = (counts[0] + counts[1]) + (counts[2] + counts[3]);
+    for (int l = 0; l < lanes; l++) within += all[l];
+    return within;
+  }
+
+  int64_t count_within(T bound) const {  // the same, and per row
     int64_t within = 0;
     column_blocks([&](auto block, int64_t j) {
       constexpr int n = block.value;
@@ -260,10 +287,10 @@ struct Sparse {
 
   Term<double> at(int64_t e, double w_i, const double* w, double precision) const {
     const double votes = DATA == BradleyTerryData::logits ? 0 : edges.votes[e];
-    return term<DATA, double>(edges.values[e], votes, w_i - w[edges.columns[e]], precision);
+    return term<DATA, false, double>(edges.values[e], votes, w_i - w[edges.columns[e]], precision);
   }
 
-  int64_t pass(const double* w, double precision, double bound, bool, double* gradient, double* degree) const {
+  int64_t pass(const double* w, double precision, double bound, bool, bool, double* gradient, double* degree) const {
     rows([&](int64_t i, int64_t begin, int64_t end) {
       double pull = 0, weight = 0;
       int64_t within = 0;
@@ -295,7 +322,9 @@ struct Sparse {
     });
   }
 
-  int64_t count_within(double bound) const {
+  int64_t number_within(double bound) const { return count_within(bound); }
+
+  int64_t count_within(double bound) const {  // residuals <= bound: all, and per row
     rows([&](int64_t i, int64_t begin, int64_t end) {
       int64_t within = 0;
       for (int64_t e = begin; e < end; e++) within += edges.weights[e] <= bound;
@@ -332,7 +361,7 @@ double median(const Graph& graph, int64_t observed) {
     const auto middle = low + (high - low) / 2;
     T bound;
     std::memcpy(&bound, &middle, sizeof bound);
-    (2 * graph.count_within(bound) >= observed ? high : low) = middle;
+    (2 * graph.number_within(bound) >= observed ? high : low) = middle;
   }
   T result;
   std::memcpy(&result, &high, sizeof result);
@@ -430,7 +459,7 @@ void solve(const Graph& graph, const Problem& problem, T* vectors, int64_t strid
     const double decay = !logits ? count_decay : constant > logit_early * problem.mean ? logit_decay : logit_late_decay;
     const double bound = decay * constant / (constant_per_sigma * mad_to_sigma);
     const T precision = static_cast<T>(plain ? 0 : 1 / (constant * constant));
-    const int64_t within = graph.pass(w, precision, static_cast<T>(bound), sweeps, gradient, degree);
+    const int64_t within = graph.pass(w, precision, static_cast<T>(bound), sweeps, !settled, gradient, degree);
     if (problem.ridge > 0)
       for (int64_t i = 0; i < n; i++) gradient[i] -= ridge * w[i];
     if (sweeps) {
@@ -466,7 +495,8 @@ void solve(const Graph& graph, const Problem& problem, T* vectors, int64_t strid
   centre(w, problem);
 
   double largest = 0;
-  graph.pass(w, static_cast<T>(plain || constant == 0 ? 0 : 1 / (constant * constant)), 0, false, gradient, degree);
+  graph.pass(w, static_cast<T>(plain || constant == 0 ? 0 : 1 / (constant * constant)), 0, false, false, gradient,
+             degree);
   for (int64_t i = 0; i < n; i++) {
     const double g = magnitude(gradient[i] - ridge * w[i]);
     if (degree[i] > 0 && g / degree[i] > largest) largest = g / degree[i];
@@ -526,6 +556,32 @@ bool strongly_connected(int64_t items, int64_t groups, const Wins& wins, const L
 
 int64_t padded(int64_t items, int64_t size) { return (items * size + 63) / 64 * 64 / size; }
 
+// Whether values_ij = -values_ji, or both are missing; by blocks of 4 x 4 transposed in registers.
+template <class T>
+bool skew_symmetric(const T* values, int64_t n, int64_t stride) {
+  typedef T Quad __attribute__((vector_size(4 * sizeof(T))));
+  using Flags = decltype(Quad{} == Quad{});
+  Flags wrong{};
+  const auto row = [&](int64_t i, int64_t j) { return load_as<Quad>(values + i * stride + j); };
+  const auto compare = [&](Quad a, Quad b) {
+    const Flags missing_a = a != a, missing_b = b != b;
+    wrong |= (a + b != 0) & ~(missing_a & missing_b);
+  };
+  const int64_t whole = n / 4 * 4;
+  for (int64_t i = 0; i < whole; i += 4)
+    for (int64_t j = 0; j <= i; j += 4) {
+      const Quad a = row(j, i), b = row(j + 1, i), c = row(j + 2, i), d = row(j + 3, i);
+      for (int k = 0; k < 4; k++) compare(row(i + k, j), Quad{a[k], b[k], c[k], d[k]});
+    }
+  bool skew = (wrong[0] | wrong[1] | wrong[2] | wrong[3]) == 0;
+  for (int64_t i = whole; i < n; i++)
+    for (int64_t j = 0; j < i; j++) {
+      const T a = values[i * stride + j], b = values[j * stride + i];
+      skew &= a + b == 0 || (a != a && b != b);
+    }
+  return skew;
+}
+
 template <class T, BradleyTerryData DATA>
 void dense(const BradleyTerryDense& args, int64_t b, char* workspace) {
   constexpr bool logits = DATA == BradleyTerryData::logits;
@@ -562,39 +618,27 @@ void dense(const BradleyTerryDense& args, int64_t b, char* workspace) {
     row[i] = missing;
   }
   if constexpr (logits) {
-    T asymmetry[4] = {};  // four, or each comparison would wait for the one before
-    int64_t pairs[4] = {};
-    const auto compare = [&](int64_t i, int64_t j, int l) {
-      const T both = values[i * stride + j] + values[j * stride + i], size = both < 0 ? -both : both;
-      asymmetry[l] = size > asymmetry[l] ? size : asymmetry[l];
-      pairs[l] += both == both;
-    };
-    for (int64_t i = 0; i < n; i++) {
-      int64_t j = 0;
-      for (; j + 4 <= i; j += 4)
-        for (int l = 0; l < 4; l++) compare(i, j + l, l);
-      for (; j < i; j++) compare(i, j, 0);
-    }
-    for (int64_t i = 0; i < n; i++) {
-      using V = typename Lanes<T>::type;
-      const V zero{}, one = zero + T(1);
-      V row_sum{}, seen{}, top{};
-      for (int64_t j = 0; j < stride; j += Lanes<T>::count) {
+    const bool skew = skew_symmetric(values, n, stride);
+    using V = typename Lanes<T>::type;
+    const V zero{}, one = zero + T(1);
+    V top{};
+    for (int64_t j = 0; j < stride; j += Lanes<T>::count) {  // down the columns, which are the rows but for signs
+      V column_sum{}, seen{};
+      for (int64_t i = 0; i < n; i++) {
         const V v = load_as<V>(values + i * stride + j), size = v < 0 ? -v : v;
-        row_sum += v == v ? size : zero;
+        column_sum += v == v ? size : zero;
         seen += v == v ? one : zero;
         top = size > top ? size : top;
       }
-      compared[i] = 0;
-      for (int l = 0; l < Lanes<T>::count; l++) {
-        sum += double(row_sum[l]);
-        compared[i] += static_cast<int64_t>(seen[l]);
-        if (double(top[l]) > largest) largest = double(top[l]);
+      for (int l = 0; l < Lanes<T>::count && j + l < n; l++) {
+        sum += double(column_sum[l]);
+        compared[j + l] = static_cast<int64_t>(seen[l]);
+        observed += compared[j + l];
       }
-      observed += compared[i];
     }
-    if (2 * (pairs[0] + pairs[1] + pairs[2] + pairs[3]) != observed || asymmetry[0] > 0 || asymmetry[1] > 0 ||
-        asymmetry[2] > 0 || asymmetry[3] > 0)
+    for (int l = 0; l < Lanes<T>::count; l++)
+      if (double(top[l]) > largest) largest = double(top[l]);
+    if (!skew)
       for (int64_t i = 0; i < n; i++)
         for (int64_t j = 0; j < i; j++) {
           const T a = values[i * stride + j], c = values[j * stride + i];
