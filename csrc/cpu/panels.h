@@ -35,7 +35,7 @@ inline int64_t panel_columns(int64_t vectors, int64_t item, int64_t columns) {
 // Rows with sums of their own over them: few enough such chunks that these stay small beside the matrix, and enough of
 // them for the threads.
 inline int64_t chunk_of_rows(int64_t rows) {
-  return round_up(larger(larger(32, smaller(96, rows / 16)), rows / 48), 8);
+  return round_up(larger(larger(32, smaller(96, rows / 16)), rows / 24), 8);
 }
 
 // A tile in part outside the matrix, or (upper) on or below its diagonal: `fill` there.
