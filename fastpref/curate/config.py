@@ -22,7 +22,7 @@ FORMATS = ("trl", "trl-conversational", "axolotl")
 EXCLUDE = ("both", "chosen", "none")
 CLEAN = ("mask", "replace", "low_rank", "none")
 LENGTH_CONTROL = ("none", "within_source", "match")
-SELECT_HOW = ("mul", "add", "add_normalized", "max", "min")
+GOALS = ("none", "both", "half")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class SelectOptions:
 
 @dataclass(frozen=True)
 class RouteOptions:
-    """tau: a number, "quantile:<share>", "none", or "auto": 0.5 where read.score_range is 1 to 10, else quantile:0.12."""
+    """tau: a number, "quantile:<share>", "none", or "auto": 0.5 where scores are declared 1 to 10, else quantile:0.12."""
 
     tau: float | str = "auto"
     inclusive: bool = False
@@ -140,7 +140,7 @@ class CurateConfig:
         _one_of("clean.action", self.clean.action, CLEAN)
         _one_of("length.control", self.length.control, LENGTH_CONTROL)
         _one_of("write.format", self.write.format, FORMATS)
-        _one_of("write.goals", self.write.goals, ("none", "both", "half"))
+        _one_of("write.goals", self.write.goals, GOALS)
         if self.select.fraction is not None and self.select.k is not None:
             raise InputError("select.fraction and select.k must not both be given")
         if len(self.read.score_range) not in (0, 2):
