@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastpref.curate.pools import as_pools, blocks
+
 START = {"external": 1.5, "implicit": 2.0}  # the search for the upper bound begins at the largest margin over this
 COMBINATIONS = ("mul", "add", "add_normalized", "max", "min")
 ONE_VOTE = 0.8  # a correlation above which two sources count one vote twice
@@ -127,7 +129,7 @@ def bees(margins, *, how="mul", kinds=None, lower=-2.0, upper=None, require_posi
 
 def normalised_margins(margin, source: MarginSource) -> np.ndarray:
     """[pairs] p of one source, in [0, 1]: its margins between the two bounds of `MarginScores.sources`."""
-    margin = _vector("margin", margin)
+    margin = as_vector("margin", margin)
     return _p(np.where(np.isfinite(margin), margin, 0.0), source)
 
 
@@ -151,11 +153,11 @@ def select_top(scores, *, k=None, fraction=None, tie_break=None) -> TopSelection
     p = None
     if isinstance(scores, MarginScores):
         scores, p, tie_break = scores.score, scores.p, scores.tie_break if tie_break is None else tie_break
-    scores = _vector("scores", scores)
+    scores = as_vector("scores", scores)
     if np.isnan(scores).any():
         raise ValueError(f"scores must not be NaN, got {np.isnan(scores).sum()} of {len(scores)}")
     if tie_break is not None:
-        tie_break = _vector("tie_break", tie_break)
+        tie_break = as_vector("tie_break", tie_break)
         if len(tie_break) != len(scores):
             raise ValueError(f"tie_break must have shape {[len(scores)]} to match scores, got {[len(tie_break)]}")
     k = _count(k, fraction, len(scores), "pairs")
@@ -191,10 +193,47 @@ class Part(enum.IntEnum):
 
 def partition(margins, edge=1.0) -> np.ndarray:
     """[pairs] int8, a `Part`. edge: the authors take 1, for perplexity margins 0.1. NaN counts as 0."""
-    margins = _vector("margins", margins)
+    margins = as_vector("margins", margins)
     if not 0 <= edge < math.inf:
         raise ValueError(f"edge must be a number >= 0, got {edge!r}")
     return (margins > edge).astype(np.int8) - (margins < -edge)
+
+
+class PromptSelection(NamedTuple):
+    """The prompts that are kept, the widest margin first; [selected]."""
+
+    prompts: np.ndarray  # int64
+    chosen: np.ndarray  # int64, column of the largest reward in the pool, the first of equal ones
+    rejected: np.ndarray  # int64, column of the smallest
+    margin: np.ndarray  # float64, largest minus smallest reward
+    tied_at_cut: float  # as in TopSelection
+
+
+def select_prompts(rewards, *, k=None, fraction=None, valid=None, offsets=None) -> PromptSelection:
+    """One round of the iterative variant: the prompts whose best and worst response are furthest apart.
+
+    rewards: [prompts, n], or [responses] with offsets; NaN and invalid ones are none.
+    k, fraction: of the prompts, as in `select_top`; the authors keep 5,000 of 20,000 (fraction 0.25, the default) in
+        every round. Of equal margins the lower prompt is first.
+
+    Prompts with fewer than two different rewards are never selected, with a warning when that leaves too few.
+    """
+    pools = as_pools("rewards", rewards, valid, offsets)
+    margin = np.full(len(pools.offsets) - 1, -math.inf)
+    chosen, rejected = (np.full(len(margin), -1) for _ in range(2))
+    for prompts, flat in blocks(pools.offsets):
+        pool = pools.values[flat]
+        rated = ~np.isnan(pool)
+        best = np.argmax(np.where(rated, pool, -math.inf), axis=1)
+        worst = np.argmin(np.where(rated, pool, math.inf), axis=1)
+        row = np.arange(len(prompts))
+        gap = pool[row, best] - pool[row, worst]
+        margin[prompts] = np.where(gap > 0, gap, -math.inf)
+        chosen[prompts], rejected[prompts] = best, worst
+    fraction = 0.25 if k is None and fraction is None else fraction
+    top = select_top(margin, k=k, fraction=fraction)
+    kept = top.indices
+    return PromptSelection(kept, chosen[kept], rejected[kept], margin[kept], top.tied_at_cut)
 
 
 def compare_selections(margins, k, *, how="mul", seed=0, **options) -> "SelectionComparison":
@@ -246,7 +285,7 @@ def _upper_bound(margin, kind) -> float:
     tail = margin[margin > start]
     if start > largest or len(tail) < largest - start:
         return float(start)
-    counts = np.bincount((np.ceil(tail) - start).astype(np.int64))  # counts[j]: start + j - 1 < m <= start + j
+    counts = np.bincount((np.ceil(tail) - start).astype(np.int64), minlength=1)  # counts[j]: start + j - 1 < m <= start + j
     above = len(tail) - np.cumsum(counts)  # pairs above start + j
     upper = start + np.arange(len(counts))
     stops = (above < largest - upper) | (above < 30) | (upper > largest)
@@ -374,8 +413,8 @@ def _warn(values, described, pearson, spearman, uses_bounds) -> None:
 # ---- arguments
 
 
-def _vector(name, values) -> np.ndarray:
-    """[pairs] float64."""
+def as_vector(name, values) -> np.ndarray:
+    """[pairs] float64. Raises ValueError or TypeError naming the argument."""
     try:
         values = np.asarray(values)
         if values.dtype.kind not in "fiub":
@@ -389,7 +428,7 @@ def _vector(name, values) -> np.ndarray:
 
 
 def _difference(minuend, a, subtrahend, b) -> np.ndarray:
-    a, b = _vector(minuend, a), _vector(subtrahend, b)
+    a, b = as_vector(minuend, a), as_vector(subtrahend, b)
     if len(a) != len(b):
         raise ValueError(f"{subtrahend} must have shape {[len(a)]} to match {minuend}, got {[len(b)]}")
     with np.errstate(invalid="ignore"):  # inf - inf is NaN, a missing margin
@@ -401,7 +440,7 @@ def _checked_margins(margins) -> dict[str, np.ndarray]:
         raise TypeError(f"margins must be a mapping of at least one name to [pairs], got {type(margins).__name__}")
     if taken := [name for name in margins if name in COMBINATIONS or name == "random"]:
         raise ValueError(f"margins must not be named like a combination, got {taken}")
-    sources = {name: _vector(f"margins[{name!r}]", margin) for name, margin in margins.items()}
+    sources = {name: as_vector(f"margins[{name!r}]", margin) for name, margin in margins.items()}
     lengths = {name: len(margin) for name, margin in sources.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"margins must all have the same length, got {lengths}")
