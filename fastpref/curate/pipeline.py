@@ -1,0 +1,394 @@
+"""From a file of scored samples to files of training pairs: the methods of this package in a row.
+
+It starts at scored files: it samples no responses and scores none. A stage is a function State -> State, and knows of
+the others by the state alone; the order is the caller's. Scores are never overwritten: what a stage makes of them is
+kept beside them, and every row that is written says where it comes from.
+"""
+
+import contextlib
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fastpref.curate import goals, length, margins, routing
+from fastpref.curate import hygiene as hygiene_checks
+from fastpref.curate.config import CurateConfig
+from fastpref.curate.hygiene import Flag
+from fastpref.curate.pairs import DropReason, select_pairs
+from fastpref.curate.samples import InputError, Samples, read_samples, text_hashes, to_logit
+from fastpref.curate.state import LeftOut, PairReason, State, fingerprint, load, load_samples, save
+from fastpref.curate.writing import write_pairs
+from fastpref.rating_scale import of_gaps
+
+LONGEST_WINS = 0.9  # share of pairs told apart by length alone, beyond which accuracy on them measures style
+
+
+@dataclass(frozen=True)
+class CurateResult:
+    state: State
+    rows: dict[str, np.ndarray] | None  # the columns that were written; None where nothing was
+    summary: dict  # ready for JSON
+    warnings: tuple[str, ...]
+
+
+def run(config: CurateConfig, *, begin="read", only=False, progress=None) -> CurateResult:
+    """Runs the pipeline of a config, writes its outputs and warns (UserWarning) of what is wrong with the data.
+
+    begin: "read", a stage of config.order, or "write"; with another than "read" config.work holds what the stages
+        before it made, of the same input and options.
+    only: that stage alone; its result is kept in config.work, and nothing is written.
+    progress: as in `read_samples`.
+
+    Deterministic by config.seed. Raises InputError for what the user can mend.
+    """
+    started = time.perf_counter()
+    stages = ("read", *config.order, "write")
+    if begin not in stages:
+        raise InputError(f"a run can begin at {', '.join(stages)}, got {begin!r}")
+    if config.work is None and (begin != "read" or only):
+        raise InputError(f"to begin at {begin} alone or without the stages before it, there must be a folder of work")
+    if only and begin == "write":
+        only = False
+    place = stages.index(begin)
+    if not only and config.output is None:
+        raise InputError("there must be an output")
+    _check_outputs(config)
+    messages: list[str] = []
+    with _collected(messages):
+        _warn_of_order(config.order)
+    state = _resume(config, stages[place - 1]) if place else None
+    for stage in stages[place : place + 1] if only else stages[place:-1]:
+        caught = []
+        with _collected(caught):
+            state = _read(config, progress) if stage == "read" else STAGES[stage](state, config)
+        state = replace(state, warnings=(*state.warnings, *caught))
+        if config.work is not None:
+            save(state, config.work, stage, fingerprint(config, stage))
+    rows = None
+    summary = _input_summary(state.samples)
+    if state.pairs is not None:
+        with _collected(messages):
+            summary |= _pairs_summary(state)
+    if not only:
+        with _collected(messages):
+            rows, written = _write(state, config, progress)
+        summary |= written
+    messages = tuple(dict.fromkeys([*_problems(state.samples), *state.warnings, *messages]))
+    summary |= {"stages": state.summaries, "warnings": list(messages), "seconds": time.perf_counter() - started}
+    if config.report is not None and state.pairs is not None:
+        _report(state, config, summary)
+    for message in messages:
+        warnings.warn(message, UserWarning, stacklevel=2)
+    return CurateResult(state, rows, summary, messages)
+
+
+# ---- stages
+
+
+def _read(config, progress) -> State:
+    read = config.read
+    fields = [name for name, _ in _declared(read)]
+    if read.implicit is not None and not os.path.exists(read.implicit):
+        fields.append(read.implicit)
+    samples = read_samples(
+        config.input,
+        score_fields=fields or None,
+        source_field=read.sources,
+        length_field=read.lengths,
+        workers=read.workers,
+        progress=progress,
+    )
+    if not samples.prompts:
+        first = f", the first of {len(samples.problems)} bad ones: {samples.problems[0]}" if samples.problems else ""
+        raise InputError(f"{config.input} holds no row of scored samples{first}")
+    return _start(samples, config)
+
+
+def _start(samples, config) -> State:
+    score = primary_score(samples, config)
+    return State(
+        samples,
+        score=score,
+        left_out=np.where(np.isnan(score), LeftOut.NO_SCORE, LeftOut.KEPT).astype(np.uint8),
+        choosable=np.ones(len(score), bool),
+        flags=np.zeros(len(score), np.uint8),
+        taken=np.ones(samples.prompts, bool),
+    )
+
+
+def _hygiene(state, config) -> State:
+    samples, options = state.samples, config.hygiene
+    banned = [text_hashes(path) for path in options.decontaminate]
+    found = hygiene_checks.hygiene(
+        state.score,
+        offsets=samples.offsets,
+        text_hash=samples.text_hash,
+        blank=samples.blank,
+        prompt_hash=samples.prompt_hash,
+        sources=samples.sources,
+        banned_hash=np.concatenate(banned) if banned else None,
+        repeated_share=options.repeated_share,
+        repeated_least=options.repeated_least,
+    )
+    # A copy is no further sample and a blank no text: pools without them are what every method means. What a text
+    # under many prompts is, and whether a prompt must not be trained on, is for the user to say.
+    reasons = {Flag.BLANK: LeftOut.BLANK, Flag.DUPLICATE: LeftOut.DUPLICATE}
+    if options.apply:
+        reasons |= {Flag.REPEATED_TEXT: LeftOut.REPEATED_TEXT, Flag.CONTAMINATED: LeftOut.CONTAMINATED}
+    for flag, reason in reasons.items():
+        state = _leave_out(state, found.reason & flag != 0, reason)
+    flagged = found.repeated
+    worst = [
+        {"prompts": int(n), "source": _source_name(samples, first), "characters": int(samples.lengths[first])}
+        for n, first in zip(flagged.prompts[:5], flagged.first[:5], strict=True)
+    ]
+    summary = found.counts() | {
+        "clamped": _clamped(samples, config),
+        "copies_std": found.copies_std,
+        "repeated_limit": found.repeated_limit,
+        "most_repeated": worst,
+        "applied": options.apply,
+    }
+    return _rescored(replace(state, flags=found.reason), found.scores, "hygiene", summary)
+
+
+def _audit(state, config) -> State:
+    samples, options = state.samples, config.audit
+    if samples.sources is None:
+        return _with_summary(state, "audit", {"skipped": "no sources"})
+    from fastpref.curate import clean
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # construction says it of the pools it uses
+        unaudited = _select(state, config, on_degenerate="ignore")
+    try:
+        found = clean.audit(
+            primary_score(samples, config),  # copies and canned texts too: they are what gives a source away
+            samples.sources,
+            offsets=samples.offsets,
+            names=samples.source_names,
+            selection=unaudited,
+            rank=options.rank,
+            threshold=options.threshold,
+            seed=config.seed,
+        )
+    except ValueError as error:
+        warnings.warn(f"the sources were not audited: {error}", UserWarning, stacklevel=2)
+        return _with_summary(state, "audit", {"skipped": str(error)})
+    masks = clean.exclude(samples.sources, found.flagged, options.exclude)
+    table = [
+        {
+            "source": samples.source_names[s],
+            "unexplained": _number(found.unexplained[s]),
+            "low": _number(found.low[s]),
+            "high": _number(found.high[s]),
+            "z": _number(found.z[s]),
+            "flagged": bool(found.flagged[s]),
+            "reference": bool(found.reference[s]),
+            "prompts": int(found.prompts[s]),
+            "would_supply_chosen": int(found.as_chosen[s]),
+            "would_supply_rejected": int(found.as_rejected[s]),
+        }
+        for s in found.order
+    ]
+    flagged = [row for row in table if row["flagged"]]
+    if flagged and options.exclude == "none":
+        names = ", ".join(f"{row['source']} (z {row['z']:.1f})" for row in flagged)
+        supply = sum(row["would_supply_chosen"] for row in flagged)
+        warnings.warn(
+            f"flagged sources are left in: {names}; they supply the chosen response of {supply} pairs. "
+            'exclude="both" leaves them out',
+            UserWarning,
+            stacklevel=2,
+        )
+    state = _leave_out(state, ~masks.valid, LeftOut.FLAGGED_SOURCE)
+    summary = {
+        "prompts": found.audited_prompts,
+        "rank": found.rank,
+        "exclude": options.exclude,
+        "flagged": [row["source"] for row in flagged],
+        "reference": [row["source"] for row in table if row["reference"]],
+        "would_supply_chosen": sum(row["would_supply_chosen"] for row in flagged),
+        "would_supply_rejected": sum(row["would_supply_rejected"] for row in flagged),
+        "sources": table,
+    }
+    return _with_summary(replace(state, choosable=state.choosable & masks.choosable), "audit", summary)
+
+
+def _clean(state, config) -> State:
+    samples, options = state.samples, config.clean
+    if options.action == "none" or samples.sources is None:
+        why = "not asked for" if options.action == "none" else "no sources"
+        return _with_summary(state, "clean", {"skipped": why})
+    from fastpref.curate import clean
+
+    try:
+        found = clean.denoise_scores(
+            state.score,
+            samples.sources,
+            offsets=samples.offsets,
+            valid=state.valid,
+            action=options.action,
+            rank=options.rank,
+            threshold=options.threshold,
+        )
+    except ValueError as error:
+        warnings.warn(f"scores were not cleaned: {error}", UserWarning, stacklevel=2)
+        return _with_summary(state, "clean", {"skipped": str(error)})
+    if options.action == "mask":
+        state = _leave_out(state, found.flagged, LeftOut.CORRUPTED_SCORE)
+    summary = {
+        "action": options.action,
+        "flagged": int(found.flagged.sum()),
+        "scores": int(state.valid.sum()),
+        "best_changed": found.chosen_changed,
+        "prompts": found.prompts,
+        "noise_scale": found.scale,
+        "rank": found.rank,
+        "converged": found.converged,
+    }
+    scores = np.where(state.valid, found.scores, state.score)
+    return _rescored(state, scores, "clean", summary)
+
+
+def _length(state, config) -> State:
+    samples, control = state.samples, config.length.control
+    if control != "within_source":
+        # "match" chooses among responses, which is done where the pairs are made
+        return _with_summary(state, "length", {"control": control})
+    scores, slope = length.remove_length(
+        np.where(state.valid, state.score, np.nan),
+        samples.lengths,
+        sources=samples.sources,
+        offsets=samples.offsets,
+    )
+    scores = np.where(state.valid, scores, state.score)
+    return _rescored(state, scores, "length", {"control": control, "slope": slope})
+
+
+def _construct(state, config) -> State:
+    samples, options = state.samples, config.construct
+    selection = _select(state, config, on_degenerate=options.on_degenerate)
+    if "length" in config.order and config.length.control == "match":
+        selection = length.match_length(
+            selection,
+            np.where(state.valid, state.score, np.nan),
+            samples.lengths,
+            offsets=samples.offsets,
+            band=config.length.band,
+        )
+    pairs = selection.table()
+    del pairs["score_chosen"], pairs["score_rejected"]  # they are those of the responses, by their index
+    pairs["reason"] = np.full(len(pairs["prompt"]), PairReason.KEPT, np.int8)
+    pairs["route"] = np.full(len(pairs["prompt"]), routing.Route.PREF, np.int8)
+    untaken = np.count_nonzero(~state.taken)
+    dropped = selection.dropped()
+    if untaken:
+        dropped[DropReason.TOO_FEW.name.lower()] -= untaken * options.pairs_per_prompt
+        dropped["not_selected"] = untaken * options.pairs_per_prompt
+    summary = {
+        "rule": selection.rule,
+        "scale": selection.scale,
+        "pairs": len(pairs["prompt"]),
+        "dropped": dropped,
+        "share_below_min": _number(selection.share_below_min),
+        "share_rejected_min": _number(selection.share_rejected_min),
+        "median_percentile": _number(selection.median_percentile),
+        "median_pool": _number(np.median(selection.n_pool)),
+    }
+    return _with_summary(replace(state, pairs=pairs), "construct", summary)
+
+
+def _select_stage(state, config) -> State:
+    options = config.select
+    wanted = {"k": options.k} if options.k is not None else {"fraction": options.fraction}
+    if state.pairs is None:
+        return _select_prompts(state, wanted)
+    columns = {name: column for name, column in _votes(state, config).items()}
+    asked = options.k is not None or options.fraction is not None
+    if len(columns) == 1 and not asked:
+        return _with_summary(state, "select", {"skipped": "every pair is kept"})
+    kept = np.flatnonzero(state.kept)
+    votes = {name: state.margin(column)[kept] for name, column in columns.items()}
+    kinds = {name: "implicit" if name == "implicit" else "external" for name in votes}
+    # A single vote ranks by itself, whatever its scale.
+    how = options.how if len(votes) > 1 else next(iter(votes))
+    bounds = {"kinds": kinds, "lower": options.lower, "upper": options.upper}
+    found = margins.bees(votes, how=how, require_positive=options.require_positive, **bounds)
+    pairs = dict(state.pairs)
+    for name, vote in votes.items():
+        pairs[f"margin_{name}"] = _spread(vote, kept, len(pairs["prompt"]))
+        pairs[f"p_{name}"] = _spread(margins.normalised_margins(vote, found.sources[name]), kept, len(pairs["prompt"]))
+    pairs["select_score"] = _spread(found.score, kept, len(pairs["prompt"]))
+    if found.p is not None:
+        pairs["p_joint"] = _spread(found.p, kept, len(pairs["prompt"]))
+    summary = {
+        "how": how,
+        "sources": {name: source._asdict() for name, source in found.sources.items()},
+        "pearson": found.pearson.tolist(),
+        "spearman": found.spearman.tolist(),
+    }
+    if asked:
+        if options.k is not None and options.k > len(kept):
+            raise InputError(f"select.k must be at most the {len(kept)} pairs there are, got {options.k}")
+        top = margins.select_top(found, **wanted)
+        reason = pairs["reason"].copy()
+        reason[kept] = PairReason.NOT_SELECTED
+        reason[kept[top.indices]] = PairReason.KEPT
+        pairs["reason"] = reason
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # said above
+            beside = margins.compare_selections(votes, len(top.indices), how=how, seed=config.seed, **bounds)
+        summary |= {
+            "pairs": len(kept),
+            "selected": len(top.indices),
+            "threshold": _number(top.threshold),
+            "tied_at_cut": _number(top.tied_at_cut),
+            "share_at_one": _number(top.share_at_one),
+            "beside": beside.table(),
+        }
+    return _with_summary(replace(state, pairs=pairs), "select", summary)
+
+
+def _select_prompts(state, wanted) -> State:
+    """Before construction there are no pairs to select, only prompts: by the span of their scores."""
+    if set(wanted.values()) == {None}:
+        return _with_summary(state, "select", {"skipped": "every prompt is kept"})
+    found = margins.select_prompts(state.score, valid=state.valid, offsets=state.samples.offsets, **wanted)
+    taken = np.zeros(len(state.taken), bool)
+    taken[found.prompts] = True
+    summary = {"prompts": len(taken), "selected": int(taken.sum()), "tied_at_cut": found.tied_at_cut}
+    return _with_summary(replace(state, taken=taken), "select", summary)
+
+
+def _route(state, config) -> State:
+    tau, kept = config.route.tau, np.flatnonzero(state.kept)
+    if tau == "auto":
+        tau = routing.JUDGE_TAU if config.read.score_range == (1.0, 10.0) else routing.DEFAULT_TAU
+    margin = state.margin(state.score)[kept]
+    pairs = dict(state.pairs)
+    pairs["easy_to_hard"] = np.full(len(pairs["prompt"]), -1)
+    pairs["easy_to_hard"][kept[routing.easy_to_hard(margin)]] = np.arange(len(kept))
+    if tau == "none":
+        return _with_summary(replace(state, pairs=pairs), "route", {"skipped": "not asked for"})
+    found = routing.route_by_margin(margin, tau, inclusive=config.route.inclusive)
+    pairs["route"] = pairs["route"].copy()
+    pairs["route"][kept] = found.route
+    sent = int((found.route == routing.Route.SFT).sum())
+    summary = {"tau": _number(found.tau), "asked": tau, "sft": sent, "share_sft": _number(found.share_sft)}
+    return _with_summary(replace(state, pairs=pairs), "route", summary)
+
+
+STAGES: dict[str, Callable[[State, CurateConfig], State]] = {
+    "hygiene": _hygiene,
+    "audit": _audit,
+    "clean": _clean,
+    "length": _length,
+    "construct": _construct,
+    "select": _select_stage,
+    "route": _route,
+}
