@@ -1,15 +1,27 @@
 """Preference data: numpy arrays in, numpy arrays out. Nothing here imports torch."""
 
 from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
-from fastpref.curate.samples import InputError, RowProblem, ScoredSamples, read_scored_samples, to_logit
+from fastpref.curate.samples import (
+    InputError,
+    RowProblem,
+    Samples,
+    ScoredSamples,
+    read_samples,
+    read_scored_samples,
+    texts,
+    to_logit,
+)
 
 __all__ = [
     "DropReason",
     "InputError",
     "PairSelection",
     "RowProblem",
+    "Samples",
     "ScoredSamples",
+    "read_samples",
     "read_scored_samples",
     "select_pairs",
+    "texts",
     "to_logit",
 ]
