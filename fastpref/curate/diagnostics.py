@@ -111,7 +111,8 @@ def _places(pairs, pools: Pools) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             f"got {prompt.min()} to {prompt.max()}"
         )
     return prompt, *(
-        _place(f'pairs["{name}"]', prompt, column, pools) for name, column in (("chosen", chosen), ("rejected", rejected))
+        _place(f'pairs["{name}"]', prompt, column, pools)
+        for name, column in (("chosen", chosen), ("rejected", rejected))
     )
 
 
@@ -120,7 +121,9 @@ def _place(name, prompt, column, pools) -> np.ndarray:
     outside = (column < 0) | (column >= sizes)
     if outside.any():
         at = int(np.argmax(outside))
-        raise ValueError(f"{name}[{at}] must lie in [0, {sizes[at]}), the pool of prompt {prompt[at]}; got {column[at]}")
+        raise ValueError(
+            f"{name}[{at}] must lie in [0, {sizes[at]}), the pool of prompt {prompt[at]}; got {column[at]}"
+        )
     flat = pools.offsets[prompt] + column
     missing = np.isnan(pools.values[flat])
     if missing.any():
@@ -162,7 +165,7 @@ def _table(pairs) -> Mapping[str, np.ndarray]:
 
 def _measure(pools, prompt, chosen, rejected) -> PairMeasures:
     score_chosen, score_rejected = pools.values[chosen], pools.values[rejected]
-    count, mean, std = _moments(pools)
+    count, mean, std = pool_moments(pools)
     others = np.maximum(count[prompt] - 1, 1)
     spread = np.where(std[prompt] > 0, std[prompt], 1)
     return PairMeasures(
@@ -175,7 +178,7 @@ def _measure(pools, prompt, chosen, rejected) -> PairMeasures:
     )
 
 
-def _moments(pools) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pool_moments(pools) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[prompts] each: number of rewards, mean and std (ddof 0); NaN without rewards."""
     prompts = len(pools.offsets) - 1
     count, mean, std = np.zeros(prompts, np.int64), np.full(prompts, np.nan), np.full(prompts, np.nan)
@@ -610,7 +613,9 @@ def resample(
         at = np.arange(len(rows))
         best[rows] = ordered[at, np.maximum(count - 1, 0)]
         top_gap[rows] = np.where(count > 1, best[rows] - ordered[at, np.maximum(count - 2, 0)], np.nan)
-        gain[rows] = np.where(count > 1, (_normal_gain if estimator == "normal" else _empirical_gain)(ordered, count), np.nan)
+        gain[rows] = np.where(
+            count > 1, (_normal_gain if estimator == "normal" else _empirical_gain)(ordered, count), np.nan
+        )
     nothing = np.zeros(prompts, bool)
     return Resample(
         n=n,
