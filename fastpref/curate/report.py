@@ -192,10 +192,12 @@ def _margins(margins: MarginPairs) -> _Section:
     both = np.isfinite(margins.external) & np.isfinite(margins.implicit)
     x, y = margins.external[both], margins.implicit[both]
     agree = ((x > 0) == (y > 0)).mean() if len(x) else math.nan
+    varies = len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
+    correlation = float(np.corrcoef(x, y)[0, 1]) if varies else math.nan
     text = (
         f"{_number(int(kept.sum()))} of {_number(len(kept))} pairs kept. External margin: difference of the rewards; "
         "implicit: difference of the policy's log-ratios to its reference. Their signs agree on "
-        f"{_percent(agree)} of the pairs."
+        f"{_percent(agree)} of the pairs, their correlation is {_number(round(correlation, 2))}."
     )
     figure = _Figure("margins.png", _draw_margins(margins), "External against implicit margins, kept pairs marked")
     return _Section("External and implicit margins", text, figure)
@@ -410,7 +412,8 @@ def _html_table(head, rows) -> str:
 
 # ---- plots; colours of Okabe and Ito, which colour-blind readers tell apart
 
-CHOSEN, REJECTED, POOL, KEPT = "#0072B2", "#D55E00", "#B8BCC4", "#0072B2"
+CHOSEN, REJECTED, POOL, PAIRS, LINE = "#0072B2", "#D55E00", "#B8BCC4", "#7A7F89", "#444444"
+_CLEAR = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
 _LOOK = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -434,17 +437,14 @@ def _figure(width, height) -> Iterator[tuple[object, io.BytesIO]]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError('the report needs matplotlib: pip install "fastpref[cli]"') from error
-    look = {name: matplotlib.rcParamsDefault[name] for name in matplotlib.rcParams if name.split(".")[0] in _STYLED}
     buffer = io.BytesIO()
-    with matplotlib.rc_context(look | _LOOK), warnings.catch_warnings():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_LOOK)
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)  # names in any script
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, buffer
         figure.savefig(buffer, format="png", dpi=130)
-
-
-_STYLED = {"axes", "figure", "font", "grid", "hatch", "image", "legend", "lines", "patch", "savefig", "text", "xtick"}
-_STYLED |= {"xaxis", "yaxis", "ytick", "hist", "errorbar", "path", "scatter", "mathtext"}
 
 
 def _draw_scores(scores: PickedScores, found: Diagnosis) -> bytes:
@@ -458,22 +458,17 @@ def _draw_scores(scores: PickedScores, found: Diagnosis) -> bytes:
         _shares(raw, pools.values, measures.score_chosen, measures.score_rejected)
         raw.set(title="rewards", xlabel=scores.unit)
         _shares(standard, z, measures.z_chosen, measures.z_rejected)
-        standard.axvline(-2, color="#444444", linewidth=1, linestyle=":")
-        standard.annotate(
-            "−2", (-2, 1), (3, -3), xycoords=("data", "axes fraction"), textcoords="offset points", va="top"
-        )
+        _note(standard, -2, "mean − 2 std")
         standard.set(title="rewards within the prompt", xlabel="z: standard deviations from the prompt's mean")
         edges = np.linspace(0, 100, 21)
-        for values, colour in ((measures.percentile_chosen, CHOSEN), (measures.percentile_rejected, REJECTED)):
-            _outline(rank, values, edges, colour)
+        _outline(rank, measures.percentile_chosen, edges, CHOSEN, "chosen", "-")
+        _outline(rank, measures.percentile_rejected, edges, REJECTED, "rejected", "--")
         rank.set(title="rank within the prompt", xlabel="percentage of the prompt's other responses that score lower")
         edges = _edges(measures.gap)
-        _filled(gap, measures.gap, edges, "#7A7F89")
+        _filled(gap, measures.gap, edges, PAIRS)
         if found.pairs:
             median = float(np.median(measures.gap))
-            gap.axvline(median, color="#444444", linewidth=1, linestyle=":")
-            place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
-            gap.annotate(f"median {_number(median)}", (median, 1), (4, -3), **place)
+            _note(gap, median, f"median {_number(median)}")
         gap.set(title="gap of the pairs", xlabel=f"chosen − rejected, {scores.unit}")
         for axes in (raw, standard, rank, gap):
             axes.set_ylabel("share per bin, %")
@@ -482,10 +477,17 @@ def _draw_scores(scores: PickedScores, found: Diagnosis) -> bytes:
     return buffer.getvalue()
 
 
+def _note(axes, x, text) -> None:
+    """A vertical line with its name at the top."""
+    axes.axvline(x, color=LINE, linewidth=1, linestyle=":")
+    place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+    axes.annotate(text, (x, 1), (4, -3), va="top", fontsize=9, bbox=_CLEAR, **place)
+
+
 def _shares(axes, pool, chosen, rejected) -> None:
     edges = _edges(pool)
     _filled(axes, pool, edges, POOL, "all responses")
-    _outline(axes, chosen, edges, CHOSEN, "chosen")
+    _outline(axes, chosen, edges, CHOSEN, "chosen", "-")
     _outline(axes, rejected, edges, REJECTED, "rejected", "--")
 
 
@@ -493,8 +495,12 @@ def _filled(axes, values, edges, colour, label=None) -> None:
     axes.stairs(_share(values, edges), edges, fill=True, color=colour, label=label)
 
 
-def _outline(axes, values, edges, colour, label=None, style="-") -> None:
-    axes.stairs(_share(values, edges), edges, color=colour, label=label, linewidth=1.8, linestyle=style)
+def _outline(axes, values, edges, colour, label, style) -> None:
+    share = _share(values, edges)
+    filled = np.flatnonzero(share)
+    first, last = (filled[0], filled[-1]) if len(filled) else (0, 0)
+    style = {"color": colour, "label": label, "linewidth": 1.8, "linestyle": style}
+    axes.stairs(share[first : last + 1], edges[first : last + 2], **style)
 
 
 def _share(values, edges) -> np.ndarray:
@@ -567,12 +573,12 @@ def _draw_margins(margins: MarginPairs) -> bytes:
             panels[0].plot(
                 x[~kept], y[~kept], "o", color=POOL, markersize=4, alpha=0.7, label=f"dropped: {(~kept).sum():,}"
             )
-            panels[0].plot(x[kept], y[kept], "o", color=KEPT, markersize=4, alpha=0.7, label=f"kept: {kept.sum():,}")
+            panels[0].plot(x[kept], y[kept], "o", color=CHOSEN, markersize=4, alpha=0.7, label=f"kept: {kept.sum():,}")
             panels[0].set(**labels)
             figure.legend(loc="outside upper left", ncols=2)
         for axes in panels:
-            axes.axhline(0, color="#444444", linewidth=0.8)
-            axes.axvline(0, color="#444444", linewidth=0.8)
+            axes.axhline(0, color=LINE, linewidth=0.8)
+            axes.axvline(0, color=LINE, linewidth=0.8)
     return buffer.getvalue()
 
 
@@ -584,13 +590,14 @@ def _draw_counts(counts: Mapping[str, Mapping[str, int]]) -> bytes:
             numbers = np.array(list(reasons.values()))
             total = numbers.sum()
             place = np.arange(len(numbers))
-            colours = [KEPT if reason == "kept" else REJECTED for reason in reasons]
+            colours = [CHOSEN if reason == "kept" else REJECTED for reason in reasons]
             axes.barh(place, numbers, color=colours, height=0.7)
             axes.set(title=f"{total:,} {what}", yticks=place, yticklabels=[_words(reason) for reason in reasons])
             for at, number in zip(place, numbers, strict=True):
                 label = f"{number:,} ({_percent(number / max(total, 1))})"
                 axes.annotate(label, (number, at), (4, 0), textcoords="offset points", va="center", fontsize=9)
             axes.set(xlim=(0, 1.18 * max(numbers.max(initial=0), 1)), ylim=(len(numbers) - 0.4, -0.6))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.tick_params(axis="y", length=0)
             axes.grid(False, axis="y")
     return buffer.getvalue()
@@ -602,37 +609,27 @@ def _draw_lengths(lengths: PairLengths) -> bytes:
     with _figure(10, 4.2) as (figure, buffer):
         pair, share = figure.subplots(1, 2)
         if len(chosen) > POINTS:
-            shown = pair.hexbin(
-                rejected,
-                chosen,
-                gridsize=45,
-                xscale="log",
-                yscale="log",
-                mincnt=1,
-                bins="log",
-                cmap="cividis",
-                linewidths=0,
-            )
+            look = {"gridsize": 45, "mincnt": 1, "bins": "log", "cmap": "cividis", "linewidths": 0}
+            shown = pair.hexbin(rejected, chosen, xscale="log", yscale="log", **look)
             figure.colorbar(shown, ax=pair, label="pairs per cell")
         else:
             pair.loglog(rejected, chosen, "o", color=CHOSEN, markersize=3.5, alpha=0.45)
-        ends = [
-            min(chosen.min(initial=1e9), rejected.min(initial=1e9)),
-            max(chosen.max(initial=1), rejected.max(initial=1)),
-        ]
-        pair.plot(ends, ends, color="#444444", linewidth=1)
-        pair.annotate(
-            "same length", (ends[1], ends[1]), (-4, -14), textcoords="offset points", ha="right", fontsize=8.5
-        )
+        both = np.concatenate([chosen, rejected, [10.0]])
+        ends = both.min(), both.max()
+        pair.plot(ends, ends, color=LINE, linewidth=1)
+        pair.annotate("same length", (ends[0], ends[0]), (14, 4), textcoords="offset points", fontsize=9, bbox=_CLEAR)
         pair.set(title="lengths of the pairs", xlabel=f"rejected, {lengths.unit}", ylabel=f"chosen, {lengths.unit}")
-        most = 2.0 ** np.ceil(np.abs(np.log2(ratio)).max(initial=1))
-        edges = np.geomspace(1 / most, most, 61)
-        _filled(share, ratio, edges, "#7A7F89")
+        for axis in (pair.xaxis, pair.yaxis):
+            axis.set_major_formatter("{x:,.0f}")
+            axis.set_minor_formatter("")
+        least, most = np.floor(np.log2(ratio).min(initial=-1)), np.ceil(np.log2(ratio).max(initial=1))
+        _filled(share, ratio, np.exp2(np.linspace(least, most, 61)), PAIRS)
         share.set_xscale("log", base=2)
-        share.axvline(1, color="#444444", linewidth=1)
+        share.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}×" if x >= 1 else f"1/{1 / x:,.0f}")
+        share.xaxis.set_minor_formatter("")
+        share.axvline(1, color=LINE, linewidth=1)
         share.set(title="chosen over rejected", xlabel="ratio of the lengths", ylabel="share per bin, %")
         if len(ratio):
             median = float(np.median(ratio))
-            share.axvline(median, color=REJECTED, linewidth=1.4, linestyle="--", label=f"median {_number(median)}")
-            share.legend()
+            _note(share, median, f"median {_number(median)}×")
     return buffer.getvalue()
