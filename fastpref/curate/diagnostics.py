@@ -105,13 +105,14 @@ def _places(pairs, pools: Pools) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """int64 [pairs] each: prompt, and the flat places of the chosen and the rejected response."""
     prompt, chosen, rejected = _columns(pairs)
     sizes = np.diff(pools.offsets)
-    if len(prompt) and not (0 <= prompt.min() and prompt.max() < len(sizes)):
+    if len(prompt) and (prompt.min() < 0 or prompt.max() >= len(sizes)):
         raise ValueError(
             f'pairs["prompt"] must lie in [0, {len(sizes)}), the prompts of rewards; '
             f"got {prompt.min()} to {prompt.max()}"
         )
     return prompt, *(
-        _place(f'pairs["{name}"]', prompt, column, pools) for name, column in (("chosen", chosen), ("rejected", rejected))
+        _place(f'pairs["{name}"]', prompt, column, pools)
+        for name, column in (("chosen", chosen), ("rejected", rejected))
     )
 
 
@@ -120,7 +121,9 @@ def _place(name, prompt, column, pools) -> np.ndarray:
     outside = (column < 0) | (column >= sizes)
     if outside.any():
         at = int(np.argmax(outside))
-        raise ValueError(f"{name}[{at}] must lie in [0, {sizes[at]}), the pool of prompt {prompt[at]}; got {column[at]}")
+        raise ValueError(
+            f"{name}[{at}] must lie in [0, {sizes[at]}), the pool of prompt {prompt[at]}; got {column[at]}"
+        )
     flat = pools.offsets[prompt] + column
     missing = np.isnan(pools.values[flat])
     if missing.any():
@@ -162,7 +165,7 @@ def _table(pairs) -> Mapping[str, np.ndarray]:
 
 def _measure(pools, prompt, chosen, rejected) -> PairMeasures:
     score_chosen, score_rejected = pools.values[chosen], pools.values[rejected]
-    count, mean, std = _moments(pools)
+    count, mean, std = pool_moments(pools)
     others = np.maximum(count[prompt] - 1, 1)
     spread = np.where(std[prompt] > 0, std[prompt], 1)
     return PairMeasures(
@@ -175,7 +178,7 @@ def _measure(pools, prompt, chosen, rejected) -> PairMeasures:
     )
 
 
-def _moments(pools) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pool_moments(pools) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[prompts] each: number of rewards, mean and std (ddof 0); NaN without rewards."""
     prompts = len(pools.offsets) - 1
     count, mean, std = np.zeros(prompts, np.int64), np.full(prompts, np.nan), np.full(prompts, np.nan)
@@ -516,7 +519,8 @@ def mix_on_policy(pairs, on_policy_pairs, fraction=0.2, *, seed=0) -> Mix:
     prompts, at = np.unique(other["prompt"], return_index=True)
     if len(prompts) < len(other["prompt"]):
         raise ValueError(
-            f"on_policy_pairs must have at most one pair per prompt, got {len(other['prompt'])} of {len(prompts)} prompts"
+            "on_policy_pairs must have at most one pair per prompt, "
+            f"got {len(other['prompt'])} of {len(prompts)} prompts"
         )
     found = np.minimum(np.searchsorted(prompts, table["prompt"]), max(len(prompts) - 1, 0))
     has = prompts[found] == table["prompt"] if len(prompts) else np.zeros(len(table["prompt"]), bool)
@@ -586,9 +590,9 @@ def resample(
     least: pools with fewer rewards are too small.
     least_gain: a gain above it is worth the samples; None: no such test.
     estimator: of the gain E[max of 2n draws] - E[max of n draws], with n the number of rewards.
-        "normal": rewards of a prompt are N(mean, std**2), so the gain is std * (m(2n) - m(n)), m(n) the expected maximum
-            of n standard normals; the sample standard deviation is divided by its bias c4(n), which makes the estimate
-            unbiased. Where a reward has a ceiling it promises too much.
+        "normal": rewards of a prompt are N(mean, std**2), so the gain is std * (m(2n) - m(n)), m(n) the expected
+            maximum of n standard normals; the sample standard deviation is divided by its bias c4(n), which makes the
+            estimate unbiased. Where a reward has a ceiling it promises too much.
         "empirical": draws with replacement from the pool itself, sum_i (x_(i+1) - x_(i)) * (p_i - p_i**2) with
             p_i = (i / n)**n and x ascending. It knows of nothing above the pool's best, so it promises too little.
     """
@@ -610,7 +614,9 @@ def resample(
         at = np.arange(len(rows))
         best[rows] = ordered[at, np.maximum(count - 1, 0)]
         top_gap[rows] = np.where(count > 1, best[rows] - ordered[at, np.maximum(count - 2, 0)], np.nan)
-        gain[rows] = np.where(count > 1, (_normal_gain if estimator == "normal" else _empirical_gain)(ordered, count), np.nan)
+        gain[rows] = np.where(
+            count > 1, (_normal_gain if estimator == "normal" else _empirical_gain)(ordered, count), np.nan
+        )
     nothing = np.zeros(prompts, bool)
     return Resample(
         n=n,
