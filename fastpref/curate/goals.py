@@ -34,16 +34,20 @@ def goal_records(pairs, *, attributes=None, half=False, on_tie="positive", seed=
         the one as labelled, "drop" neither.
     seed: of the shuffle and of `half`.
 
-    Returns the columns, [records] each, with three more beside the goals: `pair` int64, index into the input;
+    Returns the columns, [records] each, with the goals and two more: `pair` int64, index into the input, and
     `goal_swapped` bool. Pairs without a finite score are left out, with a warning. Raises ValueError for missing
-    columns, different lengths, another on_tie.
+    columns, columns that the result would overwrite, different lengths, another on_tie.
     """
     if on_tie not in ON_TIE:
         raise ValueError(f"on_tie must be one of {ON_TIE}, got {on_tie!r}")
     columns = _columns(pairs)
     suffixes = {"": "goal"} if attributes is None else {f"_{name}": f"goal_{name}" for name in _names(attributes)}
+    if taken := [name for name in (*suffixes.values(), "pair", "goal_swapped") if name in columns]:
+        raise ValueError(f"pairs must not have the columns that goals add, got {taken}")
     score_chosen, score_rejected = (
-        np.stack([as_vector(name, _column(columns, name)) for name in (f"score_{side}{end}" for end in suffixes)], axis=1)
+        np.stack(
+            [as_vector(name, _column(columns, name)) for name in (f"score_{side}{end}" for end in suffixes)], axis=1
+        )
         for side in ("chosen", "rejected")
     )  # [pairs, goals]
     for name in ("chosen", "rejected"):
@@ -98,8 +102,8 @@ def rescale_scores(scores, source_range=None, target_range=(1, 10)) -> np.ndarra
     target_low, target_high = _range("target_range", target_range)
     if outside := np.count_nonzero((scores < low) | (scores > high)):
         raise ValueError(
-            f"scores must lie in source_range [{low:g}, {high:g}], got {outside} outside it, from {np.nanmin(scores):g} "
-            f"to {np.nanmax(scores):g}"
+            f"scores must lie in source_range [{low:g}, {high:g}], got {outside} outside it, from "
+            f"{np.nanmin(scores):g} to {np.nanmax(scores):g}"
         )
     share = (scores - low) / (high - low)
     return target_low * (1 - share) + target_high * share  # exact at both ends
@@ -180,19 +184,12 @@ def _columns(pairs) -> dict[str, np.ndarray]:
     return columns
 
 
-def _column(columns, name) -> np.ndarray:
-    if name not in columns:
-        raise ValueError(f"pairs must have a column {name!r}, got {list(columns)}")
-    return columns[name]
-
-
 def _swap(columns, name, pair, swapped) -> np.ndarray:
     """[records] of one column, from its twin where the record is swapped."""
-    column = columns[name][pair]
-    twin = _twin(name)
-    if twin in columns:
-        column[swapped] = columns[twin][pair[swapped]]
-    return column
+    column, twin = columns[name][pair], columns.get(_twin(name))
+    if twin is None:
+        return column
+    return np.where(swapped.reshape(-1, *[1] * (column.ndim - 1)), twin[pair], column)
 
 
 def _twin(name) -> str | None:

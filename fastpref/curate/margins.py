@@ -90,10 +90,10 @@ def bees(margins, *, how="mul", kinds=None, lower=-2.0, upper=None, require_posi
     require_positive: pairs with a margin <= 0 in any source are never selected (score -inf, p 0). The authors' code
         has no such rule.
 
-    p of a source is (clip(margin) - lower) / (largest clipped margin - lower), and 0 throughout where no margin is above
-    `lower`. Warns where two sources correlate above 0.8 (Pearson or Spearman), where margins are missing, and, for
-    "mul" and "add_normalized", where `lower` does not suit the scale: it clips nothing, or it is less than 1 % of the
-    standard deviation. Raises ValueError for sources of different lengths, unknown names and wrong bounds.
+    p of a source is (clip(margin) - lower) / (largest clipped margin - lower), and 0 throughout where no margin is
+    above `lower`. Warns where two sources correlate above 0.8 (Pearson or Spearman), where margins are missing, and,
+    for "mul" and "add_normalized", where `lower` does not suit the scale: it clips nothing, or it is less than 1 % of
+    the standard deviation. Raises ValueError for sources of different lengths, unknown names and wrong bounds.
     """
     sources = _checked_margins(margins)
     if how not in COMBINATIONS and how not in sources:
@@ -209,12 +209,12 @@ class PromptSelection(NamedTuple):
     tied_at_cut: float  # as in TopSelection
 
 
-def select_prompts(rewards, *, k=None, fraction=None, valid=None, offsets=None) -> PromptSelection:
+def select_prompts(rewards, fraction=0.25, *, valid=None, offsets=None) -> PromptSelection:
     """One round of the iterative variant: the prompts whose best and worst response are furthest apart.
 
     rewards: [prompts, n], or [responses] with offsets; NaN and invalid ones are none.
-    k, fraction: of the prompts, as in `select_top`; the authors keep 5,000 of 20,000 (fraction 0.25, the default) in
-        every round. Of equal margins the lower prompt is first.
+    fraction: of all prompts; the authors keep 5,000 of 20,000 in every round. Of equal margins the lower prompt is
+        first.
 
     Prompts with fewer than two different rewards are never selected, with a warning when that leaves too few.
     """
@@ -230,8 +230,7 @@ def select_prompts(rewards, *, k=None, fraction=None, valid=None, offsets=None) 
         gap = pool[row, best] - pool[row, worst]
         margin[prompts] = np.where(gap > 0, gap, -math.inf)
         chosen[prompts], rejected[prompts] = best, worst
-    fraction = 0.25 if k is None and fraction is None else fraction
-    top = select_top(margin, k=k, fraction=fraction)
+    top = select_top(margin, fraction=fraction)
     kept = top.indices
     return PromptSelection(kept, chosen[kept], rejected[kept], margin[kept], top.tied_at_cut)
 
@@ -285,7 +284,9 @@ def _upper_bound(margin, kind) -> float:
     tail = margin[margin > start]
     if start > largest or len(tail) < largest - start:
         return float(start)
-    counts = np.bincount((np.ceil(tail) - start).astype(np.int64), minlength=1)  # counts[j]: start + j - 1 < m <= start + j
+    counts = np.bincount(
+        (np.ceil(tail) - start).astype(np.int64), minlength=1
+    )  # counts[j]: start + j - 1 < m <= start + j
     above = len(tail) - np.cumsum(counts)  # pairs above start + j
     upper = start + np.arange(len(counts))
     stops = (above < largest - upper) | (above < 30) | (upper > largest)
@@ -405,8 +406,8 @@ def _warn(values, described, pearson, spearman, uses_bounds) -> None:
         elif abs(source.lower) < spread / 100:
             warn(
                 f"lower={source.lower:g} is {100 * abs(source.lower) / spread:.2g} % of the standard deviation "
-                f"{spread:.3g} of the margins of {name!r}: the {100 * source.clipped_low:.0f} % below it all count p = 0; "
-                "give lower= on their scale"
+                f"{spread:.3g} of the margins of {name!r}: the {100 * source.clipped_low:.0f} % below it all count as "
+                "p = 0; give lower= on their scale"
             )
 
 

@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.margins import as_vector
+from fastpref.curate.margins import _share, as_vector
 
 JUDGE_TAU = 0.5  # of scores from 1 to 10; 12 % of the authors' pairs lie below it
 DEFAULT_TAU = "quantile:0.12"  # the same share on any scale
 HARD_LOSS = 0.7623  # learning order: pairs with at least this validation loss are the authors' hard ones
+ROUTED_OFF = 0.02  # of the share that a quantile asks for, before ties are spoken of
 MISSING_DIFFICULTY = 1.0  # the authors' default scores are 1 for chosen and 0 for rejected
 
 
@@ -55,18 +56,18 @@ def route_by_margin(margin, tau=DEFAULT_TAU, *, inclusive=False) -> Routes:
     threshold = float(tau) if share is None else _threshold(margin[rated], share, inclusive)
     small = margin <= threshold if inclusive else margin < threshold
     at_tau = int(np.count_nonzero(margin == threshold))
-    if share is not None and rated.any() and abs(routed := np.count_nonzero(small) / np.count_nonzero(rated)) >= 0:
-        if abs(routed - share) > 0.02:
-            warnings.warn(
-                f"tau={tau!r} routes {100 * routed:.1f} % of the pairs to SFT, since {at_tau} of {len(margin)} margins are "
-                f"exactly {threshold:g}; give tau as a number, or turn inclusive {'off' if inclusive else 'on'}",
-                UserWarning,
-                stacklevel=2,
-            )
+    routed = _share(small[rated])
+    if share is not None and abs(routed - share) > ROUTED_OFF and at_tau > 1:
+        warnings.warn(
+            f"tau={tau!r} routes {100 * routed:.1f} % of the pairs to SFT, since {at_tau} of {len(margin)} margins are "
+            f"exactly {threshold:g}; give tau as a number, or turn inclusive {'off' if inclusive else 'on'}",
+            UserWarning,
+            stacklevel=2,
+        )
     return Routes(
         np.where(small, Route.SFT, Route.PREF).astype(np.int8),
         threshold,
-        float(small.mean()) if small.size else math.nan,
+        _share(small),
         bool(inclusive),
         at_tau,
         int(np.count_nonzero(~rated)),
