@@ -392,3 +392,316 @@ STAGES: dict[str, Callable[[State, CurateConfig], State]] = {
     "select": _select_stage,
     "route": _route,
 }
+
+
+def _select(state, config, on_degenerate):
+    options = config.construct
+    taken = np.repeat(state.taken, np.diff(state.samples.offsets))
+    return select_pairs(
+        state.score,
+        options.chosen,
+        options.rejected,
+        valid=state.valid & taken,
+        offsets=state.samples.offsets,
+        choosable=state.choosable,
+        scale=options.scale,
+        ddof=options.ddof,
+        on_degenerate=on_degenerate,
+        min_chosen=options.min_chosen,
+        min_gap=options.min_gap,
+        max_gap=options.max_gap,
+        pairs_per_prompt=options.pairs_per_prompt,
+        seed=config.seed,
+    )
+
+
+# ---- what a stage does to the state
+
+
+def _leave_out(state, which, reason) -> State:
+    """Responses that leave from here on, and the pairs made with them; a response keeps its first reason."""
+    left_out = np.where(which & state.valid, reason, state.left_out).astype(np.uint8)
+    return _checked_pairs(replace(state, left_out=left_out))
+
+
+def _rescored(state, scores, stage, summary) -> State:
+    left_out = np.where(np.isnan(scores) & state.valid, LeftOut.NO_SCORE, state.left_out).astype(np.uint8)
+    return _with_summary(_checked_pairs(replace(state, score=scores, left_out=left_out)), stage, summary)
+
+
+def _checked_pairs(state) -> State:
+    """After construction the pairs stay, but those that would not be made any more are dropped."""
+    if state.pairs is None:
+        return state
+    kept, valid = state.kept, state.valid
+    missing = kept & ~(valid[state.place("chosen")] & valid[state.place("rejected")])
+    worse = kept & ~missing & ~(state.margin(state.score) > 0)
+    reason = np.where(missing, PairReason.LEFT_OUT, np.where(worse, PairReason.NOT_BETTER, state.pairs["reason"]))
+    return replace(state, pairs=state.pairs | {"reason": reason.astype(np.int8)})
+
+
+def _with_summary(state, stage, summary) -> State:
+    return replace(state, summaries=state.summaries | {stage: summary})
+
+
+def _spread(values, where, size) -> np.ndarray:
+    """[size] float64, NaN elsewhere."""
+    out = np.full(size, np.nan)
+    out[where] = values
+    return out
+
+
+# ---- score columns
+
+
+def _declared(read) -> list[tuple[str, str]]:
+    """(field, "raw" or "logit") as in "field:logit"."""
+    found = []
+    for text in read.scores:
+        name, _, scale = text.partition(":")
+        if not name or scale not in ("", "raw", "logit"):
+            raise InputError(f"scores must be FIELD or FIELD:logit, got {text!r}")
+        found.append((name, scale or "raw"))
+    return found
+
+
+def _primary(samples, config) -> tuple[str, str]:
+    return (_declared(config.read) or [(next(iter(samples.scores)), "raw")])[0]
+
+
+def _linear(samples, name, scale) -> np.ndarray:
+    column = samples.scores[name]
+    try:
+        return to_logit(column) if scale == "logit" else column
+    except ValueError as error:
+        raise InputError(f"{name}:logit: {error}") from error
+
+
+def primary_score(samples: Samples, config: CurateConfig) -> np.ndarray:
+    """float64 [responses], the score that pairs are made by as the file has it, on its declared scale."""
+    return _linear(samples, *_primary(samples, config))
+
+
+def _clamped(samples, config) -> int:
+    name, scale = _primary(samples, config)
+    return int(np.isin(samples.scores[name], (0.0, 1.0)).sum()) if scale == "logit" else 0
+
+
+def _votes(state, config) -> dict[str, np.ndarray]:
+    """Score columns by which pairs are selected: the working score, the others declared, and implicit rewards."""
+    samples, read = state.samples, config.read
+    votes = {_primary(samples, config)[0]: state.score}
+    votes |= {name: _linear(samples, name, scale) for name, scale in _declared(read)[1:]}
+    if read.implicit is not None:
+        votes["implicit"] = samples.scores.get(read.implicit)
+        if votes["implicit"] is None:
+            votes["implicit"] = _implicit_file(read.implicit, samples.responses)
+    return votes
+
+
+def _implicit_file(path, responses) -> np.ndarray:
+    try:
+        column = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"cannot read {path}: {str(error).partition(chr(10))[0]}") from error
+    if not isinstance(column, np.ndarray) or column.shape != (responses,) or column.dtype.kind != "f":
+        found = f"{column.dtype} {list(column.shape)}" if isinstance(column, np.ndarray) else "an archive"
+        raise InputError(f"{path} must hold floating-point [{responses}], one per response of the file, got {found}")
+    return column.astype(np.float64)
+
+
+# ---- rows
+
+
+def pair_columns(state: State, config: CurateConfig) -> dict[str, np.ndarray]:
+    """The kept pairs, as they are written: indices, scores, and where they come from."""
+    samples, kept = state.samples, np.flatnonzero(state.kept)
+    pairs = {name: column[kept] for name, column in state.pairs.items()}
+    at = {side: state.place(side)[kept] for side in ("chosen", "rejected")}
+    name, scale = _primary(samples, config)
+    primary = primary_score(samples, config)
+    prompt = pairs["prompt"]
+    columns = {"prompt": prompt, "chosen": pairs["chosen"], "rejected": pairs["rejected"]}
+    columns |= {
+        "prompt_id": np.array([f"{value:016x}" for value in samples.prompt_hash[prompt].tolist()], dtype=object),
+        "row": samples.row[prompt],
+        "chosen_id": pairs["chosen"],
+        "rejected_id": pairs["rejected"],
+    }
+
+    def both(label, column, end=""):
+        columns.update({f"{label}_{side}{end}": column[at[side]] for side in at})
+
+    both("score", primary)
+    columns["margin"] = columns["score_chosen"] - columns["score_rejected"]
+    used = np.concatenate([at["chosen"], at["rejected"]])
+    if (state.score[used] != primary[used]).any():
+        both("score", state.score, "_used")  # the mean of copies, or replaced, or without the slope of length
+    if scale != "raw" or len(samples.scores) > 1:
+        for field, column in samples.scores.items():
+            both("score", column, f"_{field}")
+    if samples.sources is not None:
+        names = np.array([*samples.source_names, None], dtype=object)  # -1, unknown, reads the last
+        columns.update({f"source_{side}": names[samples.sources[at[side]]] for side in at})
+    both("len", samples.lengths)
+    columns |= {name: pairs[name] for name in ("n_pool", "z_chosen", "z_rejected", "rank_rejected")}
+    made = state.summaries["construct"]
+    text = name if scale == "raw" else f"{name}:{scale}"
+    columns["rule"] = np.full(len(kept), made["rule"], dtype=object)
+    columns["scale"] = np.full(len(kept), text if made["scale"] == "raw" else f"{text}, {made['scale']}", dtype=object)
+    columns["reason"] = np.full(len(kept), PairReason.KEPT.name.lower(), dtype=object)
+    routes = np.array([route.name.lower() for route in routing.Route], dtype=object)
+    columns["route"] = routes[pairs["route"]]
+    if "easy_to_hard" in pairs:
+        columns["easy_to_hard"] = pairs["easy_to_hard"]
+    voted = ("margin_", "p_", "select_score")
+    return columns | {name: pairs[name] for name in pairs if name.startswith(voted)}
+
+
+def _write(state, config, progress):
+    """Writes every output; returns the columns and their summary."""
+    samples, options = state.samples, config.write
+    columns = pair_columns(state, config)
+    rewrite, written = None, {}
+    scale = _rating_scale(columns["margin"], options.beta)
+    if scale is not None:
+        written["rating_scale"] = scale
+    rows = columns
+    if options.goals != "none":
+        rows, rewrite = _goal_conditioned(columns, config)
+    metadata = {"fastpref": __version__, "config": asdict(config), "rating_scale": scale}
+    test = split_of(samples.prompt_hash, test_share=options.test_share, salt=options.salt)[rows["prompt"]]
+    sft = (rows["route"] == routing.Route.SFT.name.lower()) & ~test & (options.sft is not None)
+    parts = [(config.output, "trl", ~test & ~sft), (options.test, "trl", test), (options.sft, "sft", sft)]
+    written["written"] = {}
+    return rows, written
+
+
+def _goal_conditioned(columns, config):
+    records = goals.goal_records(columns, half=config.write.goals == "half", seed=config.seed)
+    stated = config.read.score_range
+    if not stated:
+        stated = (1.0, 10.0)
+        records["goal"] = goals.rescale_scores(records["goal"], target_range=stated)
+    del records["pair"]
+    return records, goals.goal_rewrite(score_range=stated, system_role=config.write.system_role)
+
+
+def _rating_scale(margin, beta) -> dict | None:
+    if not (margin[np.isfinite(margin)] != 0).any():
+        return None
+    return {"beta": beta, "pairs": len(margin), **of_gaps(margin, beta)._asdict()}
+
+
+# ---- what is said about it
+
+
+def _input_summary(samples) -> dict:
+    return {
+        "input": samples.path,
+        "prompts": samples.prompts,
+        "responses": samples.responses,
+        "bad_rows": len(samples.problems),
+        "scores": list(samples.scores),
+        "sources": None if samples.sources is None else len(samples.source_names),
+    }
+
+
+def _problems(samples) -> list[str]:
+    if not samples.problems:
+        return []
+    bad = len(samples.problems)
+    return [f"{bad} of {bad + samples.prompts} rows were left out, the first: {samples.problems[0]}"]
+
+
+def _pairs_summary(state) -> dict:
+    samples, pairs = state.samples, state.pairs
+    reasons = np.bincount(pairs["reason"], minlength=len(PairReason))
+    left_out = np.bincount(state.left_out, minlength=len(LeftOut))
+    dropped = state.summaries["construct"]["dropped"] | _counts(PairReason, reasons)
+    kept = state.kept
+    chosen = state.place("chosen")[kept]
+    _warn_of_flags(state, chosen)
+    lengths = length.length_report(
+        samples.lengths,
+        {name: pairs[name][kept] for name in ("prompt", "chosen", "rejected")},
+        truncated=samples.truncated,
+        offsets=samples.offsets,
+    )
+    if lengths.longest_wins > LONGEST_WINS:
+        warnings.warn(
+            f"the chosen response is the longer one in {lengths.longest_wins:.1%} of the pairs (median "
+            f"{lengths.median_ratio:.1f} times as long): accuracy on such pairs measures length. "
+            "length_control, or another rejected rule, changes it",
+            UserWarning,
+            stacklevel=2,
+        )
+    return {
+        "pairs": int(kept.sum()),
+        "dropped": dropped,
+        "responses_left_out": _counts(LeftOut, left_out),
+        "length": {name: _number(value) for name, value in lengths._asdict().items()},
+    }
+
+
+def _counts(reasons, counts) -> dict[str, int]:
+    return {reason.name.lower(): int(counts[reason]) for reason in reasons if reason and counts[reason]}
+
+
+def _warn_of_flags(state, chosen) -> None:
+    """Of what hygiene reported and nobody left out, what the pairs hold."""
+    for flag, what, remedy in (
+        (Flag.REPEATED_TEXT, "is a text that stands under many prompts", "canned, or made to win"),
+        (Flag.CONTAMINATED, "answers a prompt of a file not to train on", "or is in it"),
+    ):
+        if count := int((state.flags[chosen] & flag != 0).sum()):
+            warnings.warn(
+                f"the chosen response of {count} of {len(chosen)} pairs {what} ({remedy}): hygiene.apply leaves it out",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _warn_of_order(order) -> None:
+    if {"select", "audit"} <= set(order) and order.index("select") < order.index("audit"):
+        warnings.warn(
+            f"pairs are selected before the sources are audited (order {', '.join(order)}): margins that a source "
+            "gained by gaming the judge are the largest, and take the place of others",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+@contextlib.contextmanager
+def _collected(messages: list[str]) -> Iterator[None]:
+    """The warnings of the library, as texts at the end of the list; other warnings go their way."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("always", RuntimeWarning)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, UserWarning | RuntimeWarning):
+            messages.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _number(value) -> float | None:
+    """For JSON, which has no NaN."""
+    value = float(value)
+    return value if np.isfinite(value) else None
+
+
+def _source_name(samples, response) -> str | None:
+    if samples.sources is None or samples.sources[response] < 0:
+        return None
+    return samples.source_names[samples.sources[response]]
+
+
+def _check_outputs(config) -> None:
+    write = config.write
+    outputs = [path for path in (config.output, write.sft, write.test, write.bad_rows) if path is not None]
+    for index, path in enumerate(outputs):
+        for other in [config.input, *outputs[:index]]:
+            if os.path.realpath(path) == os.path.realpath(other):
+                raise InputError(f"{path} would overwrite {'the input' if other == config.input else 'another output'}")
