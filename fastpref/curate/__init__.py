@@ -17,7 +17,7 @@ from fastpref.curate.margins import (
     select_prompts,
     select_top,
 )
-from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
+from fastpref.curate.pairs import DropReason, PairSelection, all_pairings, select_pairs
 from fastpref.curate.routing import (
     LearningOrder,
     Route,
@@ -39,6 +39,7 @@ from fastpref.curate.samples import (
     texts,
     to_logit,
 )
+from fastpref.curate.scale import rescale
 
 __all__ = [
     "DropReason",
@@ -57,6 +58,7 @@ __all__ = [
     "SelectionComparison",
     "TopSelection",
     "add_goal",
+    "all_pairings",
     "bees",
     "compare_selections",
     "difficulty",
@@ -74,6 +76,7 @@ __all__ = [
     "partition",
     "read_samples",
     "read_scored_samples",
+    "rescale",
     "rescale_scores",
     "route_by_margin",
     "select_pairs",
