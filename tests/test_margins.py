@@ -295,9 +295,8 @@ def test_missing_margins_count_as_zero_and_are_counted():
     # the correlation is over what both rate
     kept = np.isfinite(holed)
     np.testing.assert_allclose(scores.pearson, np.corrcoef(holed[kept], margins["implicit"][kept]))
-    np.testing.assert_array_equal(
-        normalised_margins(holed, scores.sources["external"])[3], 2 / (2 + scores.sources["external"].upper)
-    )
+    upper = scores.sources["external"].upper
+    assert normalised_margins(holed, scores.sources["external"])[3] == 2 / (2 + upper)
 
 
 def test_correlation_with_a_constant_is_none():
@@ -377,7 +376,7 @@ def test_the_order_of_the_pairs_does_not_matter(margin, random):
             {"a": [1]},
             {"kinds": {"b": "external"}},
             ValueError,
-            r"kinds must name sources of margins \['a'\], got \['b'\]",
+            r"kinds must name sources .* got \['b'\]",
         ),
         ({"a": [1]}, {"kinds": {"a": "judge"}}, ValueError, r'kinds\[\'a\'\] must be "external" or "implicit"'),
         ({"a": [1]}, {"kinds": "external"}, TypeError, "kinds must map names of sources, got str"),
