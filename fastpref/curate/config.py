@@ -210,7 +210,7 @@ def _described(hint) -> str:
     if isinstance(hint, types.UnionType):
         return " or ".join(_described(option) for option in typing.get_args(hint) if option is not type(None))
     if typing.get_origin(hint) is tuple:
-        return f"a list of {_described(typing.get_args(hint)[0])}s"
+        return f"a list, each item {_described(typing.get_args(hint)[0])}"
     return {str: "a string", bool: "true or false", int: "an integer", float: "a number"}[hint]
 
 
