@@ -1,17 +1,22 @@
-"""The rows of a file, and their columns: what `read_samples` and `write_pairs` read with.
+"""A file of samples in parts: the rows of a part, their columns, and the rows once more for their texts.
 
-orjson parses, XXH3 hashes. A part of a file is read on its own, so that several processes can share it.
+A position is the byte at which a line begins (unpacked), or the number of rows before it in a Parquet file: it grows
+from row to row. orjson parses and XXH3 hashes.
 """
 
+import contextlib
 import gzip
+import io
 import json
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.rows import Fields, Row, Text, check_unicode, parse_row, score_fields, top_fields
+from fastpref.curate.rows import Fields, Row, check_unicode, parse_row, score_fields, top_fields
 from fastpref.curate.samples import InputError, RowProblem, Samples
 
 try:
@@ -20,54 +25,187 @@ try:
 except ImportError as error:
     raise InputError(f'reading samples needs {error.name}: pip install "fastpref[cli]"') from error
 
+PART = 1 << 23  # bytes of lines in a part
+PARQUET_ROWS = 256  # made into Python objects at a time
+
+
+class Part(NamedTuple):
+    begin: int  # positions
+    end: int
+    done: int  # how far into the file it leads, in the units of `extent`
+    lines: bytes | None = None  # of a packed file; others are read where they are needed
+    row_group: int | None = None  # of a Parquet file
+
 
 def stamp(path) -> tuple[int, int]:
-    try:
+    """Size in bytes and time of change in ns."""
+    with _readable(path):
         status = os.stat(path)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
     return status.st_size, status.st_mtime_ns
 
 
+def extent(path) -> int:
+    """Bytes, or rows of a Parquet file."""
+    with _readable(path):
+        return _open_parquet(path).metadata.num_rows if _magic(path) == b"PAR1" else os.path.getsize(path)
+
+
+def parts(path) -> Iterator[Part]:
+    """The whole file in order, cut at ends of lines or into row groups."""
+    with _readable(path):
+        magic = _magic(path)
+        if magic == b"PAR1":
+            metadata, end = _open_parquet(path).metadata, 0
+            for group in range(metadata.num_row_groups):
+                begin, end = end, end + metadata.row_group(group).num_rows
+                yield Part(begin, end, end, row_group=group)
+        elif magic[:2] == b"\x1f\x8b":
+            with open(path, "rb") as packed, gzip.open(packed) as file:
+                end = 0
+                while lines := file.read(PART):
+                    lines += file.readline()
+                    begin, end = end, end + len(lines)
+                    yield Part(begin, end, packed.tell(), lines)
+        else:
+            with open(path, "rb") as file:
+                size, end = os.path.getsize(path), 0
+                while end < size:
+                    begin = end
+                    file.seek(begin + PART)
+                    file.readline()
+                    end = min(file.tell(), size)
+                    yield Part(begin, end, end)
+
+
+def part_rows(path, part: Part, fields: Fields, only=None) -> Iterator[tuple[int, object]]:
+    """Position and value of the rows of a part: None for a blank line, a ValueError for a row that cannot be read.
+
+    only: ascending positions in the part, of the rows that are wanted.
+    """
+    if part.row_group is not None:
+        yield from _parquet_rows(path, part, fields, only)
+        return
+    lines = part.lines
+    if lines is None:
+        with _readable(path), open(path, "rb") as file:
+            file.seek(part.begin)
+            lines = file.read(part.end - part.begin)
+    file = io.BytesIO(lines)
+    if only is None:
+        position = part.begin
+        for line in file:
+            yield position, _json_row(line, position == 0)
+            position += len(line)
+    else:
+        for position in only:
+            file.seek(position - part.begin)
+            yield position, _json_row(file.readline(), position == 0)
+
+
+def numbered_rows(path, fields: Fields) -> Iterator[tuple[int, object]]:
+    """Line or row from 1 and the value of every row of the file but blank lines."""
+    number = 0
+    for part in parts(path):
+        for _, row in part_rows(path, part, fields):
+            number += 1
+            if row is not None:
+                yield number, row
+
+
+def valid_row(row, fields: Fields) -> Row:
+    if isinstance(row, ValueError):
+        raise row
+    return parse_row(row, fields)
+
+
 def first_score_fields(path) -> tuple[str, ...] | None:
-    for _, _, row in numbered_rows(path, Fields()):
-        try:
+    for _, row in numbered_rows(path, Fields()):
+        with contextlib.suppress(ValueError):  # a malformed row: the pass over all of them says so
             if (found := score_fields(row)) is not None:
                 return found
-        except ValueError:  # malformed: the pass over all rows says so
-            continue
     return None
 
 
-def rows_again(samples: Samples, prompts: np.ndarray) -> Iterator[Row]:
-    """The rows of these prompts (strictly increasing), without scores. Raises InputError when the file has changed."""
-    changed = InputError(f"{samples.path} changed after its scores were read")
-    if stamp(samples.path) != samples.stamp:
-        raise changed
-    fields = Fields(scores=())
-    wanted = iter(prompts)
-    prompt = next(wanted, None)
-    for number, _, row in numbered_rows(samples.path, fields):
-        if prompt is None:
-            break
-        if number < samples.row[prompt]:
-            continue
-        try:
-            parsed = valid_row(row, fields)
-        except ValueError:
-            raise changed from None
-        if number > samples.row[prompt] or _hashes([parsed.prompt])[0] != samples.prompt_hash[prompt]:
-            raise changed
-        yield parsed
-        prompt = next(wanted, None)
-    if prompt is not None:
-        raise changed
+@contextlib.contextmanager
+def _readable(path):
+    try:
+        yield
+    # gzip: EOFError for a cut file, BadGzipFile is an OSError
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-class _Columns(NamedTuple):
-    """A part of the rows, as the fields of Samples; sources are numbered within the part."""
+def _magic(path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(4)
 
-    counts: np.ndarray
+
+def _json_row(line, first: bool):
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        line = line.strip()
+    if not line:
+        return None
+    try:
+        # What orjson refuses: NaN, and the byte-order mark of files from Windows. And it words its reasons worse.
+        return json.loads(line.decode("utf-8-sig" if first else "utf-8"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8 at byte {error.start}")
+    except json.JSONDecodeError as error:
+        return ValueError(f"not JSON: {error.msg} at column {error.colno}")
+    except (RecursionError, ValueError) as error:
+        return ValueError(f"not JSON: {error}")
+
+
+def _open_parquet(path):
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f'{path} is a Parquet file, which needs pyarrow: pip install "fastpref[cli]"') from error
+    try:
+        return parquet.ParquetFile(path)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"cannot read {path}: {error}".splitlines()[0]) from error
+
+
+def _parquet_rows(path, part, fields, only) -> Iterator[tuple[int, object]]:
+    file = _open_parquet(path)
+    import pyarrow
+
+    wanted = top_fields(fields)
+    columns = [name for name in file.schema_arrow.names if name in wanted]
+    position = part.begin
+    try:
+        for batch in file.iter_batches(PARQUET_ROWS, row_groups=[part.row_group], columns=columns):
+            positions = np.arange(position, position + batch.num_rows)
+            position += batch.num_rows
+            if only is not None:
+                positions = positions[np.isin(positions, only)]
+                batch = batch.take(pyarrow.array(positions - position + batch.num_rows))
+            yield from zip(positions.tolist(), _python_rows(batch), strict=True)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"cannot read {path} after row {position}: {error}".splitlines()[0]) from error
+
+
+def _python_rows(batch) -> list:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [ValueError(f"not UTF-8 at byte {error.start} of a string")]
+        return [row for k in range(batch.num_rows) for row in _python_rows(batch.slice(k, 1))]
+
+
+# ---- the columns of a part
+
+
+class Columns(NamedTuple):
+    """As in Samples, of the rows of a part; sources are numbered within it, and rows from 1."""
+
+    rows: int  # of the part, with blank lines and malformed rows
+    counts: np.ndarray  # int64 [prompts], responses
     scores: dict[str, np.ndarray]
     lengths: np.ndarray
     text_hash: np.ndarray
@@ -82,185 +220,174 @@ class _Columns(NamedTuple):
     problems: list[RowProblem]
 
 
-def columns_of(path, rows, fields) -> _Columns:
-    counts, lengths, blank, truncated, sources, prompt_hash, text_hash = [], [], [], [], [], [], []
-    numbers, positions, conversational, problems = [], [], [], []
+def columns_of_part(path, part: Part, fields: Fields) -> Columns:
+    return columns_of(path, part_rows(path, part, fields), fields)
+
+
+def columns_of(path, rows, fields: Fields) -> Columns:
+    """rows: position and value of each, as of `part_rows`."""
+    counts, numbers, positions, conversational, problems = [], [], [], [], []
+    lengths, blank, prompt_hash, text_hash, truncated, sources = [], [], [], [], [], []
     scores = {name: [] for name in fields.scores or ()}
     codes: dict[str | None, int] = {None: -1}
-    for number, position, row in rows:
+    number = 0
+    for number, (position, value) in enumerate(rows, start=1):
+        if value is None:
+            continue
         try:
-            parsed = valid_row(row, fields)
-            plain = [_plain(text) for text in parsed.responses]
-            try:
-                hashes = _digests([parsed.prompt, *parsed.responses])
-            except (UnicodeEncodeError, orjson.JSONEncodeError):
-                check_unicode(parsed)
-                raise
+            row = valid_row(value, fields)
+            hashes = digests(row)
         except ValueError as error:
             problems.append(RowProblem(path, number, str(error)))
             continue
-        prompt_hash.append(hashes[:8])
-        text_hash.append(hashes[8:])
-        count = len(plain)
-        counts.append(count)
-        for name, values in parsed.scores.items():
-            scores[name] += values
-        lengths += map(len, plain) if parsed.lengths is None else parsed.lengths
-        blank += [not text or text.isspace() for text in plain]
-        truncated.append((count, parsed.truncated))
-        sources.append((count, parsed.sources and [codes.setdefault(name, len(codes) - 1) for name in parsed.sources]))
         numbers.append(number)
         positions.append(position)
-        conversational.append(not isinstance(parsed.prompt, str))
+        prompt_hash.append(hashes[:8])
+        text_hash.append(hashes[8:])
+        counts.append(len(row.responses))
+        conversational.append(not isinstance(row.prompt, str))
+        for name, values in row.scores.items():
+            scores[name] += values
+        plain = [_plain(text) for text in row.responses] if conversational[-1] else row.responses
+        lengths += map(len, plain) if row.lengths is None else row.lengths
+        blank += [not text or text.isspace() for text in plain]
+        truncated.append(row.truncated)
+        sources.append(row.sources and [codes.setdefault(name, len(codes) - 1) for name in row.sources])
     del codes[None]
-    return _Columns(
-        np.array(counts, np.int64),
-        {name: np.array(values, np.float64) for name, values in scores.items()},
-        np.array(lengths, np.int32),
-        np.frombuffer(b"".join(text_hash), ">u8").astype(np.uint64),
-        np.array(blank, bool),
-        _said(truncated, False, bool),
-        _said(sources, -1, np.int32),
-        list(codes),
-        np.frombuffer(b"".join(prompt_hash), ">u8").astype(np.uint64),
-        np.array(numbers, np.int64),
-        np.array(positions, np.int64),
-        np.array(conversational, bool),
-        problems,
+    return Columns(
+        rows=number,
+        counts=np.array(counts, np.int64),
+        scores={name: np.array(values, np.float64) for name, values in scores.items()},
+        lengths=np.array(lengths, np.int32),
+        text_hash=_uint64(b"".join(text_hash)),
+        blank=np.array(blank, bool),
+        truncated=_where_said(truncated, counts, False, bool),
+        sources=_where_said(sources, counts, -1, np.int32),
+        source_names=list(codes),
+        prompt_hash=_uint64(b"".join(prompt_hash)),
+        row=np.array(numbers, np.int64),
+        position=np.array(positions, np.int64),
+        conversational=np.array(conversational, bool),
+        problems=problems,
     )
 
 
-def _said(values, unknown, dtype) -> np.ndarray | None:
-    """values: (responses of the row, one value for each or None)."""
-    if all(said is None for _, said in values):
-        return None
-    return np.array([x for count, said in values for x in ([unknown] * count if said is None else said)], dtype)
-
-
-def joined(path, parts: list[_Columns], fields, stamp) -> Samples:
-    names: dict[str, int] = {}
-    for k, part in enumerate(parts):
-        if part.sources is not None:
-            # one more, for the unknown source -1
-            codes = np.array([*(names.setdefault(name, len(names)) for name in part.source_names), -1], np.int32)
-            parts[k] = part._replace(sources=codes[part.sources])
-
-    def column(name, unknown=None):
-        arrays = [getattr(part, name) for part in parts]
-        if all(array is None for array in arrays):
-            return None
-        return np.concatenate(
-            [
-                np.full(len(part.lengths), unknown) if array is None else array
-                for part, array in zip(parts, arrays, strict=True)
-            ]
-        )
-
+def joined(path, parts: Iterable[Columns], fields: Fields, stamp) -> Samples:
+    """The columns of all parts, which come in order."""
+    names = ("counts", "lengths", "text_hash", "blank", "truncated", "sources", "prompt_hash", "row", "position")
+    gathered = {name: [] for name in (*names, "conversational")}
+    scores = {name: [] for name in fields.scores or ()}
+    rows, problems, codes, said = 0, [], {}, set()
+    for part in parts:
+        columns = part._asdict()
+        for name, unknown, dtype in (("truncated", False, bool), ("sources", -1, np.int32)):
+            if columns[name] is None:
+                columns[name] = np.full(len(part.lengths), unknown, dtype)
+            else:
+                said.add(name)
+        # one code more, for the unknown source -1
+        code = [*(codes.setdefault(name, len(codes)) for name in part.source_names), -1]
+        columns["sources"] = np.array(code, np.int32)[columns["sources"]]
+        columns["row"] += rows
+        problems += [replace(problem, row=problem.row + rows) for problem in part.problems]
+        rows += part.rows
+        for name, arrays in gathered.items():
+            arrays.append(columns[name])
+        for name, arrays in scores.items():
+            arrays.append(part.scores[name])
+    # for the types, of a file without rows too
+    empty = columns_of(path, [], fields)._asdict() | {"truncated": np.empty(0, bool), "sources": np.empty(0, np.int32)}
+    # what is joined is let go
+    columns = {name: np.concatenate([empty[name], *gathered.pop(name)]) for name in list(gathered)}
+    counts = columns.pop("counts")
     return Samples(
         path=path,
-        offsets=np.concatenate([[0], np.cumsum(column("counts"))]).astype(np.int64),
-        scores={name: np.concatenate([part.scores[name] for part in parts]) for name in fields.scores or ()},
-        lengths=column("lengths"),
-        text_hash=column("text_hash"),
-        blank=column("blank"),
-        truncated=column("truncated", False),
-        sources=column("sources", np.int32(-1)),
-        source_names=list(names),
-        prompt_hash=column("prompt_hash"),
-        row=column("row"),
-        position=column("position"),
-        conversational=column("conversational"),
-        problems=[problem for part in parts for problem in part.problems],
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        scores={name: np.concatenate([np.empty(0), *scores.pop(name)]) for name in list(scores)},
+        source_names=list(codes),
+        problems=problems,
         fields=fields,
         stamp=stamp,
+        **columns | {name: None for name in ("truncated", "sources") if name not in said},
     )
 
 
-def _plain(text: Text) -> str:
-    return text if isinstance(text, str) else "".join(message["content"] for message in text)
-
-
-def _digests(texts: list[Text]) -> bytes:
-    """8 bytes for each text: XXH3 of its UTF-8, of a conversation's JSON."""
-    return b"".join([xxh3_64_digest(text.encode() if isinstance(text, str) else orjson.dumps(text)) for text in texts])
-
-
-def _hashes(texts) -> np.ndarray:
-    return np.frombuffer(_digests(texts), ">u8").astype(np.uint64)
-
-
-# ---- the rows of a file
-
-
-def numbered_rows(path, fields: Fields) -> Iterator[tuple[int, int, object]]:
-    """Line or row from 1, byte at which it begins, and its value, a ValueError where there is none."""
+def digests(row: Row) -> bytes:
+    """8 bytes for the prompt and each response: XXH3 of the UTF-8 of a string, or of the JSON of a conversation."""
     try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-        yield from _parquet_rows(path, fields) if magic == b"PAR1" else _json_rows(path, magic)
-    except (OSError, EOFError) as error:  # gzip: EOFError for a cut file, BadGzipFile is an OSError
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        texts = [row.prompt, *row.responses]
+        if isinstance(row.prompt, str):
+            return b"".join([xxh3_64_digest(text.encode()) for text in texts])
+        return b"".join([xxh3_64_digest(orjson.dumps(text)) for text in texts])
+    except (UnicodeEncodeError, orjson.JSONEncodeError):
+        check_unicode(row)
+        raise
 
 
-def _json_rows(path, magic) -> Iterator[tuple[int, int, object]]:
-    opener = gzip.open if magic[:2] == b"\x1f\x8b" else open
-    position = 0
-    with opener(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            row = _json_row(line, number)
-            if row is not None:
-                yield number, position, row
-            position += len(line)
+def _uint64(digests: bytes) -> np.ndarray:
+    return np.frombuffer(digests, ">u8").astype(np.uint64)
 
 
-def _json_row(line, number):
-    """The value, the ValueError that says why there is none, or None for a blank line."""
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError:
-        line = line.strip()
-    if not line:
+def _plain(conversation) -> str:
+    return "".join([message["content"] for message in conversation])
+
+
+def _where_said(values, counts, unknown, dtype) -> np.ndarray | None:
+    """values: of every row, one for each response or None; None where no row says."""
+    if all(said is None for said in values):
         return None
+    pools = [[unknown] * count if said is None else said for said, count in zip(values, counts, strict=True)]
+    return np.array([value for pool in pools for value in pool], dtype)
+
+
+# ---- the texts
+
+
+class Known(NamedTuple):
+    """What pass 1 found out about some prompts of a part."""
+
+    position: np.ndarray  # [prompts] ascending
+    counts: np.ndarray  # [prompts] responses
+    prompt_hash: np.ndarray  # [prompts]
+    text_hash: np.ndarray  # [responses]
+
+
+def parts_again(samples: Samples, prompts: np.ndarray) -> Iterator[tuple[Part, slice, Known]]:
+    """The parts that hold some of these ascending prompts, and which. Raises InputError when the file has changed."""
+    check_unchanged(samples)
+    position, counts = samples.position[prompts], np.diff(samples.offsets)[prompts]
+    for part in parts(samples.path):
+        here = slice(*np.searchsorted(position, [part.begin, part.end]))
+        if here.start == here.stop:
+            continue
+        # flat indices of the responses: each pool's own run of numbers
+        ends = np.cumsum(counts[here])
+        flat = np.arange(ends[-1]) + np.repeat(samples.offsets[prompts[here]] - ends + counts[here], counts[here])
+        yield (
+            part,
+            here,
+            Known(position[here], counts[here], samples.prompt_hash[prompts[here]], samples.text_hash[flat]),
+        )
+    check_unchanged(samples)
+
+
+def same_rows(path, part: Part, known: Known) -> list[Row]:
+    """The rows of these prompts once more, without scores. Raises InputError when their texts are others."""
+    changed = InputError(f"{path} changed after its scores were read")
+    fields = Fields(scores=())
     try:
-        # What orjson refuses: NaN, and a byte-order mark (files from Windows start with one). It words reasons better.
-        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 at byte {error.start}")
-    except json.JSONDecodeError as error:
-        return ValueError(f"not JSON: {error.msg} at column {error.colno}")
-    except (RecursionError, ValueError) as error:
-        return ValueError(f"not JSON: {error}")
+        rows = [valid_row(value, fields) for _, value in part_rows(path, part, fields, known.position.tolist())]
+    except ValueError:
+        raise changed from None
+    if [len(row.responses) for row in rows] != known.counts.tolist():
+        raise changed
+    hashes = [digests(row) for row in rows]
+    prompt_hash, text_hash = (_uint64(b"".join(h[place] for h in hashes)) for place in (slice(8), slice(8, None)))
+    if (prompt_hash != known.prompt_hash).any() or (text_hash != known.text_hash).any():
+        raise changed
+    return rows
 
 
-def _parquet_rows(path, fields) -> Iterator[tuple[int, int, object]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise InputError(f'{path} is a Parquet file, which needs pyarrow: pip install "fastpref[cli]"') from error
-    number = 0
-    try:
-        file = parquet.ParquetFile(path)
-        wanted = top_fields(fields)
-        columns = [name for name in file.schema_arrow.names if name in wanted]
-        for batch in file.iter_batches(batch_size=256, columns=columns):
-            for row in _python_rows(batch):
-                number += 1
-                yield number, 0, row
-    except pyarrow.ArrowException as error:
-        raise InputError(f"cannot read {path} after row {number}: {error}".splitlines()[0]) from error
-
-
-def _python_rows(batch) -> list:
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError as error:
-        if batch.num_rows == 1:
-            return [ValueError(f"not UTF-8 at byte {error.start} of a string")]
-        return [row for k in range(batch.num_rows) for row in _python_rows(batch.slice(k, 1))]
-
-
-def valid_row(row, fields) -> Row:
-    if isinstance(row, ValueError):
-        raise row
-    return parse_row(row, fields)
+def check_unchanged(samples: Samples) -> None:
+    if stamp(samples.path) != samples.stamp:
+        raise InputError(f"{samples.path} changed after its scores were read")

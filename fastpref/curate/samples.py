@@ -8,6 +8,7 @@ out, never repaired.
 
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -83,20 +84,31 @@ def read_samples(
 
     Raises InputError when the file as a whole cannot be read.
     """
-    from fastpref.curate import reading
+    from fastpref.curate import processes, reading
 
     path = os.fspath(path)
     if isinstance(score_fields, str):
         raise TypeError(f"score_fields must be a sequence of names, got the string {score_fields!r}")
     fields = Fields(None if score_fields is None else tuple(score_fields), source_field, length_field)
-    stamp = reading.stamp(path)
+    stamp, total = reading.stamp(path), reading.extent(path)
     if fields.scores is None:
         fields = fields._replace(scores=reading.first_score_fields(path))
-    samples = reading.joined(
-        path, [reading.columns_of(path, reading.numbered_rows(path, fields), fields)], fields, stamp
-    )
-    if reading.stamp(path) != stamp:
-        raise InputError(f"{path} changed while it was read")
+    workers = processes.worth(stamp[0]) if workers is None else workers
+
+    def tasks():
+        for part in reading.parts(path):
+            done.append(part.done)
+            yield path, part, fields
+
+    def columns():
+        for part in processes.in_processes(reading.columns_of_part, tasks(), workers):
+            yield part
+            if progress is not None:
+                progress(done.popleft(), total)
+
+    done = deque()
+    samples = reading.joined(path, columns(), fields, stamp)
+    reading.check_unchanged(samples)
     return samples
 
 
@@ -112,8 +124,9 @@ def texts(samples: Samples, prompts=None) -> Iterator[tuple[Text, list[Text]]]:
         raise ValueError("prompts must be strictly increasing indices")
     if len(prompts) and not 0 <= prompts[0] <= prompts[-1] < samples.prompts:
         raise ValueError(f"prompts must lie in [0, {samples.prompts}), got {prompts[0]} to {prompts[-1]}")
-    for row in reading.rows_again(samples, prompts):
-        yield row.prompt, row.responses
+    for part, _, known in reading.parts_again(samples, prompts):
+        for row in reading.same_rows(samples.path, part, known):
+            yield row.prompt, row.responses
 
 
 # ---- with the texts
@@ -154,7 +167,7 @@ def read_scored_samples(path, score_field=None) -> ScoredSamples:
 
     path = os.fspath(path)
     prompts, responses, scores, problems = [], [], [], []
-    for number, _, row in reading.numbered_rows(path, Fields(score_field and (score_field,))):
+    for number, row in reading.numbered_rows(path, Fields(score_field and (score_field,))):
         try:
             if score_field is None:
                 score_field = next(iter(fields_with_scores(row) or ()), None)
