@@ -1,7 +1,8 @@
 """Preference data: numpy arrays in, numpy arrays out. Nothing here imports torch."""
 
-from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
+from fastpref.curate.pairs import DropReason, PairSelection, all_pairings, select_pairs
 from fastpref.curate.samples import InputError, RowProblem, ScoredSamples, read_scored_samples, to_logit
+from fastpref.curate.scale import rescale
 
 __all__ = [
     "DropReason",
@@ -9,7 +10,9 @@ __all__ = [
     "PairSelection",
     "RowProblem",
     "ScoredSamples",
+    "all_pairings",
     "read_scored_samples",
+    "rescale",
     "select_pairs",
     "to_logit",
 ]
