@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.diagnostics import Diagnosis, diagnose, pool_moments
-from fastpref.curate.pools import as_pools, per_prompt
+from fastpref.curate.diagnostics import Diagnosis, diagnose, pool_z
+from fastpref.curate.pools import as_pools
 from fastpref.curate.samples import InputError
 
 SOURCES_SHOWN = 40
@@ -466,15 +466,12 @@ def _figure(width, height) -> Iterator[tuple[object, io.BytesIO]]:
 
 def _draw_scores(scores: PickedScores, found: Diagnosis) -> bytes:
     pools = as_pools("rewards", scores.rewards, offsets=scores.offsets)
-    _, mean, std = pool_moments(pools)
-    spread = np.where(std > 0, std, 1)
-    z = (pools.values - mean[per_prompt(pools.offsets)]) / spread[per_prompt(pools.offsets)]
     measures = found.measures
     with _figure(10, 6.6) as (figure, buffer):
         ((raw, standard), (rank, gap)) = figure.subplots(2, 2)
         _shares(raw, pools.values, measures.score_chosen, measures.score_rejected)
         raw.set(title="rewards", xlabel=scores.unit)
-        _shares(standard, z, measures.z_chosen, measures.z_rejected)
+        _shares(standard, pool_z(pools), measures.z_chosen, measures.z_rejected)
         _note(standard, -2, "mean − 2 std")
         standard.set(title="rewards within the prompt", xlabel="z: standard deviations from the prompt's mean")
         edges = np.linspace(0, 100, 21)
