@@ -21,6 +21,7 @@ import numpy as np
 
 from fastpref.curate.pairs import PairSelection, select_pairs
 from fastpref.curate.pools import Pools, as_pools, blocks
+from fastpref.curate.scale import sort_pools
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -154,46 +155,39 @@ def _columns(pairs) -> list[np.ndarray]:
 
 
 def _table(pairs) -> Mapping[str, np.ndarray]:
-    if isinstance(pairs, Mapping):
-        return pairs
-    if not isinstance(pairs, PairSelection):
+    if isinstance(pairs, PairSelection):
+        return pairs.table()
+    if not isinstance(pairs, Mapping):
         raise TypeError(f"pairs must be a PairSelection or a mapping of arrays, got {type(pairs).__name__}")
-    kept = np.nonzero(pairs.keep)
-    fields = ("chosen", "rejected", "score_chosen", "score_rejected")
-    return {"prompt": kept[0]} | {name: getattr(pairs, name)[kept] for name in fields}
+    return pairs
 
 
 def _measure(pools, prompt, chosen, rejected) -> PairMeasures:
     score_chosen, score_rejected = pools.values[chosen], pools.values[rejected]
-    count, mean, std = pool_moments(pools)
-    others = np.maximum(count[prompt] - 1, 1)
-    spread = np.where(std[prompt] > 0, std[prompt], 1)
+    seen = np.concatenate([[0], np.cumsum(np.isfinite(pools.values))])[pools.offsets]
+    others = np.maximum(np.diff(seen)[prompt] - 1, 1)
+    z = pool_z(pools)
     return PairMeasures(
         score_chosen,
         score_rejected,
         100 * _lower(pools, prompt, score_chosen) / others,
         100 * _lower(pools, prompt, score_rejected) / others,
-        (score_chosen - mean[prompt]) / spread,
-        (score_rejected - mean[prompt]) / spread,
+        z[chosen],
+        z[rejected],
     )
 
 
-def pool_moments(pools) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[prompts] each: number of rewards, mean and std (ddof 0); NaN without rewards."""
-    prompts = len(pools.offsets) - 1
-    count, mean, std = np.zeros(prompts, np.int64), np.full(prompts, np.nan), np.full(prompts, np.nan)
-    for rows, flat in blocks(pools.offsets):
-        # Sorted, so that the sums do not depend on the order of the responses; NaN come last.
-        rewards = np.sort(pools.values[flat], axis=1)
-        seen = np.isfinite(rewards)
-        count[rows] = number = seen.sum(1)
-        size = np.where(number > 0, number, np.nan)
-        mean[rows] = centre = np.where(seen, rewards, 0).sum(1) / size
-        deviation = np.where(seen, rewards - centre[:, None], 0)
-        # Of equal rewards the mean carries a rounding, which is no spread.
-        equal = rewards[:, 0] == rewards[np.arange(len(rows)), np.maximum(number - 1, 0)]
-        std[rows] = np.where(equal, 0, np.sqrt((deviation**2).sum(1) / size))
-    return count, mean, std
+def pool_z(pools: Pools) -> np.ndarray:
+    """float64 [responses]: (reward - mean) / std (ddof 0) of the prompt, 0 where all its rewards are equal."""
+    z = np.full(len(pools.values), np.nan)
+    for _, places in blocks(pools.offsets):
+        rewards = pools.values[places]
+        block = sort_pools(rewards, "raw")
+        equal = block.lowest() == block.highest()  # the rounding of their mean is no spread
+        scaled = rewards * np.ldexp(1.0, -block.exponent)[:, None]
+        distance = np.where(equal[:, None], 0 * scaled, scaled - block.center[:, None])
+        z[places] = distance / np.where(equal | (block.count == 0), 1, block.spread)[:, None]
+    return z
 
 
 def _lower(pools, prompt, score) -> np.ndarray:
@@ -442,7 +436,7 @@ def swap_rejected(rewards, pairs, rejected, *, valid=None, offsets=None) -> Swap
     pools = as_pools("rewards", rewards, valid, offsets)
     prompt, chosen, old = _places(pairs, pools)
     if isinstance(rejected, str):
-        selection = select_pairs(pools.values, rejected=rejected, offsets=pools.offsets)
+        selection = select_pairs(pools.values, rejected=rejected, offsets=pools.offsets, on_degenerate="ignore")
         column = selection.rejected[prompt]
     else:
         column = np.asarray(rejected)
@@ -608,15 +602,17 @@ def resample(
     n = np.zeros(prompts, np.int64)
     best, top_gap, gain = (np.full(prompts, np.nan) for _ in range(3))
     for rows, flat in blocks(pools.offsets):
-        ordered = np.sort(pools.values[flat], axis=1)
-        count = np.isfinite(ordered).sum(1)
+        block = sort_pools(pools.values[flat], "raw", ddof=1)
+        ordered, count = block.rewards, block.count
         n[rows] = count
         at = np.arange(len(rows))
         best[rows] = ordered[at, np.maximum(count - 1, 0)]
         top_gap[rows] = np.where(count > 1, best[rows] - ordered[at, np.maximum(count - 2, 0)], np.nan)
-        gain[rows] = np.where(
-            count > 1, (_normal_gain if estimator == "normal" else _empirical_gain)(ordered, count), np.nan
-        )
+        if estimator == "normal":
+            factors = np.array([_gain_factor(size) for size in range(flat.shape[1] + 1)])
+            gain[rows] = block.unscaled(block.spread) * factors[count]
+        else:
+            gain[rows] = np.where(count > 1, _empirical_gain(ordered, count), np.nan)
     nothing = np.zeros(prompts, bool)
     return Resample(
         n=n,
@@ -630,16 +626,8 @@ def resample(
     )
 
 
-def _normal_gain(ordered, count) -> np.ndarray:
-    """[prompts] from ordered [prompts, n], NaN last."""
-    seen = np.isfinite(ordered)
-    mean = np.where(seen, ordered, 0).sum(1) / np.maximum(count, 1)
-    squares = (np.where(seen, ordered - mean[:, None], 0) ** 2).sum(1)
-    factors = np.array([_gain_factor(n) for n in range(ordered.shape[1] + 1)])
-    return np.sqrt(squares / np.maximum(count - 1, 1)) * factors[count]
-
-
 def _empirical_gain(ordered, count) -> np.ndarray:
+    """[prompts] from ordered [prompts, n], NaN last."""
     rise = np.diff(ordered, axis=1)
     lower = np.arange(1, ordered.shape[1])
     below = np.minimum(lower / np.maximum(count, 1)[:, None], 1) ** count[:, None]

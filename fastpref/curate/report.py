@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.diagnostics import Diagnosis, diagnose, pool_moments
-from fastpref.curate.pools import as_pools, per_prompt
+from fastpref.curate.diagnostics import Diagnosis, diagnose, pool_z
+from fastpref.curate.pools import as_pools
 from fastpref.curate.samples import InputError
 
 SOURCES_SHOWN = 40
@@ -71,6 +71,7 @@ class Example:
     rejected: str
     score_chosen: float
     score_rejected: float
+    note: str = ""  # why it is shown, where the two come from
 
 
 @dataclass(frozen=True)
@@ -174,10 +175,12 @@ def _sources(sources: SourceTable) -> _Section:
         text += f" The plot shows the {SOURCES_SHOWN} most outlying ones."
     rows = [
         [
-            sources.names[at],
-            sources.unexplained[at],
-            f"{_number(sources.low[at])} to {_number(sources.high[at])}",
-            "flagged" if sources.flagged[at] else "",
+            str(sources.names[at]),
+            _share_text(sources.unexplained[at]),
+            f"{_share_text(sources.low[at])} to {_share_text(sources.high[at])}"
+            if np.isfinite(sources.low[at])
+            else "–",
+            "flagged" if sources.flagged[at] else "" if np.isfinite(sources.unexplained[at]) else "not audited",
             int(sources.chosen[at]),
         ]
         for at in order
@@ -261,6 +264,10 @@ def _percent(share) -> str:
     return "–" if math.isnan(share) else f"{100 * share:.1f} %"
 
 
+def _share_text(share) -> str:
+    return "–" if math.isnan(share) else f"{share:.3f}"
+
+
 def _count(number, thing) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
@@ -292,7 +299,7 @@ def _markdown(data, sections) -> str:
     if data.examples:
         parts.append("## Examples")
     for number, example in enumerate(data.examples, start=1):
-        parts.append(f"### Pair {number}")
+        parts.append(f"### {_plain(_heading(number, example))}")
         for name, text in _texts(example):
             shown, cut = _shorten(text, EXAMPLE_CHARACTERS)
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
@@ -308,24 +315,33 @@ def _texts(example) -> list[tuple[str, str]]:
     ]
 
 
+def _heading(number, example) -> str:
+    return f"Pair {number}" + (f": {example.note}" if example.note else "")
+
+
 def _cut(cut) -> str:
     return f", without its last {_number(cut)} characters" if cut else ""
 
 
 def _plain(text) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
+    return _MARKUP.sub(r"\\\g<0>", " ".join(str(text).split()))
+
+
+_MARKUP = re.compile(r"[\\`*\[\]<>|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")  # an underscore within a word is none
 
 
 def _markdown_table(head, rows) -> str:
-    cells = [[_plain(_number(cell)) for cell in row] for row in rows]
-    aligned = ["---:" if _numeric(rows, column) else "---" for column in range(len(head))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [[_plain(cell) for cell in head], aligned, *cells])
+    cells = [[_number(cell) for cell in row] for row in rows]
+    aligned = ["---:" if numeric else "---" for numeric in _numeric(cells, len(head))]
+    lines = [[_plain(cell) for cell in head], aligned, *([_plain(cell) for cell in row] for row in cells)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _numeric(rows, column) -> bool:
-    kinds = (int, float, np.integer, np.floating)
-    return bool(rows) and all(isinstance(row[column], kinds) for row in rows)
+def _numeric(cells, columns) -> list[bool]:
+    """[columns] whether a column of a table holds numbers alone, which belong to the right."""
+    shape = re.compile(r"–|-?[\d.,]+(e[+-]\d+)?( %)?")
+    return [bool(cells) and all(shape.fullmatch(row[column]) for row in cells) for column in range(columns)]
 
 
 # ---- HTML
@@ -380,7 +396,7 @@ def _html(data, sections) -> str:
     if data.examples:
         body.append("<h2>Examples</h2>")
     for number, example in enumerate(data.examples, start=1):
-        body.append(f"<h3>Pair {number}</h3>")
+        body.append(f"<h3>{html.escape(_heading(number, example))}</h3>")
         for kind, (name, text) in zip(("prompt", "chosen", "rejected"), _texts(example), strict=True):
             shown, cut = _shorten(text, EXAMPLE_CHARACTERS)
             body.append(f'<p class="name">{html.escape(name + _cut(cut))}</p>')
@@ -400,14 +416,15 @@ def _html(data, sections) -> str:
 
 
 def _html_table(head, rows) -> str:
-    kinds = [' class="number"' if _numeric(rows, column) else "" for column in range(len(head))]
+    cells = [[_number(cell) for cell in row] for row in rows]
+    kinds = [' class="number"' if numeric else "" for numeric in _numeric(cells, len(head))]
 
-    def line(cells, tag):
-        inner = (f"<{tag}{kind}>{html.escape(_number(c))}</{tag}>" for c, kind in zip(cells, kinds, strict=True))
+    def line(texts, tag):
+        inner = (f"<{tag}{kind}>{html.escape(text)}</{tag}>" for text, kind in zip(texts, kinds, strict=True))
         return f"<tr>{''.join(inner)}</tr>"
 
     top = line(head, "th") if any(head) else ""
-    return f'<div class="wide"><table>{top}{"".join(line(row, "td") for row in rows)}</table></div>'
+    return f'<div class="wide"><table>{top}{"".join(line(row, "td") for row in cells)}</table></div>'
 
 
 # ---- plots; colours of Okabe and Ito, which colour-blind readers tell apart
@@ -449,15 +466,12 @@ def _figure(width, height) -> Iterator[tuple[object, io.BytesIO]]:
 
 def _draw_scores(scores: PickedScores, found: Diagnosis) -> bytes:
     pools = as_pools("rewards", scores.rewards, offsets=scores.offsets)
-    _, mean, std = pool_moments(pools)
-    spread = np.where(std > 0, std, 1)
-    z = (pools.values - mean[per_prompt(pools.offsets)]) / spread[per_prompt(pools.offsets)]
     measures = found.measures
     with _figure(10, 6.6) as (figure, buffer):
         ((raw, standard), (rank, gap)) = figure.subplots(2, 2)
         _shares(raw, pools.values, measures.score_chosen, measures.score_rejected)
         raw.set(title="rewards", xlabel=scores.unit)
-        _shares(standard, z, measures.z_chosen, measures.z_rejected)
+        _shares(standard, pool_z(pools), measures.z_chosen, measures.z_rejected)
         _note(standard, -2, "mean − 2 std")
         standard.set(title="rewards within the prompt", xlabel="z: standard deviations from the prompt's mean")
         edges = np.linspace(0, 100, 21)
@@ -472,7 +486,7 @@ def _draw_scores(scores: PickedScores, found: Diagnosis) -> bytes:
         gap.set(title="gap of the pairs", xlabel=f"chosen − rejected, {scores.unit}")
         for axes in (raw, standard, rank, gap):
             axes.set_ylabel("share per bin, %")
-            axes.set_ylim(bottom=0)
+            _headroom(axes)
         figure.legend(*raw.get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return buffer.getvalue()
 
@@ -481,7 +495,12 @@ def _note(axes, x, text) -> None:
     """A vertical line with its name at the top."""
     axes.axvline(x, color=LINE, linewidth=1, linestyle=":")
     place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-    axes.annotate(text, (x, 1), (4, -3), va="top", fontsize=9, bbox=_CLEAR, **place)
+    axes.annotate(text, (x, 1), (4, -2), va="top", fontsize=9, **place)
+
+
+def _headroom(axes) -> None:
+    """Room above the data for what `_note` writes there."""
+    axes.set_ylim(0, 1.1 * axes.dataLim.y1 if axes.dataLim.y1 > 0 else 1)
 
 
 def _shares(axes, pool, chosen, rejected) -> None:
@@ -632,4 +651,5 @@ def _draw_lengths(lengths: PairLengths) -> bytes:
         if len(ratio):
             median = float(np.median(ratio))
             _note(share, median, f"median {_number(median)}×")
+        _headroom(share)
     return buffer.getvalue()
