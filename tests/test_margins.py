@@ -1,8 +1,12 @@
 """curate.margins: methods.md section 2, rule by rule."""
 
+import json
 import math
 import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +33,7 @@ from fastpref.curate.margins import RANKED_PAIRS
 NAN, INF = np.nan, np.inf
 EXTERNAL = [5, 1, -3, 10, 0.5]
 IMPLICIT = [8, -1, 2, 30, -40]
+SHRINKAGE = Path(__file__).resolve().parent.parent / "benchmarks" / "recipes" / "shrinkage.py"
 
 
 def quiet_bees(margins, **options):
@@ -516,6 +521,32 @@ def test_prompts_keep_a_quarter_by_default():
     valid = np.ones((2000, 6), bool)
     valid[:, 2] = False
     assert (select_prompts(rewards, valid=valid).chosen != 2).all()
+
+
+# ---- the theory
+
+
+def run_shrinkage(folder, *options):
+    done = subprocess.run([sys.executable, SHRINKAGE, *options], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_shrinkage_and_inflation(tmp_path):
+    """The run of methods.md section 2.3: noise shortens the fitted reward, the largest margins lengthen it."""
+    rows = json.loads(run_shrinkage(tmp_path, "--json"))
+    assert [row["noise"] for row in rows] == [0, 1, 2, 4]
+    np.testing.assert_allclose([row["all"] for row in rows], [2.03, 1.73, 1.26, 0.75], atol=0.01)
+    np.testing.assert_allclose([row["top"] for row in rows], [4.06, 5.42, 5.33, 2.26], atol=0.01)
+    np.testing.assert_allclose([row["random"] for row in rows], [2.06, 1.86, 1.33, 0.76], atol=0.01)
+    assert min(row["all_cosine"] for row in rows) >= 0.999
+    assert min(row["top_cosine"] for row in rows) >= 0.995
+
+
+def test_shrinkage_prints_a_table(tmp_path):
+    lines = run_shrinkage(tmp_path, "--seed", "1").splitlines()
+    assert "true length 2, 20,000 pairs, seed 1" in lines[0]
+    assert [line.split("|")[1].strip() for line in lines[4:]] == ["0", "1", "2", "4"]
 
 
 # ---- real scores
