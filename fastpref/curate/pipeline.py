@@ -171,7 +171,7 @@ def _pairs_summary(state) -> dict:
         "pairs": int(kept.sum()),
         "dropped": dropped,
         "responses_left_out": _counts(LeftOut, left_out),
-        "length": {name: _number(value) for name, value in lengths._asdict().items()},
+        "length": {name: finite(value) for name, value in lengths._asdict().items()},
     }
 
 
@@ -217,18 +217,6 @@ def _collected(messages: list[str]) -> Iterator[None]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def _number(value) -> float | None:
-    """For JSON, which has no NaN."""
-    value = float(value)
-    return value if np.isfinite(value) else None
-
-
-def _source_name(samples, response) -> str | None:
-    if samples.sources is None or samples.sources[response] < 0:
-        return None
-    return samples.source_names[samples.sources[response]]
-
-
 def _check_outputs(config) -> None:
     write = config.write
     outputs = [path for path in (config.output, write.sft, write.test, write.bad_rows) if path is not None]
@@ -244,7 +232,7 @@ def _report(state, config, summary) -> None:
     samples, kept = state.samples, state.kept
     at = {side: state.place(side) for side in ("chosen", "rejected")}
     picked = {name: state.pairs[name][kept] for name in ("prompt", "chosen", "rejected")}
-    name, scale = _primary(samples, config)
+    name, scale = primary_field(samples, config)
     audited = summary["stages"].get("audit", {}).get("sources")
     implicit = state.pairs.get("margin_implicit")
     examples = np.unique(picked["prompt"], return_index=True)[1]

@@ -17,29 +17,30 @@ from fastpref.curate.hygiene import Flag
 from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
 from fastpref.curate.rows import Fields
 from fastpref.curate.samples import InputError, Samples, read_samples, to_logit
-from fastpref.curate.state import LeftOut, PairReason, State
+from fastpref.curate.state import LeftOut, PairReason, State, finite
 
 
-def _read(config, progress) -> State:
-    read = config.read
-    fields = [name for name, _ in _declared(read)]
-    if read.implicit is not None and not os.path.exists(read.implicit):
-        fields.append(read.implicit)
+def read(config, progress=None) -> State:
+    """The state before the first stage, from the file."""
+    options = config.read
+    fields = [name for name, _ in _declared(options)]
+    if options.implicit is not None and not os.path.exists(options.implicit):
+        fields.append(options.implicit)
     samples = read_samples(
         config.input,
         score_fields=fields or None,
-        source_field=read.sources,
-        length_field=read.lengths,
-        workers=read.workers,
+        source_field=options.sources,
+        length_field=options.lengths,
+        workers=options.workers,
         progress=progress,
     )
     if not samples.prompts:
         first = f", the first of {len(samples.problems)} bad ones: {samples.problems[0]}" if samples.problems else ""
         raise InputError(f"{config.input} holds no row of scored samples{first}")
-    return _start(samples, config)
+    return start(samples, config)
 
 
-def _start(samples, config) -> State:
+def start(samples: Samples, config: CurateConfig) -> State:
     score = primary_score(samples, config)
     return State(
         samples,
@@ -53,7 +54,7 @@ def _start(samples, config) -> State:
 
 def _hygiene(state, config) -> State:
     samples, options = state.samples, config.hygiene
-    banned = [text_hashes(path) for path in options.decontaminate]
+    banned = [_banned_hashes(path) for path in options.decontaminate]
     found = checks.hygiene(
         state.score,
         offsets=samples.offsets,
@@ -114,10 +115,10 @@ def _audit(state, config) -> State:
     table = [
         {
             "source": samples.source_names[s],
-            "unexplained": _number(found.unexplained[s]),
-            "low": _number(found.low[s]),
-            "high": _number(found.high[s]),
-            "z": _number(found.z[s]),
+            "unexplained": finite(found.unexplained[s]),
+            "low": finite(found.low[s]),
+            "high": finite(found.high[s]),
+            "z": finite(found.z[s]),
             "flagged": bool(found.flagged[s]),
             "reference": bool(found.reference[s]),
             "prompts": int(found.prompts[s]),
@@ -226,10 +227,10 @@ def _construct(state, config) -> State:
         "scale": selection.scale,
         "pairs": len(pairs["prompt"]),
         "dropped": dropped,
-        "share_below_min": _number(selection.share_below_min),
-        "share_rejected_min": _number(selection.share_rejected_min),
-        "median_percentile": _number(selection.median_percentile),
-        "median_pool": _number(np.median(selection.n_pool)),
+        "share_below_min": finite(selection.share_below_min),
+        "share_rejected_min": finite(selection.share_rejected_min),
+        "median_percentile": finite(selection.median_percentile),
+        "median_pool": finite(np.median(selection.n_pool)),
     }
     return _with_summary(replace(state, pairs=pairs), "construct", summary)
 
@@ -277,9 +278,9 @@ def _select_stage(state, config) -> State:
         summary |= {
             "pairs": len(kept),
             "selected": len(top.indices),
-            "threshold": _number(top.threshold),
-            "tied_at_cut": _number(top.tied_at_cut),
-            "share_at_one": _number(top.share_at_one),
+            "threshold": finite(top.threshold),
+            "tied_at_cut": finite(top.tied_at_cut),
+            "share_at_one": finite(top.share_at_one),
             "beside": beside.table(),
         }
     return _with_summary(replace(state, pairs=pairs), "select", summary)
@@ -310,7 +311,7 @@ def _route(state, config) -> State:
     pairs["route"] = pairs["route"].copy()
     pairs["route"][kept] = found.route
     sent = int((found.route == routing.Route.SFT).sum())
-    summary = {"tau": _number(found.tau), "asked": tau, "sft": sent, "share_sft": _number(found.share_sft)}
+    summary = {"tau": finite(found.tau), "asked": tau, "sft": sent, "share_sft": finite(found.share_sft)}
     return _with_summary(replace(state, pairs=pairs), "route", summary)
 
 
@@ -382,6 +383,12 @@ def _spread(values, where, size) -> np.ndarray:
     return out
 
 
+def _source_name(samples, response) -> str | None:
+    if samples.sources is None or samples.sources[response] < 0:
+        return None
+    return samples.source_names[samples.sources[response]]
+
+
 # ---- score columns
 
 
@@ -396,7 +403,8 @@ def _declared(read) -> list[tuple[str, str]]:
     return found
 
 
-def _primary(samples, config) -> tuple[str, str]:
+def primary_field(samples: Samples, config: CurateConfig) -> tuple[str, str]:
+    """The field that pairs are made by, and its scale."""
     return (_declared(config.read) or [(next(iter(samples.scores)), "raw")])[0]
 
 
@@ -410,18 +418,18 @@ def _linear(samples, name, scale) -> np.ndarray:
 
 def primary_score(samples: Samples, config: CurateConfig) -> np.ndarray:
     """float64 [responses], the score that pairs are made by as the file has it, on its declared scale."""
-    return _linear(samples, *_primary(samples, config))
+    return _linear(samples, *primary_field(samples, config))
 
 
 def _clamped(samples, config) -> int:
-    name, scale = _primary(samples, config)
+    name, scale = primary_field(samples, config)
     return int(np.isin(samples.scores[name], (0.0, 1.0)).sum()) if scale == "logit" else 0
 
 
 def _votes(state, config) -> dict[str, np.ndarray]:
     """Score columns by which pairs are selected: the working score, the others declared, and implicit rewards."""
     samples, read = state.samples, config.read
-    votes = {_primary(samples, config)[0]: state.score}
+    votes = {primary_field(samples, config)[0]: state.score}
     votes |= {name: _linear(samples, name, scale) for name, scale in _declared(read)[1:]}
     if read.implicit is not None:
         votes["implicit"] = samples.scores.get(read.implicit)
@@ -449,7 +457,7 @@ def pair_columns(state: State, config: CurateConfig) -> dict[str, np.ndarray]:
     samples, kept = state.samples, np.flatnonzero(state.kept)
     pairs = {name: column[kept] for name, column in state.pairs.items()}
     at = {side: state.place(side)[kept] for side in ("chosen", "rejected")}
-    name, scale = _primary(samples, config)
+    name, scale = primary_field(samples, config)
     primary = primary_score(samples, config)
     prompt = pairs["prompt"]
     columns = {"prompt": prompt, "chosen": pairs["chosen"], "rejected": pairs["rejected"]}

@@ -47,6 +47,7 @@ class State:
     score: np.ndarray  # float64 [responses], what pairs are constructed by; NaN where there is none
     left_out: np.ndarray  # uint8 [responses], a LeftOut
     choosable: np.ndarray  # bool [responses]; False: may be rejected, is never chosen
+    flags: np.ndarray  # uint8 [responses], what hygiene found, a sum of its Flags
     taken: np.ndarray  # bool [prompts]; False: prompts that a selection before construction left out
     pairs: dict[str, np.ndarray] | None = None  # [pairs] each: prompt, chosen, rejected, reason (a PairReason), ...
     summaries: dict[str, dict] = field(default_factory=dict)  # by stage, ready for JSON
@@ -69,6 +70,12 @@ class State:
     def margin(self, column) -> np.ndarray:
         """float64 [pairs], a number per response of the chosen minus that of the rejected one."""
         return column[self.place("chosen")] - column[self.place("rejected")]
+
+
+def finite(value) -> float | None:
+    """For JSON, which has no NaN."""
+    value = float(value)
+    return value if np.isfinite(value) else None
 
 
 def fingerprint(config, stage) -> dict:
@@ -95,7 +102,7 @@ def _file(path) -> dict:
     return {"path": os.path.realpath(path), "bytes": status.st_size, "changed_ns": status.st_mtime_ns}
 
 
-_COLUMNS = ("score", "left_out", "choosable", "taken")
+_COLUMNS = ("score", "left_out", "choosable", "flags", "taken")
 _SAMPLES_FACTS = ("path", "source_names", "fields", "stamp", "problems")
 
 
@@ -128,11 +135,11 @@ def load_samples(work, made_of: dict) -> Samples:
     named["problems"] = [RowProblem(**problem) for problem in facts["problems"]]
     named["stamp"] = tuple(facts["stamp"])
     named["fields"] = Fields(*(tuple(value) if isinstance(value, list) else value for value in facts["fields"]))
-    return Samples(**({name: None for name in ("truncated", "sources")} | arrays | named), scores=scores)
+    return Samples(**(dict.fromkeys(("truncated", "sources")) | arrays | named), scores=scores)
 
 
 def load(samples: Samples, work, stage: str, made_of: dict) -> State:
-    """From work/<stage>.npz. Raises InputError for a file that is not there, is another, or was made of other things."""
+    """From work/<stage>.npz. Raises InputError for one that is not there, is no such file or was made of other things."""
     arrays, facts = _read(work, stage, made_of)
     pairs = {name.removeprefix("pairs."): arrays[name] for name in arrays if name.startswith("pairs.")}
     return State(
