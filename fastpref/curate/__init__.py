@@ -1,6 +1,7 @@
 """Preference data: numpy arrays in, numpy arrays out. Nothing here imports torch."""
 
 from fastpref.curate.goals import add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
+from fastpref.curate.length import AdjustedScores, LengthReport, length_report, match_length, remove_length
 from fastpref.curate.margins import (
     MarginScores,
     MarginSource,
@@ -42,9 +43,11 @@ from fastpref.curate.samples import (
 from fastpref.curate.scale import rescale
 
 __all__ = [
+    "AdjustedScores",
     "DropReason",
     "InputError",
     "LearningOrder",
+    "LengthReport",
     "MarginScores",
     "MarginSource",
     "PairSelection",
@@ -72,10 +75,13 @@ __all__ = [
     "implicit_margins",
     "keep_easiest",
     "learning_order",
+    "length_report",
+    "match_length",
     "normalised_margins",
     "partition",
     "read_samples",
     "read_scored_samples",
+    "remove_length",
     "rescale",
     "rescale_scores",
     "route_by_margin",
