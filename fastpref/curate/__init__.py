@@ -1,6 +1,7 @@
 """Preference data: numpy arrays in, numpy arrays out. Nothing here imports torch."""
 
 from fastpref.curate.goals import add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
+from fastpref.curate.length import AdjustedScores, LengthReport, length_report, match_length, remove_length
 from fastpref.curate.margins import (
     MarginScores,
     MarginSource,
@@ -17,7 +18,7 @@ from fastpref.curate.margins import (
     select_prompts,
     select_top,
 )
-from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
+from fastpref.curate.pairs import DropReason, PairSelection, all_pairings, select_pairs
 from fastpref.curate.routing import (
     LearningOrder,
     Route,
@@ -30,11 +31,14 @@ from fastpref.curate.routing import (
     route_by_margin,
 )
 from fastpref.curate.samples import InputError, RowProblem, ScoredSamples, read_scored_samples, to_logit
+from fastpref.curate.scale import rescale
 
 __all__ = [
+    "AdjustedScores",
     "DropReason",
     "InputError",
     "LearningOrder",
+    "LengthReport",
     "MarginScores",
     "MarginSource",
     "PairSelection",
@@ -47,6 +51,7 @@ __all__ = [
     "SelectionComparison",
     "TopSelection",
     "add_goal",
+    "all_pairings",
     "bees",
     "compare_selections",
     "difficulty",
@@ -60,9 +65,13 @@ __all__ = [
     "implicit_margins",
     "keep_easiest",
     "learning_order",
+    "length_report",
+    "match_length",
     "normalised_margins",
     "partition",
     "read_scored_samples",
+    "remove_length",
+    "rescale",
     "rescale_scores",
     "route_by_margin",
     "select_pairs",
