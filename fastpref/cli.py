@@ -323,7 +323,6 @@ def _add_curate(commands) -> None:
     add("--from", dest="begin", metavar="STAGE", help='begin there, with what --work kept; also "write"')
     add("--stage", metavar="STAGE", help="run this one alone on what --work kept, and keep its result; no OUT")
 
-
     add = curate.add_argument_group("reading").add_argument
     add(
         "--scores",
@@ -389,7 +388,9 @@ def _add_curate(commands) -> None:
         help="where more than a fifth of the rejected's targets lie below the pool: warn (default), min_of_5, "
         "quantile:0.10, drop, error",
     )
-    add("--min-chosen", dest="construct.min_chosen", type=float, metavar="X", help="least score of the chosen")
+    add(
+        "--min-chosen", dest="construct.min_chosen", type=_number_or_text, metavar="X", help="least score of the chosen"
+    )
     add("--min-gap", dest="construct.min_gap", type=_number_or_text, metavar="X", help="least gap, or quantile:0.1")
     add("--max-gap", dest="construct.max_gap", type=_number_or_text, metavar="X", help="largest gap, likewise")
     add("--pairs-per-prompt", dest="construct.pairs_per_prompt", type=positive_integer, metavar="N")
@@ -408,6 +409,13 @@ def _add_curate(commands) -> None:
     add("--sft", dest="write.sft", metavar="FILE", help="pairs routed to SFT, as prompt and completion")
     add("--test", dest="write.test", metavar="FILE", help="pairs of the prompts held out")
     add("--test-share", dest="write.test_share", type=float, metavar="X", help="of the prompts, by their hash")
+    add(
+        "--easy-to-hard",
+        dest="write.easy_to_hard",
+        action="store_true",
+        default=None,
+        help="the largest margin first, for training without shuffling; otherwise in the order of IN",
+    )
     add(
         "--goals",
         dest="write.goals",

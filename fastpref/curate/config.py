@@ -75,7 +75,7 @@ class ConstructOptions:
     scale: str = "raw"
     ddof: int = 0
     on_degenerate: str = "warn"
-    min_chosen: float | None = None
+    min_chosen: float | str | None = None
     min_gap: float | str | None = None
     max_gap: float | str | None = None
     pairs_per_prompt: int = 1
@@ -107,10 +107,10 @@ class WriteOptions:
     sft: str | None = None  # file of the rows routed to SFT; without one they stay in the output, by their route
     test: str | None = None  # file of the prompts held out
     test_share: float = 0.0
-    salt: str = ""
     bad_rows: str | None = None
     goals: str = "none"  # "both": two goal-conditioned rows per pair; "half": as many rows as pairs
-    system_role: bool = True
+    system_role: bool = True  # of the chat template; without one the goal goes before the first user turn
+    easy_to_hard: bool = False  # the order of the rows: the largest margin first, rather than that of the file
     beta: float = 0.1  # what the suggested scale of the ratings is for
 
 
@@ -148,7 +148,11 @@ class CurateConfig:
         if (self.write.test is None) != (self.write.test_share == 0):
             raise InputError("write.test and write.test_share need each other")
         if not 0 <= self.write.test_share < 1:
-            raise InputError(f"write.test_share must be in [0, 1), got {self.write.test_share}")
+            raise InputError(f"write.test_share must be in [0, 1), got {self.write.test_share:g}")
+        if not self.write.beta > 0:
+            raise InputError(f"write.beta must be positive, got {self.write.beta:g}")
+        if self.write.easy_to_hard and "route" not in self.order:
+            raise InputError("write.easy_to_hard needs route in order, which finds how easy a pair is")
 
 
 def config_from_toml(path) -> CurateConfig:

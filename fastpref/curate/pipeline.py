@@ -1,220 +1,101 @@
 """From a file of scored samples to files of training pairs: the methods of this package in a row.
 
-It starts at scored files: it samples no responses and scores none. A stage is a function State -> State, and knows of
-the others by the state alone; the order is the caller's. Scores are never overwritten: what a stage makes of them is
-kept beside them, and every row that is written says where it comes from.
+It starts at scored files: it samples no responses and scores none. The stages know of each other by the state alone, so
+their order is the caller's. Scores are never overwritten: what a stage makes of them is kept beside them, and every row
+that is written says where it comes from.
 """
 
 import contextlib
+import json
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from fastpref.curate import goals, length, margins, routing
-from fastpref.curate import hygiene as hygiene_checks
+from fastpref import __version__
+from fastpref.curate import files, goals, stages
 from fastpref.curate.config import CurateConfig
-from fastpref.curate.hygiene import Flag
-from fastpref.curate.pairs import DropReason, select_pairs
-from fastpref.curate.samples import InputError, Samples, read_samples, text_hashes, to_logit
-from fastpref.curate.state import LeftOut, PairReason, State, fingerprint, load, load_samples, save
-from fastpref.curate.writing import write_pairs
+from fastpref.curate.hygiene import Flag, split_of
+from fastpref.curate.length import length_report
+from fastpref.curate.routing import Route
+from fastpref.curate.samples import InputError, RowProblem, texts
+from fastpref.curate.state import LeftOut, PairReason, State, fingerprint, finite, load, load_samples, save
 from fastpref.rating_scale import of_gaps
+from fastpref.whole_file import whole_file
 
 LONGEST_WINS = 0.9  # share of pairs told apart by length alone, beyond which accuracy on them measures style
+EXAMPLES = 3  # in the report
 
 
 @dataclass(frozen=True)
 class CurateResult:
     state: State
-    rows: dict[str, np.ndarray] | None  # the columns that were written; None where nothing was
+    rows: dict | None  # columns as they were written, [rows] each; None where nothing was
     summary: dict  # ready for JSON
     warnings: tuple[str, ...]
 
 
-def run(config: CurateConfig, *, begin="read", only=False, progress=None) -> CurateResult:
-    """Runs the pipeline of a config, writes its outputs and warns (UserWarning) of what is wrong with the data.
+def run(
+    config: CurateConfig, *, begin: str = "read", only: bool = False, progress: Callable | None = None
+) -> CurateResult:
+    """Runs the pipeline of a config and writes its outputs.
 
-    begin: "read", a stage of config.order, or "write"; with another than "read" config.work holds what the stages
-        before it made, of the same input and options.
-    only: that stage alone; its result is kept in config.work, and nothing is written.
-    progress: as in `read_samples`.
+    begin: "read", a stage of config.order, or "write". With another than "read", config.work holds what the stages
+        before it made, of the same input and with the same options.
+    only: that stage alone, whose result is kept in config.work; nothing else is written.
+    progress: called with (what, done, total).
 
-    Deterministic by config.seed. Raises InputError for what the user can mend.
+    Deterministic by config.seed. Warns (UserWarning) at its end, with numbers, of what is wrong with the data or cannot
+    be done with it; the texts are in the result, too. Raises InputError for what the user can mend.
     """
     started = time.perf_counter()
-    stages = ("read", *config.order, "write")
-    if begin not in stages:
-        raise InputError(f"a run can begin at {', '.join(stages)}, got {begin!r}")
-    if config.work is None and (begin != "read" or only):
-        raise InputError(f"to begin at {begin} alone or without the stages before it, there must be a folder of work")
-    if only and begin == "write":
-        only = False
-    place = stages.index(begin)
-    if not only and config.output is None:
-        raise InputError("there must be an output")
+    names = ("read", *config.order, "write")
+    if begin not in names:
+        raise InputError(f"a run can begin at {', '.join(names)}, got {begin!r}")
+    if config.work is None and (only or begin != "read"):
+        raise InputError("work must be a folder for a run that begins later than read, or ends after one stage")
+    if config.output is None and not only:
+        raise InputError("output must be a file")
     _check_outputs(config)
-    messages: list[str] = []
-    with _collected(messages):
-        _warn_of_order(config.order)
-    state = _resume(config, stages[place - 1]) if place else None
-    for stage in stages[place : place + 1] if only else stages[place:-1]:
-        caught = []
-        with _collected(caught):
-            state = _read(config, progress) if stage == "read" else STAGES[stage](state, config)
-        state = replace(state, warnings=(*state.warnings, *caught))
+    report = (lambda what: None) if progress is None else (lambda what: partial(progress, what))
+    place = names.index(begin)
+    last = place + 1 if only else len(names)
+
+    state = _resumed(config, names[place - 1]) if place else None
+    for name in names[place : min(last, len(names) - 1)]:
+        with _collected() as messages:
+            state = stages.read(config, report("reading")) if name == "read" else stages.STAGES[name](state, config)
+        state = replace(state, warnings=(*state.warnings, *messages))
         if config.work is not None:
-            save(state, config.work, stage, fingerprint(config, stage))
-    rows = None
-    summary = _input_summary(state.samples)
-    if state.pairs is not None:
-        with _collected(messages):
-            summary |= _pairs_summary(state)
-    if not only:
-        with _collected(messages):
-            rows, written = _write(state, config, progress)
-        summary |= written
-    messages = tuple(dict.fromkeys([*_problems(state.samples), *state.warnings, *messages]))
-    summary |= {"stages": state.summaries, "warnings": list(messages), "seconds": time.perf_counter() - started}
+            save(state, config.work, name, fingerprint(config, name))
+    with _collected() as messages:
+        _warn_of_order(config.order)
+        summary = _said_of_input(state.samples)
+        if state.pairs is not None:
+            summary |= _said_of_pairs(state)
+        rows = None
+        if last == len(names):
+            rows, written = _write(state, config, report("writing"))
+            summary |= written
+    messages = tuple(dict.fromkeys([*state.warnings, *messages]))
+    summary |= {"stages": state.summaries, "warnings": list(messages)}
     if config.report is not None and state.pairs is not None:
-        _report(state, config, summary)
+        _write_report(state, config, summary)
+    summary["seconds"] = time.perf_counter() - started
     for message in messages:
         warnings.warn(message, UserWarning, stacklevel=2)
     return CurateResult(state, rows, summary, messages)
 
 
-# ---- outputs
-
-
-def _write(state, config, progress):
-    """Writes every output; returns the columns and their summary."""
-    samples, options = state.samples, config.write
-    columns = pair_columns(state, config)
-    rewrite, written = None, {}
-    scale = _rating_scale(columns["margin"], options.beta)
-    if scale is not None:
-        written["rating_scale"] = scale
-    rows = columns
-    if options.goals != "none":
-        rows, rewrite = _goal_conditioned(columns, config)
-    metadata = {"fastpref": __version__, "config": asdict(config), "rating_scale": scale}
-    test = split_of(samples.prompt_hash, test_share=options.test_share, salt=options.salt)[rows["prompt"]]
-    sft = (rows["route"] == routing.Route.SFT.name.lower()) & ~test & (options.sft is not None)
-    parts = [(config.output, "trl", ~test & ~sft), (options.test, "trl", test), (options.sft, "sft", sft)]
-    written["written"] = {}
-    return rows, written
-
-
-def _goal_conditioned(columns, config):
-    records = goals.goal_records(columns, half=config.write.goals == "half", seed=config.seed)
-    stated = config.read.score_range
-    if not stated:
-        stated = (1.0, 10.0)
-        records["goal"] = goals.rescale_scores(records["goal"], target_range=stated)
-    del records["pair"]
-    return records, goals.goal_rewrite(score_range=stated, system_role=config.write.system_role)
-
-
-def _rating_scale(margin, beta) -> dict | None:
-    if not (margin[np.isfinite(margin)] != 0).any():
-        return None
-    return {"beta": beta, "pairs": len(margin), **of_gaps(margin, beta)._asdict()}
-
-
-# ---- what is said about it
-
-
-def _input_summary(samples) -> dict:
-    return {
-        "input": samples.path,
-        "prompts": samples.prompts,
-        "responses": samples.responses,
-        "bad_rows": len(samples.problems),
-        "scores": list(samples.scores),
-        "sources": None if samples.sources is None else len(samples.source_names),
-    }
-
-
-def _problems(samples) -> list[str]:
-    if not samples.problems:
-        return []
-    bad = len(samples.problems)
-    return [f"{bad} of {bad + samples.prompts} rows were left out, the first: {samples.problems[0]}"]
-
-
-def _pairs_summary(state) -> dict:
-    samples, pairs = state.samples, state.pairs
-    reasons = np.bincount(pairs["reason"], minlength=len(PairReason))
-    left_out = np.bincount(state.left_out, minlength=len(LeftOut))
-    dropped = state.summaries["construct"]["dropped"] | _counts(PairReason, reasons)
-    kept = state.kept
-    chosen = state.place("chosen")[kept]
-    _warn_of_flags(state, chosen)
-    lengths = length.length_report(
-        samples.lengths,
-        {name: pairs[name][kept] for name in ("prompt", "chosen", "rejected")},
-        truncated=samples.truncated,
-        offsets=samples.offsets,
-    )
-    if lengths.longest_wins > LONGEST_WINS:
-        warnings.warn(
-            f"the chosen response is the longer one in {lengths.longest_wins:.1%} of the pairs (median "
-            f"{lengths.median_ratio:.1f} times as long): accuracy on such pairs measures length. "
-            "length_control, or another rejected rule, changes it",
-            UserWarning,
-            stacklevel=2,
-        )
-    return {
-        "pairs": int(kept.sum()),
-        "dropped": dropped,
-        "responses_left_out": _counts(LeftOut, left_out),
-        "length": {name: finite(value) for name, value in lengths._asdict().items()},
-    }
-
-
-def _counts(reasons, counts) -> dict[str, int]:
-    return {reason.name.lower(): int(counts[reason]) for reason in reasons if reason and counts[reason]}
-
-
-def _warn_of_flags(state, chosen) -> None:
-    """Of what hygiene reported and nobody left out, what the pairs hold."""
-    for flag, what, remedy in (
-        (Flag.REPEATED_TEXT, "is a text that stands under many prompts", "canned, or made to win"),
-        (Flag.CONTAMINATED, "answers a prompt of a file not to train on", "or is in it"),
-    ):
-        if count := int((state.flags[chosen] & flag != 0).sum()):
-            warnings.warn(
-                f"the chosen response of {count} of {len(chosen)} pairs {what} ({remedy}): hygiene.apply leaves it out",
-                UserWarning,
-                stacklevel=3,
-            )
-
-
-def _warn_of_order(order) -> None:
-    if {"select", "audit"} <= set(order) and order.index("select") < order.index("audit"):
-        warnings.warn(
-            f"pairs are selected before the sources are audited (order {', '.join(order)}): margins that a source "
-            "gained by gaming the judge are the largest, and take the place of others",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
-@contextlib.contextmanager
-def _collected(messages: list[str]) -> Iterator[None]:
-    """The warnings of the library, as texts at the end of the list; other warnings go their way."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        warnings.simplefilter("always", RuntimeWarning)
-        yield
-    for warning in caught:
-        if issubclass(warning.category, UserWarning | RuntimeWarning):
-            messages.append(str(warning.message))
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+def _resumed(config, name) -> State:
+    samples = load_samples(config.work, fingerprint(config, "read"))
+    if name == "read":
+        return stages.start(samples, config)
+    return load(samples, config.work, name, fingerprint(config, name))
 
 
 def _check_outputs(config) -> None:
@@ -226,38 +107,243 @@ def _check_outputs(config) -> None:
                 raise InputError(f"{path} would overwrite {'the input' if other == config.input else 'another output'}")
 
 
-def _report(state, config, summary) -> None:
-    from fastpref.curate import report
+@contextlib.contextmanager
+def _collected() -> Iterator[list[str]]:
+    """The texts of the library's warnings, filled in at the end; other warnings go their way."""
+    messages = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("always", RuntimeWarning)
+        yield messages
+    for warning in caught:
+        if warning.category in (UserWarning, RuntimeWarning):
+            messages.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _warn_of_order(order) -> None:
+    if {"select", "audit"} <= set(order) and order.index("select") < order.index("audit"):
+        warnings.warn(
+            f"order has select before audit ({', '.join(order)}): a source that games the judge has the largest margins, "
+            "and its pairs take the place of others",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+# ---- outputs
+
+
+def _write(state, config, progress) -> tuple[dict, dict]:
+    """Writes every output; returns the columns of all rows, and the summary."""
+    samples, options = state.samples, config.write
+    columns = stages.pair_columns(state, config)
+    scale = _rating_scale(columns["score_chosen"] - columns["score_rejected"], options.beta)
+    rewrite = None
+    if options.easy_to_hard:
+        easiest_first = np.argsort(columns["easy_to_hard"], kind="stable")
+        columns = _rows(columns, easiest_first)
+    if options.goals != "none":
+        columns, rewrite = _with_goals(columns, config)
+    metadata = {"version": __version__, "config": asdict(config), "rating_scale": scale}
+    held_out = split_of(samples.prompt_hash, test_share=options.test_share, salt=config.seed)[columns["prompt"]]
+    parts = [(config.output, ~held_out, options.sft)]
+    if options.test is not None:
+        parts.append((options.test, held_out, None))
+    written = {}
+    for path, which, sft in parts:
+        rows = _rows(columns, which)
+        to_sft = None if sft is None else rows["route"].codes == Route.SFT
+        done = files.write_pairs(
+            samples,
+            rows,
+            path,
+            format=options.format,
+            sft=sft,
+            to_sft=to_sft,
+            rewrite=rewrite,
+            metadata=metadata,
+            workers=config.read.workers,
+            progress=progress,
+        )
+        written[path] = done.rows
+        if sft is not None:
+            written[sft] = done.sft_rows
+    if options.bad_rows is not None:
+        _write_bad_rows(options.bad_rows, samples.problems)
+        written[options.bad_rows] = len(samples.problems)
+    return columns | files.pair_columns(samples, columns), {"rating_scale": scale, "written": written}
+
+
+def _rows(columns, which) -> dict:
+    """Some rows of all columns: arrays, few names, or one value for every row."""
+    return {
+        name: column._replace(codes=column.codes[which])
+        if isinstance(column, files.Coded)
+        else column[which]
+        if isinstance(column, np.ndarray)
+        else column
+        for name, column in columns.items()
+    }
+
+
+def _with_goals(columns, config) -> tuple[dict, Callable]:
+    """Goal-conditioned rows, and what writes the goals into their prompts."""
+    arrays = {name: column for name, column in columns.items() if isinstance(column, np.ndarray)}
+    records = goals.goal_records(arrays, half=config.write.goals == "half", seed=config.seed)
+    records = (
+        _rows({name: column for name, column in columns.items() if name not in arrays}, records.pop("pair")) | records
+    )
+    stated = config.read.score_range
+    if not stated:  # the template states 1 to 10
+        stated = (1.0, 10.0)
+        records["goal"] = goals.rescale_scores(records["goal"], target_range=stated)
+    return records, goals.goal_rewrite(score_range=stated, system_role=config.write.system_role)
+
+
+def _rating_scale(gap, beta) -> dict | None:
+    if not (gap != 0).any():
+        return None
+    return {"beta": beta, "pairs": len(gap), **of_gaps(gap, beta)._asdict()}
+
+
+def _write_bad_rows(path, problems: list[RowProblem]) -> None:
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for problem in problems:
+            file.write(json.dumps({"row": problem.row, "reason": problem.reason}, ensure_ascii=False) + "\n")
+
+
+# ---- what is said of it
+
+
+def _said_of_input(samples) -> dict:
+    if bad := len(samples.problems):
+        warnings.warn(
+            f"{bad} of {bad + samples.prompts} rows are left out, the first {samples.problems[0]}",
+            UserWarning,
+            stacklevel=2,
+        )
+    return {
+        "input": samples.path,
+        "prompts": samples.prompts,
+        "responses": samples.responses,
+        "bad_rows": bad,
+        "scores": list(samples.scores),
+        "sources": None if samples.sources is None else len(samples.source_names),
+    }
+
+
+def _said_of_pairs(state) -> dict:
+    samples, kept = state.samples, state.kept
+    pairs = {name: state.pairs[name][kept] for name in ("prompt", "chosen", "rejected")}
+    _warn_of_flags(state.flags, state.place("chosen")[kept])
+    lengths = length_report(samples.lengths, pairs, truncated=samples.truncated, offsets=samples.offsets)
+    if lengths.longest_wins > LONGEST_WINS:
+        warnings.warn(
+            f"the longer response is the chosen one in {lengths.longest_wins:.1%} of the pairs, and "
+            f"{lengths.median_ratio:.1f} times as long in the median: accuracy on such pairs measures length. Another "
+            "rule for rejected or length control changes it",
+            UserWarning,
+            stacklevel=2,
+        )
+    return {
+        "pairs": int(kept.sum()),
+        "dropped": state.summaries["construct"]["dropped"] | _counts(PairReason, state.pairs["reason"]),
+        "responses_left_out": _counts(LeftOut, state.left_out),
+        "length": {name: finite(value) for name, value in lengths._asdict().items()},
+    }
+
+
+def _counts(reasons, codes) -> dict[str, int]:
+    counts = np.bincount(codes, minlength=len(reasons))
+    return {reason.name.lower(): int(counts[reason]) for reason in reasons if reason and counts[reason]}
+
+
+def _warn_of_flags(flags, chosen) -> None:
+    """Of what hygiene found and nobody left out, what the pairs hold."""
+    for flag, what in (
+        (Flag.REPEATED_TEXT, "is a text that stands under many prompts: canned, or made to win"),
+        (Flag.CONTAMINATED, "stands, or its prompt does, in a file not to train on"),
+    ):
+        if count := int(((flags[chosen] & flag) != 0).sum()):
+            warnings.warn(
+                f"the chosen response of {count} of {len(chosen)} pairs {what}; hygiene leaves it out only if it is to "
+                "be applied",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _write_report(state, config, summary) -> None:
+    from fastpref.curate.report import MarginPairs, PairLengths, PickedScores, ReportData, SourceTable, write_report
 
     samples, kept = state.samples, state.kept
-    at = {side: state.place(side) for side in ("chosen", "rejected")}
-    picked = {name: state.pairs[name][kept] for name in ("prompt", "chosen", "rejected")}
-    name, scale = primary_field(samples, config)
+    pairs = {name: state.pairs[name][kept] for name in ("prompt", "chosen", "rejected")}
+    name, scale = stages.primary_field(samples, config)
     audited = summary["stages"].get("audit", {}).get("sources")
+    sources = audited and SourceTable(
+        names=[row["source"] for row in audited],
+        **{key: np.array([row[key] for row in audited], np.float64) for key in ("unexplained", "low", "high")},
+        flagged=np.array([row["flagged"] for row in audited], bool),
+        chosen=np.array([row["would_supply_chosen"] for row in audited]),
+    )
     implicit = state.pairs.get("margin_implicit")
-    examples = np.unique(picked["prompt"], return_index=True)[1]
-    examples = examples[np.linspace(0, len(examples) - 1, EXAMPLES).astype(int)] if len(examples) >= EXAMPLES else examples
-    told = zip(examples, texts(samples, picked["prompt"][examples]), strict=True)
-    data = report.ReportData(
+    data = ReportData(
         title=f"Pairs of {os.path.basename(config.input)}",
         summary=_headlines(summary),
         warnings=summary["warnings"],
-        scores=report.PickedScores(
-            np.where(state.valid, state.score, np.nan), picked, samples.offsets, f"{scale} of {name}" * (scale != "raw") or name
+        scores=PickedScores(
+            np.where(state.valid, state.score, np.nan),
+            pairs,
+            samples.offsets,
+            name if scale == "raw" else f"{scale} of {name}",
         ),
-        sources=audited and report.SourceTable(
-            names=[row["source"] for row in audited],
-            **{key: np.array([row[key] for row in audited], float) for key in ("unexplained", "low", "high")},
-            flagged=np.array([row["flagged"] for row in audited]),
-            chosen=np.array([row["would_supply_chosen"] for row in audited]),
-        ),
-        margins=None if implicit is None else report.MarginPairs(state.margin(state.score), implicit, kept),
+        sources=sources,
+        margins=None if implicit is None else MarginPairs(state.margin(state.score), implicit, kept),
         counts={
             "responses": {"kept": int(state.valid.sum())} | summary["responses_left_out"],
             "pairs": {"kept": summary["pairs"]} | summary["dropped"],
         },
-        lengths=report.PairLengths(*(samples.lengths[at[side]][kept] for side in at), config.read.lengths or "characters"),
+        lengths=PairLengths(
+            *(samples.lengths[state.place(side)[kept]] for side in ("chosen", "rejected")),
+            unit=config.read.lengths or "characters",
+        ),
         rating_scale=summary.get("rating_scale"),
-        examples=[],
+        examples=_examples(state, pairs),
     )
-    report.write_report(config.report, data)
+    write_report(config.report, data)
+
+
+def _headlines(summary) -> dict:
+    made = summary["stages"]["construct"]
+    found = {name: summary[name] for name in ("input", "prompts", "responses", "bad_rows", "pairs")}
+    found |= {"rule": made["rule"], "scale": made["scale"]}
+    routed = summary["stages"].get("route", {})
+    return found | ({"pairs to SFT": routed["sft"]} if "sft" in routed else {})
+
+
+def _examples(state, pairs) -> list:
+    """Three pairs from all over the file."""
+    from fastpref.curate.report import Example
+
+    which = (
+        np.unique(np.linspace(0, len(pairs["prompt"]) - 1, EXAMPLES).astype(np.int64)) if len(pairs["prompt"]) else []
+    )
+    which = which[np.unique(pairs["prompt"][which], return_index=True)[1]] if len(which) else []
+    if not len(which):
+        return []
+    found = []
+    for pair, (prompt, responses) in zip(which, texts(state.samples, pairs["prompt"][which]), strict=True):
+        begin = state.samples.offsets[pairs["prompt"][pair]]
+        sides = [pairs[side][pair] for side in ("chosen", "rejected")]
+        found.append(
+            Example(
+                _plain(prompt), *(_plain(responses[k]) for k in sides), *(float(state.score[begin + k]) for k in sides)
+            )
+        )
+    return found
+
+
+def _plain(text) -> str:
+    return text if isinstance(text, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in text)

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from fastpref.curate import length, margins, reading, routing
 from fastpref.curate import hygiene as checks
+from fastpref.curate import length, margins, reading, routing
 from fastpref.curate.config import CurateConfig
+from fastpref.curate.files import Coded
 from fastpref.curate.hygiene import Flag
 from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
 from fastpref.curate.rows import Fields
@@ -86,6 +87,19 @@ def _hygiene(state, config) -> State:
         "applied": options.apply,
     }
     return _rescored(replace(state, flags=found.reason), found.scores, "hygiene", summary)
+
+
+def _banned_hashes(path) -> np.ndarray:
+    """uint64, of the prompts of a file, and of its responses where it has some. Raises InputError for a row without."""
+    found = []
+    for number, row in reading.numbered_rows(path, Fields(scores=())):
+        if isinstance(row, dict) and not {"responses", "completions", "chosen"} & row.keys():
+            row = {"prompt": row.get("prompt", row.get("instruction")), "responses": []}
+        try:
+            found.append(reading.digests(reading.valid_row(row, Fields(scores=()))))
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: {error}") from error
+    return np.frombuffer(b"".join(found), ">u8").astype(np.uint64)
 
 
 def _audit(state, config) -> State:
@@ -192,14 +206,11 @@ def _length(state, config) -> State:
     if control != "within_source":
         # "match" chooses among responses, which is done where the pairs are made
         return _with_summary(state, "length", {"control": control})
-    scores, slope = length.remove_length(
-        np.where(state.valid, state.score, np.nan),
-        samples.lengths,
-        sources=samples.sources,
-        offsets=samples.offsets,
+    found = length.remove_length(
+        np.where(state.valid, state.score, np.nan), samples.lengths, sources=samples.sources, offsets=samples.offsets
     )
-    scores = np.where(state.valid, scores, state.score)
-    return _rescored(state, scores, "length", {"control": control, "slope": slope})
+    scores = np.where(state.valid, found.scores, state.score)
+    return _rescored(state, scores, "length", {"control": control, "slope": found.slope})
 
 
 def _construct(state, config) -> State:
@@ -208,10 +219,11 @@ def _construct(state, config) -> State:
     if "length" in config.order and config.length.control == "match":
         selection = length.match_length(
             selection,
-            np.where(state.valid, state.score, np.nan),
+            state.score,
             samples.lengths,
-            offsets=samples.offsets,
             band=config.length.band,
+            valid=state.valid & _taken(state),
+            offsets=samples.offsets,
         )
     pairs = selection.table()
     del pairs["score_chosen"], pairs["score_rejected"]  # they are those of the responses, by their index
@@ -326,14 +338,13 @@ STAGES: dict[str, Callable[[State, CurateConfig], State]] = {
 }
 
 
-def _select(state, config, on_degenerate):
+def _select(state, config, on_degenerate) -> PairSelection:
     options = config.construct
-    taken = np.repeat(state.taken, np.diff(state.samples.offsets))
     return select_pairs(
         state.score,
         options.chosen,
         options.rejected,
-        valid=state.valid & taken,
+        valid=state.valid & _taken(state),
         offsets=state.samples.offsets,
         choosable=state.choosable,
         scale=options.scale,
@@ -345,6 +356,11 @@ def _select(state, config, on_degenerate):
         pairs_per_prompt=options.pairs_per_prompt,
         seed=config.seed,
     )
+
+
+def _taken(state) -> np.ndarray:
+    """bool [responses], those of the prompts that were not left out."""
+    return np.repeat(state.taken, np.diff(state.samples.offsets))
 
 
 # ---- what a stage does to the state
@@ -452,48 +468,31 @@ def _implicit_file(path, responses) -> np.ndarray:
 # ---- rows
 
 
-def pair_columns(state: State, config: CurateConfig) -> dict[str, np.ndarray]:
-    """The kept pairs, as they are written: indices, scores, and where they come from."""
-    samples, kept = state.samples, np.flatnonzero(state.kept)
-    pairs = {name: column[kept] for name, column in state.pairs.items()}
+def pair_columns(state: State, config: CurateConfig) -> dict[str, object]:
+    """The kept pairs as `write_pairs` takes them: indices, scores, and what the stages know of each."""
+    samples, kept = state.samples, state.kept
     at = {side: state.place(side)[kept] for side in ("chosen", "rejected")}
     name, scale = primary_field(samples, config)
+    columns = {name: state.pairs[name][kept] for name in ("prompt", "chosen", "rejected")}
+    columns["row"] = samples.row[columns["prompt"]]
+
+    def both(column, end=""):
+        columns.update({f"score_{side}{end}": column[place] for side, place in at.items()})
+
     primary = primary_score(samples, config)
-    prompt = pairs["prompt"]
-    columns = {"prompt": prompt, "chosen": pairs["chosen"], "rejected": pairs["rejected"]}
-    columns |= {
-        "prompt_id": np.array([f"{value:016x}" for value in samples.prompt_hash[prompt].tolist()], dtype=object),
-        "row": samples.row[prompt],
-        "chosen_id": pairs["chosen"],
-        "rejected_id": pairs["rejected"],
-    }
-
-    def both(label, column, end=""):
-        columns.update({f"{label}_{side}{end}": column[at[side]] for side in at})
-
-    both("score", primary)
-    columns["margin"] = columns["score_chosen"] - columns["score_rejected"]
-    used = np.concatenate([at["chosen"], at["rejected"]])
-    if (state.score[used] != primary[used]).any():
-        both("score", state.score, "_used")  # the mean of copies, or replaced, or without the slope of length
+    both(primary)
+    if any((state.score[place] != primary[place]).any() for place in at.values()):
+        both(state.score, "_used")  # the mean of copies, or replaced, or without the slope of length
     if scale != "raw" or len(samples.scores) > 1:
         for field, column in samples.scores.items():
-            both("score", column, f"_{field}")
-    if samples.sources is not None:
-        names = np.array([*samples.source_names, None], dtype=object)  # -1, unknown, reads the last
-        columns.update({f"source_{side}": names[samples.sources[at[side]]] for side in at})
-    both("len", samples.lengths)
-    columns |= {name: pairs[name] for name in ("n_pool", "z_chosen", "z_rejected", "rank_rejected")}
+            both(column, f"_{field}")
+    for known in ("n_pool", "z_chosen", "z_rejected", "rank_rejected"):
+        columns[known] = state.pairs[known][kept]
     made = state.summaries["construct"]
-    text = name if scale == "raw" else f"{name}:{scale}"
-    columns["rule"] = np.full(len(kept), made["rule"], dtype=object)
-    columns["scale"] = np.full(len(kept), text if made["scale"] == "raw" else f"{text}, {made['scale']}", dtype=object)
-    columns["reason"] = np.full(len(kept), PairReason.KEPT.name.lower(), dtype=object)
-    routes = np.array([route.name.lower() for route in routing.Route], dtype=object)
-    columns["route"] = routes[pairs["route"]]
-    if "easy_to_hard" in pairs:
-        columns["easy_to_hard"] = pairs["easy_to_hard"]
-    voted = ("margin_", "p_", "select_score")
-    return columns | {name: pairs[name] for name in pairs if name.startswith(voted)}
-
-
+    field = name if scale == "raw" else f"{name}:{scale}"
+    columns["rule"] = made["rule"]
+    columns["scale"] = field if made["scale"] == "raw" else f"{field}, {made['scale']}"
+    columns["reason"] = PairReason.KEPT.name.lower()
+    columns["route"] = Coded(state.pairs["route"][kept], [route.name.lower() for route in routing.Route])
+    further = [known for known in state.pairs if known.startswith(("margin_", "p_", "select_", "easy_"))]
+    return columns | {known: state.pairs[known][kept] for known in further}
