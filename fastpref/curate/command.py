@@ -218,7 +218,8 @@ def _listed(counts, what) -> str:
 def _length(length) -> str:
     if length["longest_wins"] is None:
         return ""
-    text = f"the longer response is chosen in {length['longest_wins']:.1%}, median {length['median_ratio']:.1f} times as long"
+    text = f"the longer response is the chosen one in {length['longest_wins']:.1%}"
+    text += f", {length['median_ratio']:.1f} times as long in the median"
     if length["chosen_in_top_decile"] is not None:
         text += f", in the top decile of its pool in {length['chosen_in_top_decile']:.1%}"
     if length["truncated_share"] is not None:

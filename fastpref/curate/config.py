@@ -95,7 +95,7 @@ class SelectOptions:
 
 @dataclass(frozen=True)
 class RouteOptions:
-    """tau: a number, "quantile:<share>", "none", or "auto": 0.5 where scores are declared 1 to 10, else quantile:0.12."""
+    """tau: a number, "quantile:<share>", "none", or "auto": 0.5 for scores declared as 1 to 10, else quantile:0.12."""
 
     tau: float | str = "auto"
     inclusive: bool = False
