@@ -125,8 +125,8 @@ def _collected() -> Iterator[list[str]]:
 def _warn_of_order(order) -> None:
     if {"select", "audit"} <= set(order) and order.index("select") < order.index("audit"):
         warnings.warn(
-            f"order has select before audit ({', '.join(order)}): a source that games the judge has the largest margins, "
-            "and its pairs take the place of others",
+            f"order has select before audit ({', '.join(order)}): a source that games the judge has the largest "
+            "margins, and its pairs take the place of others",
             UserWarning,
             stacklevel=2,
         )
@@ -192,9 +192,8 @@ def _with_goals(columns, config) -> tuple[dict, Callable]:
     """Goal-conditioned rows, and what writes the goals into their prompts."""
     arrays = {name: column for name, column in columns.items() if isinstance(column, np.ndarray)}
     records = goals.goal_records(arrays, half=config.write.goals == "half", seed=config.seed)
-    records = (
-        _rows({name: column for name, column in columns.items() if name not in arrays}, records.pop("pair")) | records
-    )
+    others = {name: column for name, column in columns.items() if name not in arrays}
+    records |= _rows(others, records.pop("pair"))
     stated = config.read.score_range
     if not stated:  # the template states 1 to 10
         stated = (1.0, 10.0)
@@ -327,14 +326,10 @@ def _examples(state, pairs) -> list:
     """Three pairs from all over the file."""
     from fastpref.curate.report import Example
 
-    which = (
-        np.unique(np.linspace(0, len(pairs["prompt"]) - 1, EXAMPLES).astype(np.int64)) if len(pairs["prompt"]) else []
-    )
-    which = which[np.unique(pairs["prompt"][which], return_index=True)[1]] if len(which) else []
-    if not len(which):
-        return []
+    prompts, first = np.unique(pairs["prompt"], return_index=True)
+    shown = np.unique(np.linspace(0, max(len(prompts) - 1, 0), EXAMPLES).astype(np.int64))[: len(prompts)]
     found = []
-    for pair, (prompt, responses) in zip(which, texts(state.samples, pairs["prompt"][which]), strict=True):
+    for pair, (prompt, responses) in zip(first[shown], texts(state.samples, prompts[shown]), strict=True):
         begin = state.samples.offsets[pairs["prompt"][pair]]
         sides = [pairs[side][pair] for side in ("chosen", "rejected")]
         found.append(

@@ -252,7 +252,7 @@ def _select_stage(state, config) -> State:
     wanted = {"k": options.k} if options.k is not None else {"fraction": options.fraction}
     if state.pairs is None:
         return _select_prompts(state, wanted)
-    columns = {name: column for name, column in _votes(state, config).items()}
+    columns = _votes(state, config)
     asked = options.k is not None or options.fraction is not None
     if len(columns) == 1 and not asked:
         return _with_summary(state, "select", {"skipped": "every pair is kept"})

@@ -16,7 +16,7 @@ import numpy as np
 from fastpref import __version__
 from fastpref.curate.rows import Fields
 from fastpref.curate.samples import InputError, RowProblem, Samples
-from fastpref.files import whole_file
+from fastpref.whole_file import whole_file
 
 
 class LeftOut(enum.IntEnum):
@@ -139,7 +139,7 @@ def load_samples(work, made_of: dict) -> Samples:
 
 
 def load(samples: Samples, work, stage: str, made_of: dict) -> State:
-    """From work/<stage>.npz. Raises InputError for one that is not there, is no such file or was made of other things."""
+    """From work/<stage>.npz. Raises InputError where it is not there, is no such file or was made of others."""
     arrays, facts = _read(work, stage, made_of)
     pairs = {name.removeprefix("pairs."): arrays[name] for name in arrays if name.startswith("pairs.")}
     return State(
