@@ -1,5 +1,6 @@
 """Preference data: numpy arrays in, numpy arrays out. Nothing here imports torch."""
 
+from fastpref.curate.files import Coded, read_metadata, write_pairs
 from fastpref.curate.goals import add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
 from fastpref.curate.length import AdjustedScores, LengthReport, length_report, match_length, remove_length
 from fastpref.curate.margins import (
@@ -44,6 +45,7 @@ from fastpref.curate.scale import rescale
 
 __all__ = [
     "AdjustedScores",
+    "Coded",
     "DropReason",
     "InputError",
     "LearningOrder",
@@ -79,6 +81,7 @@ __all__ = [
     "match_length",
     "normalised_margins",
     "partition",
+    "read_metadata",
     "read_samples",
     "read_scored_samples",
     "remove_length",
@@ -90,4 +93,5 @@ __all__ = [
     "select_top",
     "texts",
     "to_logit",
+    "write_pairs",
 ]
