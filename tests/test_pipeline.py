@@ -214,7 +214,7 @@ def test_decontamination(tmp_path, samples):
     hygiene = {"decontaminate": [str(banned)]}
     reported = run_quietly(config_of(samples, hygiene=hygiene))
     assert reported.summary["stages"]["hygiene"]["contaminated_prompts"] == 20
-    assert any("of 20 of 260 pairs answers a prompt of a file" in message for message in reported.warnings)
+    assert any("of 20 of 260 pairs stands, or its prompt does, in a file not to train on" in message for message in reported.warnings)
     applied = run_quietly(config_of(samples, hygiene=hygiene | {"apply": True}))
     prompts = {row["prompt"] for row in read_lines(applied.summary["output"])}
     assert prompts == {f"Question {p}?" for p in range(20, PROMPTS)}
@@ -232,6 +232,7 @@ def test_two_runs_give_the_same_bytes(samples, tmp_path):
 
 def test_scores_stay_as_they_are_under_length_control(samples):
     plain = run_quietly(config_of(samples))
+    assert "score_chosen_used" not in plain.rows
     controlled = run_quietly(config_of(samples, length={"control": "within_source"}))
     source = read_lines(samples)
     rows = read_lines(controlled.summary["output"])
@@ -240,7 +241,6 @@ def test_scores_stay_as_they_are_under_length_control(samples):
         assert row["score_chosen"] == pytest.approx(to_logit(pool["win_prob"][row["chosen_id"]]), rel=1e-12)
         assert row["score_chosen_used"] != row["score_chosen"]
     assert "slope" in controlled.summary["stages"]["length"]
-    assert all("score_chosen_used" not in row for row in read_lines(plain.summary["output"]))
 
 
 # ---- selecting, routing, writing
@@ -345,7 +345,7 @@ def test_goals(samples, kind):
 def test_selecting_before_auditing_warns(samples):
     order = ["hygiene", "construct", "select", "audit", "route"]
     result = run_quietly(config_of(samples, order=order, select={"fraction": 0.9}))
-    assert any("selected before the sources are audited" in message for message in result.warnings)
+    assert any("order has select before audit" in message for message in result.warnings)
     # a pair made with a source that is flagged later is dropped, not made again
     assert result.summary["dropped"]["left_out"] > 0
     rows = read_lines(result.summary["output"])
@@ -445,7 +445,7 @@ def test_work_is_needed_to_begin_later(samples):
         ({"read": {"scores": ["helpfulness:logit"]}}, r"helpfulness:logit: probability must lie in \[0, 1\]"),
         ({"read": {"scores": ["win_prob:log"]}}, "scores must be FIELD or FIELD:logit, got 'win_prob:log'"),
         ({"select": {"k": 1000}}, r"select\.k must be at most the 260 pairs there are, got 1000"),
-        ({"output": None}, "there must be an output"),
+        ({"output": None}, "output must be a file"),
     ],
 )
 def test_what_the_user_can_mend(samples, tables, message):
@@ -481,8 +481,6 @@ def test_real_samples(tmp_path):
     """On AlpacaEval's development scores a constant text is the best response of 79 of 403 prompts, until it is found."""
     path = Path(os.environ["FASTPREF_SCORED_SAMPLES"]).resolve()
     table = {"input": str(path), "output": str(tmp_path / "pairs.jsonl"), "read": {"scores": ["win_prob:logit"]}}
-    plain = run_quietly(config_from_table(table))
-    assert sum(row["source_chosen"] == "NullModel" for row in read_lines(table["output"])) if "source_chosen" in plain.rows else True
     table["read"]["sources"] = "models"
     kept = run_quietly(config_from_table(table | {"audit": {"exclude": "none"}, "clean": {"action": "none"}}))
     assert kept.rows["source_chosen"].tolist().count("NullModel") == 79

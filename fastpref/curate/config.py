@@ -151,6 +151,8 @@ class CurateConfig:
             raise InputError(f"write.test_share must be in [0, 1), got {self.write.test_share:g}")
         if not self.write.beta > 0:
             raise InputError(f"write.beta must be positive, got {self.write.beta:g}")
+        if self.write.easy_to_hard and self.write.goals != "none":
+            raise InputError("write.easy_to_hard is not for goal-conditioned rows, which are shuffled")
         if self.write.easy_to_hard and "route" not in self.order:
             raise InputError("write.easy_to_hard needs route in order, which finds how easy a pair is")
 

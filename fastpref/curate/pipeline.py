@@ -23,7 +23,7 @@ from fastpref.curate.hygiene import Flag, split_of
 from fastpref.curate.length import length_report
 from fastpref.curate.routing import Route
 from fastpref.curate.samples import InputError, RowProblem, texts
-from fastpref.curate.state import LeftOut, PairReason, State, fingerprint, finite, load, load_samples, save
+from fastpref.curate.state import LeftOut, PairReason, State, as_json, fingerprint, load, load_samples, save
 from fastpref.rating_scale import of_gaps
 from fastpref.whole_file import whole_file
 
@@ -154,7 +154,7 @@ def _write(state, config, progress) -> tuple[dict, dict]:
     written = {}
     for path, which, sft in parts:
         rows = _rows(columns, which)
-        to_sft = None if sft is None else rows["route"].codes == Route.SFT
+        to_sft = None if sft is None else rows["route"] == Route.SFT.name.lower()
         done = files.write_pairs(
             samples,
             rows,
@@ -173,27 +173,22 @@ def _write(state, config, progress) -> tuple[dict, dict]:
     if options.bad_rows is not None:
         _write_bad_rows(options.bad_rows, samples.problems)
         written[options.bad_rows] = len(samples.problems)
-    return columns | files.pair_columns(samples, columns), {"rating_scale": scale, "written": written}
+    rows = columns | files.pair_columns(samples, columns)
+    for name, column in rows.items():
+        if isinstance(column, files.Coded):
+            rows[name] = np.array([*column.names, None], dtype=object)[column.codes]
+    return rows, {"output": config.output, "rating_scale": scale, "written": written}
 
 
 def _rows(columns, which) -> dict:
-    """Some rows of all columns: arrays, few names, or one value for every row."""
-    return {
-        name: column._replace(codes=column.codes[which])
-        if isinstance(column, files.Coded)
-        else column[which]
-        if isinstance(column, np.ndarray)
-        else column
-        for name, column in columns.items()
-    }
+    """Some rows of all columns; a name alone is the same in every row."""
+    return {name: column[which] if isinstance(column, np.ndarray) else column for name, column in columns.items()}
 
 
 def _with_goals(columns, config) -> tuple[dict, Callable]:
     """Goal-conditioned rows, and what writes the goals into their prompts."""
-    arrays = {name: column for name, column in columns.items() if isinstance(column, np.ndarray)}
-    records = goals.goal_records(arrays, half=config.write.goals == "half", seed=config.seed)
-    others = {name: column for name, column in columns.items() if name not in arrays}
-    records |= _rows(others, records.pop("pair"))
+    records = goals.goal_records(columns, half=config.write.goals == "half", seed=config.seed)
+    del records["pair"]
     stated = config.read.score_range
     if not stated:  # the template states 1 to 10
         stated = (1.0, 10.0)
@@ -250,7 +245,7 @@ def _said_of_pairs(state) -> dict:
         "pairs": int(kept.sum()),
         "dropped": state.summaries["construct"]["dropped"] | _counts(PairReason, state.pairs["reason"]),
         "responses_left_out": _counts(LeftOut, state.left_out),
-        "length": {name: finite(value) for name, value in lengths._asdict().items()},
+        "length": as_json(lengths._asdict()),
     }
 
 

@@ -13,12 +13,11 @@ import numpy as np
 from fastpref.curate import hygiene as checks
 from fastpref.curate import length, margins, reading, routing
 from fastpref.curate.config import CurateConfig
-from fastpref.curate.files import Coded
 from fastpref.curate.hygiene import Flag
 from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
 from fastpref.curate.rows import Fields
 from fastpref.curate.samples import InputError, Samples, read_samples, to_logit
-from fastpref.curate.state import LeftOut, PairReason, State, finite
+from fastpref.curate.state import LeftOut, PairReason, State, as_json
 
 
 def read(config, progress=None) -> State:
@@ -129,15 +128,15 @@ def _audit(state, config) -> State:
     table = [
         {
             "source": samples.source_names[s],
-            "unexplained": finite(found.unexplained[s]),
-            "low": finite(found.low[s]),
-            "high": finite(found.high[s]),
-            "z": finite(found.z[s]),
-            "flagged": bool(found.flagged[s]),
-            "reference": bool(found.reference[s]),
-            "prompts": int(found.prompts[s]),
-            "would_supply_chosen": int(found.as_chosen[s]),
-            "would_supply_rejected": int(found.as_rejected[s]),
+            "unexplained": found.unexplained[s],
+            "low": found.low[s],
+            "high": found.high[s],
+            "z": found.z[s],
+            "flagged": found.flagged[s],
+            "reference": found.reference[s],
+            "prompts": found.prompts[s],
+            "would_supply_chosen": found.as_chosen[s],
+            "would_supply_rejected": found.as_rejected[s],
         }
         for s in found.order
     ]
@@ -229,20 +228,20 @@ def _construct(state, config) -> State:
     del pairs["score_chosen"], pairs["score_rejected"]  # they are those of the responses, by their index
     pairs["reason"] = np.full(len(pairs["prompt"]), PairReason.KEPT, np.int8)
     pairs["route"] = np.full(len(pairs["prompt"]), routing.Route.PREF, np.int8)
-    untaken = np.count_nonzero(~state.taken)
     dropped = selection.dropped()
-    if untaken:
-        dropped[DropReason.TOO_FEW.name.lower()] -= untaken * options.pairs_per_prompt
-        dropped["not_selected"] = untaken * options.pairs_per_prompt
+    if not state.taken.all():
+        untaken = np.count_nonzero(~state.taken) * options.pairs_per_prompt
+        dropped[DropReason.TOO_FEW.name.lower()] -= untaken
+        dropped = {name: count for name, count in dropped.items() if count} | {"not_selected": untaken}
     summary = {
         "rule": selection.rule,
         "scale": selection.scale,
         "pairs": len(pairs["prompt"]),
         "dropped": dropped,
-        "share_below_min": finite(selection.share_below_min),
-        "share_rejected_min": finite(selection.share_rejected_min),
-        "median_percentile": finite(selection.median_percentile),
-        "median_pool": finite(np.median(selection.n_pool)),
+        "share_below_min": selection.share_below_min,
+        "share_rejected_min": selection.share_rejected_min,
+        "median_percentile": selection.median_percentile,
+        "median_pool": np.median(selection.n_pool),
     }
     return _with_summary(replace(state, pairs=pairs), "construct", summary)
 
@@ -273,8 +272,8 @@ def _select_stage(state, config) -> State:
     summary = {
         "how": how,
         "sources": {name: source._asdict() for name, source in found.sources.items()},
-        "pearson": found.pearson.tolist(),
-        "spearman": found.spearman.tolist(),
+        "pearson": found.pearson,
+        "spearman": found.spearman,
     }
     if asked:
         if options.k is not None and options.k > len(kept):
@@ -290,9 +289,9 @@ def _select_stage(state, config) -> State:
         summary |= {
             "pairs": len(kept),
             "selected": len(top.indices),
-            "threshold": finite(top.threshold),
-            "tied_at_cut": finite(top.tied_at_cut),
-            "share_at_one": finite(top.share_at_one),
+            "threshold": top.threshold,
+            "tied_at_cut": top.tied_at_cut,
+            "share_at_one": top.share_at_one,
             "beside": beside.table(),
         }
     return _with_summary(replace(state, pairs=pairs), "select", summary)
@@ -323,7 +322,7 @@ def _route(state, config) -> State:
     pairs["route"] = pairs["route"].copy()
     pairs["route"][kept] = found.route
     sent = int((found.route == routing.Route.SFT).sum())
-    summary = {"tau": finite(found.tau), "asked": tau, "sft": sent, "share_sft": finite(found.share_sft)}
+    summary = {"tau": found.tau, "asked": tau, "sft": sent, "share_sft": found.share_sft}
     return _with_summary(replace(state, pairs=pairs), "route", summary)
 
 
@@ -389,7 +388,7 @@ def _checked_pairs(state) -> State:
 
 
 def _with_summary(state, stage, summary) -> State:
-    return replace(state, summaries=state.summaries | {stage: summary})
+    return replace(state, summaries=state.summaries | {stage: as_json(summary)})
 
 
 def _spread(values, where, size) -> np.ndarray:
@@ -493,6 +492,6 @@ def pair_columns(state: State, config: CurateConfig) -> dict[str, object]:
     columns["rule"] = made["rule"]
     columns["scale"] = field if made["scale"] == "raw" else f"{field}, {made['scale']}"
     columns["reason"] = PairReason.KEPT.name.lower()
-    columns["route"] = Coded(state.pairs["route"][kept], [route.name.lower() for route in routing.Route])
+    columns["route"] = np.array([route.name.lower() for route in routing.Route], object)[state.pairs["route"][kept]]
     further = [known for known in state.pairs if known.startswith(("margin_", "p_", "select_", "easy_"))]
     return columns | {known: state.pairs[known][kept] for known in further}

@@ -6,6 +6,7 @@ the stages so far and their options. One that does not agree is refused, never m
 
 import enum
 import json
+import math
 import os
 import zipfile
 from dataclasses import asdict, dataclass, field
@@ -72,10 +73,15 @@ class State:
         return column[self.place("chosen")] - column[self.place("rejected")]
 
 
-def finite(value) -> float | None:
-    """For JSON, which has no NaN."""
-    value = float(value)
-    return value if np.isfinite(value) else None
+def as_json(value):
+    """The value as JSON has it: plain numbers and lists, None for what is not finite."""
+    if isinstance(value, dict):
+        return {name: as_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return as_json(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fingerprint(config, stage) -> dict:
