@@ -1,7 +1,9 @@
 """Preference data: numpy arrays in, numpy arrays out. Nothing here imports torch."""
 
+from fastpref.curate.batches import pair_rows
 from fastpref.curate.files import Coded, read_metadata, write_pairs
-from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
+from fastpref.curate.length import AdjustedScores, LengthReport, length_report, match_length, remove_length
+from fastpref.curate.pairs import DropReason, PairSelection, all_pairings, select_pairs
 from fastpref.curate.samples import (
     InputError,
     RowProblem,
@@ -9,22 +11,33 @@ from fastpref.curate.samples import (
     ScoredSamples,
     read_samples,
     read_scored_samples,
+    text_hashes,
     texts,
     to_logit,
 )
+from fastpref.curate.scale import rescale
 
 __all__ = [
+    "AdjustedScores",
     "Coded",
     "DropReason",
     "InputError",
+    "LengthReport",
     "PairSelection",
     "RowProblem",
     "Samples",
     "ScoredSamples",
+    "all_pairings",
+    "length_report",
+    "match_length",
+    "pair_rows",
     "read_metadata",
     "read_samples",
     "read_scored_samples",
+    "remove_length",
+    "rescale",
     "select_pairs",
+    "text_hashes",
     "texts",
     "to_logit",
     "write_pairs",
