@@ -1,5 +1,6 @@
 """Preference data: numpy arrays in, numpy arrays out. Nothing here imports torch."""
 
+from fastpref.curate.batches import pair_rows
 from fastpref.curate.files import Coded, read_metadata, write_pairs
 from fastpref.curate.goals import add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
 from fastpref.curate.length import AdjustedScores, LengthReport, length_report, match_length, remove_length
@@ -38,6 +39,7 @@ from fastpref.curate.samples import (
     ScoredSamples,
     read_samples,
     read_scored_samples,
+    text_hashes,
     texts,
     to_logit,
 )
@@ -80,6 +82,7 @@ __all__ = [
     "length_report",
     "match_length",
     "normalised_margins",
+    "pair_rows",
     "partition",
     "read_metadata",
     "read_samples",
@@ -91,6 +94,7 @@ __all__ = [
     "select_pairs",
     "select_prompts",
     "select_top",
+    "text_hashes",
     "texts",
     "to_logit",
     "write_pairs",

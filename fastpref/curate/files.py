@@ -162,6 +162,15 @@ def pair_columns(samples: Samples, pairs) -> dict[str, object]:
     return columns
 
 
+def row_names(columns, format, to_sft: bool) -> list[str]:
+    """The columns of the rows of `pair_rows_of`, shaped, in order."""
+    sides = ["completion"] if to_sft else ["chosen", "rejected"]
+    texts = ["prompt", *sides]
+    if format == "axolotl":
+        texts = ["messages"] if to_sft else ["messages", *sides]
+    return list(dict.fromkeys(["prompt_id", *texts, *columns]))
+
+
 class Picked(NamedTuple):
     """Pairs of some rows."""
 
@@ -301,9 +310,13 @@ def _rewritten(line, rewrite, format) -> list[bytes]:
 # ---- the outputs
 
 
-def _check_outputs(samples, out, sft, format) -> None:
+def check_format(format) -> None:
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+
+
+def _check_outputs(samples, out, sft, format) -> None:
+    check_format(format)
     taken = {os.path.realpath(samples.path): "the samples"}
     for path in (out, sft):
         if path is None:
@@ -399,15 +412,12 @@ def arrow_schema(columns, format, conversational: bool, to_sft: bool):
     """Of the rows of `pair_rows_of` with these columns, shaped; conversational: lists of messages in the samples."""
     import pyarrow
 
-    string = pyarrow.string()
-    message = pyarrow.struct([("role", string), ("content", string)])
-    text = pyarrow.list_(message) if conversational or format != "trl" else string
-    sides = ["completion"] if to_sft else ["chosen", "rejected"]
-    texts = dict.fromkeys(("prompt", *sides), text)
-    if format == "axolotl":
-        texts = {"messages": text} | ({} if to_sft else dict.fromkeys(sides, message))
-    types = {"prompt_id": string} | texts | {name: _arrow_type(column) for name, column in columns.items()}
-    return pyarrow.schema(list(types.items()))
+    message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
+    text = pyarrow.list_(message) if conversational or format != "trl" else pyarrow.string()
+    side = message if format == "axolotl" else text
+    types = {"prompt_id": pyarrow.string(), "prompt": text, "messages": text, "completion": side}
+    types |= {"chosen": side, "rejected": side} | {name: _arrow_type(column) for name, column in columns.items()}
+    return pyarrow.schema([(name, types[name]) for name in row_names(columns, format, to_sft)])
 
 
 def _arrow_type(column):

@@ -77,7 +77,7 @@ def parts(path) -> Iterator[Part]:
                     yield Part(begin, end, end)
 
 
-def part_rows(path, part: Part, fields: Fields, only=None) -> Iterator[tuple[int, object]]:
+def part_rows(path, part: Part, fields: Fields | None, only=None) -> Iterator[tuple[int, object]]:
     """Position and value of the rows of a part: None for a blank line, a ValueError for a row that cannot be read.
 
     only: ascending positions in the part, of the rows that are wanted.
@@ -102,8 +102,8 @@ def part_rows(path, part: Part, fields: Fields, only=None) -> Iterator[tuple[int
             yield position, _json_row(file.readline(), position == 0)
 
 
-def numbered_rows(path, fields: Fields) -> Iterator[tuple[int, object]]:
-    """Line or row from 1 and the value of every row of the file but blank lines."""
+def numbered_rows(path, fields: Fields | None) -> Iterator[tuple[int, object]]:
+    """Line or row from 1 and the value of every row of the file but blank lines. fields: None for all of them."""
     number = 0
     for part in parts(path):
         for _, row in part_rows(path, part, fields):
@@ -174,8 +174,10 @@ def _parquet_rows(path, part, fields, only) -> Iterator[tuple[int, object]]:
     file = _open_parquet(path)
     import pyarrow
 
-    wanted = top_fields(fields)
-    columns = [name for name in file.schema_arrow.names if name in wanted]
+    columns = None
+    if fields is not None:
+        wanted = top_fields(fields)
+        columns = [name for name in file.schema_arrow.names if name in wanted]
     position = part.begin
     try:
         for batch in file.iter_batches(PARQUET_ROWS, row_groups=[part.row_group], columns=columns):
@@ -322,6 +324,24 @@ def digests(row: Row) -> bytes:
     except (UnicodeEncodeError, orjson.JSONEncodeError):
         check_unicode(row)
         raise
+
+
+def hashes_of_texts(row) -> list[bytes]:
+    """The digest of every text of a row, as a string, as a message and as a part of its conversation."""
+    found = []
+    for value in row.values() if isinstance(row, dict) else [row]:
+        values = value if isinstance(value, list) else [value]
+        texts = [text for text in values if isinstance(text, str)]
+        messages = [{key: m.get(key) for key in ("role", "content")} for m in values if isinstance(m, dict)]
+        if messages and len(messages) == len(values) and all(isinstance(m["content"], str) for m in messages):
+            texts += [message["content"] for message in messages]
+            found.append(xxh3_64_digest(orjson.dumps(messages)))
+        for text in texts:
+            found.append(xxh3_64_digest(text.encode(errors="surrogatepass")))
+            for role in ("user", "assistant"):
+                with contextlib.suppress(orjson.JSONEncodeError):  # a lone surrogate, which no sample has either
+                    found.append(xxh3_64_digest(orjson.dumps([{"role": role, "content": text}])))
+    return found
 
 
 def _uint64(digests: bytes) -> np.ndarray:

@@ -129,6 +129,26 @@ def texts(samples: Samples, prompts=None) -> Iterator[tuple[Text, list[Text]]]:
             yield row.prompt, row.responses
 
 
+def text_hashes(path) -> np.ndarray:
+    """uint64 [texts], ascending: the hashes by which `Samples` knows the texts of a file, to find those held out.
+
+    A row is a string, or an object whose fields are looked through, whatever their names: strings, lists of strings and
+    lists of messages. Every text counts as a string and as one message, of a user and of an assistant.
+
+    Raises InputError when the file or a row cannot be read.
+    """
+    from fastpref.curate import reading
+
+    path = os.fspath(path)
+    found = set()
+    for number, row in reading.numbered_rows(path, None):
+        if not isinstance(row, str | dict):
+            reason = row if isinstance(row, ValueError) else f"a row must be an object, got {type(row).__name__}"
+            raise InputError(str(RowProblem(path, number, str(reason))))
+        found.update(reading.hashes_of_texts(row))
+    return np.sort(np.frombuffer(b"".join(found), ">u8").astype(np.uint64))
+
+
 # ---- with the texts
 
 
