@@ -476,14 +476,19 @@ class _Table(NamedTuple):
 
 def _pivot(pools, codes, count) -> _Table:
     responses = np.flatnonzero(~np.isnan(pools.values) & (codes >= 0))
-    prompt, source = per_prompt(pools.offsets)[responses], codes[responses]
-    prompts, row = np.unique(prompt, return_inverse=True)
-    cell, values = row * count + source, pools.values[responses]
-    by = np.lexsort((values, cell))  # added in the order of the values, whatever order they came in
-    cells, begins, sizes = np.unique(cell[by], return_index=True, return_counts=True)
-    matrix = np.full(len(prompts) * count, np.nan)
-    matrix[cells] = np.add.reduceat(values[by], begins) / sizes if len(begins) else values
-    return _Table(matrix.reshape(len(prompts), count), responses, row, source, len(responses) - len(cells))
+    prompt, source, values = per_prompt(pools.offsets)[responses], codes[responses], pools.values[responses]
+    scored = np.bincount(prompt, minlength=len(pools.offsets) - 1) > 0
+    rows = int(scored.sum())
+    row = (np.cumsum(scored) - 1)[prompt]
+    cell = row * count + source
+    matrix = np.full(rows * count, np.nan)
+    repeated = len(cell) - np.count_nonzero(np.bincount(cell, minlength=rows * count))
+    if repeated:
+        by = np.lexsort((values, cell))  # added in the order of the values, whatever order they came in
+        cell, begins, sizes = np.unique(cell[by], return_index=True, return_counts=True)
+        values = np.add.reduceat(values[by], begins) / sizes
+    matrix[cell] = values
+    return _Table(matrix.reshape(rows, count), responses, row, source, repeated)
 
 
 def _rank(matrix, rank) -> int:
