@@ -14,7 +14,7 @@ from fastpref.curate.clean import (
     supplied,
     vote_consensus,
 )
-from fastpref.curate.hygiene import Flag, Hygiene, RepeatedTexts, hygiene, split_of
+from fastpref.curate.hygiene import Flag, Hygiene, RepeatedTexts, split_of
 from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
 from fastpref.curate.samples import InputError, RowProblem, ScoredSamples, read_scored_samples, to_logit
 
@@ -37,7 +37,6 @@ __all__ = [
     "denoise_judges",
     "denoise_scores",
     "exclude",
-    "hygiene",
     "read_scored_samples",
     "select_pairs",
     "split_of",
