@@ -1,8 +1,23 @@
 """Preference data: numpy arrays in, numpy arrays out. Nothing here imports torch."""
 
 from fastpref.curate.batches import pair_rows
+from fastpref.curate.clean import (
+    CleanedJudges,
+    CleanedScores,
+    Consensus,
+    Exclusion,
+    SourceReport,
+    audit,
+    consensus,
+    denoise_judges,
+    denoise_scores,
+    exclude,
+    supplied,
+    vote_consensus,
+)
 from fastpref.curate.files import Coded, read_metadata, write_pairs
 from fastpref.curate.goals import add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
+from fastpref.curate.hygiene import Flag, Hygiene, RepeatedTexts, split_of
 from fastpref.curate.length import AdjustedScores, LengthReport, length_report, match_length, remove_length
 from fastpref.curate.margins import (
     MarginScores,
@@ -47,8 +62,14 @@ from fastpref.curate.scale import rescale
 
 __all__ = [
     "AdjustedScores",
+    "CleanedJudges",
+    "CleanedScores",
     "Coded",
+    "Consensus",
     "DropReason",
+    "Exclusion",
+    "Flag",
+    "Hygiene",
     "InputError",
     "LearningOrder",
     "LengthReport",
@@ -57,20 +78,27 @@ __all__ = [
     "PairSelection",
     "Part",
     "PromptSelection",
+    "RepeatedTexts",
     "Route",
     "Routes",
     "RowProblem",
     "Samples",
     "ScoredSamples",
     "SelectionComparison",
+    "SourceReport",
     "TopSelection",
     "add_goal",
     "all_pairings",
+    "audit",
     "bees",
     "compare_selections",
+    "consensus",
+    "denoise_judges",
+    "denoise_scores",
     "difficulty",
     "distributed_order",
     "easy_to_hard",
+    "exclude",
     "external_margins",
     "goal_records",
     "goal_reward",
@@ -94,8 +122,11 @@ __all__ = [
     "select_pairs",
     "select_prompts",
     "select_top",
+    "split_of",
+    "supplied",
     "text_hashes",
     "texts",
     "to_logit",
+    "vote_consensus",
     "write_pairs",
 ]
