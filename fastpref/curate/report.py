@@ -147,7 +147,7 @@ def _scores(scores: PickedScores) -> _Section:
         f"{_number(found.pairs)} pairs of {_number(found.prompts)} prompts. Chosen quality (mean reward of the chosen "
         f"responses) is {_number(found.chosen_quality)}, contrast (mean gap) {_number(found.contrast)}; quantiles of "
         f"the gap: {quantiles}. Rewards are in units of {scores.unit}; z counts standard deviations from the mean of "
-        "the prompt's own responses."
+        "the prompt's own responses. Values beyond an axis count in its outermost bin."
     )
     rows = [
         ["mean reward", found.chosen_quality, found.rejected_quality],
@@ -205,6 +205,8 @@ def _margins(margins: MarginPairs) -> _Section:
         "implicit: difference of the policy's log-ratios to its reference. Their signs agree on "
         f"{_percent(agree)} of the pairs, their correlation is {_number(round(correlation, 2))}."
     )
+    if len(x) > report_plots.POINTS:
+        text += " Pairs beyond an axis count in its outermost cells."
     if not both.all():
         text += f" {_number(int((~both).sum()))} pairs lack one of the two."
     png = report_plots.margins(x, y, kept[both])

@@ -183,8 +183,8 @@ def _figure(width, height) -> Iterator[tuple[object, io.BytesIO]]:
 
 
 def _literal(text) -> str:
-    """Text in which matplotlib sees no formula."""
-    return str(text).replace("$", r"\$")
+    """Text on one line in which matplotlib sees no formula, and nothing that no font can hold."""
+    return " ".join(str(text).encode("utf-8", "replace").decode().split()).replace("$", r"\$")
 
 
 def _note(axes, x, text) -> None:
