@@ -11,12 +11,11 @@ from dataclasses import replace
 import numpy as np
 
 from fastpref.curate import hygiene as checks
-from fastpref.curate import length, margins, reading, routing
+from fastpref.curate import length, margins, routing
 from fastpref.curate.config import CurateConfig
 from fastpref.curate.hygiene import Flag
 from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
-from fastpref.curate.rows import Fields
-from fastpref.curate.samples import InputError, Samples, read_samples, to_logit
+from fastpref.curate.samples import InputError, Samples, read_samples, text_hashes, to_logit
 from fastpref.curate.state import LeftOut, PairReason, State, as_json
 
 
@@ -54,7 +53,7 @@ def start(samples: Samples, config: CurateConfig) -> State:
 
 def _hygiene(state, config) -> State:
     samples, options = state.samples, config.hygiene
-    banned = [_banned_hashes(path) for path in options.decontaminate]
+    banned = [text_hashes(path) for path in options.decontaminate]
     found = checks.hygiene(
         state.score,
         offsets=samples.offsets,
@@ -86,19 +85,6 @@ def _hygiene(state, config) -> State:
         "applied": options.apply,
     }
     return _rescored(replace(state, flags=found.reason), found.scores, "hygiene", summary)
-
-
-def _banned_hashes(path) -> np.ndarray:
-    """uint64, of the prompts of a file, and of its responses where it has some. Raises InputError for a row without."""
-    found = []
-    for number, row in reading.numbered_rows(path, Fields(scores=())):
-        if isinstance(row, dict) and not {"responses", "completions", "chosen"} & row.keys():
-            row = {"prompt": row.get("prompt", row.get("instruction")), "responses": []}
-        try:
-            found.append(reading.digests(reading.valid_row(row, Fields(scores=()))))
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: {error}") from error
-    return np.frombuffer(b"".join(found), ">u8").astype(np.uint64)
 
 
 def _audit(state, config) -> State:
