@@ -228,7 +228,7 @@ def test_bucket_pairs_of_small_pools():
     assert each["best-vs-worst"]["prompt"].tolist() == [0, 1, 2]
     assert each["best-vs-medium"]["prompt"].tolist() == [1, 2]
     assert each["best-vs-high"]["prompt"].tolist() == [1]
-    with pytest.warns(UserWarning, match="none of 2 prompts has five"):
+    with pytest.warns(UserWarning, match="none of 2 prompts has a response in each of the five buckets"):
         empty = bucket_pairs(rewards[[0, 2]])
     assert all(len(column) == 0 for pairs in empty.values() for column in pairs.values())
     assert set(empty) == {f"{a.name}-vs-{b.name}".lower() for a, b in BUCKET_DATASETS}
@@ -318,6 +318,7 @@ def test_controls_of_equal_values_and_of_nothing():
     [
         ({"quality": "length"}, 'quality must be "raw", "percentile" or "z", got \'length\''),
         ({"bins": 1}, "bins must be an integer of at least 2, got 1"),
+        ({"outcome": np.array([1.0, INF])}, "outcome must be finite or NaN, got 1 infinite values"),
         ({"outcome": np.zeros(3)}, r"outcome must have shape \[2\], got \[3\]"),
     ],
 )
@@ -366,6 +367,8 @@ def test_on_policy_share():
     pairs = {"prompt": [0, 0, 1, 1], "chosen": [0, 1, 0, 2], "rejected": [1, 2, 1, 0]}
     assert on_policy_share(on_policy, pairs) == (0.5, 0.5, 0.25, 0.5)
     assert on_policy_share(on_policy.ravel(), pairs, offsets=[0, 3, 6]) == (0.5, 0.5, 0.25, 0.5)
+    valid = np.array([[True, True, True], [True, False, True]])
+    assert on_policy_share(on_policy, {"prompt": [1], "chosen": [0], "rejected": [2]}, valid=valid) == (1, 0, 0, 0.4)
     assert np.isnan(on_policy_share(on_policy, {"prompt": [], "chosen": [], "rejected": []})[:3]).all()
     with pytest.raises(TypeError, match="on_policy must be bool, got int64"):
         on_policy_share(on_policy.astype(int), pairs)

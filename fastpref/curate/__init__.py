@@ -15,6 +15,7 @@ from fastpref.curate.clean import (
     supplied,
     vote_consensus,
 )
+from fastpref.curate.diagnostics import Diagnosis, diagnose
 from fastpref.curate.files import Coded, read_metadata, write_pairs
 from fastpref.curate.goals import add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
 from fastpref.curate.hygiene import Flag, Hygiene, RepeatedTexts, split_of
@@ -66,6 +67,7 @@ __all__ = [
     "CleanedScores",
     "Coded",
     "Consensus",
+    "Diagnosis",
     "DropReason",
     "Exclusion",
     "Flag",
@@ -95,6 +97,7 @@ __all__ = [
     "consensus",
     "denoise_judges",
     "denoise_scores",
+    "diagnose",
     "difficulty",
     "distributed_order",
     "easy_to_hard",

@@ -294,7 +294,7 @@ def bucket_pairs(rewards, *, same_prompts=True, valid=None, offsets=None) -> dic
     usable = (stands_for >= 0).all(1) if same_prompts else np.ones(len(stands_for), bool)
     if same_prompts and len(stands_for) and not usable.any():
         warnings.warn(
-            f"none of {len(stands_for)} prompts has five different rewards in five buckets, so every set is empty; "
+            f"none of {len(stands_for)} prompts has a response in each of the five buckets, so every set is empty; "
             "same_prompts=False takes each set from the prompts that have its two",
             UserWarning,
             stacklevel=2,
@@ -359,6 +359,8 @@ def equal_gap(rewards, pairs, *, outcome=None, quality="raw", bins=5, valid=None
         outcome = np.asarray(outcome, dtype=np.float64)
         if outcome.shape != chosen_quality.shape:
             raise ValueError(f"outcome must have shape [{len(chosen_quality)}], got {list(outcome.shape)}")
+        if np.isinf(outcome).any():
+            raise ValueError(f"outcome must be finite or NaN, got {np.isinf(outcome).sum()} infinite values")
     return EqualGap(
         _control(measures.gap, chosen_quality, outcome, bins), _control(chosen_quality, measures.gap, outcome, bins)
     )
@@ -474,18 +476,20 @@ class OnPolicyShare(NamedTuple):
     pool: float  # of all responses
 
 
-def on_policy_share(on_policy, pairs, *, offsets=None) -> OnPolicyShare:
+def on_policy_share(on_policy, pairs, *, valid=None, offsets=None) -> OnPolicyShare:
     """How much of the pairs the policy to be trained has written itself.
 
-    on_policy: bool per response, [prompts, n] or [responses] with offsets; a padded pool's padding counts in `pool`.
+    on_policy: bool per response, [prompts, n] or [responses] with offsets.
+    valid: bool like on_policy, False for what is no response: the padding of a padded pool.
     """
     on_policy = np.asarray(on_policy)
     if on_policy.dtype != bool:
         raise TypeError(f"on_policy must be bool, got {on_policy.dtype}")
-    pools = as_pools("on_policy", on_policy, offsets=offsets)
+    pools = as_pools("on_policy", on_policy, valid, offsets)
     _, chosen, rejected = _places(pairs, pools)
     chosen, rejected = pools.values[chosen], pools.values[rejected]
-    return OnPolicyShare(_mean(chosen), _mean(rejected), _mean(chosen * rejected), _mean(pools.values))
+    pool = pools.values[np.isfinite(pools.values)]
+    return OnPolicyShare(_mean(chosen), _mean(rejected), _mean(chosen * rejected), _mean(pool))
 
 
 class Mix(NamedTuple):
