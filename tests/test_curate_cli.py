@@ -55,7 +55,7 @@ def test_a_run_says_what_it_did(samples, capsys):
     said = dict(line.split(maxsplit=1) for line in captured.out.splitlines() if line[0] != " ")
     assert said["read"] == "50 prompts, 500 responses"
     assert said["audit"] == "skipped: no sources"
-    assert said["construct"].startswith("50 pairs, max vs quantile:0.10; rejected is the minimum in 0.0%")
+    assert said["construct"].startswith("50 pairs, max vs quantile:0.10; rejected is its pool's minimum in 0.0%")
     assert said["route"].startswith("6 pairs to SFT (12.0%)")
     assert "wrote      pairs.jsonl: 44 rows\nwrote      sft.jsonl: 6 rows\n" in captured.out
     warned = captured.err.splitlines()
@@ -93,7 +93,7 @@ def test_flags_win_over_the_config(samples, capsys):
     assert stages_said["select"]["selected"] == 7 == len(read_lines("pairs.jsonl"))
     assert stages_said["route"] == {"skipped": "not asked for"}
     # the rest is the file's: sources are audited, though on 50 prompts none is flagged
-    assert "the sources were not audited: scores has exchangeable sources" in captured.err
+    assert "audit did nothing: scores has exchangeable sources" in captured.err
 
 
 @pytest.mark.parametrize(
@@ -128,11 +128,12 @@ def test_strict_writes_and_exits_with_1(samples, capsys):
     assert curate("-o", "pairs.jsonl", "--strict") == 1
     assert "warning: mean-2std lies below every reward" in capsys.readouterr().err
     assert len(read_lines("pairs.jsonl")) == 50
-    tie = [{"prompt": f"{p}", "responses": ["a b", f"c d {p}", "e"], "s": [1, 3, 2]} for p in range(4)]
-    samples.write_text("".join(json.dumps(row) + "\n" for row in tie[:3]))
-    assert curate("-o", "pairs.jsonl", "--strict", "--rejected", "min", scores="s") == 1  # the longer one always wins
-    tie = [row | {"s": [3, 1, 2]} for row in tie]
-    samples.write_text("".join(json.dumps(row) + "\n" for row in tie[:3]))
+    texts = ["a b", "c d e", "f"]
+    rows = [{"prompt": f"{p}", "responses": [f"{t} {p}" for t in texts], "s": [1, 3 + p, 2]} for p in range(20)]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert curate("-o", "pairs.jsonl", "--strict", "--rejected", "min", scores="s") == 1  # the longest one wins
+    rows = [row | {"s": [3 + p, 1, 2]} for p, row in enumerate(rows)]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert curate("-o", "pairs.jsonl", "--strict", "--rejected", "min", scores="s") == 0
 
 
@@ -187,7 +188,7 @@ def test_help_says_where_it_starts(capsys):
         ([], "output must be a file"),
         (["-o", "pairs.txt"], "the output must end in .jsonl, .jsonl.gz, .parquet, got pairs.txt"),
         (["-o", "samples.jsonl"], "samples.jsonl would overwrite the input"),
-        (["-o", "none/pairs.jsonl"], "cannot write none/pairs.jsonl: No such file or directory"),
+        (["-o", "none/pairs.jsonl"], "cannot write none/pairs.jsonl: the folder none is not there"),
         (["-o", "p.jsonl", "--config", "c.toml"], "unknown key construct.rejectd, known: construct.chosen"),
         (["-o", "p.jsonl", "--config", "none.toml"], "cannot read none.toml: No such file or directory"),
         (["-o", "p.jsonl", "--rejected", "worst"], "rejected must be"),

@@ -214,7 +214,10 @@ def test_decontamination(tmp_path, samples):
     hygiene = {"decontaminate": [str(banned)]}
     reported = run_quietly(config_of(samples, hygiene=hygiene))
     assert reported.summary["stages"]["hygiene"]["contaminated_prompts"] == 20
-    assert any("of 20 of 260 pairs stands, or its prompt does, in a file not to train on" in message for message in reported.warnings)
+    assert any(
+        "of 20 of 260 pairs stands, or its prompt does, in a file not to train on" in message
+        for message in reported.warnings
+    )
     applied = run_quietly(config_of(samples, hygiene=hygiene | {"apply": True}))
     prompts = {row["prompt"] for row in read_lines(applied.summary["output"])}
     assert prompts == {f"Question {p}?" for p in range(20, PROMPTS)}
@@ -380,7 +383,9 @@ def test_cleaning_after_construction_drops_pairs(samples):
 
 @pytest.mark.parametrize("begin", [*STAGES, "write"])
 def test_a_run_can_begin_at_every_stage(samples, tmp_path, begin):
-    config = config_of(samples, work=str(tmp_path / "work"), construct={"rejected": "min_of_3"}, select={"fraction": 0.5})
+    config = config_of(
+        samples, work=str(tmp_path / "work"), construct={"rejected": "min_of_3"}, select={"fraction": 0.5}
+    )
     first = run_quietly(config)
     content = Path(first.summary["output"]).read_bytes()
     Path(first.summary["output"]).unlink()
@@ -421,7 +426,9 @@ def test_stale_files_are_refused(samples, tmp_path):
     assert "read.npz is stale: read.scores was ['win_prob:logit'], now ['helpfulness']" in message(
         read=dataclasses.replace(config.read, scores=("helpfulness",))
     )
-    run_quietly(dataclasses.replace(config, construct=dataclasses.replace(config.construct, rejected="min")), begin="construct")
+    run_quietly(
+        dataclasses.replace(config, construct=dataclasses.replace(config.construct, rejected="min")), begin="construct"
+    )
     os.utime(samples, ns=(1, 1))
     assert "read.npz is stale: input.changed_ns was" in message()
     (tmp_path / "work" / "read.npz").write_bytes(b"PK nothing")
@@ -441,7 +448,10 @@ def test_work_is_needed_to_begin_later(samples):
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ({"read": {"scores": ["none"]}}, "holds no row of scored samples, the first of 260 bad ones: .*no field 'none'"),
+        (
+            {"read": {"scores": ["none"]}},
+            "holds no row of scored samples, the first of 260 bad ones: .*no field 'none'",
+        ),
         ({"read": {"scores": ["helpfulness:logit"]}}, r"helpfulness:logit: probability must lie in \[0, 1\]"),
         ({"read": {"scores": ["win_prob:log"]}}, "scores must be FIELD or FIELD:logit, got 'win_prob:log'"),
         ({"select": {"k": 1000}}, r"select\.k must be at most the 260 pairs there are, got 1000"),
@@ -471,8 +481,8 @@ def test_unusable_sources_are_said(tmp_path):
     ]  # fmt: skip
     path = write_rows(tmp_path / "s.jsonl", rows)
     result = run_quietly(config_of(path, read={"scores": ["scores"], "sources": "sources"}))
-    assert any("the sources were not audited: scores has exchangeable sources" in text for text in result.warnings)
-    assert any("scores were not cleaned: scores has exchangeable sources" in text for text in result.warnings)
+    assert any("audit did nothing: scores has exchangeable sources" in text for text in result.warnings)
+    assert any("clean did nothing: scores has exchangeable sources" in text for text in result.warnings)
     assert result.summary["pairs"] == 210
 
 

@@ -169,12 +169,12 @@ def _control(stage) -> str:
 
 def _construct(stage) -> str:
     text = f"{stage['pairs']} pairs, {stage['rule']}"
-    if stage["share_below_min"] is not None:
-        text += f"; target below the pool's minimum in {stage['share_below_min']:.1%}"
-    if stage["share_rejected_min"] is not None:
-        text += f", rejected is the minimum in {stage['share_rejected_min']:.1%}"
-        text += f", its median percentile {stage['median_percentile']:.1f}"
-    return text
+    if not stage["pairs"]:
+        return text
+    text += f"; rejected is its pool's minimum in {stage['share_rejected_min']:.1%}"
+    if "mean" in stage["rule"] and stage["share_below_min"] is not None:
+        text += f" (its target below that in {stage['share_below_min']:.1%})"
+    return f"{text}, its median percentile {stage['median_percentile']:.1f}"
 
 
 def _select(stage) -> str:
@@ -182,18 +182,20 @@ def _select(stage) -> str:
         return _skipped(stage) if "skipped" in stage else f"margins of {', '.join(stage['sources'])} by {stage['how']}"
     if "pairs" not in stage:
         return f"{stage['selected']} of {stage['prompts']} prompts, by the span of their scores"
-    own = stage["beside"][0]
-    beside = [f"{row['selection']} {own[row['selection']]:.0%}" for row in stage["beside"][1:]]
-    return (
-        f"{stage['selected']} of {stage['pairs']} pairs by {stage['how']}; {stage['tied_at_cut']:.1%} tied at the cut; "
-        f"in common with {', '.join(beside)}"
-    )
+    text = f"{stage['selected']} of {stage['pairs']} pairs by {stage['how']}"
+    if not stage["selected"]:
+        return text
+    own, *others = stage["beside"]
+    beside = [f"{row['selection']} {own[row['selection']]:.0%}" for row in others]
+    return f"{text}; {stage['tied_at_cut']:.1%} tied at the cut; in common with {', '.join(beside)}"
 
 
 def _route(stage) -> str:
     if "skipped" in stage:
         return _skipped(stage)
-    return f"{stage['sft']} pairs to SFT ({stage['share_sft'] or 0:.1%}), margin below {stage['tau']:.4g}"
+    if stage["tau"] is None:
+        return "nothing to route"
+    return f"{stage['sft']} pairs to SFT ({stage['share_sft']:.1%}), margin below {stage['tau']:.4g}"
 
 
 def _skipped(stage) -> str:

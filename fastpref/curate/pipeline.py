@@ -102,6 +102,10 @@ def _check_outputs(config) -> None:
     write = config.write
     outputs = [path for path in (config.output, write.sft, write.test, write.bad_rows) if path is not None]
     for index, path in enumerate(outputs):
+        if path != write.bad_rows and not path.endswith(files.ENDINGS):
+            raise InputError(f"the output must end in {', '.join(files.ENDINGS)}, got {path}")
+        if not os.access(folder := os.path.dirname(path) or ".", os.W_OK):
+            raise InputError(f"cannot write {path}: the folder {folder} is not there or cannot be written")
         for other in [config.input, *outputs[:index]]:
             if os.path.realpath(path) == os.path.realpath(other):
                 raise InputError(f"{path} would overwrite {'the input' if other == config.input else 'another output'}")

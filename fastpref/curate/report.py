@@ -92,7 +92,7 @@ def write_report(folder, data: ReportData) -> Path:
     The folder is made where it does not exist. Every file is whole or not there; the pages come last. Raises InputError
     where matplotlib is missing or the folder cannot be written.
     """
-    from fastpref.denoise.files import whole_file
+    from fastpref.whole_file import whole_file
 
     sections = _sections(data)
     folder = Path(folder)

@@ -108,8 +108,7 @@ def _audit(state, config) -> State:
             seed=config.seed,
         )
     except ValueError as error:
-        warnings.warn(f"the sources were not audited: {error}", UserWarning, stacklevel=2)
-        return _with_summary(state, "audit", {"skipped": str(error)})
+        return _refused(state, config, "audit", error)
     masks = clean.exclude(samples.sources, found.flagged, options.exclude)
     table = [
         {
@@ -168,8 +167,7 @@ def _clean(state, config) -> State:
             threshold=options.threshold,
         )
     except ValueError as error:
-        warnings.warn(f"scores were not cleaned: {error}", UserWarning, stacklevel=2)
-        return _with_summary(state, "clean", {"skipped": str(error)})
+        return _refused(state, config, "clean", error)
     if options.action == "mask":
         state = _leave_out(state, found.flagged, LeftOut.CORRUPTED_SCORE)
     summary = {
@@ -184,6 +182,13 @@ def _clean(state, config) -> State:
     }
     scores = np.where(state.valid, found.scores, state.score)
     return _rescored(state, scores, "clean", summary)
+
+
+def _refused(state, config, stage, error) -> State:
+    """Nothing done, which is worth a warning where the sources were asked for rather than found in the file."""
+    if config.read.sources is not None:
+        warnings.warn(f"{stage} did nothing: {error}", UserWarning, stacklevel=3)
+    return _with_summary(state, stage, {"skipped": str(error)})
 
 
 def _length(state, config) -> State:
