@@ -138,7 +138,8 @@ def test_strict_writes_and_exits_with_1(samples, capsys):
 
 
 def test_no_pair_at_all_exits_with_1(samples, capsys):
-    assert curate("-o", "pairs.jsonl", "--min-gap", "1000") == 1
+    options = ("--min-gap", "1000", "--select", "0.5", "--tau", "1", "--sft", "s.jsonl", "--report", "page")
+    assert curate("-o", "pairs.jsonl", *options) == 1
     assert Path("pairs.jsonl").read_text() == ""
     assert "dropped    50 pairs: small_gap 50" in capsys.readouterr().out
 
@@ -166,7 +167,8 @@ def test_stages_one_by_one(samples, capsys):
 def test_without_sources_torch_is_not_imported(samples, python, tmp_path):
     code = (
         "import sys; from fastpref.cli import main\n"
-        "code = main(['curate', 'samples.jsonl', '-o', 'pairs.jsonl', '--scores', 'win_prob:logit', '--select', '0.5'])\n"
+        "arguments = ['samples.jsonl', '-o', 'pairs.jsonl', '--scores', 'win_prob:logit', '--select', '0.5']\n"
+        "code = main(['curate', *arguments])\n"
         "sys.exit(10 if 'torch' in sys.modules else code)"
     )
     done = python(code, cwd=tmp_path)

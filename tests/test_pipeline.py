@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastpref.curate import InputError, margins, pairs, to_logit
+from fastpref.curate import InputError, margins, to_logit
 from fastpref.curate.config import STAGES, CurateConfig, config_from_table, config_from_toml
 from fastpref.curate.pipeline import run
 from fastpref.curate.state import LeftOut, PairReason
@@ -21,7 +21,7 @@ PROMPTS, SOURCES = 260, 12
 
 
 def make_rows(prompts=PROMPTS, seed=0):
-    """Pools of 12 sources with rank-2 structure in their logits, and one that scores of its own, high, with one text."""
+    """Pools of 12 sources whose logits have rank-2 structure, but one, which scores high and always says the same."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(prompts, 2)) @ (rng.normal(size=(2, SOURCES)) * 0.7)
     x += rng.normal(size=SOURCES) + 1.5 * rng.normal(size=(prompts, 1)) + 0.3 * rng.normal(size=(prompts, SOURCES))
@@ -195,10 +195,9 @@ def test_hygiene_finds_the_text_that_is_everywhere(samples):
 def test_copies_and_blanks_are_never_in_a_pool(tmp_path):
     rows = [
         {"prompt": "a", "responses": ["x", "y", "x", " ", "z"], "scores": [1.0, 2.0, 5.0, 9.0, 0.0]},
-        {"prompt": "b", "responses": ["x", "x", "y", None and "", ""], "scores": [1.0, 2.0, 0.0, 7.0, 8.0]},
+        {"prompt": "b", "responses": ["x", "x", "y", "\n", ""], "scores": [1.0, 2.0, 0.0, 7.0, 8.0]},
         {"prompt": "c", "responses": ["x", "y"], "scores": [1.0, None]},
     ]
-    rows[1]["responses"][3] = "\n"
     path = write_rows(tmp_path / "s.jsonl", rows)
     result = run_quietly(config_of(path, read={"scores": ["scores"], "sources": None}))
     written = read_lines(result.summary["output"])
@@ -438,7 +437,7 @@ def test_stale_files_are_refused(samples, tmp_path):
 def test_work_is_needed_to_begin_later(samples):
     with pytest.raises(InputError, match="work"):
         run(config_of(samples), begin="select")
-    with pytest.raises(InputError, match="a run can begin at read, hygiene, .*, got 'score'"):
+    with pytest.raises(InputError, match=r"a run can begin at read, hygiene, .*, got 'score'"):
         run(config_of(samples), begin="score")
 
 
@@ -488,7 +487,7 @@ def test_unusable_sources_are_said(tmp_path):
 
 @pytest.mark.skipif("FASTPREF_SCORED_SAMPLES" not in os.environ, reason="FASTPREF_SCORED_SAMPLES names no file")
 def test_real_samples(tmp_path):
-    """On AlpacaEval's development scores a constant text is the best response of 79 of 403 prompts, until it is found."""
+    """On AlpacaEval's development scores a constant text is the best response of 79 of 403 prompts."""
     path = Path(os.environ["FASTPREF_SCORED_SAMPLES"]).resolve()
     table = {"input": str(path), "output": str(tmp_path / "pairs.jsonl"), "read": {"scores": ["win_prob:logit"]}}
     table["read"]["sources"] = "models"

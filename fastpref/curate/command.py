@@ -193,8 +193,8 @@ def _select(stage) -> str:
 def _route(stage) -> str:
     if "skipped" in stage:
         return _skipped(stage)
-    if stage["tau"] is None:
-        return "nothing to route"
+    if stage["share_sft"] is None:
+        return "no pairs"
     return f"{stage['sft']} pairs to SFT ({stage['share_sft']:.1%}), margin below {stage['tau']:.4g}"
 
 
