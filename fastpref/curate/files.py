@@ -97,7 +97,9 @@ def write_pairs(
             row = np.repeat(np.arange(here.stop - here.start), np.diff(first[here.start : here.stop + 1]))
             values = {name: _take(column, these) for name, column in columns.items()}
             picked = Picked(row, chosen[these], rejected[these], to_sft[these], values)
-            yield samples.path, part, known, picked, format, rewrite is None
+            begin = samples.offsets[prompt[these]]
+            hashes = samples.text_hash[begin + picked.chosen], samples.text_hash[begin + picked.rejected]
+            yield samples.path, part, known, picked, hashes, format, rewrite is None
 
     def blocks():
         for block in processes.in_processes(_lines_of_part, tasks(), workers):
@@ -266,13 +268,17 @@ def _indices(samples, pairs) -> list[np.ndarray]:
 # ---- the second pass
 
 
-def _lines_of_part(path, part, known, picked, format, final) -> tuple[bytes, np.ndarray]:
-    """The rows of the pairs as JSON, one after the other, and the bytes of each."""
+def _lines_of_part(path, part, known, picked, hashes, format, final) -> tuple[bytes, np.ndarray]:
+    """The rows of the pairs as JSON, one after the other, and the bytes of each. hashes: of chosen and rejected."""
     import orjson
 
     from fastpref.curate import reading
 
     rows = reading.same_rows(path, part, known)
+    for index, before in zip((picked.chosen, picked.rejected), hashes, strict=True):
+        texts = [rows[r].responses[k] for r, k in zip(picked.row.tolist(), index.tolist(), strict=True)]
+        if (reading.text_hash(texts) != before).any():
+            raise reading.changed(path)
     found = pair_rows_of(rows, known.prompt_hash, picked, format)
     lines = [orjson.dumps(shaped(row, format) if final else row) for row in found]
     return b"".join(lines), np.array([len(line) for line in lines], np.int64)

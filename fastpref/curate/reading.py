@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.rows import Fields, Row, check_unicode, parse_row, score_fields, top_fields
+from fastpref.curate.rows import Fields, Row, Text, check_unicode, parse_row, score_fields, top_fields
 from fastpref.curate.samples import InputError, RowProblem, Samples
 
 try:
@@ -229,7 +229,7 @@ def columns_of_part(path, part: Part, fields: Fields) -> Columns:
 def columns_of(path, rows, fields: Fields) -> Columns:
     """rows: position and value of each, as of `part_rows`."""
     counts, numbers, positions, conversational, problems = [], [], [], [], []
-    lengths, blank, prompt_hash, text_hash, truncated, sources = [], [], [], [], [], []
+    lengths, blank, prompt_hash, text_hashes, truncated, sources = [], [], [], [], [], []
     scores = {name: [] for name in fields.scores or ()}
     codes: dict[str | None, int] = {None: -1}
     number = 0
@@ -238,14 +238,14 @@ def columns_of(path, rows, fields: Fields) -> Columns:
             continue
         try:
             row = valid_row(value, fields)
-            hashes = digests(row)
+            hashes = _digests(row)
         except ValueError as error:
             problems.append(RowProblem(path, number, str(error)))
             continue
         numbers.append(number)
         positions.append(position)
-        prompt_hash.append(hashes[:8])
-        text_hash.append(hashes[8:])
+        prompt_hash.append(hashes[0])
+        text_hashes += hashes[1:]
         counts.append(len(row.responses))
         conversational.append(not isinstance(row.prompt, str))
         for name, values in row.scores.items():
@@ -261,7 +261,7 @@ def columns_of(path, rows, fields: Fields) -> Columns:
         counts=np.array(counts, np.int64),
         scores={name: np.array(values, np.float64) for name, values in scores.items()},
         lengths=np.array(lengths, np.int32),
-        text_hash=_uint64(b"".join(text_hash)),
+        text_hash=_uint64(b"".join(text_hashes)),
         blank=np.array(blank, bool),
         truncated=_where_said(truncated, counts, False, bool),
         sources=_where_said(sources, counts, -1, np.int32),
@@ -314,16 +314,21 @@ def joined(path, parts: Iterable[Columns], fields: Fields, stamp) -> Samples:
     )
 
 
-def digests(row: Row) -> bytes:
-    """8 bytes for the prompt and each response: XXH3 of the UTF-8 of a string, or of the JSON of a conversation."""
+def text_hash(texts: list[Text]) -> np.ndarray:
+    """uint64 [texts]: XXH3 of the UTF-8 of a string, or of the JSON of a conversation."""
+    return _uint64(b"".join(map(_digest, texts)))
+
+
+def _digests(row: Row) -> list[bytes]:
     try:
-        texts = [row.prompt, *row.responses]
-        if isinstance(row.prompt, str):
-            return b"".join([xxh3_64_digest(text.encode()) for text in texts])
-        return b"".join([xxh3_64_digest(orjson.dumps(text)) for text in texts])
+        return list(map(_digest, [row.prompt, *row.responses]))
     except (UnicodeEncodeError, orjson.JSONEncodeError):
         check_unicode(row)
         raise
+
+
+def _digest(text: Text) -> bytes:
+    return xxh3_64_digest(text.encode() if isinstance(text, str) else orjson.dumps(text))
 
 
 def hashes_of_texts(row) -> list[bytes]:
@@ -369,45 +374,36 @@ class Known(NamedTuple):
     position: np.ndarray  # [prompts] ascending
     counts: np.ndarray  # [prompts] responses
     prompt_hash: np.ndarray  # [prompts]
-    text_hash: np.ndarray  # [responses]
 
 
 def parts_again(samples: Samples, prompts: np.ndarray) -> Iterator[tuple[Part, slice, Known]]:
     """The parts that hold some of these ascending prompts, and which. Raises InputError when the file has changed."""
     check_unchanged(samples)
-    position, counts = samples.position[prompts], np.diff(samples.offsets)[prompts]
+    known = Known(samples.position[prompts], np.diff(samples.offsets)[prompts], samples.prompt_hash[prompts])
     for part in parts(samples.path):
-        here = slice(*np.searchsorted(position, [part.begin, part.end]))
-        if here.start == here.stop:
-            continue
-        # flat indices of the responses: each pool's own run of numbers
-        ends = np.cumsum(counts[here])
-        flat = np.arange(ends[-1]) + np.repeat(samples.offsets[prompts[here]] - ends + counts[here], counts[here])
-        yield (
-            part,
-            here,
-            Known(position[here], counts[here], samples.prompt_hash[prompts[here]], samples.text_hash[flat]),
-        )
+        here = slice(*np.searchsorted(known.position, [part.begin, part.end]).tolist())
+        if here.start < here.stop:
+            yield part, here, Known(*(column[here] for column in known))
     check_unchanged(samples)
 
 
 def same_rows(path, part: Part, known: Known) -> list[Row]:
-    """The rows of these prompts once more, without scores. Raises InputError when their texts are others."""
-    changed = InputError(f"{path} changed after its scores were read")
+    """The rows of these prompts once more, without scores. Raises InputError when they are others."""
     fields = Fields(scores=())
     try:
         rows = [valid_row(value, fields) for _, value in part_rows(path, part, fields, known.position.tolist())]
     except ValueError:
-        raise changed from None
-    if [len(row.responses) for row in rows] != known.counts.tolist():
-        raise changed
-    hashes = [digests(row) for row in rows]
-    prompt_hash, text_hash = (_uint64(b"".join(h[place] for h in hashes)) for place in (slice(8), slice(8, None)))
-    if (prompt_hash != known.prompt_hash).any() or (text_hash != known.text_hash).any():
-        raise changed
+        raise changed(path) from None
+    same = [len(row.responses) for row in rows] == known.counts.tolist()
+    if not same or (text_hash([row.prompt for row in rows]) != known.prompt_hash).any():
+        raise changed(path)
     return rows
+
+
+def changed(path) -> InputError:
+    return InputError(f"{path} changed after its scores were read")
 
 
 def check_unchanged(samples: Samples) -> None:
     if stamp(samples.path) != samples.stamp:
-        raise InputError(f"{samples.path} changed after its scores were read")
+        raise changed(samples.path)

@@ -124,8 +124,12 @@ def texts(samples: Samples, prompts=None) -> Iterator[tuple[Text, list[Text]]]:
         raise ValueError("prompts must be strictly increasing indices")
     if len(prompts) and not 0 <= prompts[0] <= prompts[-1] < samples.prompts:
         raise ValueError(f"prompts must lie in [0, {samples.prompts}), got {prompts[0]} to {prompts[-1]}")
-    for part, _, known in reading.parts_again(samples, prompts):
-        for row in reading.same_rows(samples.path, part, known):
+    for part, here, known in reading.parts_again(samples, prompts):
+        for prompt, row in zip(prompts[here], reading.same_rows(samples.path, part, known), strict=True):
+            if (
+                reading.text_hash(row.responses) != samples.text_hash[slice(*samples.offsets[prompt : prompt + 2])]
+            ).any():
+                raise reading.changed(samples.path)
             yield row.prompt, row.responses
 
 
