@@ -295,7 +295,7 @@ def test_lower_bound_that_clips_nothing():
     with pytest.warns(UserWarning, match=r"lower=-2 clips none of the 300 margins of 'win_prob', which begin at 0\.0"):
         bees({"win_prob": rng.random(300)})
     small = rng.normal(0, 0.3, 300)
-    with pytest.warns(UserWarning, match=r"lower=-2 clips none of the 300 margins of 'win_prob', which begin at -0\."):
+    with pytest.warns(UserWarning, match=r"lower=-2 clips none of the 300 margins of 'win_prob', which begin at -1\."):
         bees({"win_prob": small})
     bees({"win_prob": small}, lower={"win_prob": -0.2})  # on its scale: silence
     with warnings.catch_warnings():
