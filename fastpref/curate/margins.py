@@ -289,15 +289,15 @@ def _upper_bound(margin, kind) -> float:
     # m > U is ceil(m) > U for a whole U, so one histogram of the tail answers every step of the search. With fewer than
     # one pair per unit the search stops at once: the histogram has no more bins than there are pairs.
     tail = margin[margin > start]
-    if start > largest or len(tail) < largest - start:
+    if len(tail) < largest - start:
         return float(start)
     counts = np.bincount(
         (np.ceil(tail) - start).astype(np.int64), minlength=1
     )  # counts[j]: start + j - 1 < m <= start + j
     above = len(tail) - np.cumsum(counts)  # pairs above start + j
     upper = start + np.arange(len(counts))
-    stops = (above < largest - upper) | (above < 30) | (upper > largest)
-    return float(upper[np.argmax(stops)])  # none is above the last one
+    stops = (above < largest - upper) | (above < 30)  # none is above the last one, so the search ends there at last
+    return float(upper[np.argmax(stops)])
 
 
 # ---- votes
