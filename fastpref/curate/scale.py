@@ -100,9 +100,12 @@ def sort_pools(rewards, scale, ddof=0) -> SortedPools:
     on_scale = _logit(ordered) if scale == "logit" else ordered
     last = on_scale[np.arange(prompts), np.maximum(count - 1, 0)]
     largest = np.fmax(np.maximum(np.abs(on_scale[:, 0]), np.abs(last)), 0)  # 0 without a reward
-    # A power of two rounds nothing. Clipped, so that it is a float64 itself; 2**±24 is near enough to 1.
-    exponent = np.clip(np.frexp(largest)[1], -1000, 1000)
-    scaled = np.multiply(on_scale.T, np.ldexp(1.0, -exponent), order="C")
+    exponent = np.frexp(largest)[1]
+    # In two steps, as 2**1073 is no float64; a power of two rounds nothing.
+    step = np.clip(exponent, -1000, 1000)
+    scaled = np.multiply(on_scale.T, np.ldexp(1.0, -step), order="C")
+    if (rest := exponent - step).any():
+        scaled *= np.ldexp(1.0, -rest)
     if scale == "mad":
         center = quantile(scaled, count, 0.5)
         spread = MAD_TO_STD * quantile(np.sort(np.abs(scaled - center), axis=0), count, 0.5)
