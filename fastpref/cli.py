@@ -364,7 +364,7 @@ def _add_curate(commands) -> None:
         dest="length.control",
         choices=LENGTH_CONTROL,
         help="within_source: scores minus their slope over length within prompt and source; match: of the responses "
-        "near the rejected's target the one of nearest length (none)",
+        "near the rejected's target the one nearest in length to the chosen (none)",
     )
 
     add = curate.add_argument_group("pairs").add_argument

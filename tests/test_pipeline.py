@@ -232,6 +232,26 @@ def test_two_runs_give_the_same_bytes(samples, tmp_path):
     assert Path(other.summary["output"]).read_bytes() != content
 
 
+def test_the_order_of_the_responses_changes_nothing_but_indices(samples):
+    tables = {"read": {"scores": ["win_prob:logit", "helpfulness"]}, "select": {"fraction": 0.6}}
+    tables |= {"construct": {"pairs_per_prompt": 2}, "length": {"control": "within_source"}}
+    first = run_quietly(config_of(samples, **tables))
+    rng = np.random.default_rng(1)
+    rows = read_lines(samples)
+    for row in rows:
+        order = rng.permutation(SOURCES)
+        row |= {name: [row[name][k] for k in order] for name in row if name != "prompt"}
+    write_rows(samples, rows)
+    again = run_quietly(config_of(samples, **tables))
+    assert len(again.rows["row"]) == len(first.rows["row"])
+    assert (again.rows["chosen_id"] != first.rows["chosen_id"]).any()
+    for name in set(first.rows) - {"chosen", "rejected", "chosen_id", "rejected_id"}:
+        if isinstance(first.rows[name], np.ndarray) and first.rows[name].dtype.kind == "f":
+            np.testing.assert_allclose(again.rows[name], first.rows[name], rtol=1e-9, atol=1e-9, err_msg=name)
+        else:
+            assert np.array_equal(again.rows[name], first.rows[name]), name
+
+
 def test_scores_stay_as_they_are_under_length_control(samples):
     plain = run_quietly(config_of(samples))
     assert "score_chosen_used" not in plain.rows
@@ -355,6 +375,13 @@ def test_selecting_before_auditing_warns(samples):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         run(config_of(samples, hygiene={"apply": True}, construct={"rejected": "quantile:0.1"}, order=STAGES[:-2]))
+
+
+def test_length_control_before_auditing_warns(samples):
+    order = ["hygiene", "length", "audit", "construct"]
+    result = run_quietly(config_of(samples, order=order, length={"control": "within_source"}))
+    assert any("order has length before audit" in message for message in result.warnings)
+    assert not any("order has" in message for message in run_quietly(config_of(samples, order=order)).warnings)
 
 
 def test_prompts_are_selected_before_there_are_pairs(samples):

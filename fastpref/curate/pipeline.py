@@ -73,7 +73,7 @@ def run(
         if config.work is not None:
             save(state, config.work, name, fingerprint(config, name))
     with _collected() as messages:
-        _warn_of_order(config.order)
+        _warn_of_order(config)
         summary = _said_of_input(state.samples)
         if state.pairs is not None:
             summary |= _said_of_pairs(state)
@@ -126,14 +126,15 @@ def _collected() -> Iterator[list[str]]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def _warn_of_order(order) -> None:
-    if {"select", "audit"} <= set(order) and order.index("select") < order.index("audit"):
-        warnings.warn(
-            f"order has select before audit ({', '.join(order)}): a source that games the judge has the largest "
-            "margins, and its pairs take the place of others",
-            UserWarning,
-            stacklevel=2,
-        )
+def _warn_of_order(config) -> None:
+    order = config.order
+    for stage, why in (
+        ("select", "a source that games the judge has the largest margins, and its pairs take the place of others"),
+        ("length", "a source that games the judge bends the slope of length"),
+    ):
+        acts = stage == "select" or config.length.control == "within_source"
+        if acts and {stage, "audit"} <= set(order) and order.index(stage) < order.index("audit"):
+            warnings.warn(f"order has {stage} before audit ({', '.join(order)}): {why}", UserWarning, stacklevel=2)
 
 
 # ---- outputs
