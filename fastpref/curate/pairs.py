@@ -21,7 +21,7 @@ from fastpref.curate.pools import as_mask, flat, same_size, table, usable
 from fastpref.curate.scale import SortedPools, check_scale, quantile, sort_pools
 
 DEGENERATE_SHARE = 0.2  # of targets below the minimum of their pool, beyond which on_degenerate acts
-BLOCK = 1 << 15  # responses at a time: what is worked on stays in the L2 cache
+BLOCK = 1 << 16  # responses at a time: what is worked on stays in the L2 cache
 GAPS = 1 << 20  # differences between two rewards at a time, for their quantiles
 TIED = 8 * np.finfo(np.float64).eps  # the mean carries a few roundings, which must not decide a tie
 
@@ -357,7 +357,7 @@ def _select(data, pairings, bounds, slots, seed) -> list[PairSelection]:
         block = _read_block(data, which, size)
         pools, enough = block.pools, block.pools.count >= 2
         shared["n_pool"][which] = pools.count
-        shared["minimum"][which] = pools.unscaled(pools.lowest())
+        shared["minimum"][which] = pools.unscaled(pools.lowest)
         shared["mean"][which] = np.where(enough, pools.unscaled(pools.center), np.nan)
         shared["std"][which] = np.where(enough, pools.unscaled(pools.spread), np.nan)
         for (chosen, rejected), columns in zip(pairings, selected, strict=True):
@@ -369,7 +369,7 @@ def _select(data, pairings, bounds, slots, seed) -> list[PairSelection]:
                 picks = _nearest_ones(block, rejected, slots)
             spread = pools.spread if _needs_spread(chosen) or _needs_spread(rejected) else None
             for slot, (position, there) in enumerate(picks):
-                worse = _pick_rejected(block, rejected, slot, position)
+                worse = _pick_rejected(block, position, slot)
                 reason = _reasons(block, best, worse, there, spread, bounds)
                 keep = reason == DropReason.KEPT
                 columns["reason"][which, slot] = reason
@@ -443,30 +443,31 @@ class _Pick(NamedTuple):
 def _pick_chosen(block, rule) -> _Pick:
     pools = block.pools
     if rule.number == math.inf and block.eligible is None:
-        position = np.maximum(pools.count - 1, 0)
+        position = pools.last
     else:
         places, want, slack = _sought(pools, rule)
         tied = _tied(places if block.eligible is None else np.where(block.eligible, places, np.nan), want, slack)
         position = len(tied) - 1 - np.argmax(tied[::-1], axis=0)
-    reward = pools.rewards[np.arange(len(position)), position]
+    reward = pools.reward_at(position)
     column = np.argmax(block.choosable == reward[:, None], axis=1)
     return _Pick(column, reward, pools.at(position), position)
 
 
-def _pick_rejected(block, rule, slot, position) -> _Pick:
+def _pick_rejected(block, position, slot) -> _Pick:
     """Of equal rewards the first one as the first pick of its prompt, later ones as later picks."""
     pools = block.pools
-    reward = pools.rewards[np.arange(len(position)), position]
+    reward = pools.reward_at(position)
     equal = block.rewards == reward[:, None]
-    if slot == 0 and rule.kind == "target":
-        rank = position  # equal rewards are equally near, and the lowest position was taken
-    else:
-        rank = np.argmax(pools.rewards == reward[:, None], axis=1)
-    if slot == 0:
-        column = np.argmax(equal, axis=1)
-    else:
-        column = np.argmax(np.cumsum(equal, axis=1) > (position - rank)[:, None], axis=1)
+    if slot == 0:  # the position is that of the first already
+        return _Pick(np.argmax(equal, axis=1), reward, pools.at(position), position)
+    rank = _first_equal(pools, position)
+    column = np.argmax(np.cumsum(equal, axis=1) > (position - rank)[:, None], axis=1)
     return _Pick(column, reward, pools.at(position), rank)
+
+
+def _first_equal(pools, position) -> np.ndarray:
+    """[k] lowest position of the same reward."""
+    return np.argmax(pools.rewards == pools.reward_at(position)[:, None], axis=1)
 
 
 def _target(pools, rule) -> np.ndarray:
@@ -491,11 +492,11 @@ def _sought(pools, rule) -> tuple[np.ndarray, np.ndarray, float]:
         positions = np.arange(float(len(pools.scaled)))[:, None]
         return (
             np.where(np.isnan(pools.scaled), np.nan, positions),
-            rule.number * np.maximum(pools.count - 1, 0),
+            rule.number * pools.last,
             TIED * len(positions),
         )
     # Beyond the pool the nearest reward is the extreme one: clipping says so without rounding, for infinite k too.
-    want = np.clip(_target(pools, rule), pools.lowest(), pools.highest())
+    want = np.clip(_target(pools, rule), pools.lowest, pools.highest)
     return pools.scaled, want, 0 if math.isinf(rule.number) else TIED
 
 
@@ -515,6 +516,8 @@ def _nearest_ones(block, rule, slots):
     places, want, slack = _sought(pools, rule)
     columns = np.arange(len(want))
     position = np.argmax(_tied(places, want, slack), axis=0)
+    if rule.kind == "quantile":
+        position = _first_equal(pools, position)
     below, above = position - 1, position + 1
     yield position, pools.count > 0
     for _ in range(slots - 1):
@@ -536,12 +539,13 @@ def _drawn(block, m, chosen, draws):
     without_chosen = count > m
     left = np.where(without_chosen, count - 1, count)
     base = np.zeros_like(count)
-    for uniform in draws:
+    for slot, uniform in enumerate(draws):
         there = (left > 0) & (m > 0)
         step = _lowest_of(m, left, uniform)
         position = base + step
         position += without_chosen & (position >= chosen)
-        yield np.where(there, position, 0), there
+        position = np.where(there, position, 0)
+        yield (_first_equal(block.pools, position) if slot == 0 else position), there
         base, left, m = base + step + 1, left - step - 1, m - 1
 
 
@@ -566,7 +570,7 @@ def _reasons(block, best, worse, there, spread, bounds) -> np.ndarray:
     """[k] int8. there: bool, whether there is a response to reject; spread: of the rules that are measured in it."""
     pools = block.pools
     gap = best.reward - worse.reward
-    flat_pool = pools.lowest() == pools.highest()
+    flat_pool = pools.lowest == pools.highest
     # The first that applies counts, so it is written last.
     checks = [
         (bounds.max_gap and gap > _gap_bound(pools, bounds.max_gap), DropReason.LARGE_GAP),
