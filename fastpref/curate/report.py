@@ -239,15 +239,15 @@ def _lengths(lengths: PairLengths) -> _Section:
         found = length_report(np.stack([chosen, rejected], 1), pairs)._replace(chosen_in_top_decile=math.nan)
     text = (
         f"Taking the longer response for the chosen one is right on {_percent(found.longest_wins)} of the pairs (equal "
-        f"lengths count half). The chosen one is {_number(found.median_ratio)} times as long as the rejected one at the "
-        "median. Far from 50 %, accuracy on these pairs measures length rather than preference."
+        f"lengths count half). The chosen one is {_number(found.median_ratio)} times as long as the rejected one at "
+        "the median. Far from 50 %, accuracy on these pairs measures length rather than preference."
     )
     if not math.isnan(found.chosen_in_top_decile):
         text += f" {_percent(found.chosen_in_top_decile)} of the chosen ones are in the longest tenth of their pool."
     if not math.isnan(found.truncated_share):
         text += (
-            f" Truncated: {_percent(found.truncated_share)} of all responses, {_percent(found.truncated_chosen)} of the "
-            f"chosen and {_percent(found.truncated_rejected)} of the rejected ones."
+            f" Truncated: {_percent(found.truncated_share)} of all responses, {_percent(found.truncated_chosen)} of "
+            f"the chosen and {_percent(found.truncated_rejected)} of the rejected ones."
         )
     png = report_plots.lengths(np.maximum(chosen, 1), np.maximum(rejected, 1), lengths.unit)
     return _Section("Length", text, _Figure("lengths.png", png, "Lengths of chosen and rejected responses"))
