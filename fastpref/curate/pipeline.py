@@ -58,7 +58,7 @@ def run(
         raise InputError(f"a run can begin at {', '.join(names)}, got {begin!r}")
     if config.work is None and (only or begin != "read"):
         raise InputError("work must be a folder for a run that begins later than read, or ends after one stage")
-    if config.output is None and not only:
+    if config.output is None and (not only or begin == "write"):
         raise InputError("output must be a file")
     _check_outputs(config)
     report = (lambda what: None) if progress is None else (lambda what: partial(progress, what))
@@ -101,14 +101,15 @@ def _resumed(config, name) -> State:
 def _check_outputs(config) -> None:
     write = config.write
     outputs = [path for path in (config.output, write.sft, write.test, write.bad_rows) if path is not None]
+    inputs = [path for path in (config.input, config.read.implicit, *config.hygiene.decontaminate) if path is not None]
     for index, path in enumerate(outputs):
         if path != write.bad_rows and not path.endswith(files.ENDINGS):
             raise InputError(f"the output must end in {', '.join(files.ENDINGS)}, got {path}")
         if not os.access(folder := os.path.dirname(path) or ".", os.W_OK):
             raise InputError(f"cannot write {path}: the folder {folder} is not there or cannot be written")
-        for other in [config.input, *outputs[:index]]:
+        for other in [*inputs, *outputs[:index]]:
             if os.path.realpath(path) == os.path.realpath(other):
-                raise InputError(f"{path} would overwrite {'the input' if other == config.input else 'another output'}")
+                raise InputError(f"{path} would overwrite {'an input' if other in inputs else 'another output'}")
 
 
 @contextlib.contextmanager
