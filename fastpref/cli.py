@@ -10,6 +10,7 @@ import sys
 import traceback
 
 from fastpref import __version__
+from fastpref.curate.config import CLEAN, EXCLUDE, FORMATS, GOALS, LENGTH_CONTROL
 from fastpref.curate.samples import InputError
 
 
@@ -41,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_demo(commands)
     _add_denoise(commands)
+    _add_curate(commands)
     return parser
 
 
@@ -263,3 +265,197 @@ def _denoise(arguments) -> int:
         print(f"fastpref denoise: warning: {warning}", file=sys.stderr)
     print(json.dumps(summary, indent=2) if as_json else sentence(summary))
     return 0 if summary["converged"] else 1
+
+
+# ---- curate
+
+
+CURATE = """\
+Makes training pairs of scored responses. It starts at scored files: it samples no responses and scores none.
+
+IN is JSON Lines (also .gz) or Parquet, a prompt a row:
+  prompt, responses[], scores[]     any name for the scores (--scores), several columns of them; also sources[] (who
+                                    wrote each response: --sources), lengths[], truncated[] or finish_reason[]
+  instruction, completions[]        UltraFeedback
+  chosen, rejected, score_chosen, score_rejected    TRL's preference rows with scores: a pool of two
+Prompts and responses are strings or messages [{"role", "content"}, ...]. What a row must hold and does not is a bad
+row: left out, counted, listed in --bad-rows.
+
+OUT is .jsonl[.gz] or .parquet, a row a pair: texts as --format has them, and beside them the scores (score_chosen,
+score_rejected, margin) and where it all comes from. Scores stay as they are in every stage.
+
+The stages, in this order unless the config says otherwise:
+  hygiene    copies of a text under one prompt count once (with the mean of their scores), blank responses and missing
+             scores not at all. One text under many prompts, and prompts that stand in --decontaminate files, are
+             reported; --apply leaves them out.
+  audit      with --sources: whose scores the other sources do not explain. From 200 prompts on, flagged sources are
+             neither chosen nor rejected, nor part of a pool (--exclude).
+  clean      with --sources: single scores that the others contradict count as missing (--clean).
+  length     --length-control, after the audit; "longest wins" is reported in any case.
+  construct  --chosen against --rejected, of every prompt.
+  select     --select of the pairs, by margins; several score columns vote.
+  route      pairs of small margin (--tau) go to SFT: their route says so, or they go to --sft.
+
+IN is read twice: first the scores, then the texts of the pairs. Every output is written whole or not at all."""
+CURATE_CODES = """\
+Exit codes: 0 done; 1 done and written, but no pair was kept, or there were warnings and --strict; 2 the user can mend
+it; 3 a defect of fastpref, with a traceback; 130 interrupted."""
+
+
+def _add_curate(commands) -> None:
+    curate = commands.add_parser(
+        "curate",
+        help="scored samples -> training pairs: cleaned, selected, routed, with their scores and where they come from",
+        description=CURATE,
+        epilog=CURATE_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = curate.add_argument
+    add("input", metavar="IN", help="scored samples")
+    add("-o", dest="output", metavar="OUT", help="the pairs; replaced if it is there")
+    add("--config", metavar="FILE", help="TOML, a table per stage; flags win over it")
+    add("--report", metavar="DIR", help="a page of what was done, report.md and report.html")
+    add("--json", action="store_true", help="print the summary as JSON")
+    add("--strict", action="store_true", help="exit with 1 after warnings: degenerate rules, correlated scores, ...")
+    add("--seed", type=int, metavar="N", help="of everything random (0)")
+    add("--order", type=_listed, metavar="STAGE,...", help="of the stages; those not named are left out")
+    add("--work", metavar="DIR", help="keep what every stage makes, one .npz each")
+    add("--from", dest="begin", metavar="STAGE", help='begin there, with what --work kept; also "write"')
+    add("--stage", metavar="STAGE", help="run this one alone on what --work kept, and keep its result; no OUT")
+
+    add = curate.add_argument_group("reading").add_argument
+    add(
+        "--scores",
+        dest="read.scores",
+        type=_listed,
+        metavar="FIELD[:logit],...",
+        help=":logit for probabilities; the first constructs the pairs (default: scores, else win_prob)",
+    )
+    add("--sources", dest="read.sources", metavar="FIELD", help="who wrote each response, such as models")
+    add("--lengths", dest="read.lengths", metavar="FIELD", help="of the responses (default: characters)")
+    add(
+        "--implicit",
+        dest="read.implicit",
+        metavar="FIELD|NPY",
+        help="implicit rewards, one per response of the file; they vote when pairs are selected",
+    )
+    add(
+        "--score-range",
+        dest="read.score_range",
+        type=_numbers,
+        metavar="LOW,HIGH",
+        help="what the first scores can be, such as 1,10",
+    )
+    add("--workers", dest="read.workers", type=positive_integer, metavar="N", help="processes that read")
+
+    add = curate.add_argument_group("cleaning").add_argument
+    add(
+        "--apply",
+        dest="hygiene.apply",
+        action="store_true",
+        default=None,
+        help="also leave out repeated texts and contaminated prompts",
+    )
+    add("--decontaminate", dest="hygiene.decontaminate", type=_listed, metavar="FILE,...", help="not to train on")
+    add("--exclude", dest="audit.exclude", choices=EXCLUDE, help="flagged sources: from what (both)")
+    add("--clean", dest="clean.action", choices=CLEAN, help="single corrupted scores (mask)")
+    add(
+        "--length-control",
+        dest="length.control",
+        choices=LENGTH_CONTROL,
+        help="within_source: scores minus their slope over length within prompt and source; match: of the responses "
+        "near the rejected's target the one nearest in length to the chosen (none)",
+    )
+
+    add = curate.add_argument_group("pairs").add_argument
+    add(
+        "--chosen",
+        dest="construct.chosen",
+        metavar="RULE",
+        help="max (default), min, mean+1std, quantile:0.9, ...: the response nearest to that",
+    )
+    add(
+        "--rejected",
+        dest="construct.rejected",
+        metavar="RULE",
+        help="mean-2std (default), quantile:0.10, min_of_5 (the lowest of five drawn), min, ...",
+    )
+    add("--scale", dest="construct.scale", metavar="SCALE", help="of the moments: raw (default), logit, mad, ...")
+    add(
+        "--on-degenerate",
+        dest="construct.on_degenerate",
+        metavar="WHAT",
+        help="where more than a fifth of the rejected's targets lie below the pool: warn (default), min_of_5, "
+        "quantile:0.10, drop, error",
+    )
+    add(
+        "--min-chosen", dest="construct.min_chosen", type=_number_or_text, metavar="X", help="least score of the chosen"
+    )
+    add("--min-gap", dest="construct.min_gap", type=_number_or_text, metavar="X", help="least gap, or quantile:0.1")
+    add("--max-gap", dest="construct.max_gap", type=_number_or_text, metavar="X", help="largest gap, likewise")
+    add("--pairs-per-prompt", dest="construct.pairs_per_prompt", type=positive_integer, metavar="N")
+    add("--select", dest="select", type=_count_or_share, metavar="N", help="pairs to keep, or their share below 1")
+    add("--how", dest="select.how", metavar="HOW", help="margins combine: mul (BeeS, default), add, max, ... ")
+    add(
+        "--tau",
+        dest="route.tau",
+        type=_number_or_text,
+        metavar="X",
+        help="margin below which a pair goes to SFT; quantile:0.12 (default), or 0.5 for --score-range 1,10; none",
+    )
+
+    add = curate.add_argument_group("writing").add_argument
+    add("--format", dest="write.format", choices=FORMATS, help="of the texts (trl)")
+    add("--sft", dest="write.sft", metavar="FILE", help="pairs routed to SFT, as prompt and completion")
+    add("--test", dest="write.test", metavar="FILE", help="pairs of the prompts held out")
+    add("--test-share", dest="write.test_share", type=float, metavar="X", help="of the prompts, by their hash")
+    add(
+        "--easy-to-hard",
+        dest="write.easy_to_hard",
+        action="store_true",
+        default=None,
+        help="the largest margin first, for training without shuffling; otherwise in the order of IN",
+    )
+    add(
+        "--goals",
+        dest="write.goals",
+        choices=GOALS,
+        help="goal-conditioned rows: both, the pair and its swap; half, as many rows as pairs (none)",
+    )
+    add("--bad-rows", dest="write.bad_rows", metavar="FILE", help="rows that could not be read, and why, as .jsonl")
+    curate.set_defaults(handler=_curate, name="fastpref curate")
+
+
+def _listed(text) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _number_or_text(text) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _count_or_share(text) -> dict[str, float]:
+    number = positive_number(text)
+    if number < 1:
+        return {"fraction": number}
+    if number != int(number):
+        raise argparse.ArgumentTypeError(f"must be below 1 or a whole number, got {text}")
+    return {"k": int(number)}
+
+
+def _curate(arguments) -> int:
+    from fastpref.curate.command import run_command
+
+    # kill, too, leaves no temporary file behind
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run_command(_options(arguments))
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpref.rating_scale import RatingScale, of_gaps
+
 
 class Pairs(NamedTuple):
     """What a loss may read about B pairs: vectors [B], fp32 or fp64; a loss names those it needs in `.needs`."""
@@ -843,16 +845,6 @@ def sft(pairs, *, beta: float = 0.1):
     return -_mean(pairs.chosen_logps, pairs.chosen_length)
 
 
-class RatingScale(NamedTuple):
-    """Of a set of rating gaps and a β; see `rating_scale`."""
-
-    median: float
-    std: float
-    suggested_beta_rating: float
-    suggested_variance: float
-    initial_offset: float
-
-
 def rating_scale(gap, beta: float) -> RatingScale:
     """What the scale of the rating gaps (array, list or tensor; NaN = not rated, ignored) means for RDPO and ML-RDPO.
 
@@ -865,21 +857,4 @@ def rating_scale(gap, beta: float) -> RatingScale:
     the full gradient (0.998 of it) whatever the policy does; the suggestion is then β₁ = 4.
     """
     _require_positive("beta", beta)
-    gap = gap.detach().cpu().double() if isinstance(gap, Tensor) else torch.tensor(gap, dtype=torch.float64)
-    gap = gap.flatten()
-    rated = gap[~gap.isnan()]
-    nonzero = rated[rated != 0].abs().sort().values
-    if not nonzero.numel():
-        raise ValueError(
-            "gap must hold at least one rating that is neither NaN nor 0, "
-            f"got {gap.numel()} values: {gap.numel() - rated.numel()} NaN, {rated.numel()} zero"
-        )
-    _require(bool(rated.isfinite().all()), "gap", "finite or NaN", "an infinite value")
-    median = nonzero[[(len(nonzero) - 1) // 2, len(nonzero) // 2]].mean().item()
-    return RatingScale(
-        median=median,
-        std=rated.std(correction=0).item(),
-        suggested_beta_rating=2 * beta * median,
-        suggested_variance=rated.square().mean().item(),
-        initial_offset=beta / 0.3 * median,
-    )
+    return of_gaps(gap.detach().cpu().double().numpy() if isinstance(gap, Tensor) else gap, beta)

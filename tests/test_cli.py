@@ -11,7 +11,8 @@ from fastpref.cli import main
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["demo", "--help"], ["denoise", "--help"], ["info", "--help"]]
+    "arguments",
+    [["--help"], ["--version"], ["demo", "--help"], ["denoise", "--help"], ["curate", "--help"], ["info", "--help"]],
 )
 def test_help_and_version_do_not_import_torch(python, arguments):
     code = (
