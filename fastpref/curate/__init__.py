@@ -1,15 +1,44 @@
-"""Preference data: numpy arrays in, numpy arrays out. Nothing here imports torch."""
+"""Preference data: numpy arrays in, numpy arrays out. Importing this imports no torch: what needs a model is lazy."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
 from fastpref.curate.samples import InputError, RowProblem, ScoredSamples, read_scored_samples, to_logit
 
+if TYPE_CHECKING:
+    from fastpref.curate.rewards import ImplicitRewards, ResponseLogps, implicit_rewards, response_logps
+
+# name -> module that imports torch
+_WITH_TORCH = {
+    "ImplicitRewards": "fastpref.curate.rewards",
+    "ResponseLogps": "fastpref.curate.rewards",
+    "implicit_rewards": "fastpref.curate.rewards",
+    "response_logps": "fastpref.curate.rewards",
+}
 __all__ = [
     "DropReason",
+    "ImplicitRewards",
     "InputError",
     "PairSelection",
+    "ResponseLogps",
     "RowProblem",
     "ScoredSamples",
+    "implicit_rewards",
     "read_scored_samples",
+    "response_logps",
     "select_pairs",
     "to_logit",
 ]
+
+
+def __getattr__(name):
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module 'fastpref.curate' has no attribute {name!r}")
+    value = getattr(import_module(_WITH_TORCH[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(__all__)
