@@ -4,9 +4,10 @@ The fused log-probs need hidden states and the head's weight. Where a model give
 with an adapter, parts on several devices, soft prompts, a formula of its own for the logits), the model's logits do.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -90,6 +91,18 @@ def _can_fuse(model) -> bool:
         product = softcap * torch.tanh(product / softcap)
     tolerance = 8 * torch.finfo(hidden.dtype).eps * expected.abs().max()
     return bool(((product - expected).abs() <= tolerance).all())
+
+
+@contextlib.contextmanager
+def evaluating(model) -> Iterator[None]:
+    """Without dropout; every module is afterwards in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def model_id(model) -> str:

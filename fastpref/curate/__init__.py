@@ -7,6 +7,19 @@ from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
 from fastpref.curate.samples import InputError, RowProblem, ScoredSamples, read_scored_samples, to_logit
 
 if TYPE_CHECKING:
+    from fastpref.curate.influence import (
+        Kept,
+        PairLogps,
+        PairScores,
+        influence,
+        intersection,
+        irm,
+        keep_rate,
+        loss_diff,
+        pair_batches,
+        pair_logps,
+        truncated,
+    )
     from fastpref.curate.rewards import ImplicitRewards, ResponseLogps, implicit_rewards, response_logps
 
 # name -> module that imports torch
@@ -15,20 +28,42 @@ _WITH_TORCH = {
     "ResponseLogps": "fastpref.curate.rewards",
     "implicit_rewards": "fastpref.curate.rewards",
     "response_logps": "fastpref.curate.rewards",
+    "Kept": "fastpref.curate.influence",
+    "PairLogps": "fastpref.curate.influence",
+    "PairScores": "fastpref.curate.influence",
+    "influence": "fastpref.curate.influence",
+    "intersection": "fastpref.curate.influence",
+    "irm": "fastpref.curate.influence",
+    "keep_rate": "fastpref.curate.influence",
+    "loss_diff": "fastpref.curate.influence",
+    "pair_batches": "fastpref.curate.influence",
+    "pair_logps": "fastpref.curate.influence",
+    "truncated": "fastpref.curate.influence",
 }
 __all__ = [
     "DropReason",
     "ImplicitRewards",
     "InputError",
+    "Kept",
+    "PairLogps",
+    "PairScores",
     "PairSelection",
     "ResponseLogps",
     "RowProblem",
     "ScoredSamples",
     "implicit_rewards",
+    "influence",
+    "intersection",
+    "irm",
+    "keep_rate",
+    "loss_diff",
+    "pair_batches",
+    "pair_logps",
     "read_scored_samples",
     "response_logps",
     "select_pairs",
     "to_logit",
+    "truncated",
 ]
 
 

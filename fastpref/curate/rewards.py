@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastpref.causal_lm import completion_logps, model_id
+from fastpref.causal_lm import completion_logps, evaluating, model_id
 from fastpref.curate.progress import reporting
 from fastpref.denoise.files import whole_file
 
@@ -337,7 +337,7 @@ def _score(model, texts: _Texts, max_tokens, name, cache, report) -> ResponseLog
     logps = np.full(texts.count, np.nan)
     logps[(texts.own_counts == 0) & ~texts.truncated] = 0
     done = texts.count - len(order)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for number, members in enumerate(blocks):
             path = None if cache is None else cache / f"block-{number:06d}.npy"
             if path is not None and path.exists():
@@ -378,18 +378,6 @@ def _padded(texts: _Texts, batch, prompt_of, lengths) -> tuple[torch.Tensor, tor
     attention = place < lengths[batch][:, None]
     completion = attention & (place >= texts.shared_counts[batch][:, None])
     return tuple(torch.from_numpy(array.astype(np.int64)) for array in (ids, attention, completion))
-
-
-@contextlib.contextmanager
-def _evaluating(model) -> Iterator[None]:
-    """Without dropout; every module is afterwards in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 # ---- the cache ----
