@@ -70,7 +70,7 @@ class Kept(NamedTuple):
 # ---- scores ----
 
 
-def influence(
+def pair_influence(
     model: nn.Module,
     train: Iterable,
     validation: Iterable,
@@ -150,7 +150,7 @@ def influence(
 def pair_logps(
     model, batches: Iterable, *, logps_fn: Callable | None = None, model_id=None, template=None, progress=None
 ) -> PairLogps:
-    """Log-probs of pairs under a model, without gradients; arguments as in influence."""
+    """Log-probs of pairs under a model, without gradients; arguments as in pair_influence."""
     objective = _Objective(logps_fn, None, "sigmoid", 1.0, None)
     chosen, rejected, done = [np.zeros(0)], [np.zeros(0)], 0
     with causal_lm.evaluating(model), torch.no_grad(), reporting(progress, None, "scoring") as report:
@@ -206,7 +206,8 @@ def pair_batches(prompts, chosen, rejected, *, max_tokens: int = 16384) -> list[
     """
     if not len(prompts) == len(chosen) == len(rejected):
         raise ValueError(
-            f"prompts, chosen and rejected must be of the same pairs, got {len(prompts)}, {len(chosen)}, {len(rejected)}"
+            "prompts, chosen and rejected must be of the same pairs, "
+            f"got {len(prompts)}, {len(chosen)} and {len(rejected)}"
         )
     lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
     batches, begin = [], 0
@@ -250,9 +251,9 @@ def intersection(scores: Sequence[PairScores], model, *, lo: float = 20.0, hi: f
 
 
 def keep_rate(scores: PairScores | Sequence[PairScores], rate: float, model) -> Kept:
-    """The narrowest symmetric interval of percentiles (lo = 100 - hi) that keeps at least the share `rate` of the pairs.
+    """The narrowest symmetric interval of percentiles (lo = 100 - hi) that keeps the share `rate` of the pairs, or more.
 
-    For several scores, of their intersection. Raises ValueError where more pairs than the rest have no score.
+    For several scores that of their intersection. Raises ValueError where fewer pairs than that have a score.
     """
     scores = [scores] if isinstance(scores, PairScores) else list(scores)
     name = _check_scores(scores, model)
@@ -300,9 +301,7 @@ def _check_scores(scores, model) -> str:
             )
     name = model if isinstance(model, str) else causal_lm.model_id(model)
     if name != first.model_id:
-        raise ValueError(
-            f"scores belong to the model {first.model_id}, and cannot select pairs for {name}: score again"
-        )
+        raise ValueError(f"scores belong to the model {first.model_id}, and cannot select pairs for {name}")
     return name
 
 

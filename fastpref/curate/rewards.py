@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,7 +185,7 @@ def _encode(samples, tokenizer, max_length, as_chat, template_options, add_eos) 
     prompts, owns, shared, counts, data = [], [], [], [], hashlib.sha256()
     leaves = 0  # responses whose tokens leave those of the prompt before its end
     for number, (prompt, responses) in enumerate(_pairs_of(samples)):
-        data.update(json.dumps([prompt, list(responses)], sort_keys=True, default=str).encode())
+        data.update(json.dumps([prompt, responses], sort_keys=True, default=str).encode())
         before, whole, special = render(number, prompt, responses)
         ids = _tokens(tokenizer, [before, *whole], special)
         start = ids[0]
@@ -241,10 +241,15 @@ def _encode(samples, tokenizer, max_length, as_chat, template_options, add_eos) 
     )
 
 
-def _pairs_of(samples) -> Iterable:
+def _pairs_of(samples) -> Iterator[tuple[Any, list]]:
     if isinstance(samples, str | bytes | Mapping) or not isinstance(samples, Iterable):
         raise TypeError(f"samples must be Samples or (prompt, responses) pairs, got {type(samples).__name__}")
-    return samples
+    for number, sample in enumerate(samples):
+        if not (isinstance(sample, Sequence) and len(sample) == 2 and isinstance(sample[1], Sequence)):
+            raise TypeError(f"samples[{number}] must be (prompt, list of responses), got {sample!r:.80}")
+        if isinstance(sample[1], str):
+            raise TypeError(f"samples[{number}]: responses must be a list, got a string")
+        yield sample[0], list(sample[1])
 
 
 class _Renderer:
@@ -256,8 +261,6 @@ class _Renderer:
         self.id = _short(hashlib.sha256(template.encode()))
 
     def __call__(self, number: int, prompt, responses) -> tuple[str, list[str], bool]:
-        if isinstance(responses, str) or not isinstance(responses, Iterable):
-            raise TypeError(f"samples[{number}]: responses must be a list, got {type(responses).__name__}")
         if isinstance(prompt, str) and self.as_chat:
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, str):
