@@ -82,8 +82,9 @@ def _can_fuse(model) -> bool:
         return False
     ids = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]), device=model.device).unsqueeze(0)
     mask = torch.ones_like(ids)
-    expected = _logits(model, ids, mask)
-    hidden, head, transform = _taken_apart(model, ids, mask)
+    with evaluating(model):
+        expected = _logits(model, ids, mask)
+        hidden, head, transform = _taken_apart(model, ids, mask)
     if hidden.dtype != head.weight.dtype:
         return False
     product = transform["scale"] * F.linear(hidden, head.weight, head.bias).float()

@@ -251,7 +251,7 @@ def intersection(scores: Sequence[PairScores], model, *, lo: float = 20.0, hi: f
 
 
 def keep_rate(scores: PairScores | Sequence[PairScores], rate: float, model) -> Kept:
-    """The narrowest symmetric interval of percentiles (lo = 100 - hi) that keeps the share `rate` of the pairs, or more.
+    """The narrowest interval of percentiles with lo = 100 - hi that keeps the share `rate` of the pairs, or more.
 
     For several scores that of their intersection. Raises ValueError where fewer pairs than that have a score.
     """

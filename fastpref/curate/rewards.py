@@ -245,10 +245,9 @@ def _pairs_of(samples) -> Iterator[tuple[Any, list]]:
     if isinstance(samples, str | bytes | Mapping) or not isinstance(samples, Iterable):
         raise TypeError(f"samples must be Samples or (prompt, responses) pairs, got {type(samples).__name__}")
     for number, sample in enumerate(samples):
-        if not (isinstance(sample, Sequence) and len(sample) == 2 and isinstance(sample[1], Sequence)):
+        is_pair = isinstance(sample, Sequence) and not isinstance(sample, str) and len(sample) == 2
+        if not is_pair or isinstance(sample[1], str) or not isinstance(sample[1], Sequence):
             raise TypeError(f"samples[{number}] must be (prompt, list of responses), got {sample!r:.80}")
-        if isinstance(sample[1], str):
-            raise TypeError(f"samples[{number}]: responses must be a list, got a string")
         yield sample[0], list(sample[1])
 
 
