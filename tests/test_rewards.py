@@ -140,16 +140,13 @@ def test_the_fused_path_scores_all_but_heads_that_cannot_be_taken_apart(monkeypa
     own_formula = llama()
     forward = own_formula.forward
     own_formula.forward = lambda **inputs: transformers.utils.ModelOutput(logits=3 * forward(**inputs).logits)
+    ids = torch.tensor([[1, *ids_of("w1 w2 w3 w4"), 2]])
     for model in (odd, own_formula):
-        found = response_logps(model, samples, tokenizer=tokenizer)
+        found = response_logps(model, [("w1 w2 ", ["w3 w4"])], tokenizer=tokenizer)
         assert calls and set(calls) == {"token_logps"}
         with torch.no_grad():
-            start = ids_of(samples[0][0] + samples[0][1][0])
-            logits = model(input_ids=torch.tensor([[1, *start, 2]])).logits[0].double()
-        steps = F.log_softmax(logits, -1)
-        first = len(ids_of(samples[0][0]))
-        expected = sum(steps[first + i, token].item() for i, token in enumerate([*start, 2][first:]))
-        assert found.logps[0] == pytest.approx(expected, rel=1e-5)
+            steps = F.log_softmax(model(input_ids=ids).logits[0].double(), -1)
+        assert found.logps[0] == pytest.approx(sum(steps[t - 1, ids[0, t]].item() for t in (3, 4, 5)), rel=1e-5)
         calls.clear()
 
 

@@ -98,7 +98,8 @@ def pair_influence(
         [2b, T], the first half chosen, as TRL's collator and `pair_batches` make them.
     reference: a second model, scored on the same batches, for losses that need one.
     train_given, validation_given: what else the loss needs, fields of `losses.Pairs` by name, [pairs] each: rating_gap,
-        ref_chosen_logps and ref_rejected_logps (in place of a reference), chosen_length, ...
+        chosen_length, ..., or in place of a reference ref_chosen_logps and ref_rejected_logps (of a policy without its
+        PEFT adapter, say, from `pair_logps` under `policy.disable_adapter()`).
     loss, beta, loss_options: of `losses.pair_loss`; a loss of single pairs.
     parameters: names of those that count; None: all that require a gradient (with PEFT, the adapter's). They must be
         float32 or float64: a thousandth is lost in bfloat16.
@@ -116,6 +117,9 @@ def pair_influence(
         raise ValueError(f"step must be a positive number, got {step!r}")
     objective = _Objective(logps_fn, reference, loss, beta, loss_options)
     moved = _selected(model, parameters)
+    given = _Given("train_given", train_given)
+    if reference is not None and {id(p) for p in moved} & {id(p) for p in reference.parameters()}:
+        raise ValueError("reference must not share the parameters that are moved: pass its log-probs as train_given")
     name = model_id or causal_lm.model_id(model)
     validation = list(validation)
     with contextlib.ExitStack() as stack:
@@ -133,7 +137,7 @@ def pair_influence(
         distance = step * (_norm(moved) or 1.0)
         slopes = functools.partial(_slopes, objective, model, move=move, distance=distance)
         own = slopes(validation, _Given("validation_given", validation_given), report=lambda done: None)
-        values = norm * slopes(train, _Given("train_given", train_given), report=report)
+        values = norm * slopes(train, given, report=report)
     check = float(own.mean()) / norm if norm else math.nan
     if abs(check - 1) > _CHECK_TOLERANCE:
         warnings.warn(
@@ -381,12 +385,14 @@ class _Given:
         for name, values in self.fields.items():
             if not fits(len(values)):
                 raise ValueError(
-                    f"{self.argument}[{name!r}] must have one entry per pair, {self.at}, got {len(values)}"
+                    f"{self.argument}[{name!r}] must have one entry per pair, got {len(values)} for {self.at} pairs"
                 )
 
 
 def _vector(values) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.float64)
+    if isinstance(values, Tensor):
+        return values.detach().double()
+    return torch.from_numpy(np.array(values, dtype=np.float64))
 
 
 # ---- the derivative along the validation gradient ----
