@@ -3,8 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from fastpref.curate.files import Coded, read_metadata, write_pairs
 from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
-from fastpref.curate.samples import InputError, RowProblem, ScoredSamples, read_scored_samples, to_logit
+from fastpref.curate.samples import (
+    InputError,
+    RowProblem,
+    Samples,
+    ScoredSamples,
+    read_samples,
+    read_scored_samples,
+    texts,
+    to_logit,
+)
 
 if TYPE_CHECKING:
     from fastpref.curate.influence import (
@@ -41,6 +51,7 @@ _WITH_TORCH = {
     "truncated": "fastpref.curate.influence",
 }
 __all__ = [
+    "Coded",
     "DropReason",
     "ImplicitRewards",
     "InputError",
@@ -50,6 +61,7 @@ __all__ = [
     "PairSelection",
     "ResponseLogps",
     "RowProblem",
+    "Samples",
     "ScoredSamples",
     "implicit_rewards",
     "intersection",
@@ -59,11 +71,15 @@ __all__ = [
     "pair_batches",
     "pair_influence",
     "pair_logps",
+    "read_metadata",
+    "read_samples",
     "read_scored_samples",
     "response_logps",
     "select_pairs",
+    "texts",
     "to_logit",
     "truncated",
+    "write_pairs",
 ]
 
 
