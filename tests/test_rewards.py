@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from fastpref import causal_lm
-from fastpref.curate import implicit_rewards, response_logps, rewards
+from fastpref.curate import implicit_rewards, read_samples, response_logps, rewards
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>", "<end>", *(f"w{i}" for i in range(57))]
 TEMPLATE = (
@@ -246,6 +246,19 @@ def test_truncated_responses_are_cut_flagged_and_counted():
     np.testing.assert_allclose(found.logps, [*expected, np.nan], rtol=1e-5)
     with pytest.warns(UserWarning, match="1 of 1 responses were cut at max_length=64"):  # all that the model takes
         assert response_logps(gpt2(), [("w1 ", ["w2 " * 80])], tokenizer=make_tokenizer()).tokens.tolist() == [62]
+
+
+def test_samples_of_a_file(tmp_path):
+    samples = make_samples()
+    rows = [{"prompt": p, "responses": pool, "scores": [1.0] * len(pool)} for p, pool in samples]
+    rows[2]["prompt"] = None  # a row that is left out
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read, model, tokenizer = read_samples(path), llama(), make_tokenizer()
+    found = response_logps(model, read, tokenizer=tokenizer)
+    assert np.array_equal(found.offsets, read.offsets)
+    again = response_logps(model, [*samples[:2], *samples[3:]], tokenizer=tokenizer)
+    np.testing.assert_array_equal(found.logps, again.logps)
 
 
 def test_nothing_to_score():

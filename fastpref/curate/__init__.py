@@ -4,7 +4,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from fastpref.curate.files import Coded, read_metadata, write_pairs
-from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
+from fastpref.curate.goals import add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
+from fastpref.curate.length import AdjustedScores, LengthReport, length_report, match_length, remove_length
+from fastpref.curate.margins import (
+    MarginScores,
+    MarginSource,
+    Part,
+    PromptSelection,
+    SelectionComparison,
+    TopSelection,
+    bees,
+    compare_selections,
+    external_margins,
+    implicit_margins,
+    normalised_margins,
+    partition,
+    select_prompts,
+    select_top,
+)
+from fastpref.curate.pairs import DropReason, PairSelection, all_pairings, select_pairs
+from fastpref.curate.routing import (
+    LearningOrder,
+    Route,
+    Routes,
+    difficulty,
+    distributed_order,
+    easy_to_hard,
+    keep_easiest,
+    learning_order,
+    route_by_margin,
+)
 from fastpref.curate.samples import (
     InputError,
     RowProblem,
@@ -15,6 +44,7 @@ from fastpref.curate.samples import (
     texts,
     to_logit,
 )
+from fastpref.curate.scale import rescale
 
 if TYPE_CHECKING:
     from fastpref.curate.influence import (
@@ -51,31 +81,67 @@ _WITH_TORCH = {
     "truncated": "fastpref.curate.influence",
 }
 __all__ = [
+    "AdjustedScores",
     "Coded",
     "DropReason",
     "ImplicitRewards",
     "InputError",
     "Kept",
+    "LearningOrder",
+    "LengthReport",
+    "MarginScores",
+    "MarginSource",
     "PairLogps",
     "PairScores",
     "PairSelection",
+    "Part",
+    "PromptSelection",
     "ResponseLogps",
+    "Route",
+    "Routes",
     "RowProblem",
     "Samples",
     "ScoredSamples",
+    "SelectionComparison",
+    "TopSelection",
+    "add_goal",
+    "all_pairings",
+    "bees",
+    "compare_selections",
+    "difficulty",
+    "distributed_order",
+    "easy_to_hard",
+    "external_margins",
+    "goal_records",
+    "goal_reward",
+    "goal_rewrite",
+    "goal_text",
+    "implicit_margins",
     "implicit_rewards",
     "intersection",
     "irm",
+    "keep_easiest",
     "keep_rate",
+    "learning_order",
+    "length_report",
     "loss_diff",
+    "match_length",
+    "normalised_margins",
     "pair_batches",
     "pair_influence",
     "pair_logps",
+    "partition",
     "read_metadata",
     "read_samples",
     "read_scored_samples",
+    "remove_length",
+    "rescale",
+    "rescale_scores",
     "response_logps",
+    "route_by_margin",
     "select_pairs",
+    "select_prompts",
+    "select_top",
     "texts",
     "to_logit",
     "truncated",

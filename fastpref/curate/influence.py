@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpref import causal_lm, losses
+from fastpref.curate.margins import implicit_margins
 from fastpref.curate.progress import reporting
 
 _CHECK_TOLERANCE = 0.05  # of the influence of the validation pairs on themselves
@@ -197,7 +198,7 @@ def loss_diff(
 def irm(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> PairScores:
     """The implicit reward margin, beta * ((log pi - log pi_ref)(chosen) - (log pi - log pi_ref)(rejected))."""
     _check_alike("reference", reference, policy)
-    margin = (policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)
+    margin = implicit_margins(policy.chosen, policy.rejected, reference.chosen, reference.rejected)
     return PairScores(beta * margin, "irm", policy.model_id, float(beta), policy.template)
 
 

@@ -22,7 +22,8 @@ import torch
 
 from fastpref.causal_lm import completion_logps, evaluating, model_id
 from fastpref.curate.progress import reporting
-from fastpref.denoise.files import whole_file
+from fastpref.curate.samples import Samples, texts
+from fastpref.whole_file import whole_file
 
 _BLOCK_TOKENS = 1 << 20  # of a file in the cache: what an interrupted run may lose
 
@@ -99,19 +100,20 @@ def implicit_rewards(
     if reference is None and not hasattr(policy, "disable_adapter"):
         raise ValueError(f"reference may be None for a PEFT policy only, got {type(policy).__name__}")
     models = [policy] if reference is None else [policy, reference]
-    texts = _encode(samples, tokenizer, _longest(max_length, models), as_chat, template_options, add_eos)
+    encoded = _encode(samples, tokenizer, _longest(max_length, models), as_chat, template_options, add_eos)
     folders = (None, None) if cache is None else (Path(cache) / "policy", Path(cache) / "reference")
-    with reporting(progress, 2 * texts.count, "scoring") as report:
-        scored = _score(policy, texts, max_tokens, policy_id, folders[0], report)
+    with reporting(progress, 2 * encoded.count, "scoring") as report:
+        scored = _score(policy, encoded, max_tokens, policy_id, folders[0], report)
         with policy.disable_adapter() if reference is None else contextlib.nullcontext():
-            against = _score(models[-1], texts, max_tokens, reference_id, folders[1], lambda n: report(texts.count + n))
+            after = lambda done: report(encoded.count + done)  # noqa: E731
+            against = _score(models[-1], encoded, max_tokens, reference_id, folders[1], after)
     return ImplicitRewards(
         rewards=beta * (scored.logps - against.logps),
-        offsets=texts.offsets,
+        offsets=encoded.offsets,
         policy_logps=scored.logps,
         reference_logps=against.logps,
-        tokens=texts.own_counts,
-        truncated=texts.truncated,
+        tokens=encoded.own_counts,
+        truncated=encoded.truncated,
         beta=float(beta),
         policy_id=scored.model_id,
         reference_id=against.model_id,
@@ -133,15 +135,15 @@ def response_logps(
     progress=None,
 ) -> ResponseLogps:
     """Log-probs of every response under one model; arguments as in implicit_rewards."""
-    texts = _encode(samples, tokenizer, _longest(max_length, [model]), as_chat, template_options, add_eos)
-    with reporting(progress, texts.count, "scoring") as report:
-        return _score(model, texts, max_tokens, model_id, cache, report)
+    encoded = _encode(samples, tokenizer, _longest(max_length, [model]), as_chat, template_options, add_eos)
+    with reporting(progress, encoded.count, "scoring") as report:
+        return _score(model, encoded, max_tokens, model_id, cache, report)
 
 
 # ---- text to tokens ----
 
 
-class _Texts(NamedTuple):
+class _Encoded(NamedTuple):
     """Tokens of the prompts, and of the responses after what they share with their prompt; and what they came from."""
 
     prompt_tokens: np.ndarray  # int32, one prompt after the other
@@ -177,7 +179,7 @@ def _longest(max_length, models) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _encode(samples, tokenizer, max_length, as_chat, template_options, add_eos) -> _Texts:
+def _encode(samples, tokenizer, max_length, as_chat, template_options, add_eos) -> _Encoded:
     render = _Renderer(tokenizer, as_chat, dict(template_options or {}))
     eos = tokenizer.eos_token_id
     if add_eos and eos is None:
@@ -236,12 +238,15 @@ def _encode(samples, tokenizer, max_length, as_chat, template_options, add_eos) 
         "tokens": _short(tokens),
     }
     offsets = _bounds(counts)
-    return _Texts(
+    return _Encoded(
         prompt_tokens, _bounds(map(len, prompts)), own_tokens, own_bounds, shared, own_counts, truncated, offsets, key
     )
 
 
 def _pairs_of(samples) -> Iterator[tuple[Any, list]]:
+    if isinstance(samples, Samples):
+        yield from texts(samples)
+        return
     if isinstance(samples, str | bytes | Mapping) or not isinstance(samples, Iterable):
         raise TypeError(f"samples must be Samples or (prompt, responses) pairs, got {type(samples).__name__}")
     for number, sample in enumerate(samples):
@@ -318,27 +323,27 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 # ---- tokens to log-probs ----
 
 
-def _score(model, texts: _Texts, max_tokens, name, cache, report) -> ResponseLogps:
+def _score(model, encoded: _Encoded, max_tokens, name, cache, report) -> ResponseLogps:
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
         raise ValueError(f"max_tokens must be a positive integer, got {max_tokens!r}")
     score = completion_logps(model)
     rows = model.get_input_embeddings().weight.shape[0]
-    largest = max((int(t.max()) for t in (texts.prompt_tokens, texts.own_tokens) if len(t)), default=0)
+    largest = max((int(t.max()) for t in (encoded.prompt_tokens, encoded.own_tokens) if len(t)), default=0)
     if largest >= rows:
         raise ValueError(f"tokenizer must fit the model, which embeds {rows} tokens, got token {largest}")
     name = name or model_id(model)
-    lengths = texts.shared_counts + texts.own_counts
+    lengths = encoded.shared_counts + encoded.own_counts
     order = np.argsort(-lengths, kind="stable")  # the longest first: what does not fit fails at once
-    order = order[texts.own_counts[order] > 0]
+    order = order[encoded.own_counts[order] > 0]
     block = np.cumsum(lengths[order]) // _BLOCK_TOKENS
     blocks = np.split(order, np.flatnonzero(np.diff(block)) + 1) if len(order) else []
     if cache is not None:
         cache = Path(cache)
-        _check_key(cache, {"model": name, **texts.key, "block": str(_BLOCK_TOKENS)})
-    prompt_of = np.repeat(np.arange(len(texts.offsets) - 1), np.diff(texts.offsets))
-    logps = np.full(texts.count, np.nan)
-    logps[(texts.own_counts == 0) & ~texts.truncated] = 0
-    done = texts.count - len(order)
+        _check_key(cache, {"model": name, **encoded.key, "block": str(_BLOCK_TOKENS)})
+    prompt_of = np.repeat(np.arange(len(encoded.offsets) - 1), np.diff(encoded.offsets))
+    logps = np.full(encoded.count, np.nan)
+    logps[(encoded.own_counts == 0) & ~encoded.truncated] = 0
+    done = encoded.count - len(order)
     with evaluating(model), torch.no_grad():
         for number, members in enumerate(blocks):
             path = None if cache is None else cache / f"block-{number:06d}.npy"
@@ -348,7 +353,7 @@ def _score(model, texts: _Texts, max_tokens, name, cache, report) -> ResponseLog
                 report(done)
                 continue
             for batch in _batches(members, lengths, max_tokens):
-                ids, attention, completion = _padded(texts, batch, prompt_of, lengths)
+                ids, attention, completion = _padded(encoded, batch, prompt_of, lengths)
                 logps[batch] = score(ids, attention, completion).cpu().numpy()
                 done += len(batch)
                 report(done)
@@ -358,7 +363,7 @@ def _score(model, texts: _Texts, max_tokens, name, cache, report) -> ResponseLog
     broken = int((~np.isfinite(logps[order])).sum())
     if broken:
         warnings.warn(f"{name} gives {broken} of {len(order)} responses no finite log-prob", UserWarning, stacklevel=3)
-    return ResponseLogps(logps, texts.offsets, texts.own_counts, texts.truncated, name)
+    return ResponseLogps(logps, encoded.offsets, encoded.own_counts, encoded.truncated, name)
 
 
 def _batches(members, lengths, max_tokens) -> Iterator[np.ndarray]:
@@ -370,15 +375,15 @@ def _batches(members, lengths, max_tokens) -> Iterator[np.ndarray]:
         begin += size
 
 
-def _padded(texts: _Texts, batch, prompt_of, lengths) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _padded(encoded: _Encoded, batch, prompt_of, lengths) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """input_ids, attention_mask and completion_mask, int64 [B, T]."""
     width = int(lengths[batch].max())
     ids = np.zeros((len(batch), width), dtype=np.int64)
     for row, response in zip(ids, batch, strict=True):
-        row[: lengths[response]] = texts.sequence(response, prompt_of[response])
+        row[: lengths[response]] = encoded.sequence(response, prompt_of[response])
     place = np.arange(width)
     attention = place < lengths[batch][:, None]
-    completion = attention & (place >= texts.shared_counts[batch][:, None])
+    completion = attention & (place >= encoded.shared_counts[batch][:, None])
     return tuple(torch.from_numpy(array.astype(np.int64)) for array in (ids, attention, completion))
 
 
