@@ -27,7 +27,8 @@ from fastpref import causal_lm, losses
 from fastpref.curate.margins import implicit_margins
 from fastpref.curate.progress import reporting
 
-_CHECK_TOLERANCE = 0.05  # of the influence of the validation pairs on themselves
+STEPS = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5)  # tried in turn; a step that is too long bends, one too short drowns in rounding
+_GOOD, _BAD = 0.01, 0.05  # relative error of the influence of the validation pairs on themselves
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class PairScores:
     model_id: str
     beta: float
     template: str | None = None
-    # Of influence: the mean influence of the validation pairs on themselves over its exact value, the squared norm of
-    # their mean gradient; 1 where the difference is a derivative
+    # Of influence: the step that was taken, and the mean influence of the validation pairs on themselves that it gives,
+    # over its exact value, the squared norm of their mean gradient.
+    step: float = math.nan
     check: float = math.nan
 
 
@@ -84,7 +86,7 @@ def pair_influence(
     beta: float = 0.1,
     loss_options: Mapping[str, Any] | None = None,
     parameters: Sequence[str] | None = None,
-    step: float = 1e-3,
+    step: float | None = None,
     model_id: str | None = None,
     template: str | None = None,
     progress=None,
@@ -104,18 +106,20 @@ def pair_influence(
     loss, beta, loss_options: of `losses.pair_loss`; a loss of single pairs.
     parameters: names of those that count; None: all that require a gradient (with PEFT, the adapter's). They must be
         float32 or float64: a thousandth is lost in bfloat16.
-    step: the length of the move over that of the parameters; e = step * |theta| / |gbar|.
+    step: the length of the move over that of the parameters: e = step * |theta| / |gbar|. None: the first of 1e-3,
+        3e-4, ... 1e-5 with which the influence of the validation pairs on themselves, known exactly, comes out within
+        1 %, or else the best of them; each one tried costs two passes over the validation pairs.
     model_id: a name to know the model by; None: a hash of its parameters.
     template: how text became tokens, to keep scores apart that differ in it.
     progress: a function of (pairs done, of how many or None), or True for a bar on a terminal.
 
-    Warns when the influence of the validation pairs on themselves, known exactly, comes out more than 5 % wrong: the
-    step is then too long for this model, or too short for its precision (see `PairScores.check`).
+    Warns when that influence (`PairScores.check`) is more than 5 % wrong: the step is then too long for this model, or
+    too short for its precision; and counts pairs without a finite loss, whose influence is NaN.
     Raises ValueError for a loss that couples pairs, parameters of low precision, batches that do not fit what is given,
-    a gradient or a loss that is not finite.
+    and a validation gradient that is not finite.
     """
-    if not (isinstance(step, int | float) and 0 < step < math.inf):
-        raise ValueError(f"step must be a positive number, got {step!r}")
+    if step is not None and not (isinstance(step, int | float) and 0 < step < math.inf):
+        raise ValueError(f"step must be a positive number or None, got {step!r}")
     objective = _Objective(logps_fn, reference, loss, beta, loss_options)
     moved = _selected(model, parameters)
     given = _Given("train_given", train_given)
@@ -135,21 +139,28 @@ def pair_influence(
             warnings.warn("the validation loss has no gradient: every influence is 0", UserWarning, stacklevel=2)
         move = stack.enter_context(_movable(moved, [part / (norm or 1.0) for part in gradient]))
         report = stack.enter_context(reporting(progress, None, "influence"))
-        distance = step * (_norm(moved) or 1.0)
-        slopes = functools.partial(_slopes, objective, model, move=move, distance=distance)
-        own = slopes(validation, _Given("validation_given", validation_given), report=lambda done: None)
-        values = norm * slopes(train, given, report=report)
-    check = float(own.mean()) / norm if norm else math.nan
-    if abs(check - 1) > _CHECK_TOLERANCE:
+        length = _norm(moved) or 1.0
+        slopes = functools.partial(_slopes, objective, model, move=move)
+        tried = []  # (step, mean influence of the validation pairs on themselves over its exact value)
+        for candidate in STEPS if step is None else (step,):
+            own = _Given("validation_given", validation_given)
+            own = slopes(validation, own, distance=candidate * length, report=lambda done: None)
+            tried.append((candidate, float(own.mean()) / norm if norm else 1.0))
+            if abs(tried[-1][1] - 1) <= _GOOD:
+                break
+        step, check = min(tried, key=lambda pair: abs(pair[1] - 1))
+        values = norm * slopes(train, given, distance=step * length, report=report)
+    if abs(check - 1) > _BAD:
+        told = ", ".join(f"{ratio:.3g} at step={candidate:g}" for candidate, ratio in tried)
         warnings.warn(
-            f"the mean influence of the validation pairs on themselves is {check:.3g} times its exact value at step="
-            f"{step:g}: try a tenth of it, or ten times as much where parameters or activations have low precision",
+            f"the mean influence of the validation pairs on themselves, over its exact value, is {told}: no such step "
+            "is both short for this model and long for its precision",
             UserWarning,
             stacklevel=2,
         )
     if broken := int((~np.isfinite(values)).sum()):
         warnings.warn(f"{broken} of {len(values)} training pairs have no finite loss", UserWarning, stacklevel=2)
-    return PairScores(values, "influence", name, float(beta), template, check)
+    return PairScores(values, "influence", name, float(beta), template, step, check)
 
 
 def pair_logps(
