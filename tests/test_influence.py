@@ -270,13 +270,15 @@ def test_adapters_of_peft(transformers):
 def test_log_probs_of_pairs_and_lengths(transformers):
     model = tiny(transformers)
     pairs = random_pairs(13, 2)
+    pairs[0][4] = []  # nothing predicts the first token of its responses
     found = pair_logps(model, pair_batches(*pairs, max_tokens=200), template="t")
     for i, (prompt, *sides) in enumerate(zip(*pairs, strict=True)):
         for side, logps in zip(sides, (found.chosen[i], found.rejected[i]), strict=True):
             ids = torch.tensor([[*prompt, *side]])
             with torch.no_grad():
                 steps = F.log_softmax(model(input_ids=ids).logits[0].double(), -1)
-            expected = sum(steps[len(prompt) + t - 1, token].item() for t, token in enumerate(side))
+            first = len(prompt)
+            expected = sum(steps[first + t - 1, token].item() for t, token in enumerate(side) if first + t > 0)
             assert logps == pytest.approx(expected, rel=1e-5)
     assert (found.model_id, found.template) == (causal_lm.model_id(model), "t")
     # a loss per token takes the lengths from the masks
@@ -284,6 +286,8 @@ def test_log_probs_of_pairs_and_lengths(transformers):
     train, validation = pair_batches(*pairs), pair_batches(*random_pairs(6, 3))
     scores = pair_influence(model, train, validation, loss="simpo", loss_options={"gamma": 0.5})
     lengths = {"chosen_length": [len(c) for c in pairs[1]], "rejected_length": [len(r) for r in pairs[2]]}
+    for counts in lengths.values():
+        counts[4] -= 1
     given = pair_influence(model, train, validation, loss="simpo", loss_options={"gamma": 0.5}, train_given=lengths)
     np.testing.assert_allclose(scores.values, given.values, rtol=1e-9)
     assert irm(found, reference).values == pytest.approx(np.zeros(13))
@@ -438,6 +442,7 @@ def test_the_band_is_inclusive_below_and_exclusive_above():
     kept = truncated(scores_of(np.arange(11)), "m", lo=20, hi=80)
     assert kept.keep.tolist() == [2 <= i < 8 for i in range(11)]
     assert kept.bounds == [(2, 8)] and kept.rate == 6 / 11 and kept.model_id == "m"
+    assert truncated(scores_of(np.arange(10)), "m", lo=20, hi=75).bounds == [(pytest.approx(1.8), pytest.approx(6.75))]
     assert truncated(scores_of(np.arange(11)), "m", lo=0, hi=100).keep.all()
     tied = truncated(scores_of([0, 1, 1, 1, 1, 1, 1, 1, 2]), "m")
     assert not tied.keep.any() and tied.bounds == [(1, 1)]  # nothing lies between two equal percentiles
