@@ -150,6 +150,32 @@ def test_the_fused_path_scores_all_but_heads_that_cannot_be_taken_apart(monkeypa
         calls.clear()
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_same_log_probs_as_trls(tmp_path, chat):
+    trl = pytest.importorskip("trl", reason="TRL is not installed (the extra [trl])")
+    datasets = pytest.importorskip("datasets")
+    samples = [(prompt, (pool * 2)[:2]) for prompt, pool in make_samples(10) if len(pool) > 1]
+    if chat:
+        turn = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
+        samples = [(turn("user", p), [turn("assistant", r) for r in pool]) for p, pool in samples]
+    rows = [{"prompt": p, "chosen": pool[0], "rejected": pool[1]} for p, pool in samples]
+    args = trl.DPOConfig(
+        str(tmp_path), precompute_ref_log_probs=True, max_length=12, report_to=[], use_cpu=True, bf16=False,
+        disable_tqdm=True, per_device_train_batch_size=3,
+    )  # fmt: skip
+    model, tokenizer = llama(), make_tokenizer()
+    trainer = trl.DPOTrainer(
+        llama(), args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
+    data = trainer.train_dataset
+    with pytest.warns(UserWarning, match="cut at max_length=12"):
+        found = response_logps(model, samples, tokenizer=tokenizer, max_length=12)
+    expected = np.stack([data["ref_chosen_logps"], data["ref_rejected_logps"]], 1).reshape(-1)
+    assert len(expected) == 2 * len(samples) and np.abs(expected).min() > 1
+    np.testing.assert_allclose(found.logps, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("max_tokens", [1, 40, 1000])
 def test_the_size_of_batches_changes_nothing(max_tokens):
     samples, tokenizer = make_samples(), make_tokenizer()

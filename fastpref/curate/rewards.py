@@ -36,7 +36,7 @@ class ImplicitRewards:
     offsets: np.ndarray  # int64 [prompts + 1]
     policy_logps: np.ndarray  # float64 [responses], nats
     reference_logps: np.ndarray  # float64 [responses], nats
-    tokens: np.ndarray  # int64 [responses], how many were scored
+    tokens: np.ndarray  # int64 [responses], of the response with its end, after the cut
     truncated: np.ndarray  # bool [responses], cut at max_length
     beta: float
     policy_id: str
@@ -105,7 +105,10 @@ def implicit_rewards(
     with reporting(progress, 2 * encoded.count, "scoring") as report:
         scored = _score(policy, encoded, max_tokens, policy_id, folders[0], report)
         with policy.disable_adapter() if reference is None else contextlib.nullcontext():
-            after = lambda done: report(encoded.count + done)  # noqa: E731
+
+            def after(done: int) -> None:
+                report(encoded.count + done)
+
             against = _score(models[-1], encoded, max_tokens, reference_id, folders[1], after)
     return ImplicitRewards(
         rewards=beta * (scored.logps - against.logps),
