@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,15 @@ def test_without_sources_torch_is_not_imported(samples, python, tmp_path):
     )
     done = python(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_bar_on_a_terminal_alone(samples, capsys, monkeypatch):
+    assert curate("-o", "pairs.jsonl", "--rejected", "quantile:0.10") == 0
+    assert "reading" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert curate("-o", "pairs.jsonl", "--rejected", "quantile:0.10") == 0
+    captured = capsys.readouterr()
+    assert "reading" in captured.err and "writing" in captured.err and "reading" not in captured.out
 
 
 def test_help_says_where_it_starts(capsys):
