@@ -138,6 +138,19 @@ def test_strict_writes_and_exits_with_1(samples, capsys):
     assert curate("-o", "pairs.jsonl", "--strict", "--rejected", "min", scores="s") == 0
 
 
+def test_what_hygiene_reports_and_leaves_out(samples, capsys):
+    rows = read_lines(samples)
+    for row in rows[:10]:
+        row["responses"][0] = "I cannot help with that."
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert curate("-o", "pairs.jsonl") == 0
+    assert "1 repeated texts, one under 10 prompts, reported (--apply leaves them out)\n" in capsys.readouterr().out
+    assert curate("-o", "pairs.jsonl", "--apply") == 0
+    captured = capsys.readouterr()
+    assert "1 repeated texts, one under 10 prompts, left out\n" in captured.out
+    assert "left out   10 responses: repeated_text 10\n" in captured.out
+
+
 def test_no_pair_at_all_exits_with_1(samples, capsys):
     options = ("--min-gap", "1000", "--select", "0.5", "--tau", "1", "--sft", "s.jsonl", "--report", "page")
     assert curate("-o", "pairs.jsonl", *options) == 1
