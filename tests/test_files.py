@@ -408,7 +408,7 @@ def test_a_full_disk_is_an_input_error_and_leaves_nothing(tmp_path, samples, mon
 
         monkeypatch.setattr(parquet.ParquetWriter, "write_table", full)
     else:
-        monkeypatch.setattr(files, "_lines", contextlib.contextmanager(lambda *_: iter([full])))
+        monkeypatch.setattr(files, "_lines", lambda *_: contextlib.nullcontext(full))
     with pytest.raises(InputError, match=r"cannot write .*pairs.*: No space left on device"):
         write_pairs(samples, best_against_worst(samples), tmp_path / f"pairs{ending}")
     assert os.listdir(tmp_path) == ["samples.jsonl"]
