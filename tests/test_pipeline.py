@@ -473,6 +473,17 @@ def test_work_is_needed_to_begin_later(samples):
         run(config_of(samples), begin="score")
 
 
+def test_progress_of_both_passes(samples):
+    calls = []
+    run_quietly(config_of(samples, clean={"action": "none"}), progress=lambda *call: calls.append(call))
+    size = os.path.getsize(samples)
+    assert list(dict.fromkeys(what for what, _, _ in calls)) == ["reading", "writing"]
+    for what in ("reading", "writing"):
+        done = [call[1] for call in calls if call[0] == what]
+        assert done == sorted(done) and done[-1] == size
+    assert {total for _, _, total in calls} == {size}
+
+
 # ---- errors
 
 
