@@ -40,6 +40,7 @@ MALFORMED = [
     (b"[" * 100_000, "not JSON"),
     (b'{"x": 1' + b"0" * 5000 + b"}", "not JSON"),
     ([1, 2], "a row must be an object, got list"),
+    (b"null", "a row must be an object, got null"),
     ({"responses": [], "scores": []}, "no field 'prompt'"),
     ({"prompt": "p", "scores": []}, "no field 'responses'"),
     ({"prompt": "p", "responses": ["a"]}, "no field 'scores'"),
@@ -476,6 +477,10 @@ def test_processes_give_results_in_order_and_errors_as_they_are():
         list(processes.in_processes(divmod, [(1, 1), (1, 0)], 2))
     with pytest.raises(RuntimeError, match="a process ended with exit code 3"):
         list(processes.in_processes(os._exit, [(3,)], 2))
+    with pytest.raises(RuntimeError, match="a process ended with exit code 3"):  # rather than of the pipe to it
+        list(processes.in_processes(os._exit, [(3,), *[(b"x" * (1 << 23),)] * 6], 2))
+    with pytest.raises(RuntimeError, match="E: all of 7"):  # an error that pickle cannot carry
+        list(processes.in_processes(exec, [("class E(Exception): pass\nraise E('all of 7')",)], 2))
     running = processes.in_processes(divmod, ((k, 7) for k in range(50)), 2)
     assert next(running) == (0, 0)
     running.close()

@@ -145,6 +145,8 @@ class CurateConfig:
             raise InputError("order must have length before construct, where length.control match chooses responses")
         if self.select.fraction is not None and self.select.k is not None:
             raise InputError("select.fraction and select.k must not both be given")
+        if self.read.workers is not None and self.read.workers < 1:
+            raise InputError(f"read.workers must be at least 1, got {self.read.workers}")
         if len(self.read.score_range) not in (0, 2):
             raise InputError(f"read.score_range must be two numbers, got {list(self.read.score_range)}")
         if (self.write.test is None) != (self.write.test_share == 0):

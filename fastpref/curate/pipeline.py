@@ -209,6 +209,11 @@ def _with_goals(columns, config) -> tuple[dict, Callable]:
     """Goal-conditioned rows, and what writes the goals into their prompts."""
     records = goals.goal_records(columns, half=config.write.goals == "half", seed=config.seed)
     del records["pair"]
+    swapped = records["goal_swapped"]
+    records["rank_rejected"] = np.where(swapped, -1, records["rank_rejected"])  # nobody ranked the chosen one
+    for name in records:
+        if name.startswith("margin_"):
+            records[name] = np.where(swapped, -records[name], records[name])
     stated = config.read.score_range
     if not stated:  # the template states 1 to 10
         stated = (1.0, 10.0)

@@ -4,6 +4,7 @@ Not multiprocessing: forking a process that has threads (numpy and pyarrow start
 caller's script again, which must be prepared for it.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -31,6 +32,8 @@ def in_processes(function: Callable, tasks: Iterable[tuple], workers: int) -> It
 
     Tasks are drawn as they are needed, two ahead per worker, so neither they nor the results pile up.
     """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
     if workers == 1:
         for task in tasks:
             yield function(*task)
@@ -62,7 +65,8 @@ def in_processes(function: Callable, tasks: Iterable[tuple], workers: int) -> It
             process.wait()
         threads.shutdown(cancel_futures=True)
         for process in processes:
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # of a task that was half sent
+                process.stdin.close()
             process.stdout.close()
 
 
@@ -78,9 +82,18 @@ def serve() -> None:
         try:
             answer = True, function(*task)
         except Exception as error:
-            answer = False, error
+            answer = False, _picklable(error)
         pickle.dump(answer, results, pickle.HIGHEST_PROTOCOL)
         results.flush()
+
+
+def _picklable(error) -> Exception:
+    """The error, or what it says where pickle cannot make it again."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _start() -> subprocess.Popen:

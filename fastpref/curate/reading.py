@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from stat import S_ISREG
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,9 @@ except ImportError as error:
     raise InputError(f'reading samples needs {error.name}: pip install "fastpref[cli]"') from error
 
 PART = 1 << 23  # bytes of lines in a part
+BUFFER = 1 << 20  # bytes of each Parquet column read at a time
 PARQUET_ROWS = 256  # made into Python objects at a time
+ROW_GROUP = 1 << 27  # bytes; a larger one, and some files are a single one, is more than a part
 
 
 class Part(NamedTuple):
@@ -35,12 +38,15 @@ class Part(NamedTuple):
     done: int  # how far into the file it leads, in the units of `extent`
     lines: bytes | None = None  # of a packed file; others are read where they are needed
     row_group: int | None = None  # of a Parquet file
+    table: bytes | None = None  # Arrow stream, of rows in a row group that is larger than ROW_GROUP
 
 
 def stamp(path) -> tuple[int, int]:
     """Size in bytes and time of change in ns."""
     with _readable(path):
         status = os.stat(path)
+    if not S_ISREG(status.st_mode):
+        raise InputError(f"cannot read {path}: it must be a regular file, for it is read twice")
     return status.st_size, status.st_mtime_ns
 
 
@@ -50,15 +56,18 @@ def extent(path) -> int:
         return _open_parquet(path).metadata.num_rows if _magic(path) == b"PAR1" else os.path.getsize(path)
 
 
-def parts(path) -> Iterator[Part]:
-    """The whole file in order, cut at ends of lines or into row groups."""
+def parts(path, fields: Fields | None) -> Iterator[Part]:
+    """The whole file in order, cut at ends of lines or into row groups. fields: that are looked at; None: all."""
     with _readable(path):
         magic = _magic(path)
         if magic == b"PAR1":
             metadata, end = _open_parquet(path).metadata, 0
             for group in range(metadata.num_row_groups):
                 begin, end = end, end + metadata.row_group(group).num_rows
-                yield Part(begin, end, end, row_group=group)
+                if metadata.row_group(group).total_byte_size <= ROW_GROUP:
+                    yield Part(begin, end, end, row_group=group)
+                else:
+                    yield from _parts_of_row_group(path, group, begin, fields)
         elif magic[:2] == b"\x1f\x8b":
             with open(path, "rb") as packed, gzip.open(packed) as file:
                 end = 0
@@ -82,7 +91,7 @@ def part_rows(path, part: Part, fields: Fields | None, only=None) -> Iterator[tu
 
     only: ascending positions in the part, of the rows that are wanted.
     """
-    if part.row_group is not None:
+    if part.row_group is not None or part.table is not None:
         yield from _parquet_rows(path, part, fields, only)
         return
     lines = part.lines
@@ -105,7 +114,7 @@ def part_rows(path, part: Part, fields: Fields | None, only=None) -> Iterator[tu
 def numbered_rows(path, fields: Fields | None) -> Iterator[tuple[int, object]]:
     """Line or row from 1 and the value of every row of the file but blank lines. fields: None for all of them."""
     number = 0
-    for part in parts(path):
+    for part in parts(path, fields):
         for _, row in part_rows(path, part, fields):
             number += 1
             if row is not None:
@@ -142,11 +151,16 @@ def _magic(path) -> bytes:
 
 def _json_row(line, first: bool):
     try:
-        return orjson.loads(line)
+        row = orjson.loads(line)
     except orjson.JSONDecodeError:
         line = line.strip()
-    if not line:
-        return None
+        if not line:
+            return None
+        row = _json_or_reason(line, first)
+    return ValueError("a row must be an object, got null") if row is None else row
+
+
+def _json_or_reason(line, first: bool):
     try:
         # What orjson refuses: NaN, and the byte-order mark of files from Windows. And it words its reasons worse.
         return json.loads(line.decode("utf-8-sig" if first else "utf-8"))
@@ -165,30 +179,60 @@ def _open_parquet(path):
     except ImportError as error:
         raise InputError(f'{path} is a Parquet file, which needs pyarrow: pip install "fastpref[cli]"') from error
     try:
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
     except pyarrow.ArrowException as error:
         raise InputError(f"cannot read {path}: {error}".splitlines()[0]) from error
 
 
-def _parquet_rows(path, part, fields, only) -> Iterator[tuple[int, object]]:
-    file = _open_parquet(path)
+def _parts_of_row_group(path, group, begin, fields) -> Iterator[Part]:
     import pyarrow
 
+    def part():
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, batches[0].schema) as stream:
+            for batch in batches:
+                stream.write_batch(batch)
+        return Part(begin, end, end, table=sink.getvalue().to_pybytes())
+
+    batches, end = [], begin
+    for batch in _batches(path, group, begin, fields):
+        batches.append(batch)
+        end += batch.num_rows
+        if sum(batch.nbytes for batch in batches) >= PART:
+            yield part()
+            batches, begin = [], end
+    if batches:
+        yield part()
+
+
+def _batches(path, group, position, fields) -> Iterator:
+    import pyarrow
+
+    file = _open_parquet(path)
     columns = None
     if fields is not None:
         wanted = top_fields(fields)
         columns = [name for name in file.schema_arrow.names if name in wanted]
-    position = part.begin
     try:
-        for batch in file.iter_batches(PARQUET_ROWS, row_groups=[part.row_group], columns=columns):
-            positions = np.arange(position, position + batch.num_rows)
+        for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=columns):
+            yield batch
             position += batch.num_rows
-            if only is not None:
-                positions = positions[np.isin(positions, only)]
-                batch = batch.take(pyarrow.array(positions - position + batch.num_rows))
-            yield from zip(positions.tolist(), _python_rows(batch), strict=True)
     except pyarrow.ArrowException as error:
         raise InputError(f"cannot read {path} after row {position}: {error}".splitlines()[0]) from error
+
+
+def _parquet_rows(path, part, fields, only) -> Iterator[tuple[int, object]]:
+    import pyarrow
+
+    position = part.begin
+    stream = part.table and pyarrow.ipc.open_stream(part.table)
+    for batch in stream or _batches(path, part.row_group, position, fields):
+        positions = np.arange(position, position + batch.num_rows)
+        position += batch.num_rows
+        if only is not None:
+            positions = positions[np.isin(positions, only)]
+            batch = batch.take(pyarrow.array(positions - position + batch.num_rows))
+        yield from zip(positions.tolist(), _python_rows(batch), strict=True)
 
 
 def _python_rows(batch) -> list:
@@ -368,6 +412,9 @@ def _where_said(values, counts, unknown, dtype) -> np.ndarray | None:
 # ---- the texts
 
 
+AGAIN = Fields(scores=())
+
+
 class Known(NamedTuple):
     """What pass 1 found out about some prompts of a part."""
 
@@ -380,7 +427,7 @@ def parts_again(samples: Samples, prompts: np.ndarray) -> Iterator[tuple[Part, s
     """The parts that hold some of these ascending prompts, and which. Raises InputError when the file has changed."""
     check_unchanged(samples)
     known = Known(samples.position[prompts], np.diff(samples.offsets)[prompts], samples.prompt_hash[prompts])
-    for part in parts(samples.path):
+    for part in parts(samples.path, AGAIN):
         here = slice(*np.searchsorted(known.position, [part.begin, part.end]).tolist())
         if here.start < here.stop:
             yield part, here, Known(*(column[here] for column in known))
@@ -389,9 +436,8 @@ def parts_again(samples: Samples, prompts: np.ndarray) -> Iterator[tuple[Part, s
 
 def same_rows(path, part: Part, known: Known) -> list[Row]:
     """The rows of these prompts once more, without scores. Raises InputError when they are others."""
-    fields = Fields(scores=())
     try:
-        rows = [valid_row(value, fields) for _, value in part_rows(path, part, fields, known.position.tolist())]
+        rows = [valid_row(value, AGAIN) for _, value in part_rows(path, part, AGAIN, known.position.tolist())]
     except ValueError:
         raise changed(path) from None
     same = [len(row.responses) for row in rows] == known.counts.tolist()

@@ -96,7 +96,7 @@ def read_samples(
     workers = processes.worth(stamp[0]) if workers is None else workers
 
     def tasks():
-        for part in reading.parts(path):
+        for part in reading.parts(path, fields):
             done.append(part.done)
             yield path, part, fields
 
