@@ -15,16 +15,21 @@ def format_of(path) -> str:
 
 @contextlib.contextmanager
 def whole_file(path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place at the end; an error or Ctrl-C leaves nothing of it."""
-    path = Path(path)
+    """A temporary file beside `path` that takes its place at the end; an error or Ctrl-C leaves nothing of it.
+
+    A link stays one, to the new file.
+    """
+    named, path = path, Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a directory")
+        raise InputError(f"cannot write {named}: it is a directory")
+    if path.exists() and not path.is_file():  # /dev/null, which must not be replaced
+        raise InputError(f"cannot write {named}: it is no regular file")
     try:
         with open(temporary, "xb"):
             pass
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+        raise InputError(f"cannot write {named}: {error.strerror}") from error
     try:
         yield temporary
         with open(temporary, "rb+") as file:

@@ -123,6 +123,9 @@ def test_bad_rows_have_a_file_of_their_own(samples, capsys):
     assert "2 bad rows" in captured.out
     assert "warning: 2 of 52 rows are left out, the first samples.jsonl:51: not JSON" in captured.err
     assert curate("-o", "pairs.jsonl", "--bad-rows", "bad.jsonl", "--strict") == 1
+    samples.write_text("{\n\nnull\n")
+    assert curate("-o", "none.jsonl", "--bad-rows", "bad.jsonl") == 2
+    assert [row["row"] for row in read_lines("bad.jsonl")] == [1, 3]
 
 
 def test_strict_writes_and_exits_with_1(samples, capsys):
@@ -213,6 +216,7 @@ def test_help_says_where_it_starts(capsys):
         ([], "output must be a file"),
         (["-o", "pairs.txt"], "the output must end in .jsonl, .jsonl.gz, .parquet, got pairs.txt"),
         (["-o", "samples.jsonl"], "samples.jsonl would overwrite an input"),
+        (["-o", "p.jsonl", "--bad-rows", os.devnull], f"cannot write {os.devnull}: it is no regular file"),
         (["-o", "none/pairs.jsonl"], "cannot write none/pairs.jsonl: the folder none is not there"),
         (["-o", "p.jsonl", "--config", "c.toml"], "unknown key construct.rejectd, known: construct.chosen"),
         (["-o", "p.jsonl", "--config", "none.toml"], "cannot read none.toml: No such file or directory"),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpref.curate import Coded, InputError, files, read_metadata, read_samples, reading, select_pairs, write_pairs
+from fastpref.whole_file import whole_file
 
 USER = [{"role": "user", "content": "hello"}]
 
@@ -509,3 +510,49 @@ def test_trl_takes_the_rows_with_their_ratings(tmp_path, load, ending, messages)
     best = [row["responses"][int(np.argmax(row["scores"]))] for row in pools(8)]
     asked = "[user]prompt {}[assistant]{}" if messages else "prompt {}{}"
     assert texts[:8] == [asked.format(k, text) for k, text in enumerate(best)]
+
+
+# ---- whole files
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "there" / "rows.jsonl")
+    for content in ("first", "second"):
+        with whole_file(tmp_path / "link.jsonl") as temporary:
+            temporary.write_text(content)
+        assert (tmp_path / "link.jsonl").is_symlink()
+        assert (tmp_path / "there" / "rows.jsonl").read_text() == content
+    assert os.listdir(tmp_path / "there") == ["rows.jsonl"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="cannot write .*pipe: it is no regular file"), whole_file(pipe):
+        pass
+    assert pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_pipe_cannot_be_read_twice(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: it must be a regular file"):
+        read_samples(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_large_row_group_is_read_in_parts(tmp_path, monkeypatch, workers):
+    samples = read_samples(write_samples(tmp_path / "whole.parquet", pools()), workers=1)
+    first = np.flatnonzero(np.diff(samples.offsets) > 1)
+    pairs = {"prompt": first[::-1], "chosen": np.zeros(len(first), int), "rejected": np.ones(len(first), int)}
+    write_pairs(samples, pairs, tmp_path / "whole.jsonl")
+    for name, value in (("ROW_GROUP", 0), ("PART", 1), ("PARQUET_ROWS", 2)):
+        monkeypatch.setattr(reading, name, value)
+    parts = list(reading.parts(samples.path, None))
+    assert len(parts) > 2 and all(part.table for part in parts)
+    again = read_samples(samples.path, workers=workers)
+    for name in ("offsets", "text_hash", "prompt_hash", "row", "position"):
+        assert np.array_equal(getattr(again, name), getattr(samples, name)), name
+    assert again.problems == samples.problems
+    write_pairs(again, pairs, tmp_path / "parts.jsonl", workers=workers)
+    assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes() != b""

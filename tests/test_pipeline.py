@@ -108,6 +108,7 @@ def test_a_config_of_toml_is_that_of_the_dataclass(tmp_path):
         ({"order": ["score", "construct"]}, "order must be one of hygiene, audit"),
         ({"write": {"test_share": 0.1}}, "need each other"),
         ({"write": {"beta": 0}}, r"write\.beta must be positive, got 0"),
+        ({"read": {"workers": 0}}, r"read\.workers must be at least 1, got 0"),
         ({"read": {"score_range": [1.0]}}, r"read\.score_range must be two numbers"),
     ],
 )
@@ -345,7 +346,7 @@ def test_prompts_are_held_out_whole(samples, tmp_path):
 
 @pytest.mark.parametrize("kind", ["both", "half"])
 def test_goals(samples, kind):
-    result = run_quietly(config_of(samples, write={"goals": kind}))
+    result = run_quietly(config_of(samples, write={"goals": kind}, select={"fraction": 0.9}))
     rows = read_lines(result.summary["output"])
     pairs_made = result.summary["pairs"]
     assert len(rows) == (2 * pairs_made if kind == "both" else pairs_made)
@@ -358,6 +359,8 @@ def test_goals(samples, kind):
         assert row["goal_swapped"] == (row["score_chosen"] < row["score_rejected"])
         assert row["prompt"].endswith("\n\n" + pool["prompt"])
         assert f"Overall score: {row['goal']:.6g}." in row["prompt"]
+        assert row["margin_win_prob"] == pytest.approx(row["margin"])
+        assert (row["rank_rejected"] == -1) == row["goal_swapped"]
         if kind == "both":
             assert row["goal"] == pytest.approx(1 + 9 * (row["score_chosen"] - low) / (high - low), abs=1e-6)
 
@@ -496,6 +499,7 @@ def test_progress_of_both_passes(samples):
         ),
         ({"read": {"scores": ["helpfulness:logit"]}}, r"helpfulness:logit: probability must lie in \[0, 1\]"),
         ({"read": {"scores": ["win_prob:log"]}}, "scores must be FIELD or FIELD:logit, got 'win_prob:log'"),
+        ({"read": {"scores": ["win_prob:logit", "win_prob"]}}, "scores must name a field once, got 'win_prob' twice"),
         ({"select": {"k": 1000}}, r"select\.k must be at most the 260 pairs there are, got 1000"),
         (
             {"read": {"scores": [], "implicit": "helpfulness"}},

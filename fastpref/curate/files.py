@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastpref.curate.rows import Row
-from fastpref.curate.samples import InputError, Samples
+from fastpref.curate.samples import InputError, RowProblem, Samples
 from fastpref.whole_file import whole_file
 
 FORMATS = ("trl", "trl-conversational", "axolotl")
@@ -127,6 +127,13 @@ def write_pairs(
     if progress is not None:
         progress(total, total)
     return Written(*written)
+
+
+def write_problems(problems: list[RowProblem], path) -> None:
+    """The rows that were left out, as JSON Lines: row and reason."""
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for problem in problems:
+            file.write(json.dumps({"row": problem.row, "reason": problem.reason}, ensure_ascii=False) + "\n")
 
 
 def read_metadata(path) -> dict | None:

@@ -6,7 +6,6 @@ that is written says where it comes from.
 """
 
 import contextlib
-import json
 import os
 import time
 import warnings
@@ -23,10 +22,9 @@ from fastpref.curate.config import CurateConfig
 from fastpref.curate.hygiene import Flag, split_of
 from fastpref.curate.length import LengthReport, length_report
 from fastpref.curate.routing import Route
-from fastpref.curate.samples import InputError, RowProblem, texts
+from fastpref.curate.samples import InputError, texts
 from fastpref.curate.state import LeftOut, PairReason, State, as_json, fingerprint, load, load_samples, save
 from fastpref.rating_scale import of_gaps
-from fastpref.whole_file import whole_file
 
 LONGEST_WINS = 0.9  # share of pairs told apart by length alone, beyond which accuracy on them measures style
 EXAMPLES = 3  # in the report
@@ -110,6 +108,8 @@ def _check_outputs(config) -> None:
             raise InputError(f"the output must end in {', '.join(files.ENDINGS)}, got {path}")
         if not os.access(folder := os.path.dirname(path) or ".", os.W_OK):
             raise InputError(f"cannot write {path}: the folder {folder} is not there or cannot be written")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise InputError(f"cannot write {path}: it is no regular file")
         for other in [*inputs, *outputs[:index]]:
             if os.path.realpath(path) == os.path.realpath(other):
                 raise InputError(f"{path} would overwrite {'an input' if other in inputs else 'another output'}")
@@ -191,7 +191,7 @@ def _write(state, config, progress) -> tuple[dict, dict]:
         if sft is not None:
             written[sft] = done.sft_rows
     if options.bad_rows is not None:
-        _write_bad_rows(options.bad_rows, samples.problems)
+        files.write_problems(samples.problems, options.bad_rows)
         written[options.bad_rows] = len(samples.problems)
     rows = columns | files.pair_columns(samples, columns)
     for name, column in rows.items():
@@ -225,12 +225,6 @@ def _rating_scale(gap, beta) -> dict | None:
     if not (gap != 0).any():
         return None
     return {"beta": beta, "pairs": len(gap), **of_gaps(gap, beta)._asdict()}
-
-
-def _write_bad_rows(path, problems: list[RowProblem]) -> None:
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for problem in problems:
-            file.write(json.dumps({"row": problem.row, "reason": problem.reason}, ensure_ascii=False) + "\n")
 
 
 # ---- what is said of it

@@ -29,7 +29,7 @@ except ImportError as error:
 PART = 1 << 23  # bytes of lines in a part
 BUFFER = 1 << 20  # bytes of each Parquet column read at a time
 PARQUET_ROWS = 256  # made into Python objects at a time
-ROW_GROUP = 1 << 27  # bytes; a larger one, and some files are a single one, is more than a part
+ROW_GROUP = 1 << 26  # bytes; a larger one, and some files are a single one, is more than a part
 
 
 class Part(NamedTuple):

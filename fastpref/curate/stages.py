@@ -13,6 +13,7 @@ import numpy as np
 from fastpref.curate import hygiene as checks
 from fastpref.curate import length, margins, routing
 from fastpref.curate.config import CurateConfig
+from fastpref.curate.files import write_problems
 from fastpref.curate.hygiene import Flag
 from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
 from fastpref.curate.samples import InputError, Samples, read_samples, text_hashes, to_logit
@@ -36,6 +37,8 @@ def read(config, progress=None) -> State:
         progress=progress,
     )
     if not samples.prompts:
+        if config.write.bad_rows is not None:
+            write_problems(samples.problems, config.write.bad_rows)
         first = f", the first of {len(samples.problems)} bad ones: {samples.problems[0]}" if samples.problems else ""
         raise InputError(f"{config.input} holds no row of scored samples{first}")
     return start(samples, config)
@@ -409,6 +412,8 @@ def _declared(read) -> list[tuple[str, str]]:
         name, _, scale = text.partition(":")
         if not name or scale not in ("", "raw", "logit"):
             raise InputError(f"scores must be FIELD or FIELD:logit, got {text!r}")
+        if name in dict(found):
+            raise InputError(f"scores must name a field once, got {name!r} twice")
         found.append((name, scale or "raw"))
     return found
 
