@@ -107,7 +107,12 @@ def test_a_config_of_toml_is_that_of_the_dataclass(tmp_path):
         ({"order": ["construct", "length"], "length": {"control": "match"}}, "order must have length before construct"),
         ({"order": ["score", "construct"]}, "order must be one of hygiene, audit"),
         ({"write": {"test_share": 0.1}}, "need each other"),
-        ({"write": {"beta": 0}}, r"write\.beta must be positive, got 0"),
+        ({"write": {"beta": 0}}, r"write\.beta must be positive and finite, got 0"),
+        ({"write": {"beta": float("inf")}}, r"write\.beta must be positive and finite, got inf"),
+        ({"audit": {"threshold": float("nan")}}, r"audit\.threshold must be positive and finite, got nan"),
+        ({"clean": {"threshold": -1}}, r"clean\.threshold must be positive and finite, got -1"),
+        ({"clean": {"rank": 0}}, r"clean\.rank must be at least 1, got 0"),
+        ({"read": {"score_range": [10, 1]}}, r"read\.score_range must be two numbers, the lower first"),
         ({"read": {"workers": 0}}, r"read\.workers must be at least 1, got 0"),
         ({"read": {"score_range": [1.0]}}, r"read\.score_range must be two numbers"),
     ],
@@ -237,9 +242,12 @@ def test_two_runs_give_the_same_bytes(samples, tmp_path):
 def test_the_order_of_the_responses_changes_nothing_but_indices(samples):
     tables = {"read": {"scores": ["win_prob:logit", "helpfulness"]}, "select": {"fraction": 0.6}}
     tables |= {"construct": {"pairs_per_prompt": 2}, "length": {"control": "within_source"}}
+    rows = read_lines(samples)
+    for row in rows[::3]:  # one answer of two sources, which counts as that of one of them
+        row["responses"][row["models"].index("model-2")] = row["responses"][row["models"].index("model-1")]
+    write_rows(samples, rows)
     first = run_quietly(config_of(samples, **tables))
     rng = np.random.default_rng(1)
-    rows = read_lines(samples)
     for row in rows:
         order = rng.permutation(SOURCES)
         row |= {name: [row[name][k] for k in order] for name in row if name != "prompt"}
@@ -500,6 +508,7 @@ def test_progress_of_both_passes(samples):
         ({"read": {"scores": ["helpfulness:logit"]}}, r"helpfulness:logit: probability must lie in \[0, 1\]"),
         ({"read": {"scores": ["win_prob:log"]}}, "scores must be FIELD or FIELD:logit, got 'win_prob:log'"),
         ({"read": {"scores": ["win_prob:logit", "win_prob"]}}, "scores must name a field once, got 'win_prob' twice"),
+        ({"select": {"how": "best"}}, r"select\.how must be one of mul, .*, win_prob, got 'best'"),
         ({"select": {"k": 1000}}, r"select\.k must be at most the 260 pairs there are, got 1000"),
         (
             {"read": {"scores": [], "implicit": "helpfulness"}},

@@ -468,6 +468,12 @@ def test_a_response_takes_at_most_64_bytes(tmp_path):
     assert sum(array.nbytes for array in [*arrays, *samples.scores.values()]) <= 64 * samples.responses
 
 
+def test_sources_are_numbered_by_name(tmp_path):
+    rows = [GOOD | {"sources": ["c", "b"]}, GOOD | {"sources": [None, "a"]}]
+    samples = read_samples(write_lines(tmp_path / "samples.jsonl", rows))
+    assert samples.source_names == ["a", "b", "c"] and samples.sources.tolist() == [2, 1, -1, 0]
+
+
 # ---- processes
 
 

@@ -10,6 +10,7 @@ A key that is not a field, or a value of another type, is an InputError that nam
 """
 
 import dataclasses
+import math
 import os
 import types
 import typing
@@ -147,14 +148,21 @@ class CurateConfig:
             raise InputError("select.fraction and select.k must not both be given")
         if self.read.workers is not None and self.read.workers < 1:
             raise InputError(f"read.workers must be at least 1, got {self.read.workers}")
-        if len(self.read.score_range) not in (0, 2):
-            raise InputError(f"read.score_range must be two numbers, got {list(self.read.score_range)}")
+        declared = self.read.score_range
+        if declared and not (len(declared) == 2 and -math.inf < declared[0] < declared[1] < math.inf):
+            raise InputError(f"read.score_range must be two numbers, the lower first, got {list(declared)}")
+        for stage in ("audit", "clean"):
+            options = getattr(self, stage)
+            if not 0 < options.threshold < math.inf:
+                raise InputError(f"{stage}.threshold must be positive and finite, got {options.threshold:g}")
+            if options.rank is not None and options.rank < 1:
+                raise InputError(f"{stage}.rank must be at least 1, got {options.rank}")
         if (self.write.test is None) != (self.write.test_share == 0):
             raise InputError("write.test and write.test_share need each other")
         if not 0 <= self.write.test_share < 1:
             raise InputError(f"write.test_share must be in [0, 1), got {self.write.test_share:g}")
-        if not self.write.beta > 0:
-            raise InputError(f"write.beta must be positive, got {self.write.beta:g}")
+        if not 0 < self.write.beta < math.inf:
+            raise InputError(f"write.beta must be positive and finite, got {self.write.beta:g}")
         if self.write.easy_to_hard and self.write.goals != "none":
             raise InputError("write.easy_to_hard is not for goal-conditioned rows, which are shuffled")
         if self.write.easy_to_hard and "route" not in self.order:

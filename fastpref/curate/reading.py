@@ -346,11 +346,15 @@ def joined(path, parts: Iterable[Columns], fields: Fields, stamp) -> Samples:
     # what is joined is let go
     columns = {name: np.concatenate([empty[name], *gathered.pop(name)]) for name in list(gathered)}
     counts = columns.pop("counts")
+    # by name, so that codes do not depend on the order of the responses
+    names = sorted(codes)
+    code = {name: k for k, name in enumerate(names)}
+    columns["sources"] = np.array([*map(code.get, codes), -1], np.int32)[columns["sources"]]
     return Samples(
         path=path,
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         scores={name: np.concatenate([np.empty(0), *scores.pop(name)]) for name in list(scores)},
-        source_names=list(codes),
+        source_names=names,
         problems=problems,
         fields=fields,
         stamp=stamp,

@@ -49,7 +49,7 @@ class Samples:
     blank: np.ndarray  # bool [responses], empty or white space only
     truncated: np.ndarray | None  # bool [responses], False where a row does not say; None where no row does
     sources: np.ndarray | None  # int32 [responses], index into source_names, -1 = unknown; None where no row says
-    source_names: list[str]
+    source_names: list[str]  # ascending
     prompt_hash: np.ndarray  # uint64 [prompts]
     row: np.ndarray  # int64 [prompts], line of a JSON Lines file, row of a Parquet file, both from 1
     position: np.ndarray  # int64 [prompts], byte at which the line begins (unpacked), rows before it in a Parquet file

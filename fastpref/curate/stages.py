@@ -250,6 +250,10 @@ def _select_stage(state, config) -> State:
     if state.pairs is None:
         return _select_prompts(state, wanted)
     columns = _votes(state, config)
+    if options.how not in (*margins.COMBINATIONS, *columns):
+        raise InputError(
+            f"select.how must be one of {', '.join([*margins.COMBINATIONS, *columns])}, got {options.how!r}"
+        )
     asked = options.k is not None or options.fraction is not None
     if len(columns) == 1 and not asked:
         return _with_summary(state, "select", {"skipped": "every pair is kept"})
