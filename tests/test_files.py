@@ -529,7 +529,7 @@ def test_a_link_stays_one(tmp_path):
 def test_what_is_no_file_is_not_replaced(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(InputError, match="cannot write .*pipe: it is no regular file"), whole_file(pipe):
+    with pytest.raises(InputError, match=r"cannot write .*pipe: it is no regular file"), whole_file(pipe):
         pass
     assert pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
 

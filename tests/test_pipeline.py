@@ -243,8 +243,9 @@ def test_the_order_of_the_responses_changes_nothing_but_indices(samples):
     tables = {"read": {"scores": ["win_prob:logit", "helpfulness"]}, "select": {"fraction": 0.6}}
     tables |= {"construct": {"pairs_per_prompt": 2}, "length": {"control": "within_source"}}
     rows = read_lines(samples)
-    for row in rows[::3]:  # one answer of two sources, which counts as that of one of them
-        row["responses"][row["models"].index("model-2")] = row["responses"][row["models"].index("model-1")]
+    for p, row in enumerate(rows):  # one answer of two sources, which counts as that of one of them
+        one, other = (row["models"].index(f"model-{s}") for s in [(0, 1), (2, 3), (6, 7), (8, 9)][p % 4])
+        row["responses"][other] = row["responses"][one]
     write_rows(samples, rows)
     first = run_quietly(config_of(samples, **tables))
     rng = np.random.default_rng(1)
