@@ -204,6 +204,10 @@ def test_malformed_rows():
     assert found == pair_rows(columns_of(rows[:3]), rejected="min")
     with pytest.raises(ValueError, match="no field 'reward'"):
         pair_rows(columns_of(rows[:3]), score_field="reward")
+    with pytest.raises(ValueError, match=r"2 of 2 rows are malformed, the first: batch:1: no field 'prompt'"):
+        pair_rows({"question": ["p", "q"]})
+    with pytest.raises(ValueError, match=r"2 of 2 rows are malformed, the first: batch:1: no field 'prompt'"):
+        pair_rows(pyarrow.table({"question": ["p", "q"]}))
     with pytest.raises(TypeError, match="batch must be a dict of columns, a pyarrow Table or RecordBatch, got list"):
         pair_rows(rows)
     mixed = [row | {"models": [], "tokens": []} for row in (pools(2)[1], pools(2, messages=True)[1])]
