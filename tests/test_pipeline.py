@@ -239,6 +239,15 @@ def test_two_runs_give_the_same_bytes(samples, tmp_path):
     assert Path(other.summary["output"]).read_bytes() != content
 
 
+def test_the_number_of_workers_changes_nothing(samples, tmp_path):
+    out = tmp_path / "pairs.parquet"
+    content = set()
+    for workers in (1, 2):
+        run_quietly(config_of(samples, output=str(out), read={"workers": workers}))
+        content.add(out.read_bytes())
+    assert len(content) == 1
+
+
 def test_the_order_of_the_responses_changes_nothing_but_indices(samples):
     tables = {"read": {"scores": ["win_prob:logit", "helpfulness"]}, "select": {"fraction": 0.6}}
     tables |= {"construct": {"pairs_per_prompt": 2}, "length": {"control": "within_source"}}

@@ -166,7 +166,8 @@ def _write(state, config, progress) -> tuple[dict, dict]:
         columns = _rows(columns, easiest_first)
     if options.goals != "none":
         columns, rewrite = _with_goals(columns, config)
-    metadata = {"version": __version__, "config": asdict(config), "rating_scale": scale}
+    reproducible = replace(config, read=replace(config.read, workers=None))  # which change nothing
+    metadata = {"version": __version__, "config": asdict(reproducible), "rating_scale": scale}
     held_out = split_of(samples.prompt_hash, test_share=options.test_share, salt=config.seed)[columns["prompt"]]
     parts = [(config.output, ~held_out, options.sft)]
     if options.test is not None:
