@@ -545,6 +545,9 @@ def test_prompts_keep_a_quarter_by_default():
     spread = rewards.max(axis=1) - rewards.min(axis=1)
     np.testing.assert_array_equal(found.prompts, np.argsort(-spread)[:500])
     np.testing.assert_array_equal(found.chosen, rewards[found.prompts].argmax(axis=1))
+    np.testing.assert_array_equal(select_prompts(rewards, k=7).prompts, found.prompts[:7])
+    with pytest.raises(ValueError, match="k must be an integer from 0 to the 2000 prompts, got 2001"):
+        select_prompts(rewards, k=2001)
     valid = np.ones((2000, 6), bool)
     valid[:, 2] = False
     assert (select_prompts(rewards, valid=valid).chosen != 2).all()

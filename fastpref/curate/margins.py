@@ -209,12 +209,13 @@ class PromptSelection(NamedTuple):
     tied_at_cut: float  # as in TopSelection
 
 
-def select_prompts(rewards, fraction=0.25, *, valid=None, offsets=None) -> PromptSelection:
+def select_prompts(rewards, fraction=0.25, *, k=None, valid=None, offsets=None) -> PromptSelection:
     """One round of the iterative variant: the prompts whose best and worst response are furthest apart.
 
     rewards: [prompts, n], or [responses] with offsets; NaN and invalid ones are none.
     fraction: of all prompts; the authors keep 5,000 of 20,000 in every round. Of equal margins the lower prompt is
         first.
+    k: how many prompts, in place of fraction.
 
     Prompts with fewer than two different rewards are never selected, with a warning when that leaves too few.
     """
@@ -230,7 +231,8 @@ def select_prompts(rewards, fraction=0.25, *, valid=None, offsets=None) -> Promp
         gap = pool[row, best] - pool[row, worst]
         margin[prompts] = np.where(gap > 0, gap, -math.inf)
         chosen[prompts], rejected[prompts] = best, worst
-    asked, usable = _count(None, fraction, len(margin), "prompts"), int(np.count_nonzero(margin > 0))
+    asked = _count(k, fraction if k is None else None, len(margin), "prompts")
+    usable = int(np.count_nonzero(margin > 0))
     if usable < asked:
         warnings.warn(
             f"only {usable} of {len(margin)} prompts have two different rewards, {asked - usable} fewer than asked for",
