@@ -247,15 +247,21 @@ def test_the_official_wording():
     ],
 )
 def test_printed_scores(goal, printed):
-    assert goal_text(goal).endswith(f"\nOverall score: {printed}.")
+    assert goal_text(goal, (-10, 1e7)).endswith(f"\nOverall score: {printed}.")
 
 
 def test_the_scale_and_the_attributes_are_stated():
     text = goal_text({"Helpfulness": 0.5, "Honesty": 1}, score_range=(0, 1))
     assert "(on a scale of 0-1, where 0 is lowest and 1 is highest):" in text
     assert text.endswith(":\nHelpfulness score: 0.5.\nHonesty score: 1.")
-    with pytest.raises(ValueError, match="goals must be finite, got nan"):
-        goal_text(NAN)
+
+
+@pytest.mark.parametrize("goal", [NAN, np.inf, 0.5, 10.5, -7.0])
+def test_a_goal_is_on_the_scale_that_is_stated(goal):
+    with pytest.raises(ValueError, match=rf"goals must lie in score_range \[1, 10\], got {goal} for 'Honesty'"):
+        goal_text({"Helpfulness": 3, "Honesty": goal})
+    with pytest.raises(ValueError, match=rf"score_range \[1, 10\], got {goal} for 'Overall'"):
+        goal_rewrite()({"prompt": "Why?", "goal": goal})
 
 
 USER = {"role": "user", "content": "Why?"}

@@ -349,8 +349,9 @@ def test_goals(samples, kind):
     rows = read_lines(result.summary["output"])
     pairs_made = result.summary["pairs"]
     assert len(rows) == (2 * pairs_made if kind == "both" else pairs_made)
-    scores = [score for row in rows for score in (row["score_chosen"], row["score_rejected"])]
-    low, high = min(scores), max(scores)
+    # "half" draws rows, not the scale: a score is the same goal in both
+    plain = run_quietly(config_of(samples)).rows
+    low, high = plain["score_rejected"].min(), plain["score_chosen"].max()
     source = read_lines(samples)
     for row in rows:
         pool = source[row["row"] - 1]
@@ -358,8 +359,30 @@ def test_goals(samples, kind):
         assert row["goal_swapped"] == (row["score_chosen"] < row["score_rejected"])
         assert row["prompt"].endswith("\n\n" + pool["prompt"])
         assert f"Overall score: {row['goal']:.6g}." in row["prompt"]
-        if kind == "both":
-            assert row["goal"] == pytest.approx(1 + 9 * (row["score_chosen"] - low) / (high - low), abs=1e-6)
+        assert row["goal"] == pytest.approx(1 + 9 * (row["score_chosen"] - low) / (high - low), abs=1e-6)
+        assert row["margin"] == row["score_chosen"] - row["score_rejected"]  # below 0 where swapped
+        for side in ("chosen", "rejected"):
+            assert row[f"len_{side}"] == len(row[side])
+            assert row[f"source_{side}"] == pool["models"][row[f"{side}_id"]]
+
+
+@pytest.mark.parametrize("kind", ["both", "half"])
+def test_goals_of_a_single_pair(samples, kind):
+    result = run_quietly(config_of(samples, select={"k": 1}, write={"goals": kind}))
+    rows = read_lines(result.summary["output"])
+    assert len(rows) == (2 if kind == "both" else 1)
+    assert all(row["goal"] == (1 if row["goal_swapped"] else 10) for row in rows)
+
+
+def test_goals_on_a_declared_scale(samples):
+    read = {"scores": ["win_prob"], "score_range": [0, 1]}
+    result = run_quietly(config_of(samples, read=read, write={"goals": "both"}))
+    for row in read_lines(result.summary["output"]):
+        assert row["goal"] == row["score_chosen"] and "on a scale of 0-1, where 0 is lowest" in row["prompt"]
+    config = config_of(samples, read=read | {"score_range": [1, 10]}, write={"goals": "both"})
+    message = r"the goals of 520 of 520 rows lie outside read\.score_range \[1, 10\], from .*: declare the range"
+    with pytest.raises(InputError, match=message):
+        run_quietly(config)
 
 
 # ---- order and single stages
@@ -396,6 +419,10 @@ def test_prompts_are_selected_before_there_are_pairs(samples):
     widest = np.argsort(-whole.rows["margin"], kind="stable")[: round(0.25 * PROMPTS)]
     assert result.rows["row"].tolist() == sorted(whole.rows["row"][widest])
     assert result.summary["dropped"] == {"not_selected": PROMPTS - len(widest)}
+    by_number = config_of(samples, order=order, select={"k": len(widest)}, construct={"rejected": "min"})
+    assert run_quietly(by_number).rows["row"].tolist() == result.rows["row"].tolist()
+    with pytest.raises(InputError, match="select: k must be an integer from 0 to the 260 prompts, got 261"):
+        run_quietly(config_of(samples, order=order, select={"k": PROMPTS + 1}))
 
 
 def test_cleaning_after_construction_drops_pairs(samples):

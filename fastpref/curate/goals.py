@@ -105,7 +105,7 @@ def rescale_scores(scores, source_range=None, target_range=(1, 10)) -> np.ndarra
             f"{np.nanmin(scores):g} to {np.nanmax(scores):g}"
         )
     share = (scores - low) / (high - low)
-    return target_low * (1 - share) + target_high * share  # exact at both ends
+    return np.clip(target_low * (1 - share) + target_high * share, target_low, target_high)  # exact at both ends
 
 
 def goal_text(goals, score_range=(1, 10)) -> str:
@@ -113,10 +113,16 @@ def goal_text(goals, score_range=(1, 10)) -> str:
 
     The wording is that of the paper's data, which states the scale: score_range is its (lowest, highest). Whole numbers
     are printed without decimals, others with six significant digits.
+
+    Raises ValueError for a goal that is not on this scale: see `rescale_scores`.
     """
     if not isinstance(goals, Mapping):
         goals = {"Overall": goals}
-    low, high = map(_number, _range("score_range", score_range))
+    bounds = _range("score_range", score_range)
+    for name, goal in goals.items():
+        if not bounds[0] <= goal <= bounds[1]:
+            raise ValueError(f"goals must lie in score_range [{bounds[0]:g}, {bounds[1]:g}], got {goal} for {name!r}")
+    low, high = map(_number, bounds)
     lines = [f"{name} score: {_number(goal)}." for name, goal in goals.items()]
     return (
         "You are an assistant that generates responses for the instruction while implicitly achieving the following "
@@ -213,6 +219,4 @@ def _range(argument, value) -> tuple[float, float]:
 
 def _number(value) -> str:
     value = float(value)
-    if not math.isfinite(value):
-        raise ValueError(f"goals must be finite, got {value}")
     return str(int(value)) if value.is_integer() else np.format_float_positional(value, 6, fractional=False, trim="-")

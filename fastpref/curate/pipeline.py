@@ -212,7 +212,15 @@ def _with_goals(columns, config) -> tuple[dict, Callable]:
     stated = config.read.score_range
     if not stated:  # the template states 1 to 10
         stated = (1.0, 10.0)
-        records["goal"] = goals.rescale_scores(records["goal"], target_range=stated)
+        if len(records["goal"]):
+            every = np.concatenate([columns["score_chosen"], columns["score_rejected"]])
+            records["goal"] = goals.rescale_scores(records["goal"], (every.min(), every.max()), stated)
+    elif outside := np.count_nonzero((records["goal"] < stated[0]) | (records["goal"] > stated[1])):
+        raise InputError(
+            f"the goals of {outside} of {len(records['goal'])} rows lie outside read.score_range [{stated[0]:g}, "
+            f"{stated[1]:g}], from {records['goal'].min():.4g} to {records['goal'].max():.4g}: declare the range of "
+            "the scores that make the pairs, or none"
+        )
     return records, goals.goal_rewrite(score_range=stated, system_role=config.write.system_role)
 
 
