@@ -20,6 +20,8 @@ from fastpref.curate.pools import as_pools, blocks
 START = {"external": 1.5, "implicit": 2.0}  # the search for the upper bound begins at the largest margin over this
 COMBINATIONS = ("mul", "add", "add_normalized", "max", "min")
 ONE_VOTE = 0.8  # a correlation above which two sources count one vote twice
+CORRELATED_PAIRS = 10  # fewest pairs whose correlation says anything: chance alone often gives 0.8 to five
+MOST_CLIPPED = 0.25  # of the margins; a bound above which more lie has cut no thin tail
 BOUND = 100.0  # stands for the infinite log-odds of p = 0 and p = 1; others are within about 60 of 0
 RANKED_PAIRS = 100_000  # most pairs whose ranks are correlated
 BLOCK = 1 << 15  # pairs that stay in the cache through all steps
@@ -91,9 +93,12 @@ def bees(margins, *, how="mul", kinds=None, lower=-2.0, upper=None, require_posi
         has no such rule.
 
     p of a source is (clip(margin) - lower) / (largest clipped margin - lower), and 0 throughout where no margin is
-    above `lower`. Warns where two sources correlate above 0.8 (Pearson or Spearman), where margins are missing, and,
-    for "mul" and "add_normalized", where `lower` does not suit the scale: it clips nothing, or it is less than 1 % of
-    the standard deviation. Raises ValueError for sources of different lengths, unknown names and wrong bounds.
+    above `lower`. Warns where margins are missing; where the sources are added up ("mul", "add", "add_normalized") and
+    two correlate above 0.8 (Pearson or Spearman, of at least 10 pairs); and, for "mul" and "add_normalized", where a
+    bound does not suit the scale: `lower` clips nothing, or is another number than 0 and less than 1 % of the standard
+    deviation, or the search, which takes steps of 1, ends at an upper bound that is not above `lower` or that clips
+    more than a quarter of the margins. Raises ValueError for sources of different lengths, unknown names and wrong
+    bounds.
     """
     sources = _checked_margins(margins)
     if how not in COMBINATIONS and how not in sources:
@@ -120,8 +125,13 @@ def bees(margins, *, how="mul", kinds=None, lower=-2.0, upper=None, require_posi
         described[name] = MarginSource(
             kind, lowers[name], top, _share(value < lowers[name]), _share(value > top), missing, smallest, largest
         )
+    compared = int(np.count_nonzero(np.logical_and.reduce(list(rated.values()))))
     del rated
-    _warn(values, described, pearson, spearman, uses_bounds=how in ("mul", "add_normalized"))
+    _warn_of_margins(values, described)
+    if how in ("mul", "add", "add_normalized") and compared >= CORRELATED_PAIRS:
+        _warn_of_one_vote(list(described), pearson, spearman)
+    if how in ("mul", "add_normalized"):
+        _warn_of_bounds(values, described, searched=described.keys() - uppers.keys())
 
     score, p, tie_break = _combine(values, described, how, require_positive)
     return MarginScores(how, score, p, tie_break, described, pearson, spearman)
@@ -384,35 +394,52 @@ def _ranks(values) -> np.ndarray:
     return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
 
 
-def _warn(values, described, pearson, spearman, uses_bounds) -> None:
-    def warn(message):
-        warnings.warn(message, UserWarning, stacklevel=4)
+def _warn(message) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)  # of the caller of `bees`
 
-    names = list(described)
+
+def _warn_of_margins(values, described) -> None:
     for name, source in described.items():
         if source.missing:
-            warn(f"margins[{name!r}] has {source.missing} of {len(values[name])} NaN or infinite, which count as 0")
+            _warn(f"margins[{name!r}] has {source.missing} of {len(values[name])} NaN or infinite, which count as 0")
+
+
+def _warn_of_one_vote(names, pearson, spearman) -> None:
     for i, j in zip(*np.triu_indices(len(names), 1), strict=True):
         # a NaN (a constant source) is not above either
         if pearson[i, j] > ONE_VOTE or spearman[i, j] > ONE_VOTE:
-            warn(
+            _warn(
                 f"{names[i]!r} and {names[j]!r} are one vote counted twice: Pearson {pearson[i, j]:.2f}, Spearman "
                 f"{spearman[i, j]:.2f}, above {ONE_VOTE}; leave one out, or take a margin that is judged otherwise"
             )
-    for name, source in described.items() if uses_bounds else ():
+
+
+def _warn_of_bounds(values, described, searched) -> None:
+    for name, source in described.items():
         if not len(values[name]):
             continue
         spread = float(values[name].std())
         if source.smallest >= source.lower:
-            warn(
+            _warn(
                 f"lower={source.lower:g} clips none of the {len(values[name])} margins of {name!r}, which begin at "
                 f"{source.smallest:.3g} and have a standard deviation of {spread:.3g}: give lower= on their scale"
             )
-        elif abs(source.lower) < spread / 100:
-            warn(
+        elif 0 < abs(source.lower) < spread / 100:
+            _warn(
                 f"lower={source.lower:g} is {100 * abs(source.lower) / spread:.2g} % of the standard deviation "
                 f"{spread:.3g} of the margins of {name!r}: the {100 * source.clipped_low:.0f} % below it all count as "
                 "p = 0; give lower= on their scale"
+            )
+        if name in searched and source.upper <= source.lower < source.largest:
+            _warn(
+                f"the search for the upper bound of {name!r} ends at {source.upper:g}, not above lower="
+                f"{source.lower:g}: every margin counts as p = 0; give upper= on their scale"
+            )
+        elif name in searched and source.clipped_high > MOST_CLIPPED:
+            _warn(
+                f"the search for the upper bound of {name!r} ends at {source.upper:g}, and the "
+                f"{100 * source.clipped_high:.0f} % of the margins above it all count as p = 1; give upper= on their "
+                "scale"
             )
 
 
