@@ -304,7 +304,7 @@ def equal_gap(rewards, pairs, *, outcome=None, quality="raw", bins=5, valid=None
     """
     if quality not in ("raw", "percentile", "z"):
         raise ValueError(f'quality must be "raw", "percentile" or "z", got {quality!r}')
-    if not isinstance(bins, int) or bins < 2:
+    if isinstance(bins, bool) or not isinstance(bins, int | np.integer) or bins < 2:
         raise ValueError(f"bins must be an integer of at least 2, got {bins!r}")
     measures = diagnose(rewards, pairs, valid=valid, offsets=offsets).measures
     chosen_quality = getattr(measures, {"raw": "score", "percentile": "percentile", "z": "z"}[quality] + "_chosen")
@@ -486,7 +486,7 @@ def mix_on_policy(pairs, on_policy_pairs, fraction=0.2, *, seed=0) -> Mix:
         )
     drawn = np.random.default_rng(seed).permutation(candidates)[:wanted]
     mixed = {}
-    for name in table.keys() & other.keys():
+    for name in (name for name in table if name in other):
         mixed[name] = np.array(table[name], np.result_type(table[name], other[name]))
         mixed[name][drawn] = other[name][at[found[drawn]]]
     mixed["on_policy"] = np.zeros(len(has), bool)
