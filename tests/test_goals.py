@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpref.curate import add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
+from fastpref.curate import Coded, add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
 
 NAN = np.nan
 OFFICIAL = (
@@ -115,8 +115,6 @@ def test_twin_columns_are_swapped_and_others_kept():
         "z_rejected": [-2.0],
         "source_chosen": ["a"],
         "source_rejected": ["a much longer name"],
-        "len_chosen": [12],
-        "rank_rejected": [4],  # it has no twin
         "embedding_chosen": np.ones((1, 3)),
         "embedding_rejected": np.zeros((1, 3)),
         "was_chosen_by": ["a judge"],
@@ -127,8 +125,40 @@ def test_twin_columns_are_swapped_and_others_kept():
     swapped = by_pair(goal_records(pairs_of([9], [2], **more)))[0, True]
     assert swapped["z_chosen"] == -2 and swapped["z_rejected"] == 1
     assert swapped["source_chosen"] == "a much longer name" and swapped["source_rejected"] == "a"
-    assert swapped["len_chosen"] == 12 and swapped["rank_rejected"] == 4 and swapped["was_chosen_by"] == "a judge"
+    assert swapped["was_chosen_by"] == "a judge"
     assert swapped["embedding_chosen"] == [0, 0, 0] and swapped["embedding_rejected"] == [1, 1, 1]
+
+
+def test_numbers_of_one_side_alone_are_not_those_of_the_other():
+    more = {"rank_rejected": np.array([4, 2]), "quality_chosen": np.array([0.5, 1.5], np.float32), "rule_chosen": "max"}
+    found = goal_records(pairs_of([9, 8], [2, 3], **more))
+    assert found["rank_rejected"].dtype == np.int64 and found["quality_chosen"].dtype == np.float32
+    records = by_pair({name: column for name, column in found.items() if name != "rule_chosen"})
+    for pair in (0, 1):
+        assert records[pair, False]["rank_rejected"] == (4, 2)[pair] and records[pair, True]["rank_rejected"] == -1
+        assert records[pair, False]["quality_chosen"] == (0.5, 1.5)[pair]
+        assert np.isnan(records[pair, True]["quality_chosen"])
+
+
+def test_columns_of_names_and_of_messages():
+    """What `write_pairs` takes: names by code, -1 for none; and texts as lists of messages of any length."""
+    one, two = [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": part} for part in "bc"]
+    pairs = {
+        "prompt": ["p", "q"],
+        "chosen": [one, two],
+        "rejected": [two, one],
+        "score_chosen": [5, 6],
+        "score_rejected": [1, 2],
+        "source_chosen": Coded(np.array([0, -1]), ["m", "n"]),
+        "source_rejected": Coded(np.array([1, 1]), ["m", "n"]),
+    }
+    found = goal_records(pairs)
+    for i, (pair, swapped) in enumerate(zip(found["pair"], found["goal_swapped"], strict=True)):
+        assert found["chosen"][i] == pairs["rejected" if swapped else "chosen"][pair]
+        assert found["rejected"][i] == pairs["chosen" if swapped else "rejected"][pair]
+        names = ["m", None][pair], "n"
+        assert (found["source_chosen"][i], found["source_rejected"][i]) == (names[::-1] if swapped else names)
+    assert found["chosen"].shape == (4,)
 
 
 def test_several_attributes():

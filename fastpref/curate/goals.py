@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from fastpref.curate.files import Coded
 from fastpref.curate.margins import as_vector
 
 ON_TIE = ("positive", "drop")
@@ -25,7 +26,9 @@ def goal_records(pairs, *, attributes=None, half=False, on_tie="positive", seed=
 
     pairs: name -> [pairs] array; `chosen`, `rejected` and their scores are needed, everything else comes along, text
         or a number alone as it is. Where a name has the word "chosen" and its twin with "rejected" is there too
-        (`score_*`, `z_*`, `len_*`, ...), both are swapped; other columns stay those of the pair as it was.
+        (`score_*`, `z_*`, `len_*`, ...), both are swapped. Numbers of one side alone, whose name ends in it
+        (`rank_rejected`), are not known of the other response: -1 where swapped, NaN if they are floats. Other columns
+        stay those of the pair as it was.
     attributes: None: the score is `score_chosen`/`score_rejected`, the goal a column `goal`. Names: the scores are
         `score_chosen_<name>`/`score_rejected_<name>`, one goal column `goal_<name>` each, and R is the negative squared
         distance of the attribute vectors.
@@ -182,19 +185,33 @@ def goal_rewrite(*, attributes=None, score_range=(1, 10), system_role=True) -> C
 def _columns(pairs) -> dict[str, np.ndarray]:
     if not isinstance(pairs, Mapping):
         raise TypeError(f"pairs must map names to arrays, got {type(pairs).__name__}")
-    columns = {name: np.asarray(column) for name, column in pairs.items() if np.ndim(column)}
+    columns = {name: _column(name, column) for name, column in pairs.items() if not np.isscalar(column)}
+    columns = {name: column for name, column in columns.items() if column.ndim}
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"pairs must hold arrays of one length, got {lengths}")
     return columns
 
 
+def _column(name, column) -> np.ndarray:
+    if isinstance(column, Coded):
+        return np.array([*column.names, None], object)[column.codes]
+    if isinstance(column, list | tuple) and any(isinstance(entry, list | tuple | Mapping) for entry in column):
+        entries = np.empty(len(column), object)  # messages: lists of any length
+        entries[:] = column
+        return entries
+    return np.asarray(column)
+
+
 def _swap(columns, name, pair, swapped) -> np.ndarray:
     """[records] of one column, from its twin where the record is swapped."""
     column, twin = columns[name][pair], columns.get(_twin(name))
-    if twin is None:
-        return column
-    return np.where(swapped.reshape(-1, *[1] * (column.ndim - 1)), twin[pair], column)
+    where = swapped.reshape(-1, *[1] * (column.ndim - 1))
+    if twin is not None:
+        return np.where(where, twin[pair], column)
+    if name.endswith(("_chosen", "_rejected")) and column.dtype.kind in "if":
+        return np.where(where, column.dtype.type(-1 if column.dtype.kind == "i" else np.nan), column)
+    return column
 
 
 def _twin(name) -> str | None:
