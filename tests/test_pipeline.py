@@ -361,6 +361,8 @@ def test_goals(samples, kind):
         assert f"Overall score: {row['goal']:.6g}." in row["prompt"]
         assert row["goal"] == pytest.approx(1 + 9 * (row["score_chosen"] - low) / (high - low), abs=1e-6)
         assert row["margin"] == row["score_chosen"] - row["score_rejected"]  # below 0 where swapped
+        assert (row["z_chosen"] < row["z_rejected"]) == row["goal_swapped"]
+        assert (row["rank_rejected"] == -1) == row["goal_swapped"]
         for side in ("chosen", "rejected"):
             assert row[f"len_{side}"] == len(row[side])
             assert row[f"source_{side}"] == pool["models"][row[f"{side}_id"]]
