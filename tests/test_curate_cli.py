@@ -66,6 +66,21 @@ def test_a_run_says_what_it_did(samples, capsys):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ('tau = "quantile:1"', "50 pairs to SFT (100.0%)"),
+        ('tau = "quantile:0"\ninclusive = true', "0 pairs to SFT (0.0%)"),
+        ("tau = 1000\ninclusive = true", "50 pairs to SFT (100.0%), margin at most 1000"),
+        ("tau = 1000", "50 pairs to SFT (100.0%), margin below 1000"),
+    ],
+)
+def test_what_is_said_of_routes(samples, capsys, table, said):
+    Path("route.toml").write_text(f"[route]\n{table}\n")
+    assert curate("-o", "pairs.jsonl", "--config", "route.toml") == 0
+    assert f"route      {said}\n" in capsys.readouterr().out
+
+
 def test_the_summary_as_json(samples, capsys):
     assert curate("-o", "pairs.jsonl", "--json") == 0
     summary = json.loads(capsys.readouterr().out)

@@ -334,6 +334,21 @@ def test_small_margins_go_to_sft(samples, tmp_path):
     assert set(off.rows["route"]) == {"pref"}
 
 
+def test_selections_beside_are_by_the_same_rules(samples):
+    options = {"fraction": 0.8, "require_positive": True, "lower": -1.0}
+    read = {"scores": ["win_prob:logit", "helpfulness"]}
+    result = run_quietly(config_of(samples, read=read, select=options, construct={"rejected": "mean"}))
+    pairs = result.state.pairs
+    votes = {name: pairs[f"margin_{name}"] for name in ("win_prob", "helpfulness")}
+    count = int(result.state.kept.sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        expected = margins.compare_selections(votes, count, lower=-1.0, require_positive=True)
+        other = margins.compare_selections(votes, count, lower=-1.0)
+    assert result.summary["stages"]["select"]["beside"] == expected.table() != other.table()
+    assert set(np.flatnonzero(result.state.kept)) == set(expected.selected["mul"])
+
+
 def test_prompts_are_held_out_whole(samples, tmp_path):
     write = {"test": str(tmp_path / "test.jsonl"), "test_share": 0.3}
     result = run_quietly(config_of(samples, construct={"pairs_per_prompt": 3}, write=write))

@@ -191,7 +191,10 @@ def _route(stage) -> str:
         return _skipped(stage)
     if stage["share_sft"] is None:
         return "no pairs"
-    return f"{stage['sft']} pairs to SFT ({stage['share_sft']:.1%}), margin below {stage['tau']:.4g}"
+    text = f"{stage['sft']} pairs to SFT ({stage['share_sft']:.1%})"
+    if stage["tau"] is None:  # infinite: all of them or none
+        return text
+    return f"{text}, margin {'at most' if stage['inclusive'] else 'below'} {stage['tau']:.4g}"
 
 
 def _skipped(stage) -> str:

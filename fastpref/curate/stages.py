@@ -255,8 +255,9 @@ def _select_stage(state, config) -> State:
     kinds = {name: "implicit" if name == "implicit" else "external" for name in votes}
     # A single vote ranks by itself, whatever its scale.
     how = options.how if len(votes) > 1 else next(iter(votes))
-    bounds = {"kinds": kinds, "lower": options.lower, "upper": options.upper}
-    found = margins.bees(votes, how=how, require_positive=options.require_positive, **bounds)
+    rules = {"how": how, "kinds": kinds, "lower": options.lower, "upper": options.upper}
+    rules["require_positive"] = options.require_positive
+    found = margins.bees(votes, **rules)
     pairs = dict(state.pairs)
     for name, vote in votes.items():
         pairs[f"margin_{name}"] = _spread(vote, kept, len(pairs["prompt"]))
@@ -280,7 +281,7 @@ def _select_stage(state, config) -> State:
         pairs["reason"] = reason
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # said above
-            beside = margins.compare_selections(votes, len(top.indices), how=how, seed=config.seed, **bounds)
+            beside = margins.compare_selections(votes, len(top.indices), seed=config.seed, **rules)
         summary |= {
             "pairs": len(kept),
             "selected": len(top.indices),
@@ -317,7 +318,7 @@ def _route(state, config) -> State:
     pairs["route"] = pairs["route"].copy()
     pairs["route"][kept] = found.route
     sent = int((found.route == routing.Route.SFT).sum())
-    summary = {"tau": found.tau, "asked": tau, "sft": sent, "share_sft": found.share_sft}
+    summary = {"tau": found.tau, "inclusive": found.inclusive, "asked": tau, "sft": sent, "share_sft": found.share_sft}
     return _with_summary(replace(state, pairs=pairs), "route", summary)
 
 
