@@ -240,6 +240,8 @@ def test_rescaled_scores():
     scores = np.random.default_rng(0).normal(size=1000)
     moved = rescale_scores(scores)
     assert moved.min() == 1 and moved.max() == 10
+    near = rescale_scores(np.linspace(0, 1e-15, 20_000), (0, 1), (5, 7.7))
+    assert near.min() == 5  # rounding leaves none outside, where it would be no goal
     np.testing.assert_array_equal(np.argsort(moved), np.argsort(scores))
 
 
