@@ -1,5 +1,6 @@
 """curate.margins: methods.md section 2, rule by rule."""
 
+import itertools
 import json
 import math
 import os
@@ -371,6 +372,20 @@ def test_missing_margins_count_as_zero_and_are_counted():
     np.testing.assert_allclose(scores.pearson, np.corrcoef(holed[kept], margins["implicit"][kept]))
     upper = scores.sources["external"].upper
     assert normalised_margins(holed, scores.sources["external"])[3] == 2 / (2 + upper)
+
+
+def test_a_source_with_few_margins_hides_no_other():
+    margins = normal_margins()
+    margins |= {"again": margins["external"] + 0.1, "rare": np.where(np.arange(400) < 30, margins["implicit"], NAN)}
+    margins["again"][:20] = NAN
+    with pytest.warns(UserWarning) as caught:
+        scores = bees(margins)
+    said = [str(w.message) for w in caught if "one vote" in str(w.message)]
+    assert [text.partition(" are one vote")[0] for text in said] == ["'external' and 'again'", "'implicit' and 'rare'"]
+    for (i, a), (j, b) in itertools.product(enumerate(margins.values()), repeat=2):
+        both = np.isfinite(a) & np.isfinite(b)
+        assert scores.pearson[i, j] == pytest.approx(np.corrcoef(a[both], b[both])[0, 1])
+    assert np.array_equal(scores.spearman, scores.spearman.T) and scores.spearman[0, 2] == pytest.approx(1)
 
 
 def test_correlation_with_a_constant_is_none():

@@ -49,7 +49,7 @@ class MarginScores:
     p: np.ndarray | None  # score to rank by, in [0, 1]; None for "add", "max" and "min", which have none
     tie_break: np.ndarray  # sum over the sources of margin / upper
     sources: dict[str, MarginSource]
-    pearson: np.ndarray  # [sources, sources], over the pairs that all sources rate; NaN where a source is constant
+    pearson: np.ndarray  # [sources, sources], over the pairs that both sources rate; NaN where one is constant
     spearman: np.ndarray  # [sources, sources], of at most RANKED_PAIRS of these pairs, drawn with a fixed seed
 
     @property
@@ -112,7 +112,7 @@ def bees(margins, *, how="mul", kinds=None, lower=-2.0, upper=None, require_posi
         raise ValueError(f"lower must name every source, got none for {missing_bounds}")
 
     rated = {name: np.isfinite(margin) for name, margin in sources.items()}
-    pearson, spearman = _correlations(sources, rated)
+    pearson, spearman, compared = _correlations(sources, rated)
     values, described = {}, {}
     for name, margin in sources.items():
         missing = int(margin.size - np.count_nonzero(rated[name]))
@@ -125,11 +125,10 @@ def bees(margins, *, how="mul", kinds=None, lower=-2.0, upper=None, require_posi
         described[name] = MarginSource(
             kind, lowers[name], top, _share(value < lowers[name]), _share(value > top), missing, smallest, largest
         )
-    compared = int(np.count_nonzero(np.logical_and.reduce(list(rated.values()))))
     del rated
     _warn_of_margins(values, described)
-    if how in ("mul", "add", "add_normalized") and compared >= CORRELATED_PAIRS:
-        _warn_of_one_vote(list(described), pearson, spearman)
+    if how in ("mul", "add", "add_normalized"):
+        _warn_of_one_vote(list(described), pearson, spearman, compared)
     if how in ("mul", "add_normalized"):
         _warn_of_bounds(values, described, searched=described.keys() - uppers.keys())
 
@@ -363,9 +362,23 @@ def _log_odds(margin, source) -> np.ndarray:
 
 
 def _correlations(sources, rated):
-    """([S, S] Pearson, [S, S] Spearman) over the pairs that every source rates."""
-    common = np.logical_and.reduce(list(rated.values()))
-    table = list(sources.values()) if common.all() else [margin[common] for margin in sources.values()]
+    """[S, S] each: Pearson and Spearman over the pairs that both sources rate, and how many these are."""
+    margins, known = list(sources.values()), list(rated.values())
+    compared = np.full((len(margins), len(margins)), len(margins[0]))
+    if all(own.all() for own in known):
+        return *_correlated(margins), compared
+    pearson, spearman = np.empty(compared.shape), np.empty(compared.shape)
+    for i, j in zip(*np.triu_indices(len(margins)), strict=True):
+        both = known[i] & known[j]
+        own = _correlated([margins[i][both], margins[j][both]])
+        for table, found in zip((pearson, spearman), own, strict=True):
+            table[i, j] = table[j, i] = found[0, 1]
+        compared[i, j] = compared[j, i] = np.count_nonzero(both)
+    return pearson, spearman, compared
+
+
+def _correlated(table):
+    """([S, S] Pearson, [S, S] Spearman) of margins [pairs] that are all rated."""
     few, pairs = table, len(table[0])
     if pairs > RANKED_PAIRS:
         drawn = np.random.default_rng(0).choice(pairs, RANKED_PAIRS, replace=False)
@@ -404,10 +417,11 @@ def _warn_of_margins(values, described) -> None:
             _warn(f"margins[{name!r}] has {source.missing} of {len(values[name])} NaN or infinite, which count as 0")
 
 
-def _warn_of_one_vote(names, pearson, spearman) -> None:
+def _warn_of_one_vote(names, pearson, spearman, compared) -> None:
     for i, j in zip(*np.triu_indices(len(names), 1), strict=True):
         # a NaN (a constant source) is not above either
-        if pearson[i, j] > ONE_VOTE or spearman[i, j] > ONE_VOTE:
+        alike = pearson[i, j] > ONE_VOTE or spearman[i, j] > ONE_VOTE
+        if alike and compared[i, j] >= CORRELATED_PAIRS:
             _warn(
                 f"{names[i]!r} and {names[j]!r} are one vote counted twice: Pearson {pearson[i, j]:.2f}, Spearman "
                 f"{spearman[i, j]:.2f}, above {ONE_VOTE}; leave one out, or take a margin that is judged otherwise"
