@@ -30,7 +30,9 @@ from fastpref import preference_loss, sequence_logps, token_logps
 FEATURES, LENGTH, VOCAB, END, NOTHING = 8, 8, 16, 0, -100
 PENALTY, FORBIDDEN = 1.5, 0.2  # of a forbidden transition, and the share that is
 TEACHER_TEMPERATURE, TEACHER_END = 2.5, 1 / 6
-BETA = 0.1  # as in most of the papers; that and the size below were settled on plain DPO alone, see README.md
+BETA = 0.1
+# The rate and the steps of Size were settled on plain DPO with max against min of 16 true rewards, at a seed that no recipe
+# uses: of rates 1e-3, 3e-3, 1e-2, 3e-2 and 100 to 1600 steps, the fewest after which doubling them adds less than 5 %.
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,10 @@ class Size:
     """How much of everything; the same in every arm."""
 
     width: int = 32  # hidden units of the policy
-    clone_steps: int = 300
+    clone_steps: int = 200
     steps: int = 200
     batch: int = 64  # pairs
-    rate: float = 3e-3  # of Adam, falling linearly to 0
+    rate: float = 1e-2  # of Adam, falling linearly to 0
     prompts: int = 1024  # that pairs are built for, where a recipe does not say otherwise
     held_out: int = 400  # prompts
     samples: int = 8  # responses per held-out prompt
@@ -237,7 +239,7 @@ def clone(world: World, size: Size, width: int, seed: int) -> Policy:
         found = token_logps(policy(states[rows]), responses[rows])
         return -found.sum() / (responses[rows] != NOTHING).sum()
 
-    _descend(policy, loss, batches(len(prompts), size.clone_steps, 4 * size.batch, rng(seed, "clone")), 3 * size.rate)
+    _descend(policy, loss, batches(len(prompts), size.clone_steps, 4 * size.batch, rng(seed, "clone")), size.rate)
     return policy.requires_grad_(False)
 
 
@@ -395,7 +397,8 @@ def student_t(freedom: int) -> float:
         middle = (low + high) / 2
         grid = np.linspace(0, middle, 2001)
         density = scale * (1 + grid**2 / freedom) ** (-(freedom + 1) / 2)
-        low, high = (middle, high) if np.trapezoid(density, grid) < 0.475 else (low, middle)
+        below = middle / 2000 * (density.sum() - (density[0] + density[-1]) / 2)  # the trapezoidal rule
+        low, high = (middle, high) if below < 0.475 else (low, middle)
     return low
 
 
