@@ -20,7 +20,17 @@ import task
 import torch
 from report import table
 
-RECIPES = ("sweet_spot", "flip_rate", "ratings", "cleaning", "chosen_quality")
+RECIPES = (
+    "sweet_spot",
+    "bees_selection",
+    "flip_rate",
+    "ratings",
+    "cleaning",
+    "small_margins",
+    "chosen_quality",
+    "online_gradient",
+    "overlap",
+)
 
 
 def main(argv=None) -> int:
