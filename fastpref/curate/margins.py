@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastpref.curate.pools import as_pools, blocks
+
 START = {"external": 1.5, "implicit": 2.0}  # the search for the upper bound begins at the largest margin over this
 COMBINATIONS = ("mul", "add", "add_normalized", "max", "min")
 ONE_VOTE = 0.8  # a correlation above which two sources count one vote twice
@@ -88,10 +90,10 @@ def bees(margins, *, how="mul", kinds=None, lower=-2.0, upper=None, require_posi
     require_positive: pairs with a margin <= 0 in any source are never selected (score -inf, p 0). The authors' code
         has no such rule.
 
-    p of a source is (clip(margin) - lower) / (largest clipped margin - lower), and 0 throughout where no margin is above
-    `lower`. Warns where two sources correlate above 0.8 (Pearson or Spearman), where margins are missing, and, for
-    "mul" and "add_normalized", where `lower` does not suit the scale: it clips nothing, or it is less than 1 % of the
-    standard deviation. Raises ValueError for sources of different lengths, unknown names and wrong bounds.
+    p of a source is (clip(margin) - lower) / (largest clipped margin - lower), and 0 throughout where no margin is
+    above `lower`. Warns where two sources correlate above 0.8 (Pearson or Spearman), where margins are missing, and,
+    for "mul" and "add_normalized", where `lower` does not suit the scale: it clips nothing, or it is less than 1 % of
+    the standard deviation. Raises ValueError for sources of different lengths, unknown names and wrong bounds.
     """
     sources = _checked_margins(margins)
     if how not in COMBINATIONS and how not in sources:
@@ -127,7 +129,7 @@ def bees(margins, *, how="mul", kinds=None, lower=-2.0, upper=None, require_posi
 
 def normalised_margins(margin, source: MarginSource) -> np.ndarray:
     """[pairs] p of one source, in [0, 1]: its margins between the two bounds of `MarginScores.sources`."""
-    margin = _vector("margin", margin)
+    margin = as_vector("margin", margin)
     return _p(np.where(np.isfinite(margin), margin, 0.0), source)
 
 
@@ -151,11 +153,11 @@ def select_top(scores, *, k=None, fraction=None, tie_break=None) -> TopSelection
     p = None
     if isinstance(scores, MarginScores):
         scores, p, tie_break = scores.score, scores.p, scores.tie_break if tie_break is None else tie_break
-    scores = _vector("scores", scores)
+    scores = as_vector("scores", scores)
     if np.isnan(scores).any():
         raise ValueError(f"scores must not be NaN, got {np.isnan(scores).sum()} of {len(scores)}")
     if tie_break is not None:
-        tie_break = _vector("tie_break", tie_break)
+        tie_break = as_vector("tie_break", tie_break)
         if len(tie_break) != len(scores):
             raise ValueError(f"tie_break must have shape {[len(scores)]} to match scores, got {[len(tie_break)]}")
     k = _count(k, fraction, len(scores), "pairs")
@@ -191,10 +193,46 @@ class Part(enum.IntEnum):
 
 def partition(margins, edge=1.0) -> np.ndarray:
     """[pairs] int8, a `Part`. edge: the authors take 1, for perplexity margins 0.1. NaN counts as 0."""
-    margins = _vector("margins", margins)
+    margins = as_vector("margins", margins)
     if not 0 <= edge < math.inf:
         raise ValueError(f"edge must be a number >= 0, got {edge!r}")
     return (margins > edge).astype(np.int8) - (margins < -edge)
+
+
+class PromptSelection(NamedTuple):
+    """The prompts that are kept, the widest margin first; [selected]."""
+
+    prompts: np.ndarray  # int64
+    chosen: np.ndarray  # int64, column of the largest reward in the pool, the first of equal ones
+    rejected: np.ndarray  # int64, column of the smallest
+    margin: np.ndarray  # float64, largest minus smallest reward
+    tied_at_cut: float  # as in TopSelection
+
+
+def select_prompts(rewards, fraction=0.25, *, valid=None, offsets=None) -> PromptSelection:
+    """One round of the iterative variant: the prompts whose best and worst response are furthest apart.
+
+    rewards: [prompts, n], or [responses] with offsets; NaN and invalid ones are none.
+    fraction: of all prompts; the authors keep 5,000 of 20,000 in every round. Of equal margins the lower prompt is
+        first.
+
+    Prompts with fewer than two different rewards are never selected, with a warning when that leaves too few.
+    """
+    pools = as_pools("rewards", rewards, valid, offsets)
+    margin = np.full(len(pools.offsets) - 1, -math.inf)
+    chosen, rejected = (np.full(len(margin), -1) for _ in range(2))
+    for prompts, flat in blocks(pools.offsets):
+        pool = pools.values[flat]
+        rated = ~np.isnan(pool)
+        best = np.argmax(np.where(rated, pool, -math.inf), axis=1)
+        worst = np.argmin(np.where(rated, pool, math.inf), axis=1)
+        row = np.arange(len(prompts))
+        gap = pool[row, best] - pool[row, worst]
+        margin[prompts] = np.where(gap > 0, gap, -math.inf)
+        chosen[prompts], rejected[prompts] = best, worst
+    top = select_top(margin, fraction=fraction)
+    kept = top.indices
+    return PromptSelection(kept, chosen[kept], rejected[kept], margin[kept], top.tied_at_cut)
 
 
 def compare_selections(margins, k, *, how="mul", seed=0, **options) -> "SelectionComparison":
@@ -246,7 +284,9 @@ def _upper_bound(margin, kind) -> float:
     tail = margin[margin > start]
     if start > largest or len(tail) < largest - start:
         return float(start)
-    counts = np.bincount((np.ceil(tail) - start).astype(np.int64))  # counts[j]: start + j - 1 < m <= start + j
+    counts = np.bincount(
+        (np.ceil(tail) - start).astype(np.int64), minlength=1
+    )  # counts[j]: start + j - 1 < m <= start + j
     above = len(tail) - np.cumsum(counts)  # pairs above start + j
     upper = start + np.arange(len(counts))
     stops = (above < largest - upper) | (above < 30) | (upper > largest)
@@ -366,16 +406,16 @@ def _warn(values, described, pearson, spearman, uses_bounds) -> None:
         elif abs(source.lower) < spread / 100:
             warn(
                 f"lower={source.lower:g} is {100 * abs(source.lower) / spread:.2g} % of the standard deviation "
-                f"{spread:.3g} of the margins of {name!r}: the {100 * source.clipped_low:.0f} % below it all count p = 0; "
-                "give lower= on their scale"
+                f"{spread:.3g} of the margins of {name!r}: the {100 * source.clipped_low:.0f} % below it all count as "
+                "p = 0; give lower= on their scale"
             )
 
 
 # ---- arguments
 
 
-def _vector(name, values) -> np.ndarray:
-    """[pairs] float64."""
+def as_vector(name, values) -> np.ndarray:
+    """[pairs] float64. Raises ValueError or TypeError naming the argument."""
     try:
         values = np.asarray(values)
         if values.dtype.kind not in "fiub":
@@ -389,7 +429,7 @@ def _vector(name, values) -> np.ndarray:
 
 
 def _difference(minuend, a, subtrahend, b) -> np.ndarray:
-    a, b = _vector(minuend, a), _vector(subtrahend, b)
+    a, b = as_vector(minuend, a), as_vector(subtrahend, b)
     if len(a) != len(b):
         raise ValueError(f"{subtrahend} must have shape {[len(a)]} to match {minuend}, got {[len(b)]}")
     with np.errstate(invalid="ignore"):  # inf - inf is NaN, a missing margin
@@ -401,7 +441,7 @@ def _checked_margins(margins) -> dict[str, np.ndarray]:
         raise TypeError(f"margins must be a mapping of at least one name to [pairs], got {type(margins).__name__}")
     if taken := [name for name in margins if name in COMBINATIONS or name == "random"]:
         raise ValueError(f"margins must not be named like a combination, got {taken}")
-    sources = {name: _vector(f"margins[{name!r}]", margin) for name, margin in margins.items()}
+    sources = {name: as_vector(f"margins[{name!r}]", margin) for name, margin in margins.items()}
     lengths = {name: len(margin) for name, margin in sources.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"margins must all have the same length, got {lengths}")
