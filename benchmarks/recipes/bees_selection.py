@@ -3,7 +3,7 @@
 import numpy as np
 from task import Claim, draw_pool, evaluate, flipped, gain, gaussian_judge, logps, rng, train
 
-from fastpref.curate.margins import compare_selections, external_margins, implicit_margins
+from fastpref.curate import compare_selections, external_margins, implicit_margins
 
 TITLE = "A selected tenth of the pairs against all"
 PROMPTS, SHARE = 4096, 0.1

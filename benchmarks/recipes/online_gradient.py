@@ -49,9 +49,9 @@ def arms(setting) -> dict:
     every = responses.repeat(len(prompts), 1)
     best = true_reward(setting.world, repeated, every).view(len(prompts), count).argmax(1)
     policy, reference = (copy.deepcopy(p).double().requires_grad_(True) for p in (policy, setting.reference))
-    states = inputs(repeated.double(), every)
+    states, labels = inputs(repeated.double(), every)[:, :2], every[:, :2]
     logps, ref_logps = (
-        sequence_logps(token_logps(p(states), every), every).sums.view(len(prompts), count) for p in (policy, reference)
+        sequence_logps(token_logps(p(states), labels), labels).sums.view(len(prompts), count) for p in (policy, reference)
     )
     ref_logps = ref_logps.detach()
     chosen, ref_chosen = logps.gather(1, best[:, None]), ref_logps.gather(1, best[:, None])

@@ -3,7 +3,7 @@
 import numpy as np
 from task import Claim, clone, draw_pool, evaluate, flipped, gaussian_judge, logps, rng, train
 
-from fastpref.curate.margins import bees, external_margins, implicit_margins, select_top
+from fastpref.curate import bees, external_margins, implicit_margins, select_top
 
 TITLE = "Pairs that models of two sizes select"
 PROMPTS, SHARE, WARM_UP = 4096, 0.1, 512

@@ -28,8 +28,10 @@ RECIPES = (
     "cleaning",
     "small_margins",
     "chosen_quality",
+    "reward_augmented",
     "online_gradient",
     "overlap",
+    "whole_pipeline",
 )
 
 

@@ -1,8 +1,9 @@
 """The controlled task of the recipes: a small policy truly trained by gradient, a known reward, judges that err.
 
 A prompt is a feature vector, a response a sequence of at most `LENGTH` tokens of which token 0 ends it. The true reward
-is known: each token has a utility that depends on the prompt (bilinear), and each forbidden transition between two
-tokens costs `PENALTY`; the best response of a prompt follows from dynamic programming. The policy is autoregressive, a
+is known: each token has a utility that depends on the prompt (bilinear), and `PENALTY` is the cost of each forbidden
+transition between two tokens and of each token more or fewer than the prompt wants; the best response of a prompt
+follows from dynamic programming. The policy is autoregressive, a
 perceptron on (prompt, tokens so far, last token, position); the reference is cloned from a mediocre teacher. Judges
 return the true reward with errors of one kind each.
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from fastpref import preference_loss, sequence_logps, token_logps
 
 FEATURES, LENGTH, VOCAB, END, NOTHING = 8, 8, 16, 0, -100
-PENALTY, FORBIDDEN = 1.5, 0.2  # of a forbidden transition, and the share that is
+PENALTY, FORBIDDEN = 1.5, 0.2  # of a broken constraint; share of the transitions that are forbidden
 TEACHER_TEMPERATURE, TEACHER_END = 2.5, 1 / 6
 BETA = 0.1
 # The rate and the steps of Size were settled on plain DPO with max against min of 16 true rewards, at a seed that no recipe
@@ -43,7 +44,7 @@ class Size:
     clone_steps: int = 200
     steps: int = 200
     batch: int = 64  # pairs
-    rate: float = 1e-2  # of Adam, falling linearly to 0
+    rate: float = 3e-2  # of Adam, falling linearly to 0
     prompts: int = 1024  # that pairs are built for, where a recipe does not say otherwise
     held_out: int = 400  # prompts
     samples: int = 8  # responses per held-out prompt
@@ -59,6 +60,7 @@ TINY = Size(width=8, clone_steps=20, steps=4, batch=8, prompts=32, held_out=8, s
 class World(NamedTuple):
     utility: Tensor  # [VOCAB, FEATURES]: utility of a token = utility @ prompt
     forbidden: Tensor  # [VOCAB, VOCAB] bool, from the one token to the next
+    length: Tensor  # [FEATURES]: a prompt wants 4 + round(length @ prompt) tokens, from 1 to LENGTH - 1
     unit: float  # the standard deviation that rewards are divided by
 
 
@@ -119,18 +121,25 @@ def true_reward(world: World, prompts: Tensor, responses: Tensor) -> Tensor:
     counts = tokens != END
     utility = (prompts @ world.utility.T).gather(1, tokens)
     broken = world.forbidden[tokens[:, :-1], tokens[:, 1:]] & counts[:, 1:]
-    return ((utility * counts).sum(1) - PENALTY * broken.sum(1)) / world.unit
+    missed = (counts.sum(1) - wanted_length(world, prompts)).abs()
+    return ((utility * counts).sum(1) - PENALTY * (broken.sum(1) + missed)) / world.unit
+
+
+def wanted_length(world: World, prompts: Tensor) -> Tensor:
+    """[N] tokens before the end."""
+    return (4 + prompts @ world.length).round().clamp(1, LENGTH - 1)
 
 
 def best_reward(world: World, prompts: Tensor) -> Tensor:
     """[N] the largest true reward of any response: dynamic programming over the last token."""
     utility = (prompts @ world.utility.T)[:, 1:]  # of the tokens that do not end
     step = -PENALTY * world.forbidden[1:, 1:].to(utility.dtype)
-    best, last = utility.new_zeros(len(prompts)), utility
-    for _ in range(LENGTH - 1):
-        best = torch.maximum(best, last.amax(1))
+    wanted = wanted_length(world, prompts)
+    best, last = -PENALTY * wanted, utility
+    for length in range(1, LENGTH + 1):
+        best = torch.maximum(best, last.amax(1) - PENALTY * (length - wanted).abs())
         last = (last.unsqueeze(2) + step).amax(1) + utility
-    return torch.maximum(best, last.amax(1)) / world.unit
+    return best / world.unit
 
 
 def lengths(responses: Tensor) -> Tensor:
@@ -218,7 +227,8 @@ def setting(seed: int, size: Size) -> Setting:
     utility = torch.from_numpy(draw.normal(0, 1 / math.sqrt(FEATURES), (VOCAB, FEATURES)).astype(np.float32))
     forbidden = torch.from_numpy(draw.random((VOCAB, VOCAB)) < FORBIDDEN) | torch.eye(VOCAB, dtype=torch.bool)
     forbidden[END], forbidden[:, END] = False, False
-    world = World(utility, forbidden, 1.0)
+    direction = torch.from_numpy(draw.standard_normal(FEATURES).astype(np.float32))
+    world = World(utility, forbidden, direction / direction.norm(), 1.0)
     reference = clone(world, size, size.width, seed)
     prompts = draw_prompts(seed, "held out", size.held_out)
     noise = gumbel(rng(seed, "evaluation"), size.held_out * size.samples, LENGTH, VOCAB)

@@ -1,0 +1,164 @@
+"""The whole pipeline, and the same with each stage left out.
+
+Pools come from sources of different quality, one of them a cheat: one text, which the judge overrates. The judge also
+errs on every response, favours length, and now and then returns a gross error.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from task import BETA, LENGTH, NOTHING, Claim, Pool, draw_prompts, evaluate, gain, gumbel, lengths, logps, rng, sample
+from task import train, true_reward
+
+from fastpref import losses
+from fastpref.curate import (
+    audit,
+    bees,
+    denoise_scores,
+    exclude,
+    external_margins,
+    hygiene,
+    implicit_margins,
+    remove_length,
+    route_by_margin,
+    select_pairs,
+    select_top,
+)
+
+TITLE = "The whole pipeline, and each stage left out"
+PROMPTS, HONEST = 1024, 20  # sources that do not cheat
+SHARPNESS = (0.5, 1.5)  # their logits are so many times those of the reference: bad to good
+ERROR, LENGTH_BIAS = 0.5, 0.2  # of the judge, in σ, and σ per token
+GROSS, GROSS_SIZE = 0.02, 6.0  # share of the scores that are moved up or down by so many σ
+CHEAT_SCORE = 3.0  # σ above the mean of the others, at every prompt
+SELECTED, WARM_UP = 0.25, 256  # share of the pairs; random pairs for the model of the implicit margins
+STAGES = ("hygiene", "audit", "clean", "length", "construct", "select", "route", "ratings")
+
+CLAIMS = [
+    Claim("the whole pipeline beats max vs min of the raw scores with DPO", "the pipeline", gain("whole", "nothing")),
+    *(
+        Claim(f"the stage '{stage}' helps: the pipeline is worse without it", "the pipeline", gain("whole", f"no {stage}"))
+        for stage in STAGES
+    ),
+    Claim(
+        "hygiene or audit, whichever finds the cheat, helps",
+        "the pipeline",
+        gain("whole", "no hygiene, audit"),
+    ),
+]
+REMOVED = ((), *((stage,) for stage in STAGES), ("hygiene", "audit"), STAGES)
+
+
+class Judged(NamedTuple):
+    pool: Pool
+    scores: np.ndarray  # [P, sources]
+    sources: np.ndarray
+
+
+def arms(setting) -> dict:
+    judged = judge(setting)
+    found = {}
+    for removed in REMOVED:
+        name = "whole" if not removed else "nothing" if removed == STAGES else "no " + ", ".join(removed)
+        found[name] = evaluate(setting, pipeline(setting, judged, frozenset(STAGES) - frozenset(removed)))
+    return found
+
+
+def pipeline(setting, judged, stages):
+    """The policy that comes of these stages; the others are passed over."""
+    pool, scores, sources = judged
+    shape = scores.shape
+    offsets = np.arange(shape[0] + 1) * shape[1]
+    valid = np.ones(shape, bool)
+    length = lengths(pool.responses.flatten(0, 1)).numpy()
+    if "hygiene" in stages:
+        # The vocabulary has few short texts, which recur by chance: only what stands under half of the prompts is canned.
+        clean = hygiene(
+            scores.reshape(-1),
+            offsets=offsets,
+            text_hash=text_hash(pool.responses),
+            blank=length == 0,
+            prompt_hash=np.arange(shape[0], dtype=np.uint64),
+            repeated_share=0.5,
+        )
+        valid, scores = clean.valid.reshape(shape), clean.scores.reshape(shape)
+    if "audit" in stages:
+        report = audit(scores, sources, seed=setting.seed)
+        valid = valid & exclude(sources, report.flagged).valid
+    scores = np.where(valid, scores, np.nan)
+    if "clean" in stages:
+        scores = denoise_scores(scores, sources).scores
+    if "length" in stages:
+        scores = remove_length(scores.reshape(-1), length, sources=sources.reshape(-1), offsets=offsets)[0].reshape(shape)
+    selection = select_pairs(scores, "max", "mean-2std" if "construct" in stages else "min")
+    pairs = pool.pairs(selection.chosen, selection.rejected, scores, selection.keep)
+    if "select" in stages:
+        pairs = pairs.take(select_top(margins(setting, pairs), fraction=SELECTED).indices)
+    return train(setting, pairs, **loss(pairs.gap, stages))
+
+
+def margins(setting, pairs):
+    """BeeS of the judge's margins and of those of a model that is trained on a few of the pairs."""
+    some = rng(setting.seed, "warm-up").permutation(len(pairs.prompts))[: setting.size.scaled(WARM_UP)]
+    policy = train(setting, pairs.take(some))
+    implicit = implicit_margins(
+        *(
+            logps(p, pairs.prompts, side).numpy()
+            for p in (policy, setting.reference)
+            for side in (pairs.chosen, pairs.rejected)
+        )
+    )
+    return bees({"external": external_margins(pairs.gap.numpy(), np.zeros(len(pairs.gap))), "implicit": implicit})
+
+
+def loss(gap, stages) -> dict:
+    """Small margins to SFT, the others to DPO, or to RDPO with the β₁ that the package suggests."""
+    tau = route_by_margin(gap.numpy()).tau if "route" in stages else -np.inf
+    if "ratings" not in stages:
+        return {"loss": "mixdpo", "options": {"tau": tau}}
+    beta_rating = losses.rating_scale(gap, BETA).suggested_beta_rating
+
+    @losses.pair_separable
+    def routed(pairs):
+        return torch.where(
+            pairs.rating_gap < tau, losses.sft(pairs), losses.rdpo(pairs, beta=BETA, beta_rating=beta_rating)
+        )
+
+    routed.needs = losses.mixdpo.needs
+    return {"loss": routed}
+
+
+# ---- what the pipeline is given ----
+
+
+def judge(setting) -> Judged:
+    count, draw = setting.size.scaled(PROMPTS), rng(setting.seed, "judge")
+    prompts = draw_prompts(setting.seed, "pipeline", count)
+    noise = gumbel(rng(setting.seed, "sources"), HONEST, count, LENGTH, 16)
+    responses = [
+        sample(lambda state, by=by: by * setting.reference(state), prompts, noise[source])
+        for source, by in enumerate(np.linspace(*SHARPNESS, HONEST).tolist())
+    ]
+    cheat = torch.full((LENGTH,), NOTHING)
+    cheat[:4] = torch.tensor([1, 2, 3, 0])
+    responses.append(cheat.expand(count, -1))
+    responses = torch.stack(responses, 1)  # [P, sources, LENGTH]
+    sources = HONEST + 1
+    reward = true_reward(setting.world, prompts.repeat_interleave(sources, 0), responses.flatten(0, 1))
+    reward = reward.double().numpy().reshape(count, sources)
+    length = lengths(responses.flatten(0, 1)).numpy().reshape(count, sources)
+    # Judged against the reward of one baseline response per prompt, as win rates are.
+    baseline = reward[np.arange(count), draw.integers(0, HONEST, count)]
+    scores = reward + LENGTH_BIAS * length - baseline[:, None]
+    scores[:, -1] = scores[:, :-1].mean() + CHEAT_SCORE
+    scores += ERROR * draw.standard_normal(scores.shape)
+    gross = draw.random(scores.shape) < GROSS
+    scores += gross * GROSS_SIZE * draw.choice([-1.0, 1.0], scores.shape)
+    return Judged(Pool(prompts, responses, reward), scores, np.broadcast_to(np.arange(sources), scores.shape))
+
+
+def text_hash(responses) -> np.ndarray:
+    """[responses] uint64: the tokens as the digits of a number, so that equal texts have equal hashes."""
+    digits = (responses.flatten(0, 1).clamp(min=0) + 1).masked_fill(responses.flatten(0, 1) == NOTHING, 0)
+    return (digits.numpy().astype(np.uint64) * np.uint64(17) ** np.arange(LENGTH, dtype=np.uint64)).sum(1, dtype=np.uint64)
