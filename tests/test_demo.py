@@ -216,9 +216,10 @@ def test_real_data_shows_what_methods_md_says():
     assert len(samples.prompts) == 403 and samples.problems == [] and samples.score_field == "win_prob"
     rewards, scale, clamped = demo.scale_scores(samples, "auto")
     assert (scale, clamped) == ("logit", 6)
-    logit, raw = select_pairs(rewards), select_pairs(samples.score_matrix())
-    assert raw.target_below_min == pytest.approx(0.99, abs=0.01)
-    assert logit.target_below_min > 0.9 and logit.rejected_is_min > 0.95
+    with pytest.warns(UserWarning, match="below every reward"):
+        logit, raw = select_pairs(rewards), select_pairs(samples.score_matrix())
+    assert raw.share_below_min == pytest.approx(0.99, abs=0.01)
+    assert logit.share_below_min > 0.9 and logit.share_rejected_min > 0.95
     chosen = [pool[index] for pool, index in zip(samples.responses, logit.chosen, strict=True)]
     assert max(map(chosen.count, chosen)) == 79
 

@@ -1,4 +1,4 @@
-"""One preference pair per prompt, picked from the distribution of the rewards of its responses.
+"""Preference pairs picked from the distribution of the rewards of a prompt's responses.
 
 Xiao et al., "Finding the Sweet Spot: Preference Data Construction for Scaling Preference Optimization", ACL 2025,
 arXiv 2502.16825: chosen = the best response, rejected = the response nearest to mean - 2 std rather than the worst
@@ -8,200 +8,601 @@ reading that agrees with the names of their checkpoints, and the rules for ties 
 
 import enum
 import math
+import os
 import re
-from dataclasses import dataclass
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
+from fastpref.curate.pools import as_mask, flat, same_size, table, usable
+from fastpref.curate.scale import SortedPools, check_scale, quantile, sort_pools
+
+DEGENERATE_SHARE = 0.2  # of targets below the minimum of their pool, beyond which on_degenerate acts
+BLOCK = 1 << 15  # responses at a time: what is worked on stays in the L2 cache
+GAPS = 1 << 20  # differences between two rewards at a time, for their quantiles
+TIED = 8 * np.finfo(np.float64).eps  # the mean carries a few roundings, which must not decide a tie
+
 
 class DropReason(enum.IntEnum):
-    """Why a prompt gives no pair; `KEPT` where it does."""
+    """Why there is no pair; `KEPT` where there is one."""
 
     KEPT = 0
-    TOO_FEW = 1  # fewer than two valid rewards
-    NO_SPREAD = 2  # all valid rewards equal, so std = 0
+    TOO_FEW = 1  # fewer than two valid rewards, or than this pair of the prompt needs
+    NO_SPREAD = 2  # all valid rewards equal on the scale, or a target measured in a spread of 0
     SAME_RESPONSE = 3  # both targets pick one response
     NOT_BETTER = 4  # reward of chosen <= reward of rejected
+    NO_CHOOSABLE = 5  # no valid reward may be chosen
+    DEGENERATE = 6  # the target lies below every reward, and on_degenerate="drop"
+    LOW_CHOSEN = 7  # chosen below min_chosen
+    SMALL_GAP = 8  # gap below min_gap
+    LARGE_GAP = 9  # gap above max_gap
 
 
 @dataclass(frozen=True)
 class PairSelection:
-    """One pair per prompt; every array is [prompts].
+    """The pairs of every prompt: arrays are [prompts], those of pairs [prompts, k] with pairs_per_prompt = k > 1.
 
-    Dropped prompts (`keep` False) have -1 as `chosen` and `rejected` and NaN in the per-pair numbers. `mean`, `std` and
-    `target` (the value the rejected response was sought at, in units of reward) are NaN only where there are fewer
-    than two valid rewards.
+    Where there is no pair (`keep` False) `chosen`, `rejected` and `rank_rejected` are -1 and the other numbers of the
+    pair NaN. `mean`, `std`, `target` and `minimum` are on the scale (logits for "logit"; for "normal_score" 0, 1, k and
+    the lowest normal score), with median and 1.4826 MAD in place of mean and std for "mad". Mean, std and target are
+    NaN where there are fewer than two valid rewards; `target` also for "min_of_<m>", which seeks none.
     """
 
-    chosen: np.ndarray  # int64, column in `rewards`
+    chosen: np.ndarray  # int64, column in the pool
     rejected: np.ndarray  # int64
     keep: np.ndarray  # bool
     reason: np.ndarray  # int8, a DropReason
-    score_chosen: np.ndarray  # float64
+    score_chosen: np.ndarray  # float64, as given, on no other scale
     score_rejected: np.ndarray  # float64
-    mean: np.ndarray  # float64, over the valid rewards of the prompt
-    std: np.ndarray  # float64, with the caller's ddof
-    target: np.ndarray  # float64, -inf for "min"
-    minimum: np.ndarray  # float64, the lowest valid reward
-    percentile: np.ndarray  # float64, where the rejected response ranks: 0 = the pool's minimum, 100 = its maximum
+    z_chosen: np.ndarray  # float64, (score on the scale - mean) / std
+    z_rejected: np.ndarray  # float64
+    rank_rejected: np.ndarray  # int64, the number of lower rewards in the pool; 0 is its minimum
+    n_pool: np.ndarray  # int64 [prompts], valid rewards
+    mean: np.ndarray  # float64 [prompts]
+    std: np.ndarray  # float64 [prompts], with the caller's ddof
+    target: np.ndarray  # float64 [prompts], the value the rejected response was sought at; -inf for "min"
+    minimum: np.ndarray  # float64 [prompts], the lowest valid reward
+    share_below_min: float  # of the prompts with spread: the target of the rule asked for lies below every reward
+    rule: str  # "max vs mean-2std"; "max vs min_of_5 for mean-2std" where on_degenerate replaced the rule
+    scale: str
 
     @property
     def gap(self) -> np.ndarray:
-        """[prompts] score_chosen - score_rejected, > 0 wherever a pair was kept."""
+        """score_chosen - score_rejected, > 0 wherever a pair was kept."""
         return self.score_chosen - self.score_rejected
 
     @property
-    def target_below_min(self) -> float:
-        """Share of the kept prompts whose target lies below every reward: there the rule is min. NaN if none."""
-        return _share((self.target < self.minimum)[self.keep])
+    def percentile(self) -> np.ndarray:
+        """float64, where the rejected response ranks: 0 = the pool's minimum, 100 = its maximum."""
+        size = np.maximum(self.n_pool - 1, 1).reshape(-1, *[1] * (self.keep.ndim - 1))
+        return np.where(self.keep, 100 * self.rank_rejected / size, np.nan)
 
     @property
-    def rejected_is_min(self) -> float:
-        """Share of the kept prompts whose rejected response has the lowest reward of its pool; NaN if none."""
-        return _share((self.score_rejected == self.minimum)[self.keep])
+    def share_rejected_min(self) -> float:
+        """Share of the pairs whose rejected response has the lowest reward of its pool; NaN if there are none."""
+        return _share(self.rank_rejected[self.keep] == 0)
 
     @property
-    def rejected_percentile(self) -> float:
-        """Median of `percentile` over the kept prompts; NaN if none."""
+    def median_percentile(self) -> float:
+        """Median of `percentile` over the pairs; NaN if there are none."""
         return float(np.median(self.percentile[self.keep])) if self.keep.any() else math.nan
 
     def dropped(self) -> dict[str, int]:
-        """Number of dropped prompts by reason, in lower case; reasons that did not occur are left out."""
-        counts = np.bincount(self.reason, minlength=len(DropReason))
+        """Number of missing pairs by reason, in lower case; reasons that did not occur are left out."""
+        counts = np.bincount(self.reason.ravel(), minlength=len(DropReason))
         return {reason.name.lower(): int(counts[reason]) for reason in DropReason if reason and counts[reason]}
 
+    def table(self) -> dict[str, np.ndarray]:
+        """The pairs alone, one entry per pair and array, by prompt; `prompt` is the prompt's index."""
+        prompt = np.nonzero(self.keep)[0]
+        columns = {name: getattr(self, name)[self.keep] for name in (*INDICES, *NUMBERS)}
+        return {"prompt": prompt, **columns, "n_pool": self.n_pool[prompt]}
 
-def select_pairs(rewards, chosen="max", rejected="mean-2std", *, valid=None, ddof=0) -> PairSelection:
-    """Picks the chosen and the rejected response of every prompt by target value.
 
-    rewards: [prompts, responses], any real dtype. NaN and infinities are no reward: pad ragged pools with NaN.
-    chosen, rejected: "max", "min", "mean", or "mean+<k>std" / "mean-<k>std" with any number k. The response nearest to
-        that value is taken. At a tie the chosen one is the higher reward, the rejected one the lower, and of equal
-        rewards the first.
-    valid: [prompts, responses] bool, False leaves a response out.
+def select_pairs(
+    rewards,
+    chosen="max",
+    rejected="mean-2std",
+    *,
+    valid=None,
+    offsets=None,
+    choosable=None,
+    scale="raw",
+    ddof=0,
+    on_degenerate="warn",
+    min_chosen=None,
+    min_gap=None,
+    max_gap=None,
+    pairs_per_prompt=1,
+    seed=0,
+) -> PairSelection:
+    """Picks the chosen and the rejected response of every prompt by the distribution of its rewards.
+
+    rewards: [prompts, responses], any real dtype; or [responses] with offsets [prompts + 1], where those of prompt p
+        are offsets[p]:offsets[p + 1]. NaN and infinities are no reward: pad ragged pools with NaN.
+    chosen, rejected: the response nearest to a target: "max", "min", "mean", or "mean+<k>std" / "mean-<k>std" with any
+        number k. "quantile:<q>" is the response whose rank is nearest to q (n - 1), counted from the lowest.
+        rejected="min_of_<m>" is the lowest of m responses drawn without replacement, other than the chosen one where
+        there are more than m: with m = 5 the rule the authors ship. At a tie the chosen one is the higher reward, the
+        rejected one the lower, and of equal rewards the first.
+    valid: bool like rewards, False leaves a response out.
+    choosable: bool like rewards. Where False a response is never chosen; it may be rejected, and counts in the moments.
+    scale: what moments and distances are taken of. "raw"; "logit" of probabilities in [0, 1]; "mad": median and
+        1.4826 MAD in place of mean and std; "normal_score": the normal quantile of (rank - 1/2) / n, so that mean - 2
+        std is -2. Ranks, and so "quantile" and "min_of", are the same on all of them.
     ddof: 0 for the population std, 1 for the sample std.
+    on_degenerate: what happens when more than 20 % of the targets of a rejected "mean-<k>std" lie below every reward of
+        their pool, where the rule is no other than "min": "warn" (UserWarning), "error" (ValueError), "ignore", "drop"
+        these prompts, or a "min_of_<m>" or "quantile:<q>" that takes the rule's place for all prompts.
+    min_chosen, min_gap, max_gap: bounds, in units of rewards, on score_chosen and on score_chosen - score_rejected; a
+        pair outside is dropped. Or "quantile:<q>" within the prompt: of its rewards for min_chosen, of the differences
+        between any two of its rewards for the gaps.
+    pairs_per_prompt: k pairs, the chosen response against each of the k nearest to the target ("min_of": the k lowest
+        drawn), nearest first; the first ones are those of a smaller k.
+    seed: of the draws of "min_of"; one number per prompt is drawn, by its index.
 
-    A prompt gives no pair when it has fewer than two valid rewards, no spread, one response for both targets, or a
-    chosen reward that is not above the rejected one; `reason` says which. Up to five responses mean - 2 std is never
-    inside the pool (|r - mean| <= std * sqrt(n - 1)), so there the default is exactly max against min.
-    Statistics are taken in float64 over the sorted rewards: the result does not depend on the order of the responses.
-    Raises ValueError for a wrong shape, an unknown target or another ddof.
+    Without a pair, `reason` says why. Up to five responses mean - 2 std is never inside the pool (|r - mean| <= std *
+    sqrt(n - 1)), so there the default is exactly max against min; for normal rewards it still is in 96 % of pools of
+    16.
+    Statistics are taken in float64 over the sorted rewards: the result does not depend on the order of the responses,
+    nor on the other prompts or the padding.
+    Raises ValueError for wrong shapes, rules and options, TypeError for rewards that are not numbers.
     """
-    chosen_k, rejected_k = _parse_target("chosen", chosen), _parse_target("rejected", rejected)
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
-    pools = _sort_pools(_masked_rewards(rewards, valid), ddof)
-    chosen_at = _nearest(pools, chosen_k, prefer_high=True)
-    rejected_at = _nearest(pools, rejected_k, prefer_high=False)
-    score_chosen, score_rejected = _pick(pools.rewards, chosen_at), _pick(pools.rewards, rejected_at)
+    chosen, rejected = _parse_rule("chosen", chosen), _parse_rule("rejected", rejected)
+    replacement = _parse_on_degenerate(on_degenerate)
+    bounds = _parse_bounds(min_chosen=min_chosen, min_gap=min_gap, max_gap=max_gap)
+    for name, value, least in (("pairs_per_prompt", pairs_per_prompt, 1), ("seed", seed, 0)):
+        if not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    data = _checked(rewards, valid, offsets, choosable, scale, ddof)
 
-    minimum, maximum = pools.rewards[:, 0], _pick(pools.rewards, np.maximum(pools.count - 1, 0))
-    reason = np.select(
-        [pools.count < 2, minimum == maximum, chosen_at == rejected_at, score_chosen <= score_rejected],
-        [DropReason.TOO_FEW, DropReason.NO_SPREAD, DropReason.SAME_RESPONSE, DropReason.NOT_BETTER],
-        DropReason.KEPT,
-    ).astype(np.int8)
-    keep = reason == DropReason.KEPT
-    enough = pools.count >= 2
-    return PairSelection(
-        chosen=np.where(keep, _pick(pools.order, chosen_at), -1),
-        rejected=np.where(keep, _pick(pools.order, rejected_at), -1),
-        keep=keep,
-        reason=reason,
-        score_chosen=np.where(keep, score_chosen, np.nan),
-        score_rejected=np.where(keep, score_rejected, np.nan),
-        mean=np.where(enough, np.ldexp(pools.mean, pools.exponent), np.nan),
-        std=np.where(enough, np.ldexp(pools.std, pools.exponent), np.nan),
-        target=np.where(enough, np.ldexp(_target(pools, rejected_k), pools.exponent), np.nan),
-        minimum=minimum,
-        # Sorted and ties resolved to the first: the position is the number of lower rewards.
-        percentile=np.where(keep, 100 * rejected_at / np.maximum(pools.count - 1, 1), np.nan),
+    def select(rule) -> PairSelection:
+        return _select(data, [(chosen, rule)], bounds, pairs_per_prompt, seed)[0]
+
+    selection = select(rejected)
+    if math.isinf(rejected.number) or rejected.kind != "target" or not selection.share_below_min > DEGENERATE_SHARE:
+        return selection
+    if replacement is not None:
+        replaced = select(replacement)
+        rule = f"{replaced.rule} for {rejected.name}"
+        return replace(replaced, share_below_min=selection.share_below_min, rule=rule)
+    if on_degenerate == "drop":
+        return without(selection, selection.target < selection.minimum, DropReason.DEGENERATE)
+    if on_degenerate == "ignore":
+        return selection
+    message = (
+        f"{rejected.name} lies below every reward of its pool for {selection.share_below_min:.1%} of the prompts (more "
+        f"than {DEGENERATE_SHARE:.0%}; median pool: {np.median(selection.n_pool):g} responses). There the rule is min: "
+        f"the rejected response is the worst of its pool in {selection.share_rejected_min:.1%} of the pairs. "
+        'rejected="quantile:0.10", "min_of_5" and larger pools avoid that, rejected="min" says it'
+    )
+    if on_degenerate == "error":
+        raise ValueError(message)
+    warnings.warn(message, UserWarning, stacklevel=2)
+    return selection
+
+
+def all_pairings(
+    rewards,
+    ks=(-math.inf, -2, -1, 0, 1, 2, math.inf),
+    *,
+    valid=None,
+    offsets=None,
+    choosable=None,
+    scale="raw",
+    ddof=0,
+) -> dict[tuple[str, str], PairSelection]:
+    """Every chosen above every rejected target of a grid mean + k std: the 21 pairings of the paper's seven points.
+
+    ks: two or more numbers, ascending; -inf and inf stand for min and max.
+    The other arguments are those of `select_pairs`. Nothing is warned about; `share_below_min` says how often a target
+    is outside the pool.
+
+    Returns the selections by the names of their targets: `all_pairings(rewards)["max", "mean-2std"]`. Their arrays per
+    prompt, but for the target, are shared.
+    """
+    grid = [float(k) for k in ks]
+    if len(grid) < 2 or not all(np.diff(grid) > 0):
+        raise ValueError(f"ks must be two or more ascending numbers, got {ks!r}")
+    rules = [_Rule("target", k, _target_name(k)) for k in grid]
+    pairings = [(rules[c], rules[r]) for c in range(len(rules)) for r in range(c)]
+    data = _checked(rewards, valid, offsets, choosable, scale, ddof)
+    selections = _select(data, pairings, _Bounds(), 1, 0)
+    return {(c.name, r.name): selection for (c, r), selection in zip(pairings, selections, strict=True)}
+
+
+def without(selection: PairSelection, pairs, reason: DropReason) -> PairSelection:
+    """The selection less the pairs that are True in `pairs`, bool [prompts] or like `keep`; they get the reason."""
+    pairs = np.asarray(pairs)
+    drop = selection.keep & (pairs if pairs.ndim == selection.keep.ndim else pairs[:, None])
+    return replace(
+        selection,
+        keep=selection.keep & ~drop,
+        reason=np.where(drop, np.int8(reason), selection.reason),
+        **{name: np.where(drop, -1, getattr(selection, name)) for name in INDICES},
+        **{name: np.where(drop, np.nan, getattr(selection, name)) for name in NUMBERS},
     )
 
 
+# ---- arguments
+
+
+class _Rule(NamedTuple):
+    kind: str  # "target", "quantile", "min_of"
+    number: float  # k of mean + k std, -inf and inf for min and max; q; m
+    name: str
+
+
 _TARGET = re.compile(r"mean(?:(?P<k>[+-](?:\d+\.?\d*|\.\d+))std)?")
+_DRAW = re.compile(r"min_of_(?P<m>[1-9]\d*)")
+_QUANTILE = re.compile(r"quantile:(?P<q>\d+\.?\d*|\.\d+)")
 
 
-def _parse_target(argument, name) -> float:
-    """The k of the target mean + k * std; -inf and inf stand for min and max."""
+def _parse_rule(argument, name) -> _Rule:
     extremes = {"min": -math.inf, "max": math.inf}
     if name in extremes:
-        return extremes[name]
-    match = _TARGET.fullmatch(name) if isinstance(name, str) else None
-    if match is None:
-        raise ValueError(f'{argument} must be "max", "min", "mean" or like "mean-2std", got {name!r}')
-    return float(match["k"] or 0)
+        return _Rule("target", extremes[name], name)
+    text = name if isinstance(name, str) else ""
+    if match := _TARGET.fullmatch(text):
+        return _Rule("target", float(match["k"] or 0), name)
+    if (q := _quantile(text)) is not None:
+        return _Rule("quantile", q, name)
+    if argument != "chosen" and (match := _DRAW.fullmatch(text)):
+        return _Rule("min_of", int(match["m"]), name)
+    draw = "" if argument == "chosen" else ', "min_of_<m>"'
+    raise ValueError(f'{argument} must be "max", "min", "mean", like "mean-2std", "quantile:<q>"{draw}, got {name!r}')
 
 
-def _masked_rewards(rewards, valid) -> np.ndarray:
-    """[prompts, responses >= 1] float64 with NaN for everything that is no reward."""
+def _target_name(k) -> str:
+    return {-math.inf: "min", 0.0: "mean", math.inf: "max"}.get(k, f"mean{k:+g}std")
+
+
+def _quantile(text) -> float | None:
+    """The q of "quantile:<q>"; None when the text is something else."""
+    match = _QUANTILE.fullmatch(text) if isinstance(text, str) else None
+    q = float(match["q"]) if match else None
+    return q if q is None or q <= 1 else None
+
+
+def _parse_on_degenerate(name) -> _Rule | None:
+    """The rule that replaces a degenerate one; None for the other actions."""
+    if name in ("warn", "ignore", "drop", "error"):
+        return None
     try:
-        rewards = np.asarray(rewards, dtype=np.float64)
-    except ValueError as error:
-        raise ValueError("rewards must be [prompts, responses] numbers, ragged pools padded with NaN") from error
-    if rewards.ndim != 2:
-        raise ValueError(f"rewards must have shape [prompts, responses], got {list(rewards.shape)}")
-    usable = np.isfinite(rewards)
-    if valid is not None:
-        valid = np.asarray(valid)
-        if valid.dtype != bool or valid.shape != rewards.shape:
-            raise ValueError(
-                f"valid must be bool with shape {list(rewards.shape)} to match rewards, "
-                f"got {valid.dtype} {list(valid.shape)}"
-            )
-        usable &= valid
-    if rewards.shape[1] == 0:
-        return np.full((len(rewards), 1), np.nan)
-    return np.where(usable, rewards, np.nan)
+        rule = _parse_rule("on_degenerate", name)
+    except ValueError:
+        rule = None
+    if rule is None or rule.kind == "target":
+        raise ValueError(
+            'on_degenerate must be "warn", "ignore", "drop", "error" or a rule "min_of_<m>" or "quantile:<q>", '
+            f"got {name!r}"
+        )
+    return rule
 
 
-@dataclass(frozen=True)
-class _Pools:
-    rewards: np.ndarray  # [prompts, responses] ascending, NaN last
-    order: np.ndarray  # [prompts, responses] original column of each; equal rewards keep their order
-    count: np.ndarray  # [prompts] valid rewards
-    exponent: np.ndarray  # [prompts] scaled = rewards * 2**-exponent, so that |scaled| <= 1
-    scaled: np.ndarray  # [prompts, responses]
-    mean: np.ndarray  # [prompts] of scaled
-    std: np.ndarray  # [prompts] of scaled
+class _Bound(NamedTuple):
+    number: float
+    within: bool  # number is a quantile within the prompt
 
 
-def _sort_pools(rewards, ddof) -> _Pools:
-    order = np.argsort(rewards, axis=1, kind="stable")
-    rewards = np.take_along_axis(rewards, order, axis=1)
-    usable = np.isfinite(rewards)
-    count = usable.sum(axis=1)
-    # A power of two rounds nothing, and keeps the squares of the std from under- or overflowing.
-    exponent = np.frexp(np.where(usable, np.abs(rewards), 0).max(axis=1))[1]
-    scaled = np.ldexp(rewards, -exponent[:, None])
-    mean = np.where(usable, scaled, 0).sum(axis=1) / np.maximum(count, 1)
-    deviation = np.where(usable, scaled - mean[:, None], 0)
-    std = np.sqrt((deviation**2).sum(axis=1) / np.maximum(count - ddof, 1))
-    return _Pools(rewards, order, count, exponent, scaled, mean, std)
+class _Bounds(NamedTuple):
+    min_chosen: _Bound | None = None
+    min_gap: _Bound | None = None
+    max_gap: _Bound | None = None
 
 
-def _target(pools, k) -> np.ndarray:
-    """[prompts] target in scaled units."""
-    return np.full_like(pools.mean, k) if math.isinf(k) else pools.mean + k * pools.std
+def _parse_bounds(**bounds) -> _Bounds:
+    parsed = {}
+    for name, value in bounds.items():
+        if value is None:
+            continue
+        if (q := _quantile(value)) is not None:
+            parsed[name] = _Bound(q, True)
+        elif isinstance(value, int | float | np.number) and math.isfinite(value):
+            parsed[name] = _Bound(float(value), False)
+        else:
+            raise ValueError(f'{name} must be a finite number or "quantile:<q>", got {value!r}')
+    return _Bounds(**parsed)
 
 
-def _nearest(pools, k, *, prefer_high) -> np.ndarray:
-    """[prompts] position in the sorted pool of the first reward that is nearest to the target."""
-    last = np.maximum(pools.count - 1, 0)
+# ---- selection
+
+INDICES = ("chosen", "rejected", "rank_rejected")  # -1 where there is no pair
+NUMBERS = ("score_chosen", "score_rejected", "z_chosen", "z_rejected")  # NaN there
+
+
+class _Data(NamedTuple):
+    rewards: np.ndarray  # [responses], any real dtype
+    offsets: np.ndarray  # int64 [prompts + 1]
+    valid: np.ndarray | None  # bool [responses]
+    choosable: np.ndarray | None  # bool [responses]
+    scale: str
+    ddof: int
+
+
+def _checked(rewards, valid, offsets, choosable, scale, ddof) -> _Data:
+    rewards, offsets = flat("rewards", rewards, offsets)
+    masks = [
+        None if mask is None else as_mask(name, mask, "rewards", rewards.shape).reshape(-1)
+        for name, mask in (("valid", valid), ("choosable", choosable))
+    ]
+    check_scale(scale)
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
+    return _Data(rewards.reshape(-1), offsets, *masks, scale, ddof)
+
+
+def _select(data, pairings, bounds, slots, seed) -> list[PairSelection]:
+    """One selection for each of the pairings (chosen rule, rejected rule)."""
+    prompts = len(data.offsets) - 1
+    shared = {"n_pool": np.zeros(prompts, np.int64)}
+    shared |= {name: np.full(prompts, np.nan) for name in ("mean", "std", "minimum")}
+    selected = []
+    for _ in pairings:
+        columns = {name: np.full((prompts, slots), -1) for name in INDICES}
+        columns |= {name: np.full((prompts, slots), np.nan) for name in NUMBERS}
+        columns |= {
+            "reason": np.full((prompts, slots), DropReason.TOO_FEW, np.int8),
+            "target": np.full(prompts, np.nan),
+        }
+        selected.append(columns)
+    draws = None
+    if any(rejected.kind == "min_of" for _, rejected in pairings):
+        draws = np.stack([np.random.default_rng([seed, slot]).random(prompts) for slot in range(slots)])
+
+    def work(which, size):
+        block = _read_block(data, which, size)
+        pools, enough = block.pools, block.pools.count >= 2
+        shared["n_pool"][which] = pools.count
+        shared["minimum"][which] = pools.unscaled(pools.lowest())
+        shared["mean"][which] = np.where(enough, pools.unscaled(pools.center), np.nan)
+        shared["std"][which] = np.where(enough, pools.unscaled(pools.spread), np.nan)
+        for (chosen, rejected), columns in zip(pairings, selected, strict=True):
+            columns["target"][which] = np.where(enough, pools.unscaled(_target(pools, rejected)), np.nan)
+            best = _pick_chosen(block, chosen)
+            if rejected.kind == "min_of":
+                picks = _drawn(block, int(rejected.number), best.position, draws[:, which])
+            else:
+                picks = _nearest_ones(block, rejected, slots)
+            spread = pools.spread if _needs_spread(chosen) or _needs_spread(rejected) else None
+            for slot, (position, there) in enumerate(picks):
+                worse = _pick_rejected(block, position, first=slot == 0)
+                reason = _reasons(block, best, worse, there, spread, bounds)
+                keep = reason == DropReason.KEPT
+                columns["reason"][which, slot] = reason
+                for name, values in zip(INDICES, (best.column, worse.column, worse.rank), strict=True):
+                    columns[name][which, slot] = np.where(keep, values, -1)
+                zs = pools.z(best.scaled), pools.z(worse.scaled)
+                for name, values in zip(NUMBERS, (best.reward, worse.reward, *zs), strict=True):
+                    columns[name][which, slot] = np.where(keep, values, np.nan)
+
+    _in_threads(work, same_size(data.offsets, BLOCK))
+    results = []
+    for (chosen, rejected), columns in zip(pairings, selected, strict=True):
+        target, reason = columns["target"], columns["reason"]
+        spread_out = ~np.isin(reason[:, 0], (DropReason.TOO_FEW, DropReason.NO_SPREAD))
+        below = math.nan if rejected.kind == "min_of" else _share((target < shared["minimum"])[spread_out])
+        pairs = columns | {"keep": reason == DropReason.KEPT}
+        del pairs["target"]
+        if slots == 1:
+            pairs = {name: values[:, 0] for name, values in pairs.items()}
+        rule = f"{chosen.name} vs {rejected.name}"
+        results.append(
+            PairSelection(**pairs, **shared, target=target, share_below_min=below, rule=rule, scale=data.scale)
+        )
+    return results
+
+
+def _in_threads(work, blocks) -> None:
+    """Calls work on every block, on as many threads as the process may use cores: numpy lets go of the interpreter."""
+    blocks = list(blocks)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if len(blocks) < 8 or cores == 1:
+        for block in blocks:
+            work(*block)
+        return
+    with ThreadPoolExecutor(min(cores, len(blocks))) as threads:
+        for _ in threads.map(lambda block: work(*block), blocks):  # raises what a block raised
+            pass
+
+
+class _Block(NamedTuple):
+    """Prompts with pools of one size; k of them, n responses each."""
+
+    rewards: np.ndarray  # [k, n] float64 in the caller's order, NaN for none
+    pools: SortedPools
+    choosable: np.ndarray  # [k, n] rewards that may be chosen, NaN for the others
+    eligible: np.ndarray | None  # [n, k] bool, which of the sorted ones these are; None: all
+
+
+def _read_block(data, which, size) -> _Block:
+    def rows(values):
+        return None if values is None else table(values, data.offsets, which, size)
+
+    rewards = usable(rows(data.rewards), rows(data.valid))
+    if data.choosable is None:
+        return _Block(rewards, sort_pools(rewards, data.scale, data.ddof), rewards, None)
+    choosable = rows(data.choosable) & ~np.isnan(rewards)
+    order = np.argsort(rewards, axis=1)
+    pools = sort_pools(np.take_along_axis(rewards, order, axis=1), data.scale, data.ddof)
+    return _Block(rewards, pools, np.where(choosable, rewards, np.nan), np.take_along_axis(choosable, order, axis=1).T)
+
+
+class _Pick(NamedTuple):
+    """[k] each."""
+
+    position: np.ndarray  # in the sorted pool
+    column: np.ndarray  # in the caller's pool
+    reward: np.ndarray
+    scaled: np.ndarray
+    rank: np.ndarray | None  # number of lower rewards; None for chosen ones
+
+
+def _pick_chosen(block, rule) -> _Pick:
+    pools = block.pools
+    if rule.number == math.inf and block.eligible is None:
+        position = np.maximum(pools.count - 1, 0)
+    else:
+        places, want, slack = _sought(pools, rule)
+        tied = _tied(places if block.eligible is None else np.where(block.eligible, places, np.nan), want, slack)
+        position = len(tied) - 1 - np.argmax(tied[::-1], axis=0)
+    reward = pools.rewards[np.arange(len(position)), position]
+    column = np.argmax(block.choosable == reward[:, None], axis=1)
+    return _Pick(position, column, reward, pools.at(position), None)
+
+
+def _pick_rejected(block, position, *, first) -> _Pick:
+    """Of equal rewards the first one where the pick is the `first` of its prompt, later ones for later picks."""
+    pools = block.pools
+    reward = pools.rewards[np.arange(len(position)), position]
+    rank = np.argmax(pools.rewards == reward[:, None], axis=1)
+    equal = block.rewards == reward[:, None]
+    if first:
+        position, column = rank, np.argmax(equal, axis=1)
+    else:
+        column = np.argmax(np.cumsum(equal, axis=1) > (position - rank)[:, None], axis=1)
+    return _Pick(position, column, reward, pools.at(position), rank)
+
+
+def _target(pools, rule) -> np.ndarray:
+    """[k] in scaled units; NaN for a draw, which seeks no value."""
+    if rule.kind == "min_of":
+        return np.full_like(pools.center, np.nan)
+    if rule.kind == "quantile":
+        return pools.at(np.argmax(_tied(*_sought(pools, rule)), axis=0))
+    return (
+        np.full_like(pools.center, rule.number)
+        if math.isinf(rule.number)
+        else pools.center + rule.number * pools.spread
+    )
+
+
+def _sought(pools, rule) -> tuple[np.ndarray, np.ndarray, float]:
+    """Places [n, k] of the sorted responses, the place [k] sought among them, and what counts as a tie.
+
+    Rewards for a target, positions for a quantile; NaN where there is no reward.
+    """
+    if rule.kind == "quantile":
+        positions = np.arange(float(len(pools.scaled)))[:, None]
+        return (
+            np.where(np.isnan(pools.scaled), np.nan, positions),
+            rule.number * np.maximum(pools.count - 1, 0),
+            TIED * len(positions),
+        )
     # Beyond the pool the nearest reward is the extreme one: clipping says so without rounding, for infinite k too.
-    target = np.clip(_target(pools, k), pools.scaled[:, 0], _pick(pools.scaled, last))
-    distance = np.abs(pools.scaled - target[:, None])
-    # The mean carries a few roundings, which must not decide a tie (two responses are both 1 std from their mean).
-    tied = distance <= np.fmin.reduce(distance, axis=1)[:, None] + 8 * np.finfo(np.float64).eps
-    if not prefer_high:
-        return np.argmax(tied, axis=1)
-    highest = tied.shape[1] - 1 - np.argmax(tied[:, ::-1], axis=1)
-    return np.argmax(pools.rewards == _pick(pools.rewards, highest)[:, None], axis=1)
+    want = np.clip(_target(pools, rule), pools.lowest(), pools.highest())
+    return pools.scaled, want, 0 if math.isinf(rule.number) else TIED
 
 
-def _pick(table, column) -> np.ndarray:
-    """table[i, column[i]] for every row i."""
-    return np.take_along_axis(table, column[:, None], axis=1)[:, 0]
+def _tied(places, want, slack) -> np.ndarray:
+    """[n, k] bool, the places nearest to the one sought."""
+    distance = np.subtract(places, want)
+    np.abs(distance, out=distance)
+    return distance <= np.fmin.reduce(distance, axis=0) + slack
+
+
+def _nearest_ones(block, rule, slots):
+    """Yields (position [k], there [k] bool) for the nearest, the second nearest, ...; the lower one at a tie."""
+    pools = block.pools
+    if rule.number == -math.inf and slots == 1:
+        yield np.zeros(len(pools.count), np.int64), pools.count > 0
+        return
+    places, want, slack = _sought(pools, rule)
+    columns = np.arange(len(want))
+    position = np.argmax(_tied(places, want, slack), axis=0)
+    below, above = position - 1, position + 1
+    yield position, pools.count > 0
+    for _ in range(slots - 1):
+        room_below, room_above = below >= 0, above < pools.count
+        low = np.abs(places[np.maximum(below, 0), columns] - want)
+        high = np.abs(places[np.minimum(above, len(places) - 1), columns] - want)
+        downwards = room_below & (~room_above | (low <= high + slack))
+        yield np.where(downwards, below, np.where(room_above, above, 0)), room_below | room_above
+        below, above = below - downwards, above + ~downwards
+
+
+def _drawn(block, m, chosen, draws):
+    """Yields (position [k], there [k] bool) for the lowest, the second lowest, ... of m responses drawn.
+
+    chosen: [k] position of the chosen response, which is not drawn where there are more than m.
+    draws: [slots, k] uniform in [0, 1), each turned into the position of the lowest of the draws that are left.
+    """
+    count = block.pools.count
+    without_chosen = count > m
+    left = np.where(without_chosen, count - 1, count)
+    base = np.zeros_like(count)
+    for uniform in draws:
+        there = (left > 0) & (m > 0)
+        step = _lowest_of(m, left, uniform)
+        position = base + step
+        position += without_chosen & (position >= chosen)
+        yield np.where(there, position, 0), there
+        base, left, m = base + step + 1, left - step - 1, m - 1
+
+
+def _lowest_of(m, sizes, uniform) -> np.ndarray:
+    """[k], the lowest of min(m, size) numbers drawn from 0 .. size - 1 without replacement, from a uniform one."""
+    lowest = np.zeros_like(sizes)
+    if m < 1:
+        return lowest
+    for size in np.unique(sizes[sizes > m]):
+        # P(lowest > r) = prod over the draws j of (size - 1 - r - j) / (size - j)
+        draw = np.arange(m)[:, None]
+        higher = np.prod((size - 1 - np.arange(size - m + 1) - draw) / (size - draw), axis=0)
+        lowest[sizes == size] = np.searchsorted(1 - higher, uniform[sizes == size], side="right")
+    return lowest
+
+
+def _needs_spread(rule) -> bool:
+    return rule.kind == "target" and rule.number != 0 and math.isfinite(rule.number)
+
+
+def _reasons(block, best, worse, there, spread, bounds) -> np.ndarray:
+    """[k] int8. there: bool, whether there is a response to reject; spread: of the rules that are measured in it."""
+    pools = block.pools
+    gap = best.reward - worse.reward
+    flat_pool = pools.lowest() == pools.highest()
+    # The first that applies counts, so it is written last.
+    checks = [
+        (bounds.max_gap and gap > _gap_bound(pools, bounds.max_gap), DropReason.LARGE_GAP),
+        (bounds.min_gap and gap < _gap_bound(pools, bounds.min_gap), DropReason.SMALL_GAP),
+        (bounds.min_chosen and best.reward < _chosen_bound(pools, bounds.min_chosen), DropReason.LOW_CHOSEN),
+        (best.scaled <= worse.scaled, DropReason.NOT_BETTER),
+        (best.column == worse.column, DropReason.SAME_RESPONSE),
+        (block.eligible is not None and ~block.eligible.any(axis=0), DropReason.NO_CHOOSABLE),
+        (flat_pool if spread is None else flat_pool | (spread == 0), DropReason.NO_SPREAD),
+        ((pools.count < 2) | ~there, DropReason.TOO_FEW),
+    ]
+    reason = np.zeros(len(gap), np.int8)
+    for applies, name in checks:
+        if applies is not None and applies is not False:
+            reason[applies] = name
+    return reason
+
+
+def _chosen_bound(pools, bound):
+    return quantile(pools.rewards.T, pools.count, bound.number) if bound.within else bound.number
+
+
+def _gap_bound(pools, bound):
+    """A number, or [k]: a quantile of the differences between any two rewards of a pool."""
+    if not bound.within:
+        return bound.number
+    prompts, size = pools.rewards.shape
+    low, high = np.triu_indices(size, 1)
+    if not len(low):
+        return np.full(prompts, np.nan)
+    result = np.empty(prompts)
+    step = max(1, GAPS // len(low))
+    for begin in range(0, prompts, step):
+        rows = slice(begin, begin + step)
+        gaps = np.sort(pools.rewards[rows, high] - pools.rewards[rows, low], axis=1)
+        count = pools.count[rows]
+        result[rows] = quantile(gaps.T, count * (count - 1) // 2, bound.number)
+    return result
 
 
 def _share(flags) -> float:

@@ -28,22 +28,39 @@ def as_pools(name, values, valid=None, offsets=None) -> Pools:
 
     Raises TypeError for what is not numbers, ValueError for wrong shapes, masks and offsets.
     """
-    values = _numbers(name, values)
+    values, offsets = flat(name, values, offsets)
+    valid = None if valid is None else as_mask("valid", valid, name, values.shape).reshape(-1)
+    return Pools(usable(values.reshape(-1), valid), offsets)
+
+
+def flat(name, values, offsets=None) -> tuple[np.ndarray, np.ndarray]:
+    """The values, in their own shape and dtype, and offsets, after the checks of as_pools and without a pass over them.
+
+    For functions that read a few thousand prompts at a time, with `table` and `usable`.
+    """
+    try:
+        values = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} must be [prompts, responses] numbers, ragged pools padded with NaN") from error
+    if values.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must be real numbers, NaN where there is none, got {values.dtype}")
     if offsets is None:
         if values.ndim != 2:
             raise ValueError(f"{name} must have shape [prompts, responses], got {list(values.shape)}")
         prompts, size = values.shape
-        offsets = np.arange(prompts + 1, dtype=np.int64) * size
-    else:
-        if values.ndim != 1:
-            raise ValueError(f"{name} must have shape [responses] beside offsets, got {list(values.shape)}")
-        offsets = as_offsets(offsets, len(values))
-    usable = np.isfinite(values)
+        return values, np.arange(prompts + 1, dtype=np.int64) * size
+    if values.ndim != 1:
+        raise ValueError(f"{name} must have shape [responses] beside offsets, got {list(values.shape)}")
+    return values, as_offsets(offsets, len(values))
+
+
+def usable(values, valid=None) -> np.ndarray:
+    """float64 like values: NaN for NaN, infinities and where valid is False. May be the memory of values."""
+    values = values.astype(np.float64, copy=False)
+    finite = np.isfinite(values)
     if valid is not None:
-        usable &= as_mask("valid", valid, name, values.shape)
-    if not usable.all():
-        values = np.where(usable, values, np.nan)
-    return Pools(values.reshape(-1), offsets)
+        finite &= valid
+    return values if finite.all() else np.where(finite, values, np.nan)
 
 
 def as_offsets(offsets, responses) -> np.ndarray:
@@ -82,22 +99,31 @@ def blocks(offsets, most=1 << 16) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
     A block has about `most` responses, or one prompt that has more. Prompts without responses are left out.
     """
+    every = np.arange(len(offsets) - 1)
+    for prompts, size in same_size(offsets, most):
+        yield every[prompts], _places(offsets, every[prompts], size)
+
+
+def same_size(offsets, most=1 << 16) -> Iterator[tuple[slice | np.ndarray, int]]:
+    """The same blocks as (prompts, size) for `table`; prompts is a slice where all pools have one size."""
     sizes = np.diff(offsets)
     order = np.argsort(sizes, kind="stable")
-    order = order[np.searchsorted(sizes[order], 1) :]
-    for group in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1):
-        size = int(sizes[group[0]]) if len(group) else 1
+    starts = np.flatnonzero(np.diff(sizes[order], prepend=0))
+    in_order = len(starts) == 1 and starts[0] == 0
+    for start, stop in zip(starts, np.append(starts, len(order))[1:], strict=True):
+        size = int(sizes[order[start]])
         step = max(1, most // size)
-        for begin in range(0, len(group), step):
-            prompts = group[begin : begin + step]
-            yield prompts, offsets[prompts][:, None] + np.arange(size)
+        for begin in range(start, stop, step):
+            end = min(begin + step, stop)
+            yield (slice(begin, end) if in_order else order[begin:end]), size
 
 
-def _numbers(name, values) -> np.ndarray:
-    try:
-        values = np.asarray(values)
-    except ValueError as error:
-        raise ValueError(f"{name} must be [prompts, responses] numbers, ragged pools padded with NaN") from error
-    if values.dtype.kind not in "biuf":
-        raise TypeError(f"{name} must be real numbers, NaN where there is none, got {values.dtype}")
-    return values.astype(np.float64, copy=False)
+def table(values, offsets, prompts, size) -> np.ndarray:
+    """[k, size], the values [responses] of one block of `same_size`; a view where prompts is a slice."""
+    if isinstance(prompts, slice):
+        return values.reshape(-1, size)[prompts]
+    return values[_places(offsets, prompts, size)]
+
+
+def _places(offsets, prompts, size) -> np.ndarray:
+    return offsets[prompts][:, None] + np.arange(size)

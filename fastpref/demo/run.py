@@ -157,7 +157,7 @@ class Task:
 
 def prepare(samples, score_scale) -> tuple[Task, dict]:
     rewards, scale, clamped = scale_scores(samples, score_scale)
-    selection = select_pairs(rewards)
+    selection = select_pairs(rewards, on_degenerate="ignore")  # the report says how often it is
     held_out = held_out_prompts(samples.prompts)
     train_pairs, held_out_pairs = int((selection.keep & ~held_out).sum()), int((selection.keep & held_out).sum())
     if train_pairs < PAIRS_PER_STEP or held_out_pairs < 2:
@@ -168,7 +168,8 @@ def prepare(samples, score_scale) -> tuple[Task, dict]:
     tokenizer = train_tokenizer(
         [p, *r] for p, r, out in zip(samples.prompts, samples.responses, held_out, strict=True) if not out
     )
-    matched = select_pairs(rewards, valid=like_chosen_in_length(samples, selection, rewards.shape))
+    like_chosen = like_chosen_in_length(samples, selection, rewards.shape)
+    matched = select_pairs(rewards, valid=like_chosen, on_degenerate="ignore")
     task = Task(
         train=pick_pairs(samples, selection, ~held_out, tokenizer),
         held_out=pick_pairs(samples, selection, held_out, tokenizer),
@@ -183,9 +184,9 @@ def prepare(samples, score_scale) -> tuple[Task, dict]:
         "train": train_pairs,
         "held_out": held_out_pairs,
         "median_gap": float(np.median(selection.gap[selection.keep])),
-        "target_below_min": selection.target_below_min,
-        "rejected_is_min": selection.rejected_is_min,
-        "rejected_percentile": selection.rejected_percentile,
+        "target_below_min": selection.share_below_min,
+        "rejected_is_min": selection.share_rejected_min,
+        "rejected_percentile": selection.median_percentile,
         "most_frequent_chosen": max(Counter(task.train.chosen + task.held_out.chosen).values()),
         "vocabulary_used": tokenizer.get_vocab_size(),
         "max_tokens": MAX_TOKENS,
