@@ -44,14 +44,13 @@ def goal_records(pairs, *, attributes=None, half=False, on_tie="positive", seed=
     suffixes = {"": "goal"} if attributes is None else {f"_{name}": f"goal_{name}" for name in _names(attributes)}
     if taken := [name for name in (*suffixes.values(), "pair", "goal_swapped") if name in columns]:
         raise ValueError(f"pairs must not have the columns that goals add, got {taken}")
+    needed = ["chosen", "rejected", *(f"score_{side}{end}" for side in ("chosen", "rejected") for end in suffixes)]
+    if absent := [name for name in needed if name not in columns]:
+        raise ValueError(f"pairs must have the columns {absent}, got {list(columns)}")
     score_chosen, score_rejected = (
-        np.stack(
-            [as_vector(name, _column(columns, name)) for name in (f"score_{side}{end}" for end in suffixes)], axis=1
-        )
+        np.stack([as_vector(f"score_{side}{end}", columns[f"score_{side}{end}"]) for end in suffixes], axis=1)
         for side in ("chosen", "rejected")
     )  # [pairs, goals]
-    for name in ("chosen", "rejected"):
-        _column(columns, name)
 
     scored = np.isfinite(score_chosen).all(axis=1) & np.isfinite(score_rejected).all(axis=1)
     if left_out := int(np.count_nonzero(~scored)):
