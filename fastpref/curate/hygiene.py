@@ -40,7 +40,9 @@ class Hygiene:
     reason: np.ndarray  # uint8 [responses], sum of Flags; 0: nothing wrong
     scores: np.ndarray  # float64 [responses], clamped; of copies the one that stays has the mean
     clamped: int  # scores at or beyond the clamp, such as probabilities of 0 and 1
-    copies_std: float  # standard deviation of the scores (probabilities: logits) of one text under one prompt; NaN: none
+    copies_std: (
+        float  # standard deviation of the scores (probabilities: logits) of one text under one prompt; NaN: none
+    )
     repeated: RepeatedTexts
     repeated_limit: float  # prompts a text may stand under
     duplicate_prompts: np.ndarray  # bool [prompts], an earlier prompt is the same
