@@ -7,7 +7,7 @@ from fastpref.curate import select_pairs
 TITLE = "Rejected response: the worst, or nearest to mean - 2 std, as the pool grows"
 SIZES = (5, 20, 50, 200)
 PROMPTS = 512
-RULES = ("min", "mean-2std")
+RULES = ("min", "mean-2std", "min_of_5")
 ERROR = 0.5  # of the judges, in σ
 JUDGES = {"Gaussian": gaussian_judge, "heavy-tailed": heavy_tailed_judge}
 
@@ -19,7 +19,7 @@ def claims(judge) -> list[Claim]:
         Claim(f"max vs min gets worse from n = 5 to n = 200, {judge} judge", source, gain(first, worst)),
         Claim(f"at n = 200 mean - 2 std beats min, {judge} judge", source, gain(spot, worst)),
         Claim(f"mean - 2 std gains from n = 5 to n = 200, {judge} judge", source, gain(spot, first)),
-        #         Claim(f"at n = 200 min of 5 beats min, {judge} judge", source, gain(f"{judge} n=200 min_of_5", worst)),
+        Claim(f"at n = 200 min of 5 beats min, {judge} judge", source, gain(f"{judge} n=200 min_of_5", worst)),
     ]
 
 

@@ -13,18 +13,16 @@ from task import train, true_reward
 
 from fastpref import losses
 from fastpref.curate import (
-    audit,
     bees,
-    denoise_scores,
-    exclude,
     external_margins,
-    hygiene,
     implicit_margins,
     remove_length,
     route_by_margin,
     select_pairs,
     select_top,
 )
+from fastpref.curate.clean import audit, denoise_scores, exclude
+from fastpref.curate.hygiene import hygiene
 
 TITLE = "The whole pipeline, and each stage left out"
 PROMPTS, HONEST = 1024, 20  # sources that do not cheat
