@@ -6,7 +6,7 @@ from task import Claim, draw_pool, evaluate, flipped, gain, gaussian_judge, logp
 from fastpref.curate import compare_selections, external_margins, implicit_margins
 
 TITLE = "A selected tenth of the pairs against all"
-PROMPTS, SHARE = 4096, 0.1
+PROMPTS, SHARE = 20480, 0.1
 WARM_UP = 512  # random pairs that the model of the implicit margins is trained on
 ERROR = 0.7  # σ of the reward model of the external margins
 FLIPPED = (0.0, 0.2)  # share of the labels

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from task import BETA, LENGTH, NOTHING, Claim, Pool, draw_prompts, evaluate, gain, gumbel, lengths, logps, rng, sample
+from task import BETA, LENGTH, NOTHING, Claim, Pool, draw_pool, draw_prompts, evaluate, gain, gumbel, lengths, logps, rng, sample
 from task import train, true_reward
 
 from fastpref import losses
@@ -25,8 +25,8 @@ from fastpref.curate.clean import audit, denoise_scores, exclude
 from fastpref.curate.hygiene import hygiene
 
 TITLE = "The whole pipeline, and each stage left out"
-PROMPTS, HONEST = 1024, 20  # sources that do not cheat
-SHARPNESS = (0.5, 1.5)  # their logits are so many times those of the reference: bad to good
+PROMPTS, HONEST = 2048, 20  # sources that do not cheat
+STRENGTH = (0.0, 0.2)  # bad to fair: the reference's logits, moved so far towards those of a policy of true preferences
 ERROR, LENGTH_BIAS = 0.5, 0.2  # of the judge, in σ, and σ per token
 GROSS, GROSS_SIZE = 0.02, 6.0  # share of the scores that are moved up or down by so many σ
 CHEAT_SCORE = 3.0  # σ above the mean of the others, at every prompt
@@ -133,10 +133,13 @@ def loss(gap, stages) -> dict:
 def judge(setting) -> Judged:
     count, draw = setting.size.scaled(PROMPTS), rng(setting.seed, "judge")
     prompts = draw_prompts(setting.seed, "pipeline", count)
+    true = draw_pool(setting, count, 16, "true preferences")
+    strong = train(setting, true.pairs(true.reward.argmax(1), true.reward.argmin(1)))
+    weak = setting.reference
     noise = gumbel(rng(setting.seed, "sources"), HONEST, count, LENGTH, 16)
     responses = [
-        sample(lambda state, by=by: by * setting.reference(state), prompts, noise[source])
-        for source, by in enumerate(np.linspace(*SHARPNESS, HONEST).tolist())
+        sample(lambda state, by=by: torch.lerp(weak(state), strong(state), by), prompts, noise[source])
+        for source, by in enumerate(np.linspace(*STRENGTH, HONEST).tolist())
     ]
     cheat = torch.full((LENGTH,), NOTHING)
     cheat[:4] = torch.tensor([1, 2, 3, 0])
