@@ -1,16 +1,44 @@
 """Preference data: numpy arrays in, numpy arrays out. Nothing here imports torch."""
 
 from fastpref.curate.goals import add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
-from fastpref.curate.margins import MarginScores, MarginSource, Part, PromptSelection, SelectionComparison, TopSelection, bees, compare_selections, external_margins, implicit_margins, normalised_margins, partition, select_prompts, select_top
+from fastpref.curate.length import AdjustedScores, LengthReport, length_report, match_length, remove_length
+from fastpref.curate.margins import (
+    MarginScores,
+    MarginSource,
+    Part,
+    PromptSelection,
+    SelectionComparison,
+    TopSelection,
+    bees,
+    compare_selections,
+    external_margins,
+    implicit_margins,
+    normalised_margins,
+    partition,
+    select_prompts,
+    select_top,
+)
 from fastpref.curate.pairs import DropReason, PairSelection, all_pairings, select_pairs
-from fastpref.curate.routing import LearningOrder, Route, Routes, difficulty, distributed_order, easy_to_hard, keep_easiest, learning_order, route_by_margin
+from fastpref.curate.routing import (
+    LearningOrder,
+    Route,
+    Routes,
+    difficulty,
+    distributed_order,
+    easy_to_hard,
+    keep_easiest,
+    learning_order,
+    route_by_margin,
+)
 from fastpref.curate.samples import InputError, RowProblem, ScoredSamples, read_scored_samples, to_logit
 from fastpref.curate.scale import rescale
 
 __all__ = [
+    "AdjustedScores",
     "DropReason",
     "InputError",
     "LearningOrder",
+    "LengthReport",
     "MarginScores",
     "MarginSource",
     "PairSelection",
@@ -37,9 +65,12 @@ __all__ = [
     "implicit_margins",
     "keep_easiest",
     "learning_order",
+    "length_report",
+    "match_length",
     "normalised_margins",
     "partition",
     "read_scored_samples",
+    "remove_length",
     "rescale",
     "rescale_scores",
     "route_by_margin",

@@ -364,12 +364,12 @@ def _select(data, pairings, bounds, slots, seed) -> list[PairSelection]:
             columns["target"][which] = np.where(enough, pools.unscaled(_target(pools, rejected)), np.nan)
             best = _pick_chosen(block, chosen)
             if rejected.kind == "min_of":
-                picks = _drawn(block, int(rejected.number), best.position, draws[:, which])
+                picks = _drawn(block, int(rejected.number), best.rank, draws[:, which])
             else:
                 picks = _nearest_ones(block, rejected, slots)
             spread = pools.spread if _needs_spread(chosen) or _needs_spread(rejected) else None
             for slot, (position, there) in enumerate(picks):
-                worse = _pick_rejected(block, position, first=slot == 0)
+                worse = _pick_rejected(block, rejected, slot, position)
                 reason = _reasons(block, best, worse, there, spread, bounds)
                 keep = reason == DropReason.KEPT
                 columns["reason"][which, slot] = reason
@@ -434,11 +434,10 @@ def _read_block(data, which, size) -> _Block:
 class _Pick(NamedTuple):
     """[k] each."""
 
-    position: np.ndarray  # in the sorted pool
     column: np.ndarray  # in the caller's pool
     reward: np.ndarray
     scaled: np.ndarray
-    rank: np.ndarray | None  # number of lower rewards; None for chosen ones
+    rank: np.ndarray  # position in the sorted pool; for a rejected one that of the first that is equal
 
 
 def _pick_chosen(block, rule) -> _Pick:
@@ -451,20 +450,23 @@ def _pick_chosen(block, rule) -> _Pick:
         position = len(tied) - 1 - np.argmax(tied[::-1], axis=0)
     reward = pools.rewards[np.arange(len(position)), position]
     column = np.argmax(block.choosable == reward[:, None], axis=1)
-    return _Pick(position, column, reward, pools.at(position), None)
+    return _Pick(column, reward, pools.at(position), position)
 
 
-def _pick_rejected(block, position, *, first) -> _Pick:
-    """Of equal rewards the first one where the pick is the `first` of its prompt, later ones for later picks."""
+def _pick_rejected(block, rule, slot, position) -> _Pick:
+    """Of equal rewards the first one as the first pick of its prompt, later ones as later picks."""
     pools = block.pools
     reward = pools.rewards[np.arange(len(position)), position]
-    rank = np.argmax(pools.rewards == reward[:, None], axis=1)
     equal = block.rewards == reward[:, None]
-    if first:
-        position, column = rank, np.argmax(equal, axis=1)
+    if slot == 0 and rule.kind == "target":
+        rank = position  # equal rewards are equally near, and the lowest position was taken
+    else:
+        rank = np.argmax(pools.rewards == reward[:, None], axis=1)
+    if slot == 0:
+        column = np.argmax(equal, axis=1)
     else:
         column = np.argmax(np.cumsum(equal, axis=1) > (position - rank)[:, None], axis=1)
-    return _Pick(position, column, reward, pools.at(position), rank)
+    return _Pick(column, reward, pools.at(position), rank)
 
 
 def _target(pools, rule) -> np.ndarray:

@@ -99,7 +99,7 @@ def sort_pools(rewards, scale, ddof=0) -> SortedPools:
 
     on_scale = _logit(ordered) if scale == "logit" else ordered
     last = on_scale[np.arange(prompts), np.maximum(count - 1, 0)]
-    largest = np.nan_to_num(np.maximum(np.abs(on_scale[:, 0]), np.abs(last)))
+    largest = np.fmax(np.maximum(np.abs(on_scale[:, 0]), np.abs(last)), 0)  # 0 without a reward
     # A power of two rounds nothing. Clipped, so that it is a float64 itself; 2**±24 is near enough to 1.
     exponent = np.clip(np.frexp(largest)[1], -1000, 1000)
     scaled = np.multiply(on_scale.T, np.ldexp(1.0, -exponent), order="C")
