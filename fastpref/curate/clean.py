@@ -20,6 +20,7 @@ from fastpref.curate.samples import to_logit
 EXCLUDE = ("both", "chosen", "none")
 FLAGGING = 200  # prompts of a source from which it is flagged; power of z > 3 on real scores: 0.8 here, 0.5 at 50
 MOST_PROMPTS = 20_000  # audited: the intervals are then far below the differences between sources
+LEAST_SOURCES = 3  # under the median prompt
 MAD, MEAN_DEVIATION = 1.4826, 1.2533  # of a normal distribution: standard deviation over median |x|, over mean |x|
 FEW_ITEMS = 10  # of one prompt, up to which robust PCA of its pairwise matrix leaves as much error as it found
 
@@ -79,8 +80,6 @@ def audit(
     told from chance: fewer than three sources per prompt, exchangeable sources, one source (NothingToClean of
     fastpref.preference_matrix), or fewer audited sources than the rank needs; for wrong shapes and values too.
     Warns (UserWarning) where there are fewer than `least_prompts` prompts.
-
-    Source: methods of the kind are leave-one-out residuals; the audit itself is `fastpref.preference_matrix`'s.
     """
     from fastpref import preference_matrix
 
@@ -92,7 +91,7 @@ def audit(
     if len(rows) > most_prompts:
         rows = np.sort(np.random.default_rng(seed).choice(rows, most_prompts, replace=False))
     matrix = table.matrix[rows]
-    rank = _rank(matrix, rank, least=3)
+    rank = _rank(matrix, rank)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "scores has .* prompts", RuntimeWarning)  # said below
         found = preference_matrix.audit_sources(
@@ -211,7 +210,7 @@ def denoise_scores(
 
     A source that is wrong throughout is structure here: audit first. Raises ValueError (of nothing to clean:
     NothingToClean of fastpref.preference_matrix) for sources=None, since columns that are no fixed identities have
-    nothing in common, for exchangeable sources, one source, and fewer than four sources per prompt; for wrong shapes
+    nothing in common, for exchangeable sources, one source, and fewer than three sources per prompt; for wrong shapes
     and values too.
     """
     from fastpref import preference_matrix
@@ -228,7 +227,7 @@ def denoise_scores(
             f"sources must occur once under a prompt, got {table.repeated} scores more: collapse copies (hygiene), or "
             "give the samples of one source codes of their own"
         )
-    rank = _rank(table.matrix, rank, least=4)
+    rank = _rank(table.matrix, rank)
     found = preference_matrix.denoise_scores(table.matrix, rank=rank, action=action, threshold=threshold)
     wrong = np.zeros(table.matrix.shape, bool)
     wrong[tuple(found.corrupted.numpy().T)] = True
@@ -322,8 +321,8 @@ def consensus(scores, *, offsets, valid=None, threshold=5.0) -> Consensus:
 
     Each judge's scores are measured from their median in units of their mean distance from it. A score is wrong when it
     is more than `threshold` noise scales of its judge (1.4826 median |distance|) from the median of the judges for that
-    response. With three judges that median is one of them, and a third to a half of what is flagged is sound; with four
-    and more it is some 10 % (own simulations, 5 to 20 % of the scores with the sign changed).
+    response. With three judges that median is one of them, and a quarter to two fifths of what is flagged is sound;
+    with four it is 7 to 16 %, with eight 1 to 5 % (own simulations, 5 to 20 % of the scores with the sign changed).
 
     scores: [responses, J] on linear scales (logits of probabilities), which may differ; NaN where a judge gave none.
     offsets: [prompts + 1]. valid: [responses] bool, False leaves a response out (NaN).
@@ -482,23 +481,27 @@ def _pivot(pools, codes, count) -> _Table:
     return _Table(matrix.reshape(-1, count), responses, row, source, len(responses) - len(cells))
 
 
-def _rank(matrix, rank, least):
+def _rank(matrix, rank) -> int:
     """The rank of the structure that so many sources per prompt can tell: by default 3, or as much as they allow."""
     import torch
 
-    from fastpref.source_audit import constant_columns
+    from fastpref.source_audit import NothingToClean, constant_columns
 
     varied = ~constant_columns(torch.as_tensor(matrix)).numpy()
     sources = (~np.isnan(matrix[:, varied])).sum(1)
     typical = int(np.median(sources[sources > 0])) if (sources > 0).any() else 0
-    most = max((typical - 2) // 2, 1)
-    if typical < least:
-        raise ValueError(
-            f"scores must have {least} sources that vary under a typical prompt, got {typical}: with fewer the others "
-            "cannot contradict one"
+    most = min(max((typical - 2) // 2, 1), len(matrix) - 2)
+    if typical < LEAST_SOURCES:
+        raise NothingToClean(
+            f"scores must have {LEAST_SOURCES} sources that vary under a typical prompt, got {typical}: of two that "
+            "differ nobody knows which is wrong"
         )
+    if most < 1:
+        raise ValueError(f"scores must have 3 prompts with sources, got {len(matrix)}")
     if rank is not None and rank > most:
-        raise ValueError(f"rank must be at most {most} for {typical} scored sources per prompt, got {rank}")
+        raise ValueError(
+            f"rank must be at most {most} for {len(matrix)} prompts of typically {typical} scored sources, got {rank}"
+        )
     return min(3, most) if rank is None else rank
 
 
