@@ -1,4 +1,4 @@
-"""The recipes' controlled task: its reward, its draws, its intervals; and that every recipe runs, paired and repeatable."""
+"""The recipes' controlled task: reward, draws, intervals; and that every recipe runs, paired and repeatable."""
 
 import importlib
 import itertools
@@ -201,18 +201,20 @@ def test_gain_is_paired_by_prompt(task):
 @pytest.mark.filterwarnings("ignore")  # methods out of their range warn: few pairs, small matrices
 def test_recipe(load, task, monkeypatch, name):
     recipe = load(name)
-    budgets, descend = [], task._descend
+    descend, evaluate = task._descend, task.evaluate
 
     def counting(policy, loss, rows, rate):
-        budgets.append(tuple(rows.shape))
+        policy.budget = tuple(rows.shape)
         descend(policy, loss, rows, rate)
 
+    def checking(setting, policy, *args, **more):
+        assert policy.budget == (task.TINY.steps, task.TINY.batch)  # the same in every arm
+        return evaluate(setting, policy, *args, **more)
+
     setting = task.setting(3, task.TINY)
-    monkeypatch.setattr(task, "clone", lambda world, size, width, seed: task.Policy(width, task.rng(seed, "policy")))
-    monkeypatch.setattr(recipe, "clone", task.clone, raising=False)
     monkeypatch.setattr(task, "_descend", counting)
+    monkeypatch.setattr(recipe, "evaluate", checking, raising=False)
     arms = recipe.arms(setting)
-    assert set(budgets) == {(task.TINY.steps, task.TINY.batch)}  # the same in every arm
     again = recipe.arms(setting)
     assert arms.keys() == again.keys()
     for arm, found in arms.items():
@@ -253,7 +255,7 @@ def test_run_writes_a_table(load, tmp_path, capsys):
     assert path.with_suffix(".md").read_text() == text
     results = json.loads(path.read_text())
     assert results["seeds"] == [0, 1, 2, 3, 4]
-    assert results["size"]["steps"] == 4
+    assert results["size"]["steps"] == 24
     claims = results["recipes"]["ratings"]["claims"]
     assert all(len(claim["per_seed"]) == 5 for claim in claims)
     assert text.count("\n| ") == 1 + len(claims)

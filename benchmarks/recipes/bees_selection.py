@@ -1,13 +1,12 @@
 """A tenth of the pairs, picked by aggregated margins, against all of them (Deng et al., arXiv 2502.14560)."""
 
 import numpy as np
-from task import Claim, draw_pool, evaluate, flipped, gain, gaussian_judge, logps, rng, train
+from task import Claim, draw_pool, evaluate, flipped, gain, gaussian_judge, implicit, rng, train, warm_up
 
-from fastpref.curate import compare_selections, external_margins, implicit_margins
+from fastpref.curate import compare_selections, external_margins
 
 TITLE = "A selected tenth of the pairs against all"
 PROMPTS, SHARE = 20480, 0.1
-WARM_UP = 512  # random pairs that the model of the implicit margins is trained on
 ERROR = 0.7  # σ of the reward model of the external margins
 FLIPPED = (0.0, 0.2)  # share of the labels
 SELECTIONS = ("mul", "external", "implicit", "add", "random")
@@ -39,16 +38,9 @@ def arms(setting) -> dict:
         label = flipped(first, rate, rng(setting.seed, "flips"))
         chosen, rejected = (~label).astype(int), label.astype(int)
         pairs = pool.pairs(chosen, rejected)
-        warm = train(setting, pairs.take(rng(setting.seed, "warm-up").permutation(len(rows))[: setting.size.scaled(WARM_UP)]))
         margins = {
             "external": external_margins(rated[rows, chosen], rated[rows, rejected]),
-            "implicit": implicit_margins(
-                *(
-                    logps(policy, pairs.prompts, side).numpy()
-                    for policy in (warm, setting.reference)
-                    for side in (pairs.chosen, pairs.rejected)
-                )
-            ),
+            "implicit": implicit(pairs, warm_up(setting, pairs), setting.reference),
         }
         kept = compare_selections(margins, round(SHARE * len(rows)), seed=setting.seed).selected
         at = f"{100 * rate:.0f} % "

@@ -11,13 +11,20 @@ SOURCE = "Pan et al. 2025"
 
 CLAIMS = [
     Claim("a better chosen response helps: best-worst beats low-worst", SOURCE, gain("best-worst", "low-worst")),
-    Claim("a wider gap helps at one chosen quality: best-worst beats best-high", SOURCE, gain("best-worst", "best-high")),
+    Claim(
+        "a wider gap helps at one chosen quality: best-worst beats best-high", SOURCE, gain("best-worst", "best-high")
+    ),
     Claim(
         "raising the chosen response helps more than lowering the rejected one: best-high beats low-worst",
         SOURCE,
         gain("best-high", "low-worst"),
     ),
-    Claim("only the chosen side matters: best-low is not worse than best-worst by 0.1 σ", SOURCE, gain("best-low", "best-worst"), -0.1),
+    Claim(
+        "only the chosen side matters: best-low is not worse than best-worst by 0.1 σ",
+        SOURCE,
+        gain("best-low", "best-worst"),
+        -0.1,
+    ),
 ]
 
 

@@ -43,7 +43,9 @@ def arms(setting) -> dict:
             pairs = select_pairs(scores_of(judged, method), "max", "mean-2std")
             trained = train(setting, pool.pairs(pairs.chosen, pairs.rejected, keep=pairs.keep))
             found[f"n={n} {name}"] = evaluate(setting, trained)
-            found[f"n={n} {name} chosen"] = float(pool.reward[np.arange(len(pool.reward)), pairs.chosen][pairs.keep].mean())
+            found[f"n={n} {name} chosen"] = float(
+                pool.reward[np.arange(len(pool.reward)), pairs.chosen][pairs.keep].mean()
+            )
     return found
 
 

@@ -31,7 +31,10 @@ CLAIMS = [
             unit=unit,
         )
         for loss in ("robust",)
-        for what, key, factor, least, unit in (("accuracy", "accuracy ", 100, 1.0, "points"), ("reward", "", 1, 0.1, "σ"))
+        for what, key, factor, least, unit in (
+            ("accuracy", "accuracy ", 100, 1.0, "points"),
+            ("reward", "", 1, 0.1, "σ"),
+        )
     ),
 ]
 

@@ -51,7 +51,8 @@ def arms(setting) -> dict:
     policy, reference = (copy.deepcopy(p).double().requires_grad_(True) for p in (policy, setting.reference))
     states, labels = inputs(repeated.double(), every)[:, :2], every[:, :2]
     logps, ref_logps = (
-        sequence_logps(token_logps(p(states), labels), labels).sums.view(len(prompts), count) for p in (policy, reference)
+        sequence_logps(token_logps(p(states), labels), labels).sums.view(len(prompts), count)
+        for p in (policy, reference)
     )
     ref_logps = ref_logps.detach()
     chosen, ref_chosen = logps.gather(1, best[:, None]), ref_logps.gather(1, best[:, None])
@@ -62,9 +63,7 @@ def arms(setting) -> dict:
     sft = gradient(-chosen.mean())
     found = {}
     for beta in BETAS:
-        pairs = losses.Pairs(
-            *(part.expand_as(logps).flatten() for part in (chosen, logps, ref_chosen, ref_logps))
-        )
+        pairs = losses.Pairs(*(part.expand_as(logps).flatten() for part in (chosen, logps, ref_chosen, ref_logps)))
         each = losses.sigmoid(pairs, beta=beta).view(len(prompts), count)
         for name, source in (("online", logps), ("offline", ref_logps)):
             share = source.detach().exp()  # of each response among the rejected ones; they sum to 1 per prompt

@@ -1,12 +1,12 @@
 """Do models of different size pick the same pairs by their implicit margins? (Deng et al., arXiv 2502.14560)"""
 
 import numpy as np
-from task import Claim, clone, draw_pool, evaluate, flipped, gaussian_judge, logps, rng, train
+from task import Claim, clone, draw_pool, flipped, gaussian_judge, implicit, rng, warm_up
 
-from fastpref.curate import bees, external_margins, implicit_margins, select_top
+from fastpref.curate import bees, select_top
 
 TITLE = "Pairs that models of two sizes select"
-PROMPTS, SHARE, WARM_UP = 4096, 0.1, 512
+PROMPTS, SHARE = 4096, 0.1
 FLIPPED, ERROR = 0.2, 0.7
 WIDTHS = (8, 64)  # hidden units
 SOURCE = "Deng et al. 2025"
@@ -42,18 +42,14 @@ def arms(setting) -> dict:
     chosen, rejected = (~label).astype(int), label.astype(int)
     rated = gaussian_judge(pool.reward, ERROR, rng(setting.seed, "reward model"))
     pairs = pool.pairs(chosen, rejected, rated)
-    warm_up = pairs.take(rng(setting.seed, "warm-up").permutation(len(label))[: setting.size.scaled(WARM_UP)])
-    found, margins = {}, {"external": pairs.gap.numpy()}
+    margins = {"external": pairs.gap.numpy()}
     for width in WIDTHS:
         reference = clone(setting.world, setting.size, width, setting.seed)
-        policy = train(setting, warm_up, start=reference)
-        found[f"width {width}"] = evaluate(setting, policy)
-        margins[f"width {width}"] = implicit_margins(
-            *(logps(p, pairs.prompts, s).numpy() for p in (policy, reference) for s in (pairs.chosen, pairs.rejected))
-        )
+        margins[f"width {width}"] = implicit(pairs, warm_up(setting, pairs, start=reference), reference)
     small, large = (select_top(margins[f"width {width}"], fraction=SHARE).indices for width in WIDTHS)
     spearman = bees(margins, kinds={f"width {width}": "implicit" for width in WIDTHS}).spearman
-    found["overlap"] = len(np.intersect1d(small, large)) / len(small)
-    found["correlation of sizes"] = float(spearman[1, 2])
-    found["correlation with external"] = float(spearman[0, 1:].mean())
-    return found
+    return {
+        "overlap": len(np.intersect1d(small, large)) / len(small),
+        "correlation of sizes": float(spearman[1, 2]),
+        "correlation with external": float(spearman[0, 1:].mean()),
+    }

@@ -14,12 +14,13 @@ LOSSES = {"RDPO": "rdpo", "ML-RDPO": "ml_rdpo"}
 SOURCE = "Viano et al. 2026"
 
 CLAIMS = [
-    # r and a rating of the same thing are rewarded twice, so RDPO moves further from the reference than DPO at one beta.
-    Claim("RDPO with accurate ratings beats DPO at RDPO's effective β", "control", gain("RDPO accurate", "DPO effective β")),
-    *(
-        Claim(f"{name} with accurate ratings beats DPO", SOURCE, gain(f"{name} accurate", "DPO"))
-        for name in LOSSES
+    # With r and a rating of the same thing both rewarded, RDPO's optimum is further from the reference than DPO's.
+    Claim(
+        "RDPO with accurate ratings beats DPO at RDPO's effective β",
+        "control",
+        gain("RDPO accurate", "DPO effective β"),
     ),
+    *(Claim(f"{name} with accurate ratings beats DPO", SOURCE, gain(f"{name} accurate", "DPO")) for name in LOSSES),
     *(
         Claim(f"{name} with {kind} ratings is not worse than DPO by 0.1 σ", SOURCE, gain(f"{name} {kind}", "DPO"), -0.1)
         for name in LOSSES
@@ -45,7 +46,10 @@ def arms(setting) -> dict:
         if kind == "accurate":
             effective = 1 / (1 / BETA + 1 / scale.suggested_beta_rating)
             found["DPO effective β"] = evaluate(setting, train(setting, pairs, beta=effective))
-        options = {"rdpo": {"beta_rating": scale.suggested_beta_rating}, "ml_rdpo": {"variance": scale.suggested_variance}}
+        options = {
+            "rdpo": {"beta_rating": scale.suggested_beta_rating},
+            "ml_rdpo": {"variance": scale.suggested_variance},
+        }
         for name, loss in LOSSES.items():
             found[f"{name} {kind}"] = evaluate(setting, train(setting, pairs, loss=loss, options=options[loss]))
     return found

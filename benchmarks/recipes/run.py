@@ -46,7 +46,12 @@ def main(argv=None) -> int:
         parser.error(f"--seeds must be at least 5, got {arguments.seeds}")
     torch.set_num_threads(1)  # the tensors are small, and the order of sums stays the same
     size = task.TINY if arguments.tiny else task.Size()
-    results = {"machine": machine.facts(), "size": asdict(size), "beta": task.BETA, "seeds": list(range(arguments.seeds))}
+    results = {
+        "machine": machine.facts(),
+        "size": asdict(size),
+        "beta": task.BETA,
+        "seeds": list(range(arguments.seeds)),
+    }
     results["recipes"] = {name: measured(name, results["seeds"], size) for name in arguments.only}
     text = markdown(results)
     print(text, end="")
@@ -71,7 +76,13 @@ def measured(name, seeds, size) -> dict:
         "title": recipe.TITLE,
         "seconds": round(time.process_time() - begin, 1),
         "claims": [
-            {"claim": claim.text, "source": claim.source, "above": claim.above, "least": claim.least, "unit": claim.unit}
+            {
+                "claim": claim.text,
+                "source": claim.source,
+                "above": claim.above,
+                "least": claim.least,
+                "unit": claim.unit,
+            }
             | effect._asdict()
             | {"per_seed": [claim.measure(found) for found in arms]}
             for claim, effect in zip(recipe.CLAIMS, effects, strict=True)
@@ -88,13 +99,16 @@ def _arm(found) -> dict:
 
 def markdown(results) -> str:
     facts, size = results["machine"], results["size"]
+    versions = facts["versions"]
     lines = [
         "# Claims about preference data, checked on a controlled task",
         "",
-        f"Commit {facts['commit']}, {len(results['seeds'])} seeds, {size['steps']} steps of {size['batch']} pairs in every arm, "
-        f"β = {results['beta']}, Adam at {size['rate']}; torch {facts['versions']['torch']}, numpy {facts['versions']['numpy']}. "
-        "Effects are means over seeds and held-out prompts of paired differences; in brackets the 95 % interval over seeds. "
-        "σ: the standard deviation of the true reward within a prompt under the reference policy.",
+        f"Commit {facts['commit']}, torch {versions['torch']}, numpy {versions['numpy']}. {len(results['seeds'])} seeds; in "
+        f"every arm {size['steps']} steps of {size['batch']} pairs, Adam at {size['rate']}, β = {results['beta']}. "
+        "Effects are means over seeds and held-out prompts of paired differences, in brackets with the 95 % interval "
+        "over seeds. σ is the standard deviation of the true reward within a prompt under the reference policy. "
+        "A claim reproduces when the whole interval is above 0 (or what is given in parentheses), and does not when the "
+        "whole interval is below the least effect worth speaking of, as a rule 0.1 σ.",
         "",
     ]
     rows = [

@@ -8,14 +8,30 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from task import BETA, LENGTH, NOTHING, Claim, Pool, draw_pool, draw_prompts, evaluate, gain, gumbel, lengths, logps, rng, sample
-from task import train, true_reward
+from task import (
+    BETA,
+    LENGTH,
+    NOTHING,
+    VOCAB,
+    Claim,
+    Pool,
+    draw_pool,
+    draw_prompts,
+    evaluate,
+    gain,
+    gumbel,
+    implicit,
+    lengths,
+    rng,
+    sample,
+    train,
+    true_reward,
+    warm_up,
+)
 
 from fastpref import losses
 from fastpref.curate import (
     bees,
-    external_margins,
-    implicit_margins,
     remove_length,
     route_by_margin,
     select_pairs,
@@ -30,13 +46,15 @@ STRENGTH = (0.0, 0.2)  # bad to fair: the reference's logits, moved so far towar
 ERROR, LENGTH_BIAS = 0.5, 0.2  # of the judge, in σ, and σ per token
 GROSS, GROSS_SIZE = 0.02, 6.0  # share of the scores that are moved up or down by so many σ
 CHEAT_SCORE = 3.0  # σ above the mean of the others, at every prompt
-SELECTED, WARM_UP = 0.25, 256  # share of the pairs; random pairs for the model of the implicit margins
+SELECTED = 0.25  # share of the pairs
 STAGES = ("hygiene", "audit", "clean", "length", "construct", "select", "route", "ratings")
 
 CLAIMS = [
     Claim("the whole pipeline beats max vs min of the raw scores with DPO", "the pipeline", gain("whole", "nothing")),
     *(
-        Claim(f"the stage '{stage}' helps: the pipeline is worse without it", "the pipeline", gain("whole", f"no {stage}"))
+        Claim(
+            f"the stage '{stage}' helps: the pipeline is worse without it", "the pipeline", gain("whole", f"no {stage}")
+        )
         for stage in STAGES
     ),
     Claim(
@@ -71,7 +89,7 @@ def pipeline(setting, judged, stages):
     valid = np.ones(shape, bool)
     length = lengths(pool.responses.flatten(0, 1)).numpy()
     if "hygiene" in stages:
-        # The vocabulary has few short texts, which recur by chance: only what stands under half of the prompts is canned.
+        # With few tokens short texts recur by chance: only what stands under half of the prompts is canned.
         clean = hygiene(
             scores.reshape(-1),
             offsets=offsets,
@@ -88,26 +106,16 @@ def pipeline(setting, judged, stages):
     if "clean" in stages:
         scores = denoise_scores(scores, sources).scores
     if "length" in stages:
-        scores = remove_length(scores.reshape(-1), length, sources=sources.reshape(-1), offsets=offsets)[0].reshape(shape)
+        scores = remove_length(scores, length.reshape(shape), sources=sources).scores
     selection = select_pairs(scores, "max", "mean-2std" if "construct" in stages else "min")
     pairs = pool.pairs(selection.chosen, selection.rejected, scores, selection.keep)
     if "select" in stages:
-        pairs = pairs.take(select_top(margins(setting, pairs), fraction=SELECTED).indices)
+        margins = {
+            "external": pairs.gap.numpy(),
+            "implicit": implicit(pairs, warm_up(setting, pairs), setting.reference),
+        }
+        pairs = pairs.take(select_top(bees(margins), fraction=SELECTED).indices)
     return train(setting, pairs, **loss(pairs.gap, stages))
-
-
-def margins(setting, pairs):
-    """BeeS of the judge's margins and of those of a model that is trained on a few of the pairs."""
-    some = rng(setting.seed, "warm-up").permutation(len(pairs.prompts))[: setting.size.scaled(WARM_UP)]
-    policy = train(setting, pairs.take(some))
-    implicit = implicit_margins(
-        *(
-            logps(p, pairs.prompts, side).numpy()
-            for p in (policy, setting.reference)
-            for side in (pairs.chosen, pairs.rejected)
-        )
-    )
-    return bees({"external": external_margins(pairs.gap.numpy(), np.zeros(len(pairs.gap))), "implicit": implicit})
 
 
 def loss(gap, stages) -> dict:
@@ -136,7 +144,7 @@ def judge(setting) -> Judged:
     true = draw_pool(setting, count, 16, "true preferences")
     strong = train(setting, true.pairs(true.reward.argmax(1), true.reward.argmin(1)))
     weak = setting.reference
-    noise = gumbel(rng(setting.seed, "sources"), HONEST, count, LENGTH, 16)
+    noise = gumbel(rng(setting.seed, "sources"), HONEST, count, LENGTH, VOCAB)
     responses = [
         sample(lambda state, by=by: torch.lerp(weak(state), strong(state), by), prompts, noise[source])
         for source, by in enumerate(np.linspace(*STRENGTH, HONEST).tolist())
@@ -162,4 +170,6 @@ def judge(setting) -> Judged:
 def text_hash(responses) -> np.ndarray:
     """[responses] uint64: the tokens as the digits of a number, so that equal texts have equal hashes."""
     digits = (responses.flatten(0, 1).clamp(min=0) + 1).masked_fill(responses.flatten(0, 1) == NOTHING, 0)
-    return (digits.numpy().astype(np.uint64) * np.uint64(17) ** np.arange(LENGTH, dtype=np.uint64)).sum(1, dtype=np.uint64)
+    return (digits.numpy().astype(np.uint64) * np.uint64(VOCAB + 1) ** np.arange(LENGTH, dtype=np.uint64)).sum(
+        1, dtype=np.uint64
+    )
