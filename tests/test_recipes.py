@@ -167,9 +167,9 @@ def test_student_t(task, freedom, quantile):
 
 
 def test_intervals_cover(task):
-    draws = np.random.default_rng(0).normal(3, 2, (2000, 6))
+    draws = np.random.default_rng(0).normal(3, 2, (1000, 6))
     inside = [low <= 3 <= high for _, low, high in map(task.interval, draws)]
-    assert np.mean(inside) == pytest.approx(0.95, abs=0.02)
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.025)
     mean, low, high = task.interval([1.0, 2.0, 3.0])
     assert mean == 2
     assert high - mean == pytest.approx(mean - low) == pytest.approx(4.30265 / math.sqrt(3), rel=1e-5)
@@ -242,7 +242,8 @@ def test_cosines_reach_one(load, task):
     found = load("online_gradient").arms(task.setting(4, task.TINY))
     assert found["online β=0.001"] == pytest.approx(1, abs=1e-5)
     # 1 - cosine falls with the square of beta
-    assert 1 - found["online β=0.01"] == pytest.approx((1 - found["online β=0.1"]) / 100, rel=0.5)
+    assert 1 - found["online β=0.001"] == pytest.approx((1 - found["online β=0.01"]) / 100, rel=0.1)
+    assert found["offline β=0.001"] < 0.9
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -255,7 +256,7 @@ def test_run_writes_a_table(load, tmp_path, capsys):
     assert path.with_suffix(".md").read_text() == text
     results = json.loads(path.read_text())
     assert results["seeds"] == [0, 1, 2, 3, 4]
-    assert results["size"]["steps"] == 24
+    assert results["size"]["steps"] == 6
     claims = results["recipes"]["ratings"]["claims"]
     assert all(len(claim["per_seed"]) == 5 for claim in claims)
     assert text.count("\n| ") == 1 + len(claims)

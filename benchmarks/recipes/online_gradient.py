@@ -1,7 +1,5 @@
 """Online DPO's gradient against that of SFT on the chosen response as beta falls (Pan et al., arXiv 2508.18312)."""
 
-import copy
-
 import torch
 from task import END, LENGTH, NOTHING, VOCAB, Claim, draw_pool, inputs, train, true_reward
 
@@ -39,7 +37,7 @@ CLAIMS = [
 
 
 def arms(setting) -> dict:
-    """Cosines, exact: every response of at most two tokens is enumerated, in float64."""
+    """Cosines, exact in the expectations: every response of at most two tokens is enumerated."""
     pool = draw_pool(setting, setting.size.scaled(1024), POOL)
     at = torch.as_tensor(pool.reward)
     policy = train(setting, pool.pairs(at.argmax(1), at.argmin(1)))  # away from the reference, as in training
@@ -48,13 +46,12 @@ def arms(setting) -> dict:
     repeated = prompts.repeat_interleave(count, 0)
     every = responses.repeat(len(prompts), 1)
     best = true_reward(setting.world, repeated, every).view(len(prompts), count).argmax(1)
-    policy, reference = (copy.deepcopy(p).double().requires_grad_(True) for p in (policy, setting.reference))
-    states, labels = inputs(repeated.double(), every)[:, :2], every[:, :2]
+    policy.requires_grad_(True)
+    states, labels = inputs(repeated, every)[:, :2], every[:, :2]
     logps, ref_logps = (
-        sequence_logps(token_logps(p(states), labels), labels).sums.view(len(prompts), count)
-        for p in (policy, reference)
+        sequence_logps(token_logps(p(states), labels), labels).sums.double().view(len(prompts), count)
+        for p in (policy, setting.reference)
     )
-    ref_logps = ref_logps.detach()
     chosen, ref_chosen = logps.gather(1, best[:, None]), ref_logps.gather(1, best[:, None])
 
     def gradient(loss) -> torch.Tensor:
@@ -68,7 +65,7 @@ def arms(setting) -> dict:
         for name, source in (("online", logps), ("offline", ref_logps)):
             share = source.detach().exp()  # of each response among the rejected ones; they sum to 1 per prompt
             dpo = gradient((share * each).sum(1).mean())
-            found[f"{name} β={beta:g}"] = float(torch.nn.functional.cosine_similarity(dpo, sft, 0))
+            found[f"{name} β={beta:g}"] = float(torch.nn.functional.cosine_similarity(dpo.double(), sft.double(), 0))
     return found
 
 

@@ -103,12 +103,12 @@ def markdown(results) -> str:
     lines = [
         "# Claims about preference data, checked on a controlled task",
         "",
-        f"Commit {facts['commit']}, torch {versions['torch']}, numpy {versions['numpy']}. {len(results['seeds'])} seeds; in "
-        f"every arm {size['steps']} steps of {size['batch']} pairs, Adam at {size['rate']}, β = {results['beta']}. "
+        f"Commit {facts['commit']}, torch {versions['torch']}, numpy {versions['numpy']}. "
+        f"{len(results['seeds'])} seeds; in every arm {size['steps']} steps of {size['batch']} pairs, Adam at {size['rate']}, β = {results['beta']}. "
         "Effects are means over seeds and held-out prompts of paired differences, in brackets with the 95 % interval "
         "over seeds. σ is the standard deviation of the true reward within a prompt under the reference policy. "
-        "A claim reproduces when the whole interval is above 0 (or what is given in parentheses), and does not when the "
-        "whole interval is below the least effect worth speaking of, as a rule 0.1 σ.",
+        "A claim reproduces when the whole interval is above 0 (or what is given in parentheses), and does not when all "
+        "of it is below the least effect worth speaking of, as a rule 0.1 σ.",
         "",
     ]
     rows = [

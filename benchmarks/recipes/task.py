@@ -55,7 +55,7 @@ class Size:
         return max(8, prompts * self.prompts // Size.prompts)
 
 
-TINY = Size(width=16, clone_steps=60, steps=24, batch=16, prompts=128, held_out=8, samples=2)
+TINY = Size(width=8, clone_steps=20, steps=6, batch=16, prompts=64, held_out=8, samples=2)
 
 
 class World(NamedTuple):

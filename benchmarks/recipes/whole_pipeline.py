@@ -4,6 +4,7 @@ Pools come from sources of different quality, one of them a cheat: one text, whi
 errs on every response, favours length, and now and then returns a gross error.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ from fastpref.curate import (
 )
 from fastpref.curate.clean import audit, denoise_scores, exclude
 from fastpref.curate.hygiene import hygiene
+from fastpref.preference_matrix import NothingToClean
 
 TITLE = "The whole pipeline, and each stage left out"
 PROMPTS, HONEST = 2048, 20  # sources that do not cheat
@@ -100,11 +102,12 @@ def pipeline(setting, judged, stages):
         )
         valid, scores = clean.valid.reshape(shape), clean.scores.reshape(shape)
     if "audit" in stages:
-        report = audit(scores, sources, seed=setting.seed)
-        valid = valid & exclude(sources, report.flagged).valid
+        with contextlib.suppress(NothingToClean):  # few prompts tell no source from another; nothing is flagged then
+            valid = valid & exclude(sources, audit(scores, sources, seed=setting.seed).flagged).valid
     scores = np.where(valid, scores, np.nan)
     if "clean" in stages:
-        scores = denoise_scores(scores, sources).scores
+        with contextlib.suppress(NothingToClean):
+            scores = denoise_scores(scores, sources).scores
     if "length" in stages:
         scores = remove_length(scores, length.reshape(shape), sources=sources).scores
     selection = select_pairs(scores, "max", "mean-2std" if "construct" in stages else "min")
