@@ -21,7 +21,8 @@ EXCLUDE = ("both", "chosen", "none")
 FLAGGING = 200  # prompts of a source from which it is flagged; power of z > 3 on real scores: 0.8 here, 0.5 at 50
 MOST_PROMPTS = 20_000  # audited: the intervals are then far below the differences between sources
 LEAST_SOURCES = 3  # under the median prompt
-MAD, MEAN_DEVIATION = 1.4826, 1.2533  # of a normal distribution: standard deviation over median |x|, over mean |x|
+UPPER_QUARTILE = 1.1503  # of |x|, of a normal distribution in standard deviations. Of ratings and of the distances to
+# a median of three, half are next to 0, so that the median says nothing of the noise
 FEW_ITEMS = 10  # of one prompt, up to which robust PCA of its pairwise matrix leaves as much error as it found
 
 
@@ -307,6 +308,7 @@ class Consensus:
     centre: np.ndarray  # float64 [J], median of the judge's scores
     spread: np.ndarray  # float64 [J], mean distance from it
     noise: np.ndarray  # float64 [J], scale of the judge's distance from the others' median, in spreads
+    undecided: int  # responses on which half of the judges or more would be flagged: none is
     chosen_changed: int  # prompts whose best response is another one than by the mean of all scores
     prompts: int  # with a score
 
@@ -320,9 +322,8 @@ def consensus(scores, *, offsets, valid=None, threshold=5.0) -> Consensus:
     """One score per response from the scores of three judges or more; single wrong ones are masked.
 
     Each judge's scores are measured from their median in units of their mean distance from it. A score is wrong when it
-    is more than `threshold` noise scales of its judge (1.4826 median |distance|) from the median of the judges for that
-    response. With three judges that median is one of them, and a quarter to two fifths of what is flagged is sound;
-    with four it is 7 to 16 %, with eight 1 to 5 % (own simulations, 5 to 20 % of the scores with the sign changed).
+    is more than `threshold` noise scales of its judge (the upper quartile of |distance| over 1.15) from the median of
+    the judges for that response, by more than one level where it gives ratings, and most of its judges are not.
 
     scores: [responses, J] on linear scales (logits of probabilities), which may differ; NaN where a judge gave none.
     offsets: [prompts + 1]. valid: [responses] bool, False leaves a response out (NaN).
@@ -334,7 +335,7 @@ def consensus(scores, *, offsets, valid=None, threshold=5.0) -> Consensus:
         raise ValueError(f"threshold must be positive, got {threshold!r}")
     seen = ~np.isnan(scores)
     count = np.maximum(seen.sum(0), 1)
-    centre = _median(scores, 0)
+    centre = _quantile(scores, 0.5, 0)
     spread = np.where(seen, np.abs(scores - centre), 0).sum(0) / count
     varied = spread > 0
     if varied.sum() < 3:
@@ -343,11 +344,14 @@ def consensus(scores, *, offsets, valid=None, threshold=5.0) -> Consensus:
             "differ nobody knows which is wrong"
         )
     standard = (scores - centre) / np.where(varied, spread, np.nan)
-    distance = np.abs(standard - _median(standard, 1)[:, None])
-    noise = MAD * _median(distance, 0)
-    # of ratings on a few levels, most agree exactly
-    noise = np.where(noise > 0, noise, MEAN_DEVIATION * np.where(seen, distance, 0).sum(0) / count)
-    flagged = distance > threshold * noise
+    distance = np.abs(standard - _quantile(standard, 0.5, 1)[:, None])
+    noise = _quantile(distance, 0.75, 0) / UPPER_QUARTILE
+    steps = [np.diff(np.unique(column[~np.isnan(column)])) for column in standard.T]
+    step = np.array([np.median(column) if len(column) else np.nan for column in steps])
+    flagged = distance > np.maximum(threshold * noise, 1.5 * step)
+    outvoted = 2 * flagged.sum(1) < seen.sum(1)
+    undecided = int((flagged.any(1) & ~outvoted).sum())
+    flagged &= outvoted[:, None]
     kept = np.where(flagged, np.nan, standard)
     prompt = per_prompt(offsets)
     before, after = _mean(standard), _mean(kept)
@@ -358,6 +362,7 @@ def consensus(scores, *, offsets, valid=None, threshold=5.0) -> Consensus:
         centre,
         spread,
         noise,
+        undecided,
         _best_changed(before, after, prompt),
         len(np.unique(prompt[~np.isnan(before)])),
     )
@@ -401,11 +406,11 @@ def _judge_columns(scores, offsets, valid) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([pool.values for pool in pools], 1), pools[0].offsets
 
 
-def _median(values, axis) -> np.ndarray:
+def _quantile(values, level, axis) -> np.ndarray:
     """NaN where there is nothing."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
-        return np.nanmedian(values, axis)
+        return np.nanquantile(values, level, axis)
 
 
 def _mean(values) -> np.ndarray:
@@ -478,7 +483,7 @@ def _pivot(pools, codes, count) -> _Table:
     cells, begins, sizes = np.unique(cell[by], return_index=True, return_counts=True)
     matrix = np.full(len(prompts) * count, np.nan)
     matrix[cells] = np.add.reduceat(values[by], begins) / sizes if len(begins) else values
-    return _Table(matrix.reshape(-1, count), responses, row, source, len(responses) - len(cells))
+    return _Table(matrix.reshape(len(prompts), count), responses, row, source, len(responses) - len(cells))
 
 
 def _rank(matrix, rank) -> int:
