@@ -120,7 +120,10 @@ def test_twin_columns_are_swapped_and_others_kept():
         "embedding_chosen": np.ones((1, 3)),
         "embedding_rejected": np.zeros((1, 3)),
         "was_chosen_by": ["a judge"],
+        "rule": "max",
     }
+    assert goal_records(pairs_of([9], [2], **more))["rule"] == "max"
+    del more["rule"]
     swapped = by_pair(goal_records(pairs_of([9], [2], **more)))[0, True]
     assert swapped["z_chosen"] == -2 and swapped["z_rejected"] == 1
     assert swapped["source_chosen"] == "a much longer name" and swapped["source_rejected"] == "a"
@@ -171,7 +174,7 @@ def test_no_pairs():
             r"\['score_chosen_tone', 'score_rejected_tone'\]",
         ),
         (pairs_of([1], [2]) | {"x": [1, 2]}, {}, ValueError, "pairs must hold arrays of one length, got .*'x': 2"),
-        (pairs_of([1], [2]) | {"x": 3}, {}, ValueError, "pairs must hold arrays of one length"),
+        (pairs_of([1], [2]) | {"chosen": 3}, {}, ValueError, r"pairs must have the columns \['chosen'\]"),
         (
             pairs_of([1], [2]) | {"goal": [3]},
             {},

@@ -503,7 +503,7 @@ def best_prompts(pools, fraction):
 def test_prompts_of_the_iterative_variant(pools, fraction):
     offsets = np.concatenate([[0], np.cumsum([len(pool) for pool in pools])]).astype(np.int64)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="only .* may be selected")
+        warnings.filterwarnings("ignore", message="only .* prompts have two different rewards")
         found = select_prompts(np.array([r for pool in pools for r in pool]), fraction, offsets=offsets)
     expected = best_prompts(pools, fraction)
     assert found.prompts.tolist() == [row[1] for row in expected]
@@ -521,6 +521,12 @@ def test_prompts_keep_a_quarter_by_default():
     valid = np.ones((2000, 6), bool)
     valid[:, 2] = False
     assert (select_prompts(rewards, valid=valid).chosen != 2).all()
+
+
+def test_prompts_without_spread_are_never_selected():
+    with pytest.warns(UserWarning, match="only 1 of 3 prompts have two different rewards, 1 fewer than asked for"):
+        found = select_prompts([[1.0, 1.0], [2.0, 3.0], [NAN, 5.0]], 0.67)
+    assert found.prompts.tolist() == [1] and found.margin.tolist() == [1]
 
 
 # ---- the theory

@@ -23,9 +23,9 @@ ON_TIE = ("positive", "drop")
 def goal_records(pairs, *, attributes=None, half=False, on_tie="positive", seed=0) -> dict[str, np.ndarray]:
     """Two records per pair: the goal r_w as labelled, and the goal r_l with chosen and rejected swapped. Shuffled.
 
-    pairs: name -> [pairs] array; `chosen`, `rejected` and their scores are needed, everything else comes along. Where a
-        name holds the word "chosen" and its twin with "rejected" is there too (`score_*`, `z_*`, `len_*`, ...), both
-        are swapped; other columns stay those of the pair as it was.
+    pairs: name -> [pairs] array; `chosen`, `rejected` and their scores are needed, everything else comes along, a string
+        or a number alone as it is. Where a name holds the word "chosen" and its twin with "rejected" is there too
+        (`score_*`, `z_*`, `len_*`, ...), both are swapped; other columns stay those of the pair as it was.
     attributes: None: the score is `score_chosen`/`score_rejected`, the goal a column `goal`. Names: the scores are
         `score_chosen_<name>`/`score_rejected_<name>`, one goal column `goal_<name>` each, and R is the negative squared
         distance of the attribute vectors.
@@ -34,7 +34,7 @@ def goal_records(pairs, *, attributes=None, half=False, on_tie="positive", seed=
         the one as labelled, "drop" neither.
     seed: of the shuffle and of `half`.
 
-    Returns the columns, [records] each, with the goals and two more: `pair` int64, index into the input, and
+    Returns the columns, [records], with the goals and two more: `pair` int64, index into the input, and
     `goal_swapped` bool. Pairs without a finite score are left out, with a warning. Raises ValueError for missing
     columns, columns that the result would overwrite, different lengths, another on_tie.
     """
@@ -42,7 +42,7 @@ def goal_records(pairs, *, attributes=None, half=False, on_tie="positive", seed=
         raise ValueError(f"on_tie must be one of {ON_TIE}, got {on_tie!r}")
     columns = _columns(pairs)
     suffixes = {"": "goal"} if attributes is None else {f"_{name}": f"goal_{name}" for name in _names(attributes)}
-    if taken := [name for name in (*suffixes.values(), "pair", "goal_swapped") if name in columns]:
+    if taken := [name for name in (*suffixes.values(), "pair", "goal_swapped") if name in pairs]:
         raise ValueError(f"pairs must not have the columns that goals add, got {taken}")
     needed = ["chosen", "rejected", *(f"score_{side}{end}" for side in ("chosen", "rejected") for end in suffixes)]
     if absent := [name for name in needed if name not in columns]:
@@ -69,7 +69,7 @@ def goal_records(pairs, *, attributes=None, half=False, on_tie="positive", seed=
     if half:
         order = order[: np.count_nonzero(scored)]
     pair, swapped = pair[order], swapped[order]
-    records = {name: _swap(columns, name, pair, swapped) for name in columns}
+    records = dict(pairs) | {name: _swap(columns, name, pair, swapped) for name in columns}
     goals = np.where(swapped[:, None], score_rejected[pair], score_chosen[pair])
     return records | dict(zip(suffixes.values(), goals.T, strict=True)) | {"pair": pair, "goal_swapped": swapped}
 
@@ -176,9 +176,9 @@ def goal_rewrite(*, attributes=None, score_range=(1, 10), system_role=True) -> C
 def _columns(pairs) -> dict[str, np.ndarray]:
     if not isinstance(pairs, Mapping):
         raise TypeError(f"pairs must map names to arrays, got {type(pairs).__name__}")
-    columns = {name: np.asarray(column) for name, column in pairs.items()}
-    lengths = {name: column.shape[0] if column.ndim else None for name, column in columns.items()}
-    if len(set(lengths.values())) > 1 or None in lengths.values():
+    columns = {name: np.asarray(column) for name, column in pairs.items() if np.ndim(column)}
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
         raise ValueError(f"pairs must hold arrays of one length, got {lengths}")
     return columns
 

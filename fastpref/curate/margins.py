@@ -230,7 +230,14 @@ def select_prompts(rewards, fraction=0.25, *, valid=None, offsets=None) -> Promp
         gap = pool[row, best] - pool[row, worst]
         margin[prompts] = np.where(gap > 0, gap, -math.inf)
         chosen[prompts], rejected[prompts] = best, worst
-    top = select_top(margin, fraction=fraction)
+    asked, usable = _count(None, fraction, len(margin), "prompts"), int(np.count_nonzero(margin > 0))
+    if usable < asked:
+        warnings.warn(
+            f"only {usable} of {len(margin)} prompts have two different rewards, {asked - usable} fewer than asked for",
+            UserWarning,
+            stacklevel=2,
+        )
+    top = select_top(margin, k=min(asked, usable))
     kept = top.indices
     return PromptSelection(kept, chosen[kept], rejected[kept], margin[kept], top.tied_at_cut)
 
