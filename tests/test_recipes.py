@@ -243,21 +243,22 @@ def test_cosines_reach_one(load, task):
     assert found["online β=0.001"] == pytest.approx(1, abs=1e-5)
     # 1 - cosine falls with the square of beta
     assert 1 - found["online β=0.001"] == pytest.approx((1 - found["online β=0.01"]) / 100, rel=0.1)
-    assert found["offline β=0.001"] < 0.9
+    assert found["offline β=0.001"] < 0.99
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_run_writes_a_table(load, tmp_path, capsys):
+def test_run_writes_a_table(load, tmp_path, capsys, monkeypatch):
     run = load("run")
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # which would outlive the test
     assert set(run.RECIPES) == set(NAMES)
-    assert run.main(["--tiny", "--seeds", "5", "--only", "ratings", "--out", str(tmp_path)]) == 0
+    assert run.main(["--tiny", "--seeds", "5", "--only", "ratings", "noisy_labels", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     (path,) = tmp_path.glob("*-recipes.json")
     assert path.with_suffix(".md").read_text() == text
     results = json.loads(path.read_text())
     assert results["seeds"] == [0, 1, 2, 3, 4]
     assert results["size"]["steps"] == 6
-    claims = results["recipes"]["ratings"]["claims"]
+    claims = [claim for recipe in results["recipes"].values() for claim in recipe["claims"]]
     assert all(len(claim["per_seed"]) == 5 for claim in claims)
     assert text.count("\n| ") == 1 + len(claims)
     assert all(claim["low"] <= claim["mean"] <= claim["high"] for claim in claims)

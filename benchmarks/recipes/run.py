@@ -23,6 +23,7 @@ from report import table
 RECIPES = (
     "sweet_spot",
     "bees_selection",
+    "noisy_labels",
     "flip_rate",
     "ratings",
     "cleaning",
@@ -104,11 +105,12 @@ def markdown(results) -> str:
         "# Claims about preference data, checked on a controlled task",
         "",
         f"Commit {facts['commit']}, torch {versions['torch']}, numpy {versions['numpy']}. "
-        f"{len(results['seeds'])} seeds; in every arm {size['steps']} steps of {size['batch']} pairs, Adam at {size['rate']}, β = {results['beta']}. "
+        f"{len(results['seeds'])} seeds; in every arm {size['steps']} steps of {size['batch']} pairs, Adam at "
+        f"{size['rate']}, β = {results['beta']}. "
         "Effects are means over seeds and held-out prompts of paired differences, in brackets with the 95 % interval "
         "over seeds. σ is the standard deviation of the true reward within a prompt under the reference policy. "
-        "A claim reproduces when the whole interval is above 0 (or what is given in parentheses), and does not when all "
-        "of it is below the least effect worth speaking of, as a rule 0.1 σ.",
+        "A claim reproduces when the whole interval is above 0 (or what is given in parentheses), and does not when "
+        "all of it is below the least effect worth speaking of, as a rule 0.1 σ.",
         "",
     ]
     rows = [
