@@ -25,9 +25,9 @@ CLAIMS = [
 def arms(setting) -> dict:
     pool = draw_pool(setting, setting.size.scaled(PROMPTS), POOL)
     draw = rng(setting.seed, "judge")
-    scores = rescale_scores(gaussian_judge(pool.reward, ERROR, draw))
+    scores = marks(gaussian_judge(pool.reward, ERROR, draw))
     rows = np.arange(len(scores))
-    chosen = scores.argmax(1)
+    chosen = scores.argmax(1)  # a rejected response of the same mark stays, as in the paper
     rejected = (chosen + draw.integers(1, POOL, len(rows))) % POOL  # any other
     pairs = {
         "prompt": rows,
@@ -52,6 +52,12 @@ def arms(setting) -> dict:
         found[name] = evaluate(setting, policy, goal=float(as_input(BEST)))
         found[f"{name}, asked for 5.5"] = evaluate(setting, policy, goal=float(as_input(MIDDLE)))
     return found
+
+
+def marks(scores) -> np.ndarray:
+    """Whole marks from 1 to 10, the highest and the lowest for a twentieth of the responses each."""
+    low, high = np.quantile(scores, [0.05, 0.95])
+    return rescale_scores(scores.clip(low, high), (low, high)).round()
 
 
 def as_input(goal):

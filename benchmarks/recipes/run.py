@@ -6,6 +6,7 @@ effect worth speaking of, and is "inconclusive" otherwise. `task.py` says what t
 """
 
 import argparse
+import collections
 import importlib
 import json
 import sys
@@ -101,27 +102,35 @@ def _arm(found) -> dict:
 def markdown(results) -> str:
     facts, size = results["machine"], results["size"]
     versions = facts["versions"]
+    claims = [claim for recipe in results["recipes"].values() for claim in recipe["claims"]]
+    verdicts = collections.Counter(claim["verdict"] for claim in claims)
+    seconds = sum(recipe["seconds"] for recipe in results["recipes"].values())
     lines = [
         "# Claims about preference data, checked on a controlled task",
         "",
-        f"Commit {facts['commit']}, torch {versions['torch']}, numpy {versions['numpy']}. "
+        f"{', '.join(f'{verdict}: {count}' for verdict, count in sorted(verdicts.items()))} of {len(claims)} claims.",
+        "",
+        "A small autoregressive policy with a known reward is trained on pairs built by each method, scored by judges "
+        "that err. It is not a language model: a verdict says what happened here. "
         f"{len(results['seeds'])} seeds; in every arm {size['steps']} steps of {size['batch']} pairs, Adam at "
-        f"{size['rate']}, β = {results['beta']}. "
-        "Effects are means over seeds and held-out prompts of paired differences, in brackets with the 95 % interval "
-        "over seeds. σ is the standard deviation of the true reward within a prompt under the reference policy. "
+        f"{size['rate']}, β = {results['beta']}, settled on plain DPO. Effects are means over seeds and held-out "
+        "prompts of paired differences, in brackets the 95 % interval over seeds, not corrected for their number. "
+        "σ is the standard deviation of the true reward within a prompt under the reference policy. "
         "A claim reproduces when the whole interval is above 0 (or what is given in parentheses), and does not when "
         "all of it is below the least effect worth speaking of, as a rule 0.1 σ.",
+        "",
+        f"Commit {facts['commit']}, torch {versions['torch']}, numpy {versions['numpy']}, {facts['threads']} thread on "
+        f"{facts['cores']} cores, {facts['cpu']}, {facts['simd']}; {seconds:.0f} s of processor time.",
         "",
     ]
     rows = [
         [
             claim["claim"] + (f" (> {claim['above']:g})" if claim["above"] else ""),
             claim["source"],
-            f"{claim['mean']:+.3g} [{claim['low']:+.3g}, {claim['high']:+.3g}] {claim['unit']}",
+            f"{claim['mean']:+.3g} [{claim['low']:+.3g}, {claim['high']:+.3g}] {claim['unit']}".rstrip(),
             claim["verdict"],
         ]
-        for recipe in results["recipes"].values()
-        for claim in recipe["claims"]
+        for claim in claims
     ]
     return "\n".join([*lines, table(["claim", "source", "measured effect [95 % interval]", "verdict"], rows), ""])
 

@@ -223,7 +223,7 @@ def teacher(world: World) -> Callable[[Tensor], Tensor]:
     return next_logits
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)
 def setting(seed: int, size: Size) -> Setting:
     draw = rng(seed, "world")
     utility = torch.from_numpy(draw.normal(0, 1 / math.sqrt(FEATURES), (VOCAB, FEATURES)).astype(np.float32))
@@ -352,6 +352,19 @@ class Pool(NamedTuple):
             scores = torch.as_tensor(scores)
             gap = scores[rows, chosen] - scores[rows, rejected]
         return Pairs(self.prompts[rows], self.responses[rows, chosen], self.responses[rows, rejected], gap)
+
+
+def stronger(setting: Setting, by: float) -> Callable[[Tensor], Tensor]:
+    """As `sample` wants it: the reference's logits moved so far towards those of DPO on true preferences."""
+    weak, strong = setting.reference, _trained_on_truth(setting.seed, setting.size)
+    return lambda state: torch.lerp(weak(state), strong(state), by)
+
+
+@functools.lru_cache(maxsize=16)
+def _trained_on_truth(seed: int, size: Size) -> Policy:
+    made = setting(seed, size)
+    pool = draw_pool(made, size.prompts, 16, "true preferences")
+    return train(made, pool.pairs(pool.reward.argmax(1), pool.reward.argmin(1)))
 
 
 def draw_pool(setting: Setting, count: int, n: int, purpose: str = "pool", policy=None) -> Pool:

@@ -16,7 +16,6 @@ from task import (
     VOCAB,
     Claim,
     Pool,
-    draw_pool,
     draw_prompts,
     evaluate,
     gain,
@@ -25,6 +24,7 @@ from task import (
     lengths,
     rng,
     sample,
+    stronger,
     train,
     true_reward,
     warm_up,
@@ -44,7 +44,7 @@ from fastpref.preference_matrix import NothingToClean
 
 TITLE = "The whole pipeline, and each stage left out"
 PROMPTS, HONEST = 2048, 20  # sources that do not cheat
-STRENGTH = (0.0, 0.2)  # bad to fair: the reference's logits, moved so far towards those of a policy of true preferences
+STRENGTH = (0.0, 0.2)  # of their policies, see task.stronger: bad to fair
 ERROR, LENGTH_BIAS = 0.5, 0.2  # of the judge, in σ, and σ per token
 GROSS, GROSS_SIZE = 0.02, 6.0  # share of the scores that are moved up or down by so many σ
 CHEAT_SCORE = 3.0  # σ above the mean of the others, at every prompt
@@ -144,12 +144,9 @@ def loss(gap, stages) -> dict:
 def judge(setting) -> Judged:
     count, draw = setting.size.scaled(PROMPTS), rng(setting.seed, "judge")
     prompts = draw_prompts(setting.seed, "pipeline", count)
-    true = draw_pool(setting, count, 16, "true preferences")
-    strong = train(setting, true.pairs(true.reward.argmax(1), true.reward.argmin(1)))
-    weak = setting.reference
     noise = gumbel(rng(setting.seed, "sources"), HONEST, count, LENGTH, VOCAB)
     responses = [
-        sample(lambda state, by=by: torch.lerp(weak(state), strong(state), by), prompts, noise[source])
+        sample(stronger(setting, by), prompts, noise[source])
         for source, by in enumerate(np.linspace(*STRENGTH, HONEST).tolist())
     ]
     cheat = torch.full((LENGTH,), NOTHING)
