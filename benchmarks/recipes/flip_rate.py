@@ -1,6 +1,6 @@
 """What wrongly labelled pairs cost: 0 to 30 % of the labels flipped."""
 
-from task import Claim, Outcome, draw_pool, evaluate, flipped, logps, rng, train
+from task import Claim, draw_pool, evaluate, flipped, gain, logps, rng, train
 
 TITLE = "Accuracy against the share of flipped labels"
 RATES = (0.0, 0.1, 0.2, 0.3)
@@ -8,39 +8,34 @@ PROMPTS = 2048
 SOURCE = "Chowdhury et al. 2024 (robust DPO)"
 
 
-def lost(rate, arm="sigmoid") -> Claim:
-    return Claim(
-        f"{100 * rate:.0f} % of flipped labels cost accuracy on held-out pairs",
-        "commonly held",
-        lambda arms: 100 * (arms["accuracy sigmoid 0 %"] - arms[f"accuracy sigmoid {100 * rate:.0f} %"]),
-        least=1.0,
-        unit="points",
-    )
+def points(better, worse):
+    return lambda arms: 100 * (arms[f"accuracy {better}"] - arms[f"accuracy {worse}"])
 
 
 CLAIMS = [
-    *(lost(rate) for rate in RATES[1:]),
     *(
         Claim(
-            f"30 % of flipped labels: {loss} told the rate beats DPO in {what}",
-            SOURCE,
-            lambda arms, loss=loss, key=key, factor=factor: (
-                factor * (_number(arms[f"{key}{loss} 30 %"]) - _number(arms[f"{key}sigmoid 30 %"]))
-            ),
-            least=least,
-            unit=unit,
+            f"{100 * rate:.0f} % of flipped labels cost accuracy on held-out pairs",
+            "commonly held",
+            points("sigmoid 0 %", f"sigmoid {100 * rate:.0f} %"),
+            least=1.0,
+            unit="points",
         )
-        for loss in ("robust",)
-        for what, key, factor, least, unit in (
-            ("accuracy", "accuracy ", 100, 1.0, "points"),
-            ("reward", "", 1, 0.1, "σ"),
-        )
+        for rate in RATES[1:]
+    ),
+    Claim(
+        "30 % of flipped labels: robust told the rate beats DPO in accuracy",
+        SOURCE,
+        points("robust 30 %", "sigmoid 30 %"),
+        least=1.0,
+        unit="points",
+    ),
+    Claim(
+        "30 % of flipped labels: robust told the rate beats DPO in reward",
+        SOURCE,
+        gain("robust 30 %", "sigmoid 30 %"),
     ),
 ]
-
-
-def _number(value) -> float:
-    return value.mean if isinstance(value, Outcome) else value
 
 
 def arms(setting) -> dict:

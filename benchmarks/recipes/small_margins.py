@@ -10,7 +10,6 @@ TITLE = "Pairs of small margin: kept, dropped, or trained by SFT"
 ERROR = 1.0  # σ of the judge that labels and rates
 SHARE = 0.12  # of the pairs that go to SFT, as in the paper
 SOURCE = "Pang et al. 2026"
-
 WRITERS = {"own responses": 0.0, "responses of a stronger model": 0.2}  # see task.stronger
 
 
