@@ -42,7 +42,8 @@ def length_report(lengths, pairs, *, truncated=None, offsets=None) -> LengthRepo
         two columns within the pool (what `PairSelection.table` gives).
     truncated: bool like lengths, True where the response was cut off; None where nobody knows.
 
-    Raises ValueError for negative lengths, wrong shapes, and pairs outside their pools or without lengths.
+    Raises ValueError for negative lengths, wrong shapes, and pairs outside their pools or without lengths; TypeError
+    for pairs that are not integers.
     """
     pools = _lengths(lengths, offsets)
     prompt, chosen, rejected = _places_of(pairs, pools.offsets)
@@ -204,11 +205,16 @@ def _places_of(pairs, offsets) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if not isinstance(columns, Mapping) or not {"prompt", "chosen", "rejected"} <= columns.keys():
         raise ValueError(f'pairs must be a PairSelection or have "prompt", "chosen" and "rejected", got {pairs!r:.80}')
     prompt, chosen, rejected = (np.asarray(columns[name]) for name in ("prompt", "chosen", "rejected"))
+    for name, column in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        if column.size and column.dtype.kind not in "iu":
+            raise TypeError(f"pairs must have {name} as integers, got {column.dtype}")
     if not prompt.ndim == chosen.ndim == rejected.ndim == 1 or not len(prompt) == len(chosen) == len(rejected):
         shapes = [list(column.shape) for column in (prompt, chosen, rejected)]
         raise ValueError(f"pairs must have prompt, chosen and rejected of one shape [pairs], got {shapes}")
+    if not len(prompt):
+        return (np.zeros(0, np.int64),) * 3
     prompts = len(offsets) - 1
-    if len(prompt) and not 0 <= prompt.min() <= prompt.max() < prompts:
+    if not 0 <= prompt.min() <= prompt.max() < prompts:
         raise ValueError(f"pairs must have prompts from 0 to {prompts - 1}, got {prompt.min()} to {prompt.max()}")
     size = np.diff(offsets)[prompt]
     for name, column in (("chosen", chosen), ("rejected", rejected)):

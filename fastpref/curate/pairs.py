@@ -21,7 +21,7 @@ from fastpref.curate.pools import as_mask, flat, same_size, table, usable
 from fastpref.curate.scale import SortedPools, check_scale, quantile, sort_pools
 
 DEGENERATE_SHARE = 0.2  # of targets below the minimum of their pool, beyond which on_degenerate acts
-BLOCK = 1 << 15  # responses at a time: what is worked on stays in the L2 cache
+BLOCK = 1 << 17  # responses at a time: small enough for the cache, large enough for numpy
 GAPS = 1 << 20  # differences between two rewards at a time, for their quantiles
 TIED = 8 * np.finfo(np.float64).eps  # the mean carries a few roundings, which must not decide a tie
 
@@ -242,10 +242,10 @@ _QUANTILE = re.compile(r"quantile:(?P<q>\d+\.?\d*|\.\d+)")
 
 
 def _parse_rule(argument, name) -> _Rule:
-    extremes = {"min": -math.inf, "max": math.inf}
-    if name in extremes:
-        return _Rule("target", extremes[name], name)
     text = name if isinstance(name, str) else ""
+    extremes = {"min": -math.inf, "max": math.inf}
+    if text in extremes:
+        return _Rule("target", extremes[text], name)
     if match := _TARGET.fullmatch(text):
         return _Rule("target", float(match["k"] or 0), name)
     if (q := _quantile(text)) is not None:
@@ -357,7 +357,7 @@ def _select(data, pairings, bounds, slots, seed) -> list[PairSelection]:
         block = _read_block(data, which, size)
         pools, enough = block.pools, block.pools.count >= 2
         shared["n_pool"][which] = pools.count
-        shared["minimum"][which] = pools.unscaled(pools.lowest())
+        shared["minimum"][which] = pools.unscaled(pools.lowest)
         shared["mean"][which] = np.where(enough, pools.unscaled(pools.center), np.nan)
         shared["std"][which] = np.where(enough, pools.unscaled(pools.spread), np.nan)
         for (chosen, rejected), columns in zip(pairings, selected, strict=True):
@@ -369,15 +369,15 @@ def _select(data, pairings, bounds, slots, seed) -> list[PairSelection]:
                 picks = _nearest_ones(block, rejected, slots)
             spread = pools.spread if _needs_spread(chosen) or _needs_spread(rejected) else None
             for slot, (position, there) in enumerate(picks):
-                worse = _pick_rejected(block, rejected, slot, position)
+                worse = _pick_rejected(block, position, slot)
                 reason = _reasons(block, best, worse, there, spread, bounds)
                 keep = reason == DropReason.KEPT
                 columns["reason"][which, slot] = reason
-                for name, values in zip(INDICES, (best.column, worse.column, worse.rank), strict=True):
-                    columns[name][which, slot] = np.where(keep, values, -1)
                 zs = pools.z(best.scaled), pools.z(worse.scaled)
-                for name, values in zip(NUMBERS, (best.reward, worse.reward, *zs), strict=True):
-                    columns[name][which, slot] = np.where(keep, values, np.nan)
+                indices, numbers = (best.column, worse.column, worse.rank), (best.reward, worse.reward, *zs)
+                for names, found, none in ((INDICES, indices, -1), (NUMBERS, numbers, np.nan)):
+                    for name, values in zip(names, found, strict=True):
+                        columns[name][which, slot] = values if keep.all() else np.where(keep, values, none)
 
     _in_threads(work, same_size(data.offsets, BLOCK))
     results = []
@@ -443,30 +443,31 @@ class _Pick(NamedTuple):
 def _pick_chosen(block, rule) -> _Pick:
     pools = block.pools
     if rule.number == math.inf and block.eligible is None:
-        position = np.maximum(pools.count - 1, 0)
+        position = pools.last
     else:
         places, want, slack = _sought(pools, rule)
         tied = _tied(places if block.eligible is None else np.where(block.eligible, places, np.nan), want, slack)
         position = len(tied) - 1 - np.argmax(tied[::-1], axis=0)
-    reward = pools.rewards[np.arange(len(position)), position]
+    reward = pools.reward_at(position)
     column = np.argmax(block.choosable == reward[:, None], axis=1)
     return _Pick(column, reward, pools.at(position), position)
 
 
-def _pick_rejected(block, rule, slot, position) -> _Pick:
+def _pick_rejected(block, position, slot) -> _Pick:
     """Of equal rewards the first one as the first pick of its prompt, later ones as later picks."""
     pools = block.pools
-    reward = pools.rewards[np.arange(len(position)), position]
+    reward = pools.reward_at(position)
     equal = block.rewards == reward[:, None]
-    if slot == 0 and rule.kind == "target":
-        rank = position  # equal rewards are equally near, and the lowest position was taken
-    else:
-        rank = np.argmax(pools.rewards == reward[:, None], axis=1)
-    if slot == 0:
-        column = np.argmax(equal, axis=1)
-    else:
-        column = np.argmax(np.cumsum(equal, axis=1) > (position - rank)[:, None], axis=1)
+    if slot == 0:  # the position is that of the first already
+        return _Pick(np.argmax(equal, axis=1), reward, pools.at(position), position)
+    rank = _first_equal(pools, position)
+    column = np.argmax(np.cumsum(equal, axis=1) > (position - rank)[:, None], axis=1)
     return _Pick(column, reward, pools.at(position), rank)
+
+
+def _first_equal(pools, position) -> np.ndarray:
+    """[k] lowest position of the same reward."""
+    return np.argmax(pools.rewards == pools.reward_at(position)[:, None], axis=1)
 
 
 def _target(pools, rule) -> np.ndarray:
@@ -491,11 +492,11 @@ def _sought(pools, rule) -> tuple[np.ndarray, np.ndarray, float]:
         positions = np.arange(float(len(pools.scaled)))[:, None]
         return (
             np.where(np.isnan(pools.scaled), np.nan, positions),
-            rule.number * np.maximum(pools.count - 1, 0),
+            rule.number * pools.last,
             TIED * len(positions),
         )
     # Beyond the pool the nearest reward is the extreme one: clipping says so without rounding, for infinite k too.
-    want = np.clip(_target(pools, rule), pools.lowest(), pools.highest())
+    want = np.clip(_target(pools, rule), pools.lowest, pools.highest)
     return pools.scaled, want, 0 if math.isinf(rule.number) else TIED
 
 
@@ -509,12 +510,15 @@ def _tied(places, want, slack) -> np.ndarray:
 def _nearest_ones(block, rule, slots):
     """Yields (position [k], there [k] bool) for the nearest, the second nearest, ...; the lower one at a tie."""
     pools = block.pools
-    if rule.number == -math.inf and slots == 1:
-        yield np.zeros(len(pools.count), np.int64), pools.count > 0
-        return
     places, want, slack = _sought(pools, rule)
     columns = np.arange(len(want))
-    position = np.argmax(_tied(places, want, slack), axis=0)
+    # A target below the pool has been moved to the lowest place, which needs no search.
+    inside = want > places[0]
+    inside = slice(None) if inside.all() else np.flatnonzero(inside)
+    position = np.zeros(len(want), np.int64)
+    position[inside] = np.argmax(_tied(places[:, inside], want[inside], slack), axis=0)
+    if rule.kind == "quantile":
+        position = _first_equal(pools, position)
     below, above = position - 1, position + 1
     yield position, pools.count > 0
     for _ in range(slots - 1):
@@ -536,12 +540,13 @@ def _drawn(block, m, chosen, draws):
     without_chosen = count > m
     left = np.where(without_chosen, count - 1, count)
     base = np.zeros_like(count)
-    for uniform in draws:
+    for slot, uniform in enumerate(draws):
         there = (left > 0) & (m > 0)
         step = _lowest_of(m, left, uniform)
         position = base + step
         position += without_chosen & (position >= chosen)
-        yield np.where(there, position, 0), there
+        position = np.where(there, position, 0)
+        yield (_first_equal(block.pools, position) if slot == 0 else position), there
         base, left, m = base + step + 1, left - step - 1, m - 1
 
 
@@ -562,11 +567,12 @@ def _needs_spread(rule) -> bool:
     return rule.kind == "target" and rule.number != 0 and math.isfinite(rule.number)
 
 
+@np.errstate(over="ignore")  # a gap may be infinite
 def _reasons(block, best, worse, there, spread, bounds) -> np.ndarray:
     """[k] int8. there: bool, whether there is a response to reject; spread: of the rules that are measured in it."""
     pools = block.pools
     gap = best.reward - worse.reward
-    flat_pool = pools.lowest() == pools.highest()
+    flat_pool = pools.lowest == pools.highest
     # The first that applies counts, so it is written last.
     checks = [
         (bounds.max_gap and gap > _gap_bound(pools, bounds.max_gap), DropReason.LARGE_GAP),

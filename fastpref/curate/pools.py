@@ -107,15 +107,21 @@ def blocks(offsets, most=1 << 16) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def same_size(offsets, most=1 << 16) -> Iterator[tuple[slice | np.ndarray, int]]:
     """The same blocks as (prompts, size) for `table`; prompts is a slice where all pools have one size."""
     sizes = np.diff(offsets)
+
+    def parts(start, stop, size):
+        step = max(1, most // size)
+        return (slice(begin, min(begin + step, stop)) for begin in range(start, stop, step))
+
+    if len(sizes) and sizes[0] and (sizes == sizes[0]).all():
+        for part in parts(0, len(sizes), int(sizes[0])):
+            yield part, int(sizes[0])
+        return
     order = np.argsort(sizes, kind="stable")
     starts = np.flatnonzero(np.diff(sizes[order], prepend=0))
-    in_order = len(starts) == 1 and starts[0] == 0
     for start, stop in zip(starts, np.append(starts, len(order))[1:], strict=True):
         size = int(sizes[order[start]])
-        step = max(1, most // size)
-        for begin in range(start, stop, step):
-            end = min(begin + step, stop)
-            yield (slice(begin, end) if in_order else order[begin:end]), size
+        for part in parts(start, stop, size):
+            yield order[part], size
 
 
 def table(values, offsets, prompts, size) -> np.ndarray:

@@ -64,16 +64,29 @@ class SortedPools:
     center: np.ndarray  # [k] mean of scaled, median for "mad", 0 for "normal_score"
     spread: np.ndarray  # [k] std, 1.4826 MAD, 1
 
+    @functools.cached_property
+    def last(self) -> np.ndarray:
+        """[k] position of the highest reward, 0 without one."""
+        return np.maximum(self.count - 1, 0)
+
+    @functools.cached_property
     def lowest(self) -> np.ndarray:
         """[k] of scaled; NaN without a reward."""
         return self.scaled[0]
 
+    @functools.cached_property
     def highest(self) -> np.ndarray:
-        return self.at(np.maximum(self.count - 1, 0))
+        return self.at(self.last)
 
     def at(self, position) -> np.ndarray:
         """[k] of scaled, at the position [k] of each sorted pool."""
-        return self.scaled[position, np.arange(len(self.count))]
+        prompts = len(self.count)
+        return self.scaled.reshape(-1).take(position * prompts + np.arange(prompts))
+
+    def reward_at(self, position) -> np.ndarray:
+        """[k] of rewards, likewise."""
+        prompts, size = self.rewards.shape
+        return self.rewards.reshape(-1).take(np.arange(0, prompts * size, size) + position)
 
     def unscaled(self, values) -> np.ndarray:
         """[k] of scaled values, on the scale itself."""
@@ -100,9 +113,12 @@ def sort_pools(rewards, scale, ddof=0) -> SortedPools:
     on_scale = _logit(ordered) if scale == "logit" else ordered
     last = on_scale[np.arange(prompts), np.maximum(count - 1, 0)]
     largest = np.fmax(np.maximum(np.abs(on_scale[:, 0]), np.abs(last)), 0)  # 0 without a reward
-    # A power of two rounds nothing. Clipped, so that it is a float64 itself; 2**±24 is near enough to 1.
-    exponent = np.clip(np.frexp(largest)[1], -1000, 1000)
-    scaled = np.multiply(on_scale.T, np.ldexp(1.0, -exponent), order="C")
+    exponent = np.frexp(largest)[1]
+    # In two steps, as 2**1073 is no float64; a power of two rounds nothing.
+    step = np.clip(exponent, -1000, 1000)
+    scaled = np.multiply(on_scale.T, np.ldexp(1.0, -step), order="C")
+    if (rest := exponent - step).any():
+        scaled *= np.ldexp(1.0, -rest)
     if scale == "mad":
         center = quantile(scaled, count, 0.5)
         spread = MAD_TO_STD * quantile(np.sort(np.abs(scaled - center), axis=0), count, 0.5)
