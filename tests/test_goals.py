@@ -133,15 +133,16 @@ def test_twin_columns_are_swapped_and_others_kept():
 
 def test_several_attributes():
     pairs = {
-        "chosen": [0, 0],
-        "rejected": [1, 1],
-        "score_chosen_helpfulness": [5, 4],
-        "score_rejected_helpfulness": [2, 4],
-        "score_chosen_honesty": [3.5, 1],
-        "score_rejected_honesty": [4, 1],
+        "chosen": [0, 0, 0],
+        "rejected": [1, 1, 1],
+        "score_chosen_helpfulness": [5, 4, 4],
+        "score_rejected_helpfulness": [2, 4, 4],
+        "score_chosen_honesty": [3.5, 1, 2],
+        "score_rejected_honesty": [4, 1, 1],
     }
     records = by_pair(goal_records(pairs, attributes=["helpfulness", "honesty"]))
-    assert sorted(records) == [(0, False), (0, True), (1, False)]  # the second pair ties in every attribute
+    # only the second pair ties in every attribute
+    assert sorted(records) == [(0, False), (0, True), (1, False), (2, False), (2, True)]
     assert records[0, False]["goal_helpfulness"] == 5 and records[0, False]["goal_honesty"] == 3.5
     assert records[0, True]["goal_helpfulness"] == 2 and records[0, True]["goal_honesty"] == 4
     assert records[0, True]["score_chosen_honesty"] == 4 and records[0, True]["chosen"] == 1

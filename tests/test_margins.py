@@ -136,6 +136,22 @@ def test_upper_bound_of_many_pairs(spread, kind, divisor):
     assert quiet_bees({"m": margin}, kinds={"m": kind}).sources["m"].upper == searched_upper(margin, divisor)
 
 
+@pytest.mark.parametrize(
+    ("margin", "kind", "upper"),
+    [
+        ([3.0] * 29, "external", 2),  # fewer than 30 above int(3 / 1.5)
+        ([3.0] * 30, "external", 3),
+        (range(46, 91), "implicit", 61),  # one per unit above 45 is enough; 29 above 61 are too few
+        (range(47, 91), "implicit", 45),
+        ([-3.0, -5.0], "external", -2),
+        ([0.0, -5.0], "external", 0),
+    ],
+)
+def test_where_the_search_stops(margin, kind, upper):
+    assert searched_upper(list(margin), {"external": 1.5, "implicit": 2.0}[kind]) == upper
+    assert quiet_bees({"m": list(margin)}, kinds={"m": kind}).sources["m"].upper == upper
+
+
 @pytest.mark.parametrize("margin", [[1e300, -1e300, 5.0], [-1e300, -5.0], [2.0**60, 0.0], [-1e308, 1e308]])
 def test_huge_margins(margin):
     scores = quiet_bees({"a": margin, "implicit": margin})
@@ -180,6 +196,12 @@ def test_pairs_clipped_by_both_sources_are_ranked_by_how_far():
     top = select_top(scores, k=3)
     assert top.indices.tolist() == [2, 1, 0]  # 0 and 3 are equal: the first
     assert top.tied_at_cut == 1
+    np.testing.assert_allclose(scores.tie_break, external / 8 + implicit / 6)
+
+
+def test_an_upper_bound_of_zero_divides_nothing():
+    scores = quiet_bees({"m": [0.5, -1.0, 0.25]})
+    assert scores.sources["m"].upper == 0 and scores.tie_break.tolist() == [0.5, -1, 0.25]
 
 
 def test_three_sources():
@@ -272,7 +294,10 @@ def test_lower_bound_that_clips_nothing():
     rng = np.random.default_rng(0)
     with pytest.warns(UserWarning, match=r"lower=-2 clips none of the 300 margins of 'win_prob', which begin at 0\.0"):
         bees({"win_prob": rng.random(300)})
-    bees({"win_prob": rng.normal(0, 0.3, 300)}, lower={"win_prob": -0.2})  # on its scale: silence
+    small = rng.normal(0, 0.3, 300)
+    with pytest.warns(UserWarning, match=r"lower=-2 clips none of the 300 margins of 'win_prob', which begin at -1\."):
+        bees({"win_prob": small})
+    bees({"win_prob": small}, lower={"win_prob": -0.2})  # on its scale: silence
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bees({"win_prob": rng.random(300)}, how="max")  # no bound is used
@@ -477,6 +502,8 @@ def test_compare_selections():
     row = found.table()[1]
     assert row["selection"] == "external" and row["pairs"] == 100 and row["implicit"] == len(both) / 100
     assert list(compare_selections(margins, 3, how="add").selected) == ["add", "external", "implicit", "random"]
+    positive = compare_selections(margins, 100, how="external", require_positive=True).selected["external"]
+    assert (margins["implicit"][positive] > 0).all() and (margins["implicit"][found.selected["external"]] < 0).any()
 
 
 # ---- prompts

@@ -23,8 +23,8 @@ ON_TIE = ("positive", "drop")
 def goal_records(pairs, *, attributes=None, half=False, on_tie="positive", seed=0) -> dict[str, np.ndarray]:
     """Two records per pair: the goal r_w as labelled, and the goal r_l with chosen and rejected swapped. Shuffled.
 
-    pairs: name -> [pairs] array; `chosen`, `rejected` and their scores are needed, everything else comes along, a string
-        or a number alone as it is. Where a name holds the word "chosen" and its twin with "rejected" is there too
+    pairs: name -> [pairs] array; `chosen`, `rejected` and their scores are needed, everything else comes along, text
+        or a number alone as it is. Where a name has the word "chosen" and its twin with "rejected" is there too
         (`score_*`, `z_*`, `len_*`, ...), both are swapped; other columns stay those of the pair as it was.
     attributes: None: the score is `score_chosen`/`score_rejected`, the goal a column `goal`. Names: the scores are
         `score_chosen_<name>`/`score_rejected_<name>`, one goal column `goal_<name>` each, and R is the negative squared
