@@ -1,6 +1,21 @@
 """Preference data: numpy arrays in, numpy arrays out. Nothing here imports torch."""
 
+from fastpref.curate.clean import (
+    CleanedJudges,
+    CleanedScores,
+    Consensus,
+    Exclusion,
+    SourceReport,
+    audit,
+    consensus,
+    denoise_judges,
+    denoise_scores,
+    exclude,
+    supplied,
+    vote_consensus,
+)
 from fastpref.curate.goals import add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
+from fastpref.curate.hygiene import Flag, Hygiene, RepeatedTexts, split_of
 from fastpref.curate.length import AdjustedScores, LengthReport, length_report, match_length, remove_length
 from fastpref.curate.margins import (
     MarginScores,
@@ -35,7 +50,13 @@ from fastpref.curate.scale import rescale
 
 __all__ = [
     "AdjustedScores",
+    "CleanedJudges",
+    "CleanedScores",
+    "Consensus",
     "DropReason",
+    "Exclusion",
+    "Flag",
+    "Hygiene",
     "InputError",
     "LearningOrder",
     "LengthReport",
@@ -44,19 +65,26 @@ __all__ = [
     "PairSelection",
     "Part",
     "PromptSelection",
+    "RepeatedTexts",
     "Route",
     "Routes",
     "RowProblem",
     "ScoredSamples",
     "SelectionComparison",
+    "SourceReport",
     "TopSelection",
     "add_goal",
     "all_pairings",
+    "audit",
     "bees",
     "compare_selections",
+    "consensus",
+    "denoise_judges",
+    "denoise_scores",
     "difficulty",
     "distributed_order",
     "easy_to_hard",
+    "exclude",
     "external_margins",
     "goal_records",
     "goal_reward",
@@ -77,5 +105,8 @@ __all__ = [
     "select_pairs",
     "select_prompts",
     "select_top",
+    "split_of",
+    "supplied",
     "to_logit",
+    "vote_consensus",
 ]

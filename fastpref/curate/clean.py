@@ -19,11 +19,11 @@ from fastpref.curate.samples import to_logit
 
 EXCLUDE = ("both", "chosen", "none")
 FLAGGING = 200  # prompts of a source from which it is flagged; power of z > 3 on real scores: 0.8 here, 0.5 at 50
-MOST_PROMPTS = 20_000  # audited: the intervals are then far below the differences between sources
+MOST_PROMPTS = 20_000  # audited; the bootstrap draws so many times the resamples
 LEAST_SOURCES = 3  # under the median prompt
 UPPER_QUARTILE = 1.1503  # of |x|, of a normal distribution in standard deviations. Of ratings and of the distances to
 # a median of three, half are next to 0, so that the median says nothing of the noise
-FEW_ITEMS = 10  # of one prompt, up to which robust PCA of its pairwise matrix leaves as much error as it found
+FEW_ITEMS = 10  # of one prompt, up to which robust PCA of its pairwise matrix leaves half of the error or more
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def denoise_judges(
     preferences: [..., N, N] of P(i preferred to j), P[i, j] + P[j, i] = 1, NaN on both sides: not compared.
     action: "mask", "replace" (wrong pairs only), or "low_rank" (all pairs; warns).
     method, rank, link, threshold, clamp: as there. "rpca" and "curatron" (and "auto" with a rank above 2) are refused
-        for 10 items or fewer, where they leave as much error as they found: take method="bradley_terry", which
+        for 10 items or fewer, where they leave half of the error or more: take method="bradley_terry", which
         recovers one score per item from 5 items on.
 
     Raises ValueError: NothingToClean of fastpref.preference_matrix where no matrix has anything to clean, such as one
@@ -290,7 +290,7 @@ def denoise_judges(
     if generic and given.ndim >= 2 and given.shape[-1] <= FEW_ITEMS:
         raise ValueError(
             f"method must be 'bradley_terry' (rank 2) for {given.shape[-1]} items: up to {FEW_ITEMS} robust PCA leaves "
-            f"as much error as it found, got method={method!r} with rank={rank}"
+            f"half of the error or more, got method={method!r} with rank={rank}"
         )
     options = {"method": method, "rank": rank, "link": link, "threshold": threshold, "clamp": clamp}
     found = preference_matrix.denoise(given, action=action, **options)
@@ -476,14 +476,19 @@ class _Table(NamedTuple):
 
 def _pivot(pools, codes, count) -> _Table:
     responses = np.flatnonzero(~np.isnan(pools.values) & (codes >= 0))
-    prompt, source = per_prompt(pools.offsets)[responses], codes[responses]
-    prompts, row = np.unique(prompt, return_inverse=True)
-    cell, values = row * count + source, pools.values[responses]
-    by = np.lexsort((values, cell))  # added in the order of the values, whatever order they came in
-    cells, begins, sizes = np.unique(cell[by], return_index=True, return_counts=True)
-    matrix = np.full(len(prompts) * count, np.nan)
-    matrix[cells] = np.add.reduceat(values[by], begins) / sizes if len(begins) else values
-    return _Table(matrix.reshape(len(prompts), count), responses, row, source, len(responses) - len(cells))
+    prompt, source, values = per_prompt(pools.offsets)[responses], codes[responses], pools.values[responses]
+    scored = np.bincount(prompt, minlength=len(pools.offsets) - 1) > 0
+    rows = int(scored.sum())
+    row = (np.cumsum(scored) - 1)[prompt]
+    cell = row * count + source
+    matrix = np.full(rows * count, np.nan)
+    repeated = len(cell) - np.count_nonzero(np.bincount(cell, minlength=rows * count))
+    if repeated:
+        by = np.lexsort((values, cell))  # added in the order of the values, whatever order they came in
+        cell, begins, sizes = np.unique(cell[by], return_index=True, return_counts=True)
+        values = np.add.reduceat(values[by], begins) / sizes
+    matrix[cell] = values
+    return _Table(matrix.reshape(rows, count), responses, row, source, repeated)
 
 
 def _rank(matrix, rank) -> int:
