@@ -36,7 +36,7 @@ def write_lines(path, rows):
         (GOOD | {"responses": ["a", "\ud800"]}, "responses[1] holds a lone surrogate"),
         (GOOD | {"scores": [1.0, "2"]}, "scores[1] must be a number, got str"),
         (GOOD | {"scores": [1.0, True]}, "scores[1] must be a number, got bool"),
-        (GOOD | {"scores": [float("nan"), 1.0]}, "scores[0] must be finite, got nan"),
+        (GOOD | {"scores": [float("nan"), 1.0]}, "scores[0] must be a number, got none"),
         (GOOD | {"scores": [float("inf"), 1.0]}, "scores[0] must be finite, got inf"),
         (GOOD | {"scores": [10**400, 1.0]}, "scores[0] must be finite, got an integer beyond float64"),
     ],
@@ -70,7 +70,7 @@ def test_the_file_type_is_read_from_its_bytes(tmp_path):
         write(path)
         samples = read_scored_samples(path)
         assert samples.prompts == ["p", "q"], name
-        assert list(map(str, samples.problems)) == [f"{path}:2: scores[1] must be a number, got NoneType"]
+        assert list(map(str, samples.problems)) == [f"{path}:2: scores[1] must be a number, got none"]
 
 
 def test_the_first_row_decides_which_field_holds_the_scores(tmp_path):

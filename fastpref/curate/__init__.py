@@ -1,5 +1,6 @@
 """Preference data: numpy arrays in, numpy arrays out. Nothing here imports torch."""
 
+from fastpref.curate.batches import pair_rows
 from fastpref.curate.clean import (
     CleanedJudges,
     CleanedScores,
@@ -14,6 +15,8 @@ from fastpref.curate.clean import (
     supplied,
     vote_consensus,
 )
+from fastpref.curate.diagnostics import Diagnosis, diagnose
+from fastpref.curate.files import Coded, read_metadata, write_pairs
 from fastpref.curate.goals import add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
 from fastpref.curate.hygiene import Flag, Hygiene, RepeatedTexts, split_of
 from fastpref.curate.length import AdjustedScores, LengthReport, length_report, match_length, remove_length
@@ -45,14 +48,26 @@ from fastpref.curate.routing import (
     learning_order,
     route_by_margin,
 )
-from fastpref.curate.samples import InputError, RowProblem, ScoredSamples, read_scored_samples, to_logit
+from fastpref.curate.samples import (
+    InputError,
+    RowProblem,
+    Samples,
+    ScoredSamples,
+    read_samples,
+    read_scored_samples,
+    text_hashes,
+    texts,
+    to_logit,
+)
 from fastpref.curate.scale import rescale
 
 __all__ = [
     "AdjustedScores",
     "CleanedJudges",
     "CleanedScores",
+    "Coded",
     "Consensus",
+    "Diagnosis",
     "DropReason",
     "Exclusion",
     "Flag",
@@ -69,6 +84,7 @@ __all__ = [
     "Route",
     "Routes",
     "RowProblem",
+    "Samples",
     "ScoredSamples",
     "SelectionComparison",
     "SourceReport",
@@ -81,6 +97,7 @@ __all__ = [
     "consensus",
     "denoise_judges",
     "denoise_scores",
+    "diagnose",
     "difficulty",
     "distributed_order",
     "easy_to_hard",
@@ -96,7 +113,10 @@ __all__ = [
     "length_report",
     "match_length",
     "normalised_margins",
+    "pair_rows",
     "partition",
+    "read_metadata",
+    "read_samples",
     "read_scored_samples",
     "remove_length",
     "rescale",
@@ -107,6 +127,9 @@ __all__ = [
     "select_top",
     "split_of",
     "supplied",
+    "text_hashes",
+    "texts",
     "to_logit",
     "vote_consensus",
+    "write_pairs",
 ]

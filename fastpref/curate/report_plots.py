@@ -133,7 +133,7 @@ def counts(table: Mapping[str, Mapping[str, int]]) -> bytes:
 
 
 def lengths(chosen, rejected, unit) -> bytes:
-    """float64 [pairs] each, at least 1."""
+    """float64 [pairs] each, at least 1: an empty response counts as one character."""
     ratio = chosen / rejected
     with _figure(10, 4.2) as (figure, buffer):
         pair, share = figure.subplots(1, 2)
@@ -183,8 +183,8 @@ def _figure(width, height) -> Iterator[tuple[object, io.BytesIO]]:
 
 
 def _literal(text) -> str:
-    """Text in which matplotlib sees no formula."""
-    return str(text).replace("$", r"\$")
+    """Text on one line in which matplotlib sees no formula, and nothing that no font can hold."""
+    return " ".join(str(text).encode("utf-8", "replace").decode().split()).replace("$", r"\$")
 
 
 def _note(axes, x, text) -> None:

@@ -1,19 +1,21 @@
-"""Scored samples: several responses per prompt, each with a score, from JSON Lines or Parquet.
+"""Scored samples from JSON Lines (also .gz) or Parquet: several responses per prompt, each with one score or more.
 
-A row is `{"prompt": str, "responses": [str, ...], "scores": [number, ...]}`; further fields are ignored. A row that is
-not like that is reported with file and line and left out, never repaired.
+`read_samples` keeps what every method needs in columns of at most 64 bytes per response and leaves the texts in the
+file, where `texts` and `write_pairs` read them a second time. `read_scored_samples` holds all of it. What a row may
+look like is said in `fastpref.curate.rows`. Blank lines hold no row; a malformed row is reported with its line and left
+out, never repaired.
 """
 
-import gzip
-import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-SCORE_FIELDS = ("scores", "win_prob")
+from fastpref.curate.rows import Fields, Text, check_unicode
+from fastpref.curate.rows import score_fields as fields_with_scores
 
 
 class InputError(ValueError):
@@ -30,6 +32,128 @@ class RowProblem:
 
     def __str__(self):
         return f"{self.path}:{self.row}: {self.reason}"
+
+
+# ---- without the texts
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is known of every response without its text. The responses of prompt p are offsets[p]:offsets[p + 1]."""
+
+    path: str
+    offsets: np.ndarray  # int64 [prompts + 1]
+    scores: dict[str, np.ndarray]  # by field, float64 [responses], NaN = no score
+    lengths: np.ndarray  # int32 [responses], characters, or what the file says
+    text_hash: np.ndarray  # uint64 [responses], equal for equal texts
+    blank: np.ndarray  # bool [responses], empty or white space only
+    truncated: np.ndarray | None  # bool [responses], False where a row does not say; None where no row does
+    sources: np.ndarray | None  # int32 [responses], index into source_names, -1 = unknown; None where no row says
+    source_names: list[str]
+    prompt_hash: np.ndarray  # uint64 [prompts]
+    row: np.ndarray  # int64 [prompts], line of a JSON Lines file, row of a Parquet file, both from 1
+    position: np.ndarray  # int64 [prompts], byte at which the line begins (unpacked)
+    conversational: np.ndarray  # bool [prompts], lists of messages
+    problems: list[RowProblem]
+    fields: Fields  # as they were read
+    stamp: tuple[int, int]  # size in bytes and time of change of the file, in ns
+
+    @property
+    def prompts(self) -> int:
+        return len(self.row)
+
+    @property
+    def responses(self) -> int:
+        return len(self.text_hash)
+
+
+def read_samples(
+    path, *, score_fields=None, source_field=None, length_field=None, workers=None, progress=None
+) -> Samples:
+    """Reads `.jsonl`, `.jsonl.gz` or `.parquet`, told apart by their first bytes rather than by name.
+
+    score_fields: names of the fields with the scores, all of which every row must have. None: the first row that has
+        "scores" or else "win_prob" (UltraFeedback: "overall_score" and "fine-grained_score", pairs: "score") decides
+        for the whole file, so that two units are never mixed.
+    source_field: the field that says where each response comes from. None: "sources" ("model", "source") where a row
+        has it.
+    length_field: the field of given lengths, such as tokens. None: "lengths" ("length", "len") where a row has it, and
+        the number of characters elsewhere.
+    workers: processes. None: one per CPU that this process may use, for files large enough to be worth them.
+    progress: called with (done, total), in bytes of the file or in rows of a Parquet file.
+
+    Raises InputError when the file as a whole cannot be read.
+    """
+    from fastpref.curate import processes, reading
+
+    path = os.fspath(path)
+    if isinstance(score_fields, str):
+        raise TypeError(f"score_fields must be a sequence of names, got the string {score_fields!r}")
+    fields = Fields(None if score_fields is None else tuple(score_fields), source_field, length_field)
+    stamp, total = reading.stamp(path), reading.extent(path)
+    if fields.scores is None:
+        fields = fields._replace(scores=reading.first_score_fields(path))
+    workers = processes.worth(stamp[0]) if workers is None else workers
+
+    def tasks():
+        for part in reading.parts(path):
+            done.append(part.done)
+            yield path, part, fields
+
+    def columns():
+        for part in processes.in_processes(reading.columns_of_part, tasks(), workers):
+            yield part
+            if progress is not None:
+                progress(done.popleft(), total)
+
+    done = deque()
+    samples = reading.joined(path, columns(), fields, stamp)
+    reading.check_unchanged(samples)
+    return samples
+
+
+def texts(samples: Samples, prompts=None) -> Iterator[tuple[Text, list[Text]]]:
+    """The prompt and the responses of each of `prompts` (indices, strictly increasing; None: all), from the file.
+
+    Raises InputError when the file is not the one that was read.
+    """
+    from fastpref.curate import reading
+
+    prompts = np.arange(samples.prompts) if prompts is None else np.asarray(prompts, dtype=np.int64)
+    if (np.diff(prompts) <= 0).any():
+        raise ValueError("prompts must be strictly increasing indices")
+    if len(prompts) and not 0 <= prompts[0] <= prompts[-1] < samples.prompts:
+        raise ValueError(f"prompts must lie in [0, {samples.prompts}), got {prompts[0]} to {prompts[-1]}")
+    for part, here, known in reading.parts_again(samples, prompts):
+        for prompt, row in zip(prompts[here], reading.same_rows(samples.path, part, known), strict=True):
+            if (
+                reading.text_hash(row.responses) != samples.text_hash[slice(*samples.offsets[prompt : prompt + 2])]
+            ).any():
+                raise reading.changed(samples.path)
+            yield row.prompt, row.responses
+
+
+def text_hashes(path) -> np.ndarray:
+    """uint64 [texts], ascending: the hashes by which `Samples` knows the texts of a file, to find those held out.
+
+    A row is a string, or an object whose fields are looked through, whatever their names: strings, lists of strings and
+    lists of messages. Every text counts as a string and as one message, of a user and of an assistant.
+
+    Raises InputError when the file or a row cannot be read.
+    """
+    from fastpref.curate import reading
+
+    path = os.fspath(path)
+    found = set()
+    for number, row in reading.numbered_rows(path, None):
+        if not isinstance(row, str | dict):
+            reason = row if isinstance(row, ValueError) else f"a row must be an object, got {type(row).__name__}"
+            raise InputError(str(RowProblem(path, number, str(reason))))
+        found.update(reading.hashes_of_texts(row))
+    return np.sort(np.frombuffer(b"".join(found), ">u8").astype(np.uint64))
+
+
+# ---- with the texts
 
 
 @dataclass(frozen=True)
@@ -57,30 +181,33 @@ class ScoredSamples:
 
 
 def read_scored_samples(path, score_field=None) -> ScoredSamples:
-    """Reads `.jsonl`, `.jsonl.gz` or `.parquet`, told apart by their first bytes rather than by name.
+    """Reads a file of strings as `read_samples` does, with the texts; every response must have a score.
 
-    score_field: name of the field with the scores. None: the first row that has one of `SCORE_FIELDS` decides for the
-        whole file, so that two units are never mixed.
+    score_field: name of the field with the scores. None: the first row that has a usual one decides for the whole file.
 
-    Blank lines hold no row and are skipped. Raises InputError when the file as a whole cannot be read.
+    Raises InputError when the file as a whole cannot be read.
     """
+    from fastpref.curate import reading
+
     path = os.fspath(path)
     prompts, responses, scores, problems = [], [], [], []
-    for number, row in _numbered_rows(path):
+    for number, row in reading.numbered_rows(path, Fields(score_field and (score_field,))):
         try:
-            if isinstance(row, _Unreadable):
-                raise ValueError(row.reason)
-            if not isinstance(row, dict):
-                raise ValueError(f"a row must be an object, got {type(row).__name__}")
             if score_field is None:
-                score_field = next((field for field in SCORE_FIELDS if field in row), None)
-            prompt, pool, pool_scores = _parse_row(row, score_field)
+                score_field = next(iter(fields_with_scores(row) or ()), None)
+            parsed = reading.valid_row(row, Fields(None if score_field is None else (score_field,)))
+            check_unicode(parsed)
+            if not isinstance(parsed.prompt, str):
+                raise ValueError("prompt must be a string, got list")
+            (pool_scores,) = parsed.scores.values()
+            if (missing := next((i for i, score in enumerate(pool_scores) if math.isnan(score)), None)) is not None:
+                raise ValueError(f"{score_field}[{missing}] must be a number, got none")
         except ValueError as error:
             problems.append(RowProblem(path, number, str(error)))
             continue
-        prompts.append(prompt)
-        responses.append(pool)
-        scores.append(pool_scores)
+        prompts.append(parsed.prompt)
+        responses.append(parsed.responses)
+        scores.append(np.array(pool_scores))
     return ScoredSamples(path, prompts, responses, scores, problems, score_field)
 
 
@@ -96,93 +223,3 @@ def to_logit(probability, clamp=1e-8) -> np.ndarray:
         )
     probability = np.clip(probability, clamp, 1 - clamp)
     return np.log(probability) - np.log1p(-probability)
-
-
-@dataclass(frozen=True)
-class _Unreadable:
-    reason: str
-
-
-def _numbered_rows(path) -> Iterator[tuple[int, object]]:
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-        yield from _parquet_rows(path) if magic == b"PAR1" else _json_rows(path, magic)
-    except (OSError, EOFError) as error:  # gzip: EOFError for a cut file, BadGzipFile is an OSError
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _json_rows(path, magic) -> Iterator[tuple[int, object]]:
-    opener = gzip.open if magic[:2] == b"\x1f\x8b" else open
-    with opener(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            line = line.strip()
-            if not line:
-                continue
-            try:
-                # utf-8-sig: files from Windows start with a byte-order mark.
-                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                yield number, _Unreadable(f"not UTF-8 at byte {error.start}")
-            except json.JSONDecodeError as error:
-                yield number, _Unreadable(f"not JSON: {error.msg} at column {error.colno}")
-            except (RecursionError, ValueError) as error:
-                yield number, _Unreadable(f"not JSON: {error}")
-
-
-def _parquet_rows(path) -> Iterator[tuple[int, object]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise InputError(f'{path} is a Parquet file, which needs pyarrow: pip install "fastpref[demo]"') from error
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except pyarrow.ArrowException as error:
-        raise InputError(f"cannot read {path} after row {number}: {error}".splitlines()[0]) from error
-
-
-def _parse_row(row, score_field) -> tuple[str, list[str], np.ndarray]:
-    """Raises ValueError with the reason when the row is malformed."""
-    for field in ("prompt", "responses"):
-        if field not in row:
-            raise ValueError(f"no field {field!r}")
-    if score_field is None or score_field not in row:
-        raise ValueError(f"no field {score_field!r}" if score_field else "no field 'scores' (or name it: score_field)")
-    prompt, responses, scores = row["prompt"], row["responses"], row[score_field]
-    _check_text("prompt", prompt)
-    for name, value in (("responses", responses), (score_field, scores)):
-        if not isinstance(value, list):
-            raise ValueError(f"{name} must be a list, got {type(value).__name__}")
-    if len(responses) != len(scores):
-        raise ValueError(f"{score_field} must have one entry per response, got {len(scores)} for {len(responses)}")
-    for index, response in enumerate(responses):
-        _check_text(f"responses[{index}]", response)
-    return prompt, responses, np.array([_number(f"{score_field}[{i}]", score) for i, score in enumerate(scores)])
-
-
-def _check_text(name, value) -> None:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be a string, got {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        # JSON can spell half a surrogate pair; no tokenizer and no UTF-8 file can hold it.
-        raise ValueError(f"{name} holds a lone surrogate, which is not Unicode text") from None
-
-
-def _number(name, value) -> float:
-    # bool is an int in Python, but `true` is no score.
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number, got {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be finite, got an integer beyond float64") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
-    return number

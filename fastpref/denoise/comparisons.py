@@ -9,8 +9,8 @@ import torch
 from fastpref.bradley_terry import BradleyTerryInfo, Edges, bradley_terry
 from fastpref.curate import InputError
 from fastpref.denoise import tables
-from fastpref.denoise.files import format_of
 from fastpref.denoise.options import DenoiseOptions, check_ending, numbers
+from fastpref.whole_file import format_of
 
 SMALL = 64  # items: up to here graphs of one size are solved as dense batches
 BATCH_ENTRIES = 1 << 22  # of such a batch

@@ -13,6 +13,7 @@ from fastpref.curate import InputError
 from fastpref.denoise import files
 from fastpref.denoise.options import DenoiseOptions, check_ending, numbers
 from fastpref.rpca import RPCAInfo, RPCAResult, SparseCOO, rpca
+from fastpref.whole_file import format_of
 
 AS_IT_LIES = (np.float16, np.float32, np.float64, np.int8)  # what is read from the file as it is
 COPIES = {"entries": 1, "rows": 10, "columns": 10}  # of the matrix that the convex program holds beside it
@@ -193,13 +194,13 @@ def _write_triples(path, matrix, result, names: _Names, options, wanted) -> None
         tables.to_table(dict(zip(columns, (names.rows.take(row), names.columns.take(column), value), strict=True)))
         for row, column, value in cells()
     )
-    tables.write_table(path, files.format_of(options.output_file), parts)
+    tables.write_table(path, format_of(options.output_file), parts)
 
 
 def _plot(result: RPCAResult, options, temporary) -> None:
     from fastpref.plots import plot_low_rank
 
-    plot_low_rank(temporary[options.plot], result, files.format_of(options.plot)[1:])
+    plot_low_rank(temporary[options.plot], result, format_of(options.plot)[1:])
 
 
 # ---- a batch ----

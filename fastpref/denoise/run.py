@@ -13,6 +13,7 @@ import torch
 from fastpref.curate import InputError
 from fastpref.denoise import files, matrices
 from fastpref.denoise.options import COMPARISON_OPTIONS, MATRIX_OPTIONS, DenoiseOptions, check_ending
+from fastpref.whole_file import format_of, whole_file
 
 try:
     from tqdm import tqdm
@@ -68,7 +69,7 @@ def denoise(options: DenoiseOptions) -> dict:
         progress = stack.enter_context(Progress())
         progress.stage("reading")
         run = _prepare(options)
-        temporary = {path: stack.enter_context(files.whole_file(path)) for path in outputs}
+        temporary = {path: stack.enter_context(whole_file(path)) for path in outputs}
         with _recorded_warnings() as messages:
             summary = run(temporary, progress)
     return {
@@ -99,7 +100,7 @@ def sentence(summary: dict) -> str:
 
 def _prepare(options: DenoiseOptions):
     """Reads the input and checks flags and endings against it -> function(temporary, progress) -> summary."""
-    format = files.format_of(options.input)
+    format = format_of(options.input)
     if format in (".npy", ".npz"):
         options.refuse((*COMPARISON_OPTIONS, "layout"), "a matrix")
         if options.columns:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from fastpref.curate import InputError
-from fastpref.denoise.files import format_of
+from fastpref.whole_file import format_of
 
 try:
     import pyarrow

@@ -1,0 +1,104 @@
+"""The same function on many tasks in a few Python processes of our own.
+
+Not multiprocessing: forking a process that has threads (numpy and pyarrow start some) can hang, and spawning runs the
+caller's script again, which must be prepared for it.
+"""
+
+import json
+import os
+import pickle
+import queue
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+MOST = 8  # reading from disk and one Python that joins the results: more would wait for them
+_SERVE = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fastpref.curate import processes; processes.serve()"
+)
+
+
+def worth(bytes: int) -> int:
+    """Processes for so many bytes of JSON: one per CPU that this process may use, and 1 where starting takes longer."""
+    return max(1, min(MOST, len(os.sched_getaffinity(0)), bytes >> 25))
+
+
+def in_processes(function: Callable, tasks: Iterable[tuple], workers: int) -> Iterator:
+    """function(*task) of every task, in order; with one worker here. The function must be importable by name.
+
+    Tasks are drawn as they are needed, two ahead per worker, so neither they nor the results pile up.
+    """
+    if workers == 1:
+        for task in tasks:
+            yield function(*task)
+        return
+    processes = [_start() for _ in range(workers)]
+    idle = queue.SimpleQueue()
+    for process in processes:
+        idle.put(process)
+
+    def call(task):
+        process = idle.get()
+        try:
+            return _call(process, function, task)
+        finally:
+            idle.put(process)
+
+    threads = ThreadPoolExecutor(workers)
+    running = deque()
+    try:
+        for task in tasks:
+            running.append(threads.submit(call, task))
+            if len(running) > 2 * workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for process in processes:
+            process.kill()  # they hold nothing
+            process.wait()
+        threads.shutdown(cancel_futures=True)
+        for process in processes:
+            process.stdin.close()
+            process.stdout.close()
+
+
+def serve() -> None:
+    """The loop of a worker: calls come in by stdin, results go out by stdout, until stdin ends."""
+    calls, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever is printed must not get among the results
+    while True:
+        try:
+            function, task = pickle.load(calls)
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            answer = True, function(*task)
+        except Exception as error:
+            answer = False, error
+        except KeyboardInterrupt:
+            return
+        pickle.dump(answer, results, pickle.HIGHEST_PROTOCOL)
+        results.flush()
+
+
+def _start() -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", _SERVE, json.dumps([path for path in sys.path if isinstance(path, str)])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+
+def _call(process, function, task):
+    try:
+        pickle.dump((function, task), process.stdin, pickle.HIGHEST_PROTOCOL)
+        process.stdin.flush()
+        done, value = pickle.load(process.stdout)
+    except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
+        raise RuntimeError(f"a reading process ended with exit code {process.wait()}") from error
+    if not done:
+        raise value
+    return value
