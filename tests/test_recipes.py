@@ -150,6 +150,28 @@ def test_training_learns_and_leaves_the_reference(task):
     assert torch.equal(kept.chosen, pairs.take(at[::2]).chosen)
 
 
+def test_training_starts_at_the_reference(task, monkeypatch):
+    found, loss = [], task.preference_loss
+
+    def recording(*args, **options):
+        found.append((loss(*args, **options), options))
+        return found[-1][0]
+
+    monkeypatch.setattr(task, "preference_loss", recording)
+    setting = task.setting(5, task.TINY)
+    pool = task.draw_pool(setting, 40, 2)
+    pairs = pool.pairs(np.zeros(40, int), np.ones(40, int), pool.reward)._replace(goal=torch.linspace(-1, 1, 40))
+    order = torch.arange(32).view(2, 16)
+    task.train(setting, pairs, order=order)
+    assert len(found) == 2
+    first, options = found[0]
+    assert float(first.loss) == pytest.approx(math.log(2), abs=1e-6)
+    assert first.margins.abs().max() < 1e-5
+    torch.testing.assert_close(
+        options["rating_gap"], torch.from_numpy(pool.reward[:16, 0] - pool.reward[:16, 1]).float()
+    )
+
+
 def test_batches_are_whole_epochs(task):
     rows = task.batches(10, 3, 8, np.random.default_rng(0))
     assert rows.shape == (3, 8)
