@@ -165,7 +165,7 @@ def test_training_starts_at_the_reference(task, monkeypatch):
     task.train(setting, pairs, order=order)
     assert len(found) == 2
     first, options = found[0]
-    assert float(first.loss) == pytest.approx(math.log(2), abs=1e-6)
+    assert first.loss.item() == pytest.approx(math.log(2), abs=1e-6)
     assert first.margins.abs().max() < 1e-5
     torch.testing.assert_close(
         options["rating_gap"], torch.from_numpy(pool.reward[:16, 0] - pool.reward[:16, 1]).float()
