@@ -215,6 +215,7 @@ def _problem_case(record: dict) -> str:
     more = {
         "recovered": lambda x: f"{100 * x:.0f} %",
         "error": lambda x: f"{x:.1e}",
+        "agreement": lambda x: f"{100 * x:.3f} %",
         "iterations": str,
         "beside_data": lambda x: f"{100 * x:.1f} %",
     }

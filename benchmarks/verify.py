@@ -29,6 +29,7 @@ _OPS = {
         ),
     ],
     "bench_bradley_terry": [("test_bradley_terry.py", "recovers or maximum_likelihood")],
+    "bench_pairs": [("test_pairs.py", "")],
     "bench_rpca": [("test_rpca.py", "recovers or convex"), ("test_batched_rpca.py", "agrees")],
     "bench_svt": [("test_svt.py", "not cuda")],
     "bench_margins": [("test_margins.py", "worked or published or search or top_k")],

@@ -357,7 +357,7 @@ def _select(data, pairings, bounds, slots, seed) -> list[PairSelection]:
         block = _read_block(data, which, size)
         pools, enough = block.pools, block.pools.count >= 2
         shared["n_pool"][which] = pools.count
-        shared["minimum"][which] = pools.unscaled(pools.lowest())
+        shared["minimum"][which] = pools.unscaled(pools.lowest)
         shared["mean"][which] = np.where(enough, pools.unscaled(pools.center), np.nan)
         shared["std"][which] = np.where(enough, pools.unscaled(pools.spread), np.nan)
         for (chosen, rejected), columns in zip(pairings, selected, strict=True):
@@ -443,12 +443,12 @@ class _Pick(NamedTuple):
 def _pick_chosen(block, rule) -> _Pick:
     pools = block.pools
     if rule.number == math.inf and block.eligible is None:
-        position = np.maximum(pools.count - 1, 0)
+        position = pools.last
     else:
         places, want, slack = _sought(pools, rule)
         tied = _tied(places if block.eligible is None else np.where(block.eligible, places, np.nan), want, slack)
         position = len(tied) - 1 - np.argmax(tied[::-1], axis=0)
-    reward = pools.rewards[np.arange(len(position)), position]
+    reward = pools.reward_at(position)
     column = np.argmax(block.choosable == reward[:, None], axis=1)
     return _Pick(column, reward, pools.at(position), position)
 
@@ -456,7 +456,7 @@ def _pick_chosen(block, rule) -> _Pick:
 def _pick_rejected(block, position, slot) -> _Pick:
     """Of equal rewards the first one as the first pick of its prompt, later ones as later picks."""
     pools = block.pools
-    reward = pools.rewards[np.arange(len(position)), position]
+    reward = pools.reward_at(position)
     equal = block.rewards == reward[:, None]
     if slot == 0:  # the position is that of the first already
         return _Pick(np.argmax(equal, axis=1), reward, pools.at(position), position)
@@ -467,7 +467,7 @@ def _pick_rejected(block, position, slot) -> _Pick:
 
 def _first_equal(pools, position) -> np.ndarray:
     """[k] lowest position of the same reward."""
-    return np.argmax(pools.rewards == pools.rewards[np.arange(len(position)), position][:, None], axis=1)
+    return np.argmax(pools.rewards == pools.reward_at(position)[:, None], axis=1)
 
 
 def _target(pools, rule) -> np.ndarray:
@@ -492,11 +492,11 @@ def _sought(pools, rule) -> tuple[np.ndarray, np.ndarray, float]:
         positions = np.arange(float(len(pools.scaled)))[:, None]
         return (
             np.where(np.isnan(pools.scaled), np.nan, positions),
-            rule.number * np.maximum(pools.count - 1, 0),
+            rule.number * pools.last,
             TIED * len(positions),
         )
     # Beyond the pool the nearest reward is the extreme one: clipping says so without rounding, for infinite k too.
-    want = np.clip(_target(pools, rule), pools.lowest(), pools.highest())
+    want = np.clip(_target(pools, rule), pools.lowest, pools.highest)
     return pools.scaled, want, 0 if math.isinf(rule.number) else TIED
 
 
@@ -570,7 +570,7 @@ def _reasons(block, best, worse, there, spread, bounds) -> np.ndarray:
     """[k] int8. there: bool, whether there is a response to reject; spread: of the rules that are measured in it."""
     pools = block.pools
     gap = best.reward - worse.reward
-    flat_pool = pools.lowest() == pools.highest()
+    flat_pool = pools.lowest == pools.highest
     # The first that applies counts, so it is written last.
     checks = [
         (bounds.max_gap and gap > _gap_bound(pools, bounds.max_gap), DropReason.LARGE_GAP),

@@ -64,16 +64,29 @@ class SortedPools:
     center: np.ndarray  # [k] mean of scaled, median for "mad", 0 for "normal_score"
     spread: np.ndarray  # [k] std, 1.4826 MAD, 1
 
+    @functools.cached_property
+    def last(self) -> np.ndarray:
+        """[k] position of the highest reward, 0 without one."""
+        return np.maximum(self.count - 1, 0)
+
+    @functools.cached_property
     def lowest(self) -> np.ndarray:
         """[k] of scaled; NaN without a reward."""
         return self.scaled[0]
 
+    @functools.cached_property
     def highest(self) -> np.ndarray:
-        return self.at(np.maximum(self.count - 1, 0))
+        return self.at(self.last)
 
     def at(self, position) -> np.ndarray:
         """[k] of scaled, at the position [k] of each sorted pool."""
-        return self.scaled[position, np.arange(len(self.count))]
+        prompts = len(self.count)
+        return self.scaled.reshape(-1).take(position * prompts + np.arange(prompts))
+
+    def reward_at(self, position) -> np.ndarray:
+        """[k] of rewards, likewise."""
+        prompts, size = self.rewards.shape
+        return self.rewards.reshape(-1).take(np.arange(0, prompts * size, size) + position)
 
     def unscaled(self, values) -> np.ndarray:
         """[k] of scaled values, on the scale itself."""
