@@ -1,7 +1,8 @@
 """Pairs from a large file: `python benchmarks/files.py [--gigabytes 1] [--format jsonl] [--workers N] [--out FOLDER]`.
 
-Writes a file of samples (prompts of 16 responses of 1 kB, with line breaks, one in nine not all ASCII), then, in a fresh process, reads its scores, picks a pair per prompt and writes the pairs: seconds of each, responses per
-second of all, and the memory of all processes together, as the sum of the largest that each has taken.
+Writes a file of samples (prompts of 16 responses of 1 kB, with line breaks, one in nine not all ASCII); then a fresh
+process reads its scores, picks a pair per prompt and writes the pairs. Prints the seconds of each, responses per second
+of all, and the memory of all processes together, as the sum of the most that each has taken.
 """
 
 import argparse

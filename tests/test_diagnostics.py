@@ -120,15 +120,19 @@ def test_no_pair_and_no_prompt():
 @pytest.mark.parametrize(
     ("pairs", "error", "message"),
     [
-        ({"prompt": [0], "chosen": [0]}, ValueError, 'must have "prompt", "chosen" and "rejected", got prompt, chosen'),
-        ({"prompt": [2], "chosen": [0], "rejected": [1]}, ValueError, r"\[0, 2\), the prompts of rewards; got 2 to 2"),
+        ({"prompt": [0], "chosen": [0]}, ValueError, 'PairSelection or have "prompt", "chosen" and "rejected"'),
+        ({"prompt": [2], "chosen": [0], "rejected": [1]}, ValueError, "prompts from 0 to 1, got 2 to 2"),
         ({"prompt": [-1], "chosen": [0], "rejected": [1]}, ValueError, "got -1 to -1"),
-        ({"prompt": [1], "chosen": [3], "rejected": [1]}, ValueError, r'"chosen"\]\[0\] must lie in \[0, 3\).* got 3'),
-        ({"prompt": [1], "chosen": [0], "rejected": [-1]}, ValueError, r'"rejected"\]\[0\] must lie in .* got -1'),
-        ({"prompt": [0, 0], "chosen": [0, 0], "rejected": [1, 2]}, ValueError, "1 of 2 have none.* response 2 of prom"),
-        ({"prompt": [0], "chosen": [0.0], "rejected": [1]}, ValueError, r'"chosen"\] must be integers .* got float64'),
-        ({"prompt": [0, 1], "chosen": [0], "rejected": [1]}, ValueError, r"shape \[2\] like"),
-        (np.zeros((2, 3)), TypeError, "PairSelection or a mapping of arrays, got ndarray"),
+        ({"prompt": [1], "chosen": [3], "rejected": [1]}, ValueError, "chosen within the pool, got 3 in a pool of 3"),
+        ({"prompt": [1], "chosen": [0], "rejected": [-1]}, ValueError, "rejected within the pool, got -1"),
+        (
+            {"prompt": [0, 0], "chosen": [0, 0], "rejected": [1, 2]},
+            ValueError,
+            "none in 1 of 2 pairs.* response 2 of p",
+        ),
+        ({"prompt": [0], "chosen": [0.0], "rejected": [1]}, TypeError, "chosen as integers, got float64"),
+        ({"prompt": [0, 1], "chosen": [0], "rejected": [1]}, ValueError, r"of one shape \[pairs\], got \[\[2\], \[1\]"),
+        (np.zeros((2, 3)), ValueError, "pairs must be a PairSelection or have"),
     ],
 )
 def test_pairs_that_name_no_response_are_refused(pairs, error, message):
@@ -139,6 +143,13 @@ def test_pairs_that_name_no_response_are_refused(pairs, error, message):
 def test_a_quantile_outside_its_range_is_refused():
     with pytest.raises(ValueError, match=r"quantiles must lie in \[0, 1\], got \[50.0\]"):
         diagnose(np.ones((1, 2)), {"prompt": [], "chosen": [], "rejected": []}, quantiles=[50])
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1e-300, -3.3])
+def test_equal_rewards_are_at_their_mean(value):
+    # The float64 mean of three times 0.1 is not 0.1.
+    found = diagnose(np.full((1, 3), value), {"prompt": [0], "chosen": [0], "rejected": [1]}).measures
+    assert (found.z_chosen[0], found.z_rejected[0], found.percentile_chosen[0]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("scale", [2.0**-1000, 2.0**1000])
@@ -168,6 +179,7 @@ def test_z_neither_overflows_nor_underflows(scale):
         ([1.0, 5.0, 5.0, NAN], "wbb-"),
         ([1.0, 1.0, 3.0, 5.0, 5.0], "wwmbb"),
         ([0.0, 1.0, 1.0, 1.0, 2.0], "wmmmb"),
+        ([0.0, 1.0, 1.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0], "wlllmmhhbb"),  # the tie is on the bound of worst and low
         ([NAN, INF], "--"),
     ],
 )
@@ -347,13 +359,15 @@ def test_swap_changes_the_contrast_alone():
 def test_pairs_that_cannot_be_swapped_stay():
     rewards = np.array([[1.0, 2.0, 3.0, 4.0]] * 4)
     pairs = {"prompt": np.arange(4), "chosen": np.full(4, 2), "rejected": np.zeros(4, int)}
-    swap = swap_rejected(rewards, pairs, np.array([1, 3, -1, 0]))  # below, above the chosen one, none, the same
+    rewards[1, 3] = 3.0
+    swap = swap_rejected(rewards, pairs, np.array([1, 3, -1, 0]))  # below, equal to the chosen one, none, the same
+    assert swap_rejected(rewards, pairs, np.full(4, 3)).unable == 4
     assert swap.pairs["rejected"].tolist() == [1, 0, 0, 0]
     assert swap.swapped.tolist() == [True, False, False, False] and swap.unable == 2
     assert (swap.contrast_before, swap.contrast_after) == (2, 1.75)
     with pytest.raises(ValueError, match=r"rejected must be a target .* shape \[4\], got float64 \[4\]"):
         swap_rejected(rewards, pairs, np.zeros(4))
-    with pytest.raises(ValueError, match=r"rejected\[3\] must lie in \[0, 4\), the pool of prompt 3; got 9"):
+    with pytest.raises(ValueError, match="rejected must lie within the pool, got 9 in a pool of 4 at 3"):
         swap_rejected(rewards, pairs, np.array([1, 1, 1, 9]))
     with pytest.raises(ValueError, match="rejected must be"):
         swap_rejected(rewards, pairs, "worst")
@@ -421,7 +435,7 @@ def test_a_mix_that_lowers_the_chosen_quality_warns():
     [
         ({"prompt": [0], "chosen": [0], "rejected": [1]}, 1.5, r"fraction must lie in \[0, 1\], got 1.5"),
         ({"prompt": [0, 0], "chosen": [0, 0], "rejected": [1, 2]}, 0.5, "at most one pair per prompt, got 2 of 1"),
-        ({"prompt": [0]}, 0.5, '"chosen"'),
+        ({"prompt": [0]}, 0.5, "pairs must be a PairSelection or have"),
     ],
 )
 def test_wrong_mixes(on, fraction, message):

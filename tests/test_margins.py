@@ -502,6 +502,8 @@ def test_compare_selections():
     row = found.table()[1]
     assert row["selection"] == "external" and row["pairs"] == 100 and row["implicit"] == len(both) / 100
     assert list(compare_selections(margins, 3, how="add").selected) == ["add", "external", "implicit", "random"]
+    positive = compare_selections(margins, 100, how="external", require_positive=True).selected["external"]
+    assert (margins["implicit"][positive] > 0).all() and (margins["implicit"][found.selected["external"]] < 0).any()
 
 
 # ---- prompts

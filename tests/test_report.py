@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from fastpref.curate import InputError, read_scored_samples, report_plots, select_pairs, to_logit
+from fastpref.curate import InputError, length_report, read_scored_samples, report_plots, select_pairs, to_logit
 from fastpref.curate.report import (
     Example,
     MarginPairs,
@@ -127,7 +127,7 @@ def test_the_whole_page(folder):
         ],
         ["60 pairs kept"],
         ["no spread", "20.0 %", "99.8 %"],
-        ["right on 62.5 % of the pairs", "1.5 times as long"],
+        ["right on 62.5 % of the pairs", "1.414 times as long"],
         ["19.92", "6.64", "median offset in nats"],
         ["gamer against plain", "Chosen (2)", "Rejected (-1.5)"],
     ):
@@ -286,6 +286,18 @@ def test_margins_and_lengths_of_any_number_of_pairs(tmp_path, pairs):
         assert f"agree on {100 * agree:.1f} % of the pairs" in text
         right = (lengths[0] > lengths[1]).mean() + (lengths[0] == lengths[1]).mean() / 2
         assert f"right on {100 * right:.1f} % of the pairs" in text
+
+
+def test_what_length_report_knows_is_said(tmp_path):
+    lengths = np.array([[30, 10, 20], [5, 50, 1]])
+    pairs = {"prompt": [0, 1], "chosen": [0, 0], "rejected": [1, 2]}
+    known = length_report(lengths, pairs, truncated=lengths > 40)
+    data = ReportData("t", {}, lengths=PairLengths(lengths[:, 0], lengths[[0, 1], [1, 2]], found=known))
+    text = Page(write_report(tmp_path, data)).text
+    assert "right on 100.0 % of the pairs" in text and "50.0 % of the chosen ones are in the longest tenth" in text
+    assert "Truncated: 16.7 % of all responses, 0.0 % of the chosen and 0.0 % of the rejected ones." in text
+    alone = Page(write_report(tmp_path, ReportData("t", {}, lengths=replace(data.lengths, found=None)))).text
+    assert "tenth" not in alone and "Truncated" not in alone and "right on 100.0 %" in alone
 
 
 def test_equal_margins_and_equal_lengths(tmp_path):

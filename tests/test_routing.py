@@ -78,6 +78,9 @@ def test_ties_at_the_quantile_are_spoken_of():
     with pytest.warns(UserWarning, match=r"routes 30\.0 % .* turn inclusive off"):
         assert route_by_margin(margin, inclusive=True).share_sft == 0.3
     assert route_by_margin(margin, 0.5).share_sft == 0.3
+    few = np.arange(100.0)
+    few[12] = 11  # two equal ones at the cut: 11 % are near enough to 12
+    assert route_by_margin(few).share_sft == 0.11
 
 
 def test_no_pairs():
@@ -173,6 +176,8 @@ def test_easy_to_hard():
     assert easy_to_hard([0.5, 3, -1, 3, NAN, 2]).tolist() == [1, 3, 5, 4, 0, 2]  # a missing score counts as 1
     assert easy_to_hard([0.5, NAN], missing=0).tolist() == [0, 1]
     assert easy_to_hard([]).shape == (0,)
+    easy = np.arange(1000) % 3 == 0
+    np.testing.assert_array_equal(easy_to_hard(easy), [*np.flatnonzero(easy), *np.flatnonzero(~easy)])
 
 
 @settings(max_examples=200, deadline=None)

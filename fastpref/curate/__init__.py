@@ -15,6 +15,7 @@ from fastpref.curate.clean import (
     supplied,
     vote_consensus,
 )
+from fastpref.curate.config import CurateConfig, config_from_toml
 from fastpref.curate.diagnostics import Diagnosis, diagnose
 from fastpref.curate.files import Coded, read_metadata, write_pairs
 from fastpref.curate.goals import add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
@@ -37,6 +38,7 @@ from fastpref.curate.margins import (
     select_top,
 )
 from fastpref.curate.pairs import DropReason, PairSelection, all_pairings, select_pairs
+from fastpref.curate.pipeline import CurateResult, run
 from fastpref.curate.routing import (
     LearningOrder,
     Route,
@@ -67,6 +69,8 @@ __all__ = [
     "CleanedScores",
     "Coded",
     "Consensus",
+    "CurateConfig",
+    "CurateResult",
     "Diagnosis",
     "DropReason",
     "Exclusion",
@@ -94,6 +98,7 @@ __all__ = [
     "audit",
     "bees",
     "compare_selections",
+    "config_from_toml",
     "consensus",
     "denoise_judges",
     "denoise_scores",
@@ -122,6 +127,7 @@ __all__ = [
     "rescale",
     "rescale_scores",
     "route_by_margin",
+    "run",
     "select_pairs",
     "select_prompts",
     "select_top",

@@ -12,14 +12,13 @@ prompt, and the two columns within its pool. Rewards are padded [prompts, n] or 
 import enum
 import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.pairs import PairSelection, select_pairs
+from fastpref.curate.pairs import columns_of, places_of, select_pairs
 from fastpref.curate.pools import Pools, as_pools, blocks
 from fastpref.curate.scale import sort_pools
 
@@ -103,63 +102,17 @@ def _levels(quantiles) -> list[float]:
 
 
 def _places(pairs, pools: Pools) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """int64 [pairs] each: prompt, and the flat places of the chosen and the rejected response."""
-    prompt, chosen, rejected = _columns(pairs)
-    sizes = np.diff(pools.offsets)
-    if len(prompt) and (prompt.min() < 0 or prompt.max() >= len(sizes)):
-        raise ValueError(
-            f'pairs["prompt"] must lie in [0, {len(sizes)}), the prompts of rewards; '
-            f"got {prompt.min()} to {prompt.max()}"
-        )
-    return prompt, *(
-        _place(f'pairs["{name}"]', prompt, column, pools)
-        for name, column in (("chosen", chosen), ("rejected", rejected))
-    )
-
-
-def _place(name, prompt, column, pools) -> np.ndarray:
-    sizes = np.diff(pools.offsets)[prompt]
-    outside = (column < 0) | (column >= sizes)
-    if outside.any():
-        at = int(np.argmax(outside))
-        raise ValueError(
-            f"{name}[{at}] must lie in [0, {sizes[at]}), the pool of prompt {prompt[at]}; got {column[at]}"
-        )
-    flat = pools.offsets[prompt] + column
-    missing = np.isnan(pools.values[flat])
-    if missing.any():
-        at = int(np.argmax(missing))
-        raise ValueError(
-            f"{name} must name responses with a reward: {missing.sum()} of {len(flat)} have none, "
-            f"the first is response {column[at]} of prompt {prompt[at]}"
-        )
-    return flat
-
-
-def _columns(pairs) -> list[np.ndarray]:
-    """prompt, chosen and rejected as int64 [pairs]."""
-    table, columns = _table(pairs), []
-    for name in ("prompt", "chosen", "rejected"):
-        if name not in table:
-            raise ValueError(f'pairs must have "prompt", "chosen" and "rejected", got {", ".join(map(str, table))}')
-        column = np.asarray(table[name])
-        if column.size == 0:
-            column = column.astype(np.int64)
-        if column.ndim != 1 or column.dtype.kind not in "iu" or (columns and len(column) != len(columns[0])):
-            wanted = f'[{len(columns[0])}] like pairs["prompt"]' if columns else "[pairs]"
+    """`places_of` pairs that have a reward on both sides."""
+    prompt, chosen, rejected = places_of(pairs, pools.offsets)
+    for name, place in (("chosen", chosen), ("rejected", rejected)):
+        missing = np.isnan(pools.values[place])
+        if missing.any():
+            at = int(np.argmax(missing))
             raise ValueError(
-                f'pairs["{name}"] must be integers of shape {wanted}, got {column.dtype} {list(column.shape)}'
+                f"pairs must name responses with a reward: {name} has none in {missing.sum()} of {len(place)} pairs, "
+                f"the first is response {place[at] - pools.offsets[prompt[at]]} of prompt {prompt[at]}"
             )
-        columns.append(column.astype(np.int64, copy=False))
-    return columns
-
-
-def _table(pairs) -> Mapping[str, np.ndarray]:
-    if isinstance(pairs, PairSelection):
-        return pairs.table()
-    if not isinstance(pairs, Mapping):
-        raise TypeError(f"pairs must be a PairSelection or a mapping of arrays, got {type(pairs).__name__}")
-    return pairs
+    return prompt, chosen, rejected
 
 
 def _measure(pools, prompt, chosen, rejected) -> PairMeasures:
@@ -421,7 +374,7 @@ def _quantile_bins(values, bins) -> np.ndarray:
 class Swap(NamedTuple):
     pairs: dict[str, np.ndarray]  # prompt, chosen, rejected, score_chosen, score_rejected: [pairs], all of them
     swapped: np.ndarray  # bool [pairs]: the rejected response is another one
-    unable: int  # pairs that kept theirs because the new one does not score below the chosen one, or there is none
+    unable: int  # pairs that kept theirs: there is no new one, or it does not score below the chosen one
     quality_change: float  # of Q_w; 0 by construction
     contrast_before: float
     contrast_after: float
@@ -448,8 +401,11 @@ def swap_rejected(rewards, pairs, rejected, *, valid=None, offsets=None) -> Swap
                 f"got {column.dtype} {list(column.shape)}"
             )
     given = column >= 0
-    new = old.copy()
-    new[given] = _place("rejected", prompt[given], column[given], pools)
+    new = np.where(given, pools.offsets[prompt] + column, old)
+    if (outside := new >= pools.offsets[prompt + 1]).any():
+        at = int(np.argmax(outside))
+        size = np.diff(pools.offsets)[prompt[at]]
+        raise ValueError(f"rejected must lie within the pool, got {column[at]} in a pool of {size} at {at}")
     below = pools.values[new] < pools.values[chosen]
     new = np.where(below, new, old)
     table = {
@@ -511,9 +467,7 @@ def mix_on_policy(pairs, on_policy_pairs, fraction=0.2, *, seed=0) -> Mix:
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must lie in [0, 1], got {fraction!r}")
-    table, other = ({name: np.asarray(column) for name, column in _table(p).items()} for p in (pairs, on_policy_pairs))
-    for either in (table, other):
-        _columns(either)
+    table, other = columns_of(pairs), columns_of(on_policy_pairs)
     prompts, at = np.unique(other["prompt"], return_index=True)
     if len(prompts) < len(other["prompt"]):
         raise ValueError(

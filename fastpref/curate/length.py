@@ -7,13 +7,12 @@ ones would set the slope. An empty response counts as one character.
 
 import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.pairs import PairSelection
+from fastpref.curate.pairs import PairSelection, places_of
 from fastpref.curate.pools import Pools, as_mask, as_pools, per_prompt, same_size, table
 from fastpref.curate.scale import rescale
 
@@ -46,7 +45,7 @@ def length_report(lengths, pairs, *, truncated=None, offsets=None) -> LengthRepo
     for pairs that are not integers.
     """
     pools = _lengths(lengths, offsets)
-    prompt, chosen, rejected = _places_of(pairs, pools.offsets)
+    prompt, chosen, rejected = places_of(pairs, pools.offsets)
     log_length = _log(pools.values)
     of_chosen, of_rejected = log_length[chosen], log_length[rejected]
     if (bad := np.isnan(of_chosen) | np.isnan(of_rejected)).any():
@@ -197,31 +196,6 @@ def _log(lengths) -> np.ndarray:
 
 
 # ---- pairs
-
-
-def _places_of(pairs, offsets) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """int64 [pairs] each: the prompts, and where the chosen and rejected responses are in the flat array."""
-    columns = pairs.table() if isinstance(pairs, PairSelection) else pairs
-    if not isinstance(columns, Mapping) or not {"prompt", "chosen", "rejected"} <= columns.keys():
-        raise ValueError(f'pairs must be a PairSelection or have "prompt", "chosen" and "rejected", got {pairs!r:.80}')
-    prompt, chosen, rejected = (np.asarray(columns[name]) for name in ("prompt", "chosen", "rejected"))
-    for name, column in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-        if column.size and column.dtype.kind not in "iu":
-            raise TypeError(f"pairs must have {name} as integers, got {column.dtype}")
-    if not prompt.ndim == chosen.ndim == rejected.ndim == 1 or not len(prompt) == len(chosen) == len(rejected):
-        shapes = [list(column.shape) for column in (prompt, chosen, rejected)]
-        raise ValueError(f"pairs must have prompt, chosen and rejected of one shape [pairs], got {shapes}")
-    if not len(prompt):
-        return (np.zeros(0, np.int64),) * 3
-    prompts = len(offsets) - 1
-    if not 0 <= prompt.min() <= prompt.max() < prompts:
-        raise ValueError(f"pairs must have prompts from 0 to {prompts - 1}, got {prompt.min()} to {prompt.max()}")
-    size = np.diff(offsets)[prompt]
-    for name, column in (("chosen", chosen), ("rejected", rejected)):
-        if (outside := (column < 0) | (column >= size)).any():
-            at = int(np.argmax(outside))
-            raise ValueError(f"pairs must have {name} within the pool, got {column[at]} in a pool of {size[at]}")
-    return prompt, offsets[prompt] + chosen, offsets[prompt] + rejected
 
 
 def _in_top_decile(lengths, offsets, prompt, length) -> np.ndarray:

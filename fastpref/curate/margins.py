@@ -251,11 +251,8 @@ def compare_selections(margins, k, *, how="mul", seed=0, **options) -> "Selectio
     main = bees(margins, how=how, **options)
     sources = _checked_margins(margins)
     raw = {name: np.where(np.isfinite(margin), margin, 0.0) for name, margin in sources.items()}
-    scores = {how: main, **raw, "add": sum(raw.values())}
-    selected = {}
-    for name, score in scores.items():
-        if name not in selected:
-            selected[name] = select_top(score, k=k).indices
+    scores = {how: main} | {name: score for name, score in (*raw.items(), ("add", sum(raw.values()))) if name != how}
+    selected = {name: select_top(score, k=k).indices for name, score in scores.items()}
     selected["random"] = np.random.default_rng(seed).permutation(len(main.score))[:k]
     names = list(selected)
     overlap = np.array(
@@ -291,9 +288,8 @@ def _upper_bound(margin, kind) -> float:
     tail = margin[margin > start]
     if len(tail) < largest - start:
         return float(start)
-    counts = np.bincount(
-        (np.ceil(tail) - start).astype(np.int64), minlength=1
-    )  # counts[j]: start + j - 1 < m <= start + j
+    # counts[j]: start + j - 1 < m <= start + j
+    counts = np.bincount((np.ceil(tail) - start).astype(np.int64), minlength=1)
     above = len(tail) - np.cumsum(counts)  # pairs above start + j
     upper = start + np.arange(len(counts))
     stops = (above < largest - upper) | (above < 30)  # none is above the last one, so the search ends there at last
@@ -306,7 +302,6 @@ def _upper_bound(margin, kind) -> float:
 def _combine(values, described, how, require_positive):
     """Block by block, so that every step finds the last one's numbers in the cache."""
     pairs = len(next(iter(values.values())))
-    spans = {name: _span(source) for name, source in described.items()}
     score, tie_break = np.empty(pairs), np.empty(pairs)
     p = None if how in ("add", "max", "min") else np.empty(pairs)
     for start in range(0, pairs, BLOCK):
@@ -314,7 +309,7 @@ def _combine(values, described, how, require_positive):
         raw = {name: value[part] for name, value in values.items()}
         tie_break[part] = sum(raw[name] / (s.upper if s.upper > 0 else 1.0) for name, s in described.items())
         if how == "mul":
-            score[part] = sum(_log_odds(raw[name], s, spans[name]) for name, s in described.items())
+            score[part] = sum(_log_odds(raw[name], s) for name, s in described.items())
             with np.errstate(over="ignore"):
                 p[part] = 1 / (1 + np.exp(-score[part]))
         elif how == "add_normalized":
@@ -342,13 +337,14 @@ def _p(margin, source) -> np.ndarray:
     return np.clip((margin - source.lower) / span, 0, 1) if span > 0 else np.zeros(len(margin))
 
 
-def _log_odds(margin, source, span) -> np.ndarray:
+def _log_odds(margin, source) -> np.ndarray:
     """log(p / (1 - p)) of one source, from q and span - q: 1 - p would round where p is near 1."""
+    span = _span(source)
+    if span == 0:
+        return np.full(len(margin), -BOUND)
     q = np.clip(margin - source.lower, 0, span)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        odds = np.log(q / (span - q))
-    # a span of 0 gives 0 / 0: p is 0
-    return np.clip(odds, -BOUND, BOUND) if span > 0 else np.full(len(margin), -BOUND)
+    with np.errstate(divide="ignore"):  # p = 0 and p = 1
+        return np.clip(np.log(q / (span - q)), -BOUND, BOUND)
 
 
 # ---- what the user should know

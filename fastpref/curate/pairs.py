@@ -11,6 +11,7 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from fastpref.curate.scale import SortedPools, check_scale, quantile, sort_pools
 DEGENERATE_SHARE = 0.2  # of targets below the minimum of their pool, beyond which on_degenerate acts
 BLOCK = 1 << 16  # responses at a time: what is worked on stays in the L2 cache
 GAPS = 1 << 20  # differences between two rewards at a time, for their quantiles
+PLACES = ("prompt", "chosen", "rejected")  # what pairs are, whatever else is known of them
 TIED = 8 * np.finfo(np.float64).eps  # the mean carries a few roundings, which must not decide a tie
 
 
@@ -225,6 +227,47 @@ def without(selection: PairSelection, pairs, reason: DropReason) -> PairSelectio
         **{name: np.where(drop, -1, getattr(selection, name)) for name in INDICES},
         **{name: np.where(drop, np.nan, getattr(selection, name)) for name in NUMBERS},
     )
+
+
+def columns_of(pairs) -> dict[str, np.ndarray]:
+    """The columns of pairs as arrays, with "prompt", "chosen" and "rejected" as int64 [pairs].
+
+    pairs: a PairSelection, or a mapping with equally long integer arrays under these names, the last two columns within
+        the pool of the prompt.
+
+    Raises ValueError for other columns and shapes, TypeError for what is no integer.
+    """
+    columns = pairs.table() if isinstance(pairs, PairSelection) else pairs
+    if not isinstance(columns, Mapping) or not set(PLACES) <= columns.keys():
+        raise ValueError(f'pairs must be a PairSelection or have "prompt", "chosen" and "rejected", got {pairs!r:.80}')
+    columns = {name: np.asarray(column) for name, column in columns.items()}
+    for name in PLACES:
+        if columns[name].size and columns[name].dtype.kind not in "iu":
+            raise TypeError(f"pairs must have {name} as integers, got {columns[name].dtype}")
+        columns[name] = columns[name].astype(np.int64, copy=False)
+    shapes = [list(columns[name].shape) for name in PLACES]
+    if len(shapes[0]) != 1 or any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"pairs must have prompt, chosen and rejected of one shape [pairs], got {shapes}")
+    return columns
+
+
+def places_of(pairs, offsets) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int64 [pairs] each: the prompts of pairs, and where their chosen and rejected responses are in a flat array.
+
+    Raises what `columns_of` raises, and ValueError for pairs outside the prompts and their pools.
+    """
+    prompt, chosen, rejected = map(columns_of(pairs).get, PLACES)
+    if not len(prompt):
+        return prompt, chosen, rejected
+    prompts = len(offsets) - 1
+    if not 0 <= prompt.min() <= prompt.max() < prompts:
+        raise ValueError(f"pairs must have prompts from 0 to {prompts - 1}, got {prompt.min()} to {prompt.max()}")
+    size = np.diff(offsets)[prompt]
+    for name, column in (("chosen", chosen), ("rejected", rejected)):
+        if (outside := (column < 0) | (column >= size)).any():
+            at = int(np.argmax(outside))
+            raise ValueError(f"pairs must have {name} within the pool, got {column[at]} in a pool of {size[at]}")
+    return prompt, offsets[prompt] + chosen, offsets[prompt] + rejected
 
 
 # ---- arguments

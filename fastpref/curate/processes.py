@@ -98,7 +98,7 @@ def _call(process, function, task):
         process.stdin.flush()
         done, value = pickle.load(process.stdout)
     except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
-        raise RuntimeError(f"a reading process ended with exit code {process.wait()}") from error
+        raise RuntimeError(f"a process ended with exit code {process.wait()}") from error
     if not done:
         raise value
     return value

@@ -18,8 +18,10 @@ import numpy as np
 
 from fastpref.curate import report_plots
 from fastpref.curate.diagnostics import diagnose, pool_z
+from fastpref.curate.length import LengthReport, length_report
 from fastpref.curate.pools import as_pools
 from fastpref.curate.samples import InputError
+from fastpref.whole_file import whole_file
 
 SOURCES_SHOWN = 30
 EXAMPLE_CHARACTERS = 700
@@ -60,6 +62,7 @@ class PairLengths:
     chosen: np.ndarray  # int [pairs]
     rejected: np.ndarray
     unit: str = "characters"
+    found: LengthReport | None = None  # of the pairs in their pools; None: what these lengths alone can say
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,6 @@ def write_report(folder, data: ReportData) -> Path:
     The folder is made where it does not exist. Every file is whole or not there; the pages come last. Raises InputError
     where matplotlib is missing or the folder cannot be written.
     """
-    from fastpref.whole_file import whole_file
-
     sections = _sections(data)
     folder = Path(folder)
     try:
@@ -229,18 +230,26 @@ def _counts(counts: Mapping[str, Mapping[str, int]]) -> _Section:
 
 
 def _lengths(lengths: PairLengths) -> _Section:
-    # An empty response counts as one character.
-    chosen, rejected = (np.maximum(np.asarray(part, float), 1) for part in (lengths.chosen, lengths.rejected))
+    chosen, rejected = (np.asarray(part, float) for part in (lengths.chosen, lengths.rejected))
     _same_length("PairLengths", chosen=chosen, rejected=rejected)
-    ratio = chosen / rejected
-    right = (ratio > 1).mean() + (ratio == 1).mean() / 2 if len(ratio) else math.nan
+    found = lengths.found
+    if found is None:
+        zero = np.zeros(len(chosen), np.int64)
+        pairs = {"prompt": np.arange(len(chosen)), "chosen": zero, "rejected": zero + 1}
+        found = length_report(np.stack([chosen, rejected], 1), pairs)._replace(chosen_in_top_decile=math.nan)
     text = (
-        f"Taking the longer response for the chosen one is right on {_percent(right)} of the pairs (equal lengths "
-        f"count half). The chosen one is {_number(float(np.median(ratio)) if len(ratio) else math.nan)} times as long "
-        "as the rejected one at the median. Far from 50 %, accuracy on these pairs measures length rather than "
-        "preference."
+        f"Taking the longer response for the chosen one is right on {_percent(found.longest_wins)} of the pairs (equal "
+        f"lengths count half). The chosen one is {_number(found.median_ratio)} times as long as the rejected one at "
+        "the median. Far from 50 %, accuracy on these pairs measures length rather than preference."
     )
-    png = report_plots.lengths(chosen, rejected, lengths.unit)
+    if not math.isnan(found.chosen_in_top_decile):
+        text += f" {_percent(found.chosen_in_top_decile)} of the chosen ones are in the longest tenth of their pool."
+    if not math.isnan(found.truncated_share):
+        text += (
+            f" Truncated: {_percent(found.truncated_share)} of all responses, {_percent(found.truncated_chosen)} of "
+            f"the chosen and {_percent(found.truncated_rejected)} of the rejected ones."
+        )
+    png = report_plots.lengths(np.maximum(chosen, 1), np.maximum(rejected, 1), lengths.unit)
     return _Section("Length", text, _Figure("lengths.png", png, "Lengths of chosen and rejected responses"))
 
 

@@ -133,7 +133,7 @@ def counts(table: Mapping[str, Mapping[str, int]]) -> bytes:
 
 
 def lengths(chosen, rejected, unit) -> bytes:
-    """float64 [pairs] each, at least 1."""
+    """float64 [pairs] each, at least 1: an empty response counts as one character."""
     ratio = chosen / rejected
     with _figure(10, 4.2) as (figure, buffer):
         pair, share = figure.subplots(1, 2)

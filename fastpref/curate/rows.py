@@ -189,16 +189,21 @@ def _pair_keys(name) -> list[list[str]]:
 
 
 def _implicit_prompt(chosen, rejected) -> tuple:
-    """What both begin with, and the rest of each: TRL's rule, which leaves a space at the end to the responses."""
+    """What both begin with, and the rest of each: TRL's rule, which leaves a space at the end to the responses.
+
+    A conversation that the other goes on from ends in a response. Of strings nobody can say where it begins.
+    """
     for side, value in zip(SIDES, (chosen, rejected), strict=True):
         if not isinstance(value, type(chosen)) or not isinstance(value, str | list):
             raise ValueError(f"{side} must be a string or a list of messages, as the other side is")
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    if same is None and isinstance(chosen, list):
+        same = min(len(chosen), len(rejected)) - 1
     if same is None:
         raise ValueError("no field 'prompt', and one of chosen and rejected begins with all of the other")
-    if same and chosen[same - 1] == " ":
+    if same > 0 and chosen[same - 1] == " ":
         same -= 1
-    if not same:
+    if same < 1:
         raise ValueError("no field 'prompt', and chosen and rejected begin with nothing in common")
     return chosen[:same], chosen[same:], rejected[same:]
 
