@@ -23,9 +23,9 @@ NAN, INF = np.nan, np.inf
 select_pairs = functools.partial(curate.select_pairs, on_degenerate="ignore")
 
 
-def select_one(rewards, **options):
+def select_one(rewards, *rules, **options):
     """The selection for a single prompt, as plain numbers."""
-    pairs = select_pairs(np.asarray([rewards], dtype=float), **options)
+    pairs = select_pairs(np.asarray([rewards], dtype=float), *rules, **options)
     return int(pairs.chosen[0]), int(pairs.rejected[0]), DropReason(pairs.reason[0])
 
 
@@ -515,6 +515,21 @@ def test_of_equal_rewards_the_first_that_may_be_chosen():
     assert select_one([5.0, 1.0, 1.0, 1.0], choosable=choosable & False)[2] == DropReason.NO_CHOOSABLE
 
 
+@pytest.mark.parametrize("place", [2, 3, 4])
+def test_a_quantile_among_tied_rewards_of_which_one_may_be_chosen(place):
+    """q (n - 1) = 1.6: nearest to it is rank 2, a 5, whichever of the three 5s may be chosen."""
+    choosable = np.array([[True, True, place == 2, place == 3, place == 4]])
+    rewards = [1.0, 4.0, 5.0, 5.0, 5.0]
+    assert select_one(rewards, "quantile:0.4", "min", choosable=choosable) == (place, 0, DropReason.KEPT)
+
+
+def test_equal_rewards_are_one_reason_wherever_they_stand():
+    for choosable in itertools.permutations([True, False, True]):
+        mask = np.array([[*choosable, True]])
+        reason = select_one([5.0, 5.0, 5.0, 1.0], rejected="max", choosable=mask)[2]
+        assert reason == DropReason.SAME_RESPONSE
+
+
 @pytest.mark.parametrize("options", [{}, {"rejected": "min_of_3"}, {"scale": "normal_score"}, {"pairs_per_prompt": 3}])
 def test_when_all_may_be_chosen_the_mask_changes_nothing(options):
     rewards = np.random.default_rng(0).integers(0, 9, size=(200, 12))
@@ -537,6 +552,13 @@ def test_a_smaller_number_of_pairs_is_the_first_of_a_larger_one():
             used = many.rejected[row][many.keep[row]]
             assert len(set(used)) == len(used)
             assert (rewards[row, used] == many.score_rejected[row][many.keep[row]]).all()
+
+
+@pytest.mark.parametrize("rejected", ["mean", "mean+0.1std", "min", "quantile:0.5"])
+def test_of_equal_rewards_the_first_is_the_earliest_pick(rejected):
+    # mean 2.86; the walk reaches the three 2s from above or from below
+    pairs = select_pairs([[2.0, 9.0, 2.0, 3.0, 2.0, 1.0, 1.0]], rejected=rejected, pairs_per_prompt=6)
+    assert [c for c in pairs.rejected[0] if c in (0, 2, 4)] == [0, 2, 4]
 
 
 def test_the_table_of_pairs():
@@ -674,18 +696,22 @@ SCALES = ["raw", "logit", "mad", "normal_score"]
 
 
 @settings(max_examples=150, deadline=None)
-@given(POOLS, st.randoms(use_true_random=False), st.sampled_from(RULES), st.sampled_from(SCALES))
-def test_the_order_of_the_responses_does_not_matter(rewards, random, rejected, scale):
+@given(
+    POOLS,
+    st.randoms(use_true_random=False),
+    st.sampled_from(["max", "mean", "mean+1std", "quantile:0.7"]),
+    st.sampled_from([*RULES, "max"]),
+    st.sampled_from(SCALES),
+)
+def test_the_order_of_the_responses_does_not_matter(rewards, random, chosen, rejected, scale):
     permutation = list(range(rewards.shape[1]))
     random.shuffle(permutation)
     if scale == "logit":
         rewards = np.clip(np.abs(rewards) / 9, 0, 1)
-    choosable = np.round(rewards) % 3 != 0
+    choosable = np.random.default_rng(0).random(rewards.shape) < 0.6
+    options = {"chosen": chosen, "rejected": rejected, "scale": scale, "pairs_per_prompt": 2}
     pairs, permuted = (
-        select_pairs(
-            rewards[:, order], rejected=rejected, scale=scale, choosable=choosable[:, order], pairs_per_prompt=2
-        )
-        for order in (slice(None), permutation)
+        select_pairs(rewards[:, order], choosable=choosable[:, order], **options) for order in (slice(None), permutation)
     )
     for field in dataclasses.fields(pairs):
         if field.name not in ("chosen", "rejected"):

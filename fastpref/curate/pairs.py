@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastpref.curate.pools import as_mask, flat, same_size, table, usable
-from fastpref.curate.scale import SortedPools, check_scale, quantile, sort_pools
+from fastpref.curate.scale import SortedPools, check_scale, quantile, sort_pools, tied_runs
 
 DEGENERATE_SHARE = 0.2  # of targets below the minimum of their pool, beyond which on_degenerate acts
 BLOCK = 1 << 16  # responses at a time: what is worked on stays in the L2 cache
@@ -34,8 +34,8 @@ class DropReason(enum.IntEnum):
     KEPT = 0
     TOO_FEW = 1  # fewer than two valid rewards, or than this pair of the prompt needs
     NO_SPREAD = 2  # all valid rewards equal on the scale, or a target measured in a spread of 0
-    SAME_RESPONSE = 3  # both targets pick one response
-    NOT_BETTER = 4  # reward of chosen <= reward of rejected
+    SAME_RESPONSE = 3  # both targets pick one response, or two of equal reward
+    NOT_BETTER = 4  # reward of chosen < reward of rejected, or equal on the scale
     NO_CHOOSABLE = 5  # no valid reward may be chosen
     DEGENERATE = 6  # the target lies below every reward, and on_degenerate="drop"
     LOW_CHOSEN = 7  # chosen below min_chosen
@@ -411,8 +411,10 @@ def _select(data, pairings, bounds, slots, seed) -> list[PairSelection]:
             else:
                 picks = _nearest_ones(block, rejected, slots)
             spread = pools.spread if _needs_spread(chosen) or _needs_spread(rejected) else None
+            earlier = []
             for slot, (position, there) in enumerate(picks):
-                worse = _pick_rejected(block, position, slot)
+                worse = _pick_rejected(block, position, earlier)
+                earlier.append(worse.reward)
                 reason = _reasons(block, best, worse, there, spread, bounds)
                 keep = reason == DropReason.KEPT
                 columns["reason"][which, slot] = reason
@@ -489,23 +491,35 @@ def _pick_chosen(block, rule) -> _Pick:
         position = pools.last
     else:
         places, want, slack = _sought(pools, rule)
-        tied = _tied(places if block.eligible is None else np.where(block.eligible, places, np.nan), want, slack)
+        if block.eligible is not None:
+            eligible = _any_of_equal(pools, block.eligible) if rule.kind == "quantile" else block.eligible
+            places = np.where(eligible, places, np.nan)
+        tied = _tied(places, want, slack)
         position = len(tied) - 1 - np.argmax(tied[::-1], axis=0)
     reward = pools.reward_at(position)
     column = np.argmax(block.choosable == reward[:, None], axis=1)
     return _Pick(column, reward, pools.at(position), position)
 
 
-def _pick_rejected(block, position, slot) -> _Pick:
-    """Of equal rewards the first one as the first pick of its prompt, later ones as later picks."""
+def _any_of_equal(pools, flags) -> np.ndarray:
+    """[n, k] bool of the sorted rewards: whether one of the same reward has the flag. Their own order is arbitrary."""
+    first, last = tied_runs(pools.rewards.T)
+    rows = np.arange(len(flags))[:, None]
+    before = np.maximum.accumulate(np.where(flags, rows, -1), axis=0)
+    after = np.minimum.accumulate(np.where(flags, rows, len(flags))[::-1], axis=0)[::-1]
+    return (before >= first) | (after <= last)
+
+
+def _pick_rejected(block, position, earlier) -> _Pick:
+    """Of equal rewards the first one as the earliest pick of its prompt. earlier: [k] rewards of each pick before."""
     pools = block.pools
     reward = pools.reward_at(position)
     equal = block.rewards == reward[:, None]
-    if slot == 0:  # the position is that of the first already
+    if not earlier:  # the position is that of the first already
         return _Pick(np.argmax(equal, axis=1), reward, pools.at(position), position)
-    rank = _first_equal(pools, position)
-    column = np.argmax(np.cumsum(equal, axis=1) > (position - rank)[:, None], axis=1)
-    return _Pick(column, reward, pools.at(position), rank)
+    taken = sum(reward == before for before in earlier)
+    column = np.argmax(np.cumsum(equal, axis=1) > taken[:, None], axis=1)
+    return _Pick(column, reward, pools.at(position), _first_equal(pools, position))
 
 
 def _first_equal(pools, position) -> np.ndarray:
@@ -620,7 +634,7 @@ def _reasons(block, best, worse, there, spread, bounds) -> np.ndarray:
         (bounds.min_gap and gap < _gap_bound(pools, bounds.min_gap), DropReason.SMALL_GAP),
         (bounds.min_chosen and best.reward < _chosen_bound(pools, bounds.min_chosen), DropReason.LOW_CHOSEN),
         (best.scaled <= worse.scaled, DropReason.NOT_BETTER),
-        (best.column == worse.column, DropReason.SAME_RESPONSE),
+        (best.reward == worse.reward, DropReason.SAME_RESPONSE),
         (block.eligible is not None and ~block.eligible.any(axis=0), DropReason.NO_CHOOSABLE),
         (flat_pool if spread is None else flat_pool | (spread == 0), DropReason.NO_SPREAD),
         ((pools.count < 2) | ~there, DropReason.TOO_FEW),
