@@ -195,6 +195,8 @@ def test_infinite_rewards_are_invalid():
         ({"rewards": np.zeros((2, 3)), "min_chosen": NAN}, "min_chosen must be a finite number or .*, got nan"),
         ({"rewards": np.zeros((2, 3)), "pairs_per_prompt": 0}, "pairs_per_prompt must be an integer >= 1, got 0"),
         ({"rewards": np.zeros((2, 3)), "pairs_per_prompt": 1.0}, "pairs_per_prompt must be an integer >= 1"),
+        ({"rewards": np.zeros((2, 3)), "pairs_per_prompt": True}, "pairs_per_prompt must be an integer >= 1"),
+        ({"rewards": np.zeros((2, 3)), "chosen": ["max"]}, r"chosen must be .*, got \['max'\]"),
         ({"rewards": np.zeros((2, 3)), "seed": -1}, "seed must be an integer >= 0, got -1"),
     ],
 )
@@ -601,6 +603,10 @@ def test_all_pairings_of_the_grid(scale):
 
 def test_pairings_of_another_grid():
     assert list(all_pairings(np.eye(3), ks=[-0.25, 1.5])) == [("mean+1.5std", "mean-0.25std")]
+    close = all_pairings(np.eye(3), ks=[-1e-7, 1.0000001, 1.0000002, 1234567.5])
+    assert len(close) == 6
+    for chosen, rejected in close:
+        assert select_pairs(np.eye(3), chosen, rejected).rule == f"{chosen} vs {rejected}"
     for ks in ([], [1], [1, 0], [0, 0], [0, NAN]):
         with pytest.raises(ValueError, match="ks must be two or more ascending numbers"):
             all_pairings(np.eye(3), ks=ks)
@@ -682,6 +688,12 @@ def test_the_smallest_and_largest_numbers(factor):
     assert pairs.z_rejected == pytest.approx(plain.z_rejected)
 
 
+def test_a_gap_beyond_the_largest_number():
+    pairs = select_pairs([[1e308, -1e308, 0.0]], rejected="min", min_gap=1)
+    assert pairs.keep.all() and pairs.score_rejected == -1e308
+    assert select_one([1e308, -1e308, 0.0], rejected="min", max_gap=1)[2] == DropReason.LARGE_GAP
+
+
 # ---- properties
 
 POOLS = hnp.arrays(
@@ -711,7 +723,8 @@ def test_the_order_of_the_responses_does_not_matter(rewards, random, chosen, rej
     choosable = np.random.default_rng(0).random(rewards.shape) < 0.6
     options = {"chosen": chosen, "rejected": rejected, "scale": scale, "pairs_per_prompt": 2}
     pairs, permuted = (
-        select_pairs(rewards[:, order], choosable=choosable[:, order], **options) for order in (slice(None), permutation)
+        select_pairs(rewards[:, order], choosable=choosable[:, order], **options)
+        for order in (slice(None), permutation)
     )
     for field in dataclasses.fields(pairs):
         if field.name not in ("chosen", "rejected"):

@@ -157,7 +157,7 @@ def select_pairs(
     replacement = _parse_on_degenerate(on_degenerate)
     bounds = _parse_bounds(min_chosen=min_chosen, min_gap=min_gap, max_gap=max_gap)
     for name, value, least in (("pairs_per_prompt", pairs_per_prompt, 1), ("seed", seed, 0)):
-        if not isinstance(value, int | np.integer) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     data = _checked(rewards, valid, offsets, choosable, scale, ddof)
 
@@ -286,9 +286,9 @@ _QUANTILE = re.compile(r"quantile:(?P<q>\d+\.?\d*|\.\d+)")
 
 def _parse_rule(argument, name) -> _Rule:
     extremes = {"min": -math.inf, "max": math.inf}
-    if name in extremes:
-        return _Rule("target", extremes[name], name)
     text = name if isinstance(name, str) else ""
+    if text in extremes:
+        return _Rule("target", extremes[text], name)
     if match := _TARGET.fullmatch(text):
         return _Rule("target", float(match["k"] or 0), name)
     if (q := _quantile(text)) is not None:
@@ -300,7 +300,9 @@ def _parse_rule(argument, name) -> _Rule:
 
 
 def _target_name(k) -> str:
-    return {-math.inf: "min", 0.0: "mean", math.inf: "max"}.get(k, f"mean{k:+g}std")
+    """The shortest that `_parse_rule` reads as this k."""
+    extremes = {-math.inf: "min", 0.0: "mean", math.inf: "max"}
+    return extremes.get(k) or f"mean{np.format_float_positional(k, trim='-', sign=True)}std"
 
 
 def _quantile(text) -> float | None:
@@ -626,7 +628,8 @@ def _needs_spread(rule) -> bool:
 def _reasons(block, best, worse, there, spread, bounds) -> np.ndarray:
     """[k] int8. there: bool, whether there is a response to reject; spread: of the rules that are measured in it."""
     pools = block.pools
-    gap = best.reward - worse.reward
+    with np.errstate(over="ignore"):  # beyond the largest float64, and so beyond every bound
+        gap = best.reward - worse.reward
     flat_pool = pools.lowest == pools.highest
     # The first that applies counts, so it is written last.
     checks = [
