@@ -22,7 +22,7 @@ from fastpref.curate.pools import as_mask, flat, same_size, table, usable
 from fastpref.curate.scale import SortedPools, check_scale, quantile, sort_pools, tied_runs
 
 DEGENERATE_SHARE = 0.2  # of targets below the minimum of their pool, beyond which on_degenerate acts
-BLOCK = 1 << 16  # responses at a time: what is worked on stays in the L2 cache
+BLOCK = 1 << 17  # responses at a time: small enough for the cache, large enough for numpy
 GAPS = 1 << 20  # differences between two rewards at a time, for their quantiles
 PLACES = ("prompt", "chosen", "rejected")  # what pairs are, whatever else is known of them
 TIED = 8 * np.finfo(np.float64).eps  # the mean carries a few roundings, which must not decide a tie
@@ -285,8 +285,8 @@ _QUANTILE = re.compile(r"quantile:(?P<q>\d+\.?\d*|\.\d+)")
 
 
 def _parse_rule(argument, name) -> _Rule:
-    extremes = {"min": -math.inf, "max": math.inf}
     text = name if isinstance(name, str) else ""
+    extremes = {"min": -math.inf, "max": math.inf}
     if text in extremes:
         return _Rule("target", extremes[text], name)
     if match := _TARGET.fullmatch(text):
@@ -420,11 +420,11 @@ def _select(data, pairings, bounds, slots, seed) -> list[PairSelection]:
                 reason = _reasons(block, best, worse, there, spread, bounds)
                 keep = reason == DropReason.KEPT
                 columns["reason"][which, slot] = reason
-                for name, values in zip(INDICES, (best.column, worse.column, worse.rank), strict=True):
-                    columns[name][which, slot] = np.where(keep, values, -1)
                 zs = pools.z(best.scaled), pools.z(worse.scaled)
-                for name, values in zip(NUMBERS, (best.reward, worse.reward, *zs), strict=True):
-                    columns[name][which, slot] = np.where(keep, values, np.nan)
+                indices, numbers = (best.column, worse.column, worse.rank), (best.reward, worse.reward, *zs)
+                for names, found, none in ((INDICES, indices, -1), (NUMBERS, numbers, np.nan)):
+                    for name, values in zip(names, found, strict=True):
+                        columns[name][which, slot] = values if keep.all() else np.where(keep, values, none)
 
     _in_threads(work, same_size(data.offsets, BLOCK))
     results = []
@@ -569,12 +569,13 @@ def _tied(places, want, slack) -> np.ndarray:
 def _nearest_ones(block, rule, slots):
     """Yields (position [k], there [k] bool) for the nearest, the second nearest, ...; the lower one at a tie."""
     pools = block.pools
-    if rule.number == -math.inf and slots == 1:
-        yield np.zeros(len(pools.count), np.int64), pools.count > 0
-        return
     places, want, slack = _sought(pools, rule)
     columns = np.arange(len(want))
-    position = np.argmax(_tied(places, want, slack), axis=0)
+    # A target below the pool has been moved to the lowest place, which needs no search.
+    inside = want > places[0]
+    inside = slice(None) if inside.all() else np.flatnonzero(inside)
+    position = np.zeros(len(want), np.int64)
+    position[inside] = np.argmax(_tied(places[:, inside], want[inside], slack), axis=0)
     if rule.kind == "quantile":
         position = _first_equal(pools, position)
     below, above = position - 1, position + 1
@@ -625,6 +626,7 @@ def _needs_spread(rule) -> bool:
     return rule.kind == "target" and rule.number != 0 and math.isfinite(rule.number)
 
 
+@np.errstate(over="ignore")  # a gap may be infinite
 def _reasons(block, best, worse, there, spread, bounds) -> np.ndarray:
     """[k] int8. there: bool, whether there is a response to reject; spread: of the rules that are measured in it."""
     pools = block.pools
