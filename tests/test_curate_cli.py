@@ -189,7 +189,7 @@ def test_help_says_where_it_starts(capsys):
     [
         ([], "output must be a file"),
         (["-o", "pairs.txt"], "the output must end in .jsonl, .jsonl.gz, .parquet, got pairs.txt"),
-        (["-o", "samples.jsonl"], "samples.jsonl would overwrite the input"),
+        (["-o", "samples.jsonl"], "samples.jsonl would overwrite an input"),
         (["-o", "none/pairs.jsonl"], "cannot write none/pairs.jsonl: the folder none is not there"),
         (["-o", "p.jsonl", "--config", "c.toml"], "unknown key construct.rejectd, known: construct.chosen"),
         (["-o", "p.jsonl", "--config", "none.toml"], "cannot read none.toml: No such file or directory"),

@@ -369,7 +369,7 @@ def test_equal_pairs_make_equal_files(tmp_path, samples):
         ),
         (
             {"prompt": [0], "chosen": [0], "rejected": [1], "x": [1, 2]},
-            r"pairs\['x'\] must have an entry for each of 1",
+            r"pairs\['x'\] must have shape \[1\], got \[2\]",
         ),
     ],
 )

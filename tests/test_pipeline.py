@@ -490,7 +490,7 @@ def test_what_the_user_can_mend(samples, tables, message):
 
 
 def test_outputs_never_overwrite(samples):
-    with pytest.raises(InputError, match="would overwrite the input"):
+    with pytest.raises(InputError, match="would overwrite an input"):
         run(config_of(samples, output=str(samples)))
     with pytest.raises(InputError, match="would overwrite another output"):
         run(config_of(samples, write={"sft": str(samples.with_name("pairs.jsonl"))}))

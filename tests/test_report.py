@@ -135,6 +135,8 @@ def test_the_whole_page(folder):
             assert number in page.text, number
             assert number in markdown, number
     assert "What is 1 < 2?" in page.text and "True & right." in page.text
+    names = [name for name in page.texts if name in ("plain", "gamer", "baseline")]
+    assert names == ["gamer", "plain", "baseline"]  # by what is unexplained
     # Warnings come before anything else.
     assert page.text.index("94 % of the targets") < page.text.index("12,345")
 

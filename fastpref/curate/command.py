@@ -52,13 +52,9 @@ def _part(table, name) -> dict:
 
 
 def _run(config, options, progress) -> CurateResult:
-    """What the library refuses, and a disk that is full, as an InputError."""
+    """A disk that is full as an InputError."""
     try:
         return run(config, **options, progress=progress)
-    except InputError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error).partition("\n")[0]) from error
     except OSError as error:
         raise InputError(f"cannot write: {error.strerror or error}") from error
 

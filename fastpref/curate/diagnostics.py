@@ -136,7 +136,7 @@ def pool_z(pools: Pools) -> np.ndarray:
     for _, places in blocks(pools.offsets):
         rewards = pools.values[places]
         block = sort_pools(rewards, "raw")
-        equal = block.lowest() == block.highest()  # the rounding of their mean is no spread
+        equal = block.lowest == block.highest  # the rounding of their mean is no spread
         scaled = rewards * np.ldexp(1.0, -block.exponent)[:, None]
         distance = np.where(equal[:, None], 0 * scaled, scaled - block.center[:, None])
         z[places] = distance / np.where(equal | (block.count == 0), 1, block.spread)[:, None]

@@ -124,6 +124,8 @@ def write_pairs(
                     own = [line for row in own for line in _rewritten(row, rewrite, format)]
                 sink(own)
                 written[k] += len(own)
+    if progress is not None:
+        progress(total, total)
     return Written(*written)
 
 
@@ -158,9 +160,13 @@ def pair_columns(samples: Samples, pairs) -> dict[str, object]:
     columns |= {"chosen_id": chosen, "rejected_id": rejected}
     columns |= {name: column for name, column in pairs.items() if name not in _INDICES}
     for name, column in columns.items():
-        size = len(prompt) if _alone(column) else len(column.codes if isinstance(column, Coded) else column)
-        if size != len(prompt):
-            raise ValueError(f"pairs[{name!r}] must have an entry for each of {len(prompt)} pairs, got {size}")
+        if isinstance(column, np.generic):
+            columns[name] = column.item()
+        elif not _alone(column):
+            values = np.asarray(column.codes if isinstance(column, Coded) else column)
+            if values.shape != prompt.shape:
+                raise ValueError(f"pairs[{name!r}] must have shape [{len(prompt)}], got {list(values.shape)}")
+            columns[name] = Coded(values, column.names) if isinstance(column, Coded) else values
     return columns
 
 
@@ -189,7 +195,7 @@ def pair_rows_of(rows: list[Row], hashes: np.ndarray, picked: Picked, format) ->
     values = zip(*(_values(column, len(picked.row)) for column in picked.columns.values()), strict=True)
     places = (picked.row.tolist(), picked.chosen.tolist(), picked.rejected.tolist(), picked.to_sft.tolist())
     found = []
-    for r, chosen, rejected, to_sft, own in zip(*places, values if names else [()] * len(picked.row), strict=True):
+    for r, chosen, rejected, to_sft, own in zip(*places, values, strict=True):
         row = rows[r]
         prompt, texts = row.prompt, [row.responses[chosen], row.responses[rejected]]
         if format != "trl" and isinstance(prompt, str):
@@ -228,17 +234,16 @@ def _take(column, index):
         return column
     if isinstance(column, Coded):
         return Coded(column.codes[index], column.names)
-    return np.asarray(column)[index]
+    return column[index]
 
 
 def _values(column, count) -> list:
     """As Python has them, None for numbers that are not finite."""
     if _alone(column):
-        column = [column] * count
+        column = np.full(count, column)
     if isinstance(column, Coded):
         names = [*column.names, None]
         return [names[code] for code in column.codes.tolist()]
-    column = np.asarray(column)
     if column.dtype.kind == "f" and not (finite := np.isfinite(column)).all():
         column = np.where(finite, column.astype(object), None)
     return column.tolist()
@@ -431,5 +436,6 @@ def _arrow_type(column):
 
     if isinstance(column, Coded):
         return pyarrow.string()
-    column = np.array([column]) if _alone(column) else np.asarray(column)
-    return pyarrow.array(column.tolist()).type if column.dtype.kind in "OU" else pyarrow.from_numpy_dtype(column.dtype)
+    if _alone(column) or column.dtype.kind in "OU":
+        return pyarrow.array([column] if _alone(column) else column.tolist()).type
+    return pyarrow.from_numpy_dtype(column.dtype)

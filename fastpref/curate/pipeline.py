@@ -20,7 +20,7 @@ from fastpref import __version__
 from fastpref.curate import files, goals, stages
 from fastpref.curate.config import CurateConfig
 from fastpref.curate.hygiene import Flag, split_of
-from fastpref.curate.length import length_report
+from fastpref.curate.length import LengthReport, length_report
 from fastpref.curate.routing import Route
 from fastpref.curate.samples import InputError, RowProblem, texts
 from fastpref.curate.state import LeftOut, PairReason, State, as_json, fingerprint, load, load_samples, save
@@ -58,7 +58,7 @@ def run(
         raise InputError(f"a run can begin at {', '.join(names)}, got {begin!r}")
     if config.work is None and (only or begin != "read"):
         raise InputError("work must be a folder for a run that begins later than read, or ends after one stage")
-    if config.output is None and not only:
+    if config.output is None and (not only or begin == "write"):
         raise InputError("output must be a file")
     _check_outputs(config)
     report = (lambda what: None) if progress is None else (lambda what: partial(progress, what))
@@ -67,7 +67,7 @@ def run(
 
     state = _resumed(config, names[place - 1]) if place else None
     for name in names[place : min(last, len(names) - 1)]:
-        with _collected() as messages:
+        with _collected() as messages, _refused_options(name):
             state = stages.read(config, report("reading")) if name == "read" else stages.STAGES[name](state, config)
         state = replace(state, warnings=(*state.warnings, *messages))
         if config.work is not None:
@@ -101,14 +101,26 @@ def _resumed(config, name) -> State:
 def _check_outputs(config) -> None:
     write = config.write
     outputs = [path for path in (config.output, write.sft, write.test, write.bad_rows) if path is not None]
+    inputs = [path for path in (config.input, config.read.implicit, *config.hygiene.decontaminate) if path is not None]
     for index, path in enumerate(outputs):
         if path != write.bad_rows and not path.endswith(files.ENDINGS):
             raise InputError(f"the output must end in {', '.join(files.ENDINGS)}, got {path}")
         if not os.access(folder := os.path.dirname(path) or ".", os.W_OK):
             raise InputError(f"cannot write {path}: the folder {folder} is not there or cannot be written")
-        for other in [config.input, *outputs[:index]]:
+        for other in [*inputs, *outputs[:index]]:
             if os.path.realpath(path) == os.path.realpath(other):
-                raise InputError(f"{path} would overwrite {'the input' if other == config.input else 'another output'}")
+                raise InputError(f"{path} would overwrite {'an input' if other in inputs else 'another output'}")
+
+
+@contextlib.contextmanager
+def _refused_options(stage) -> Iterator[None]:
+    """What a method refuses are the options it was given."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{stage}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -234,10 +246,10 @@ def _said_of_input(samples) -> dict:
 
 
 def _said_of_pairs(state) -> dict:
-    samples, kept = state.samples, state.kept
+    kept = state.kept
     pairs = {name: state.pairs[name][kept] for name in ("prompt", "chosen", "rejected")}
     _warn_of_flags(state.flags, state.place("chosen")[kept])
-    lengths = length_report(samples.lengths, pairs, truncated=samples.truncated, offsets=samples.offsets)
+    lengths = _lengths(state, pairs)
     if lengths.longest_wins > LONGEST_WINS:
         warnings.warn(
             f"the longer response is the chosen one in {lengths.longest_wins:.1%} of the pairs, and "
@@ -252,6 +264,11 @@ def _said_of_pairs(state) -> dict:
         "responses_left_out": _counts(LeftOut, state.left_out),
         "length": as_json(lengths._asdict()),
     }
+
+
+def _lengths(state, pairs) -> LengthReport:
+    samples = state.samples
+    return length_report(samples.lengths, pairs, truncated=samples.truncated, offsets=samples.offsets)
 
 
 def _counts(reasons, codes) -> dict[str, int]:
@@ -307,6 +324,7 @@ def _write_report(state, config, summary) -> None:
         lengths=PairLengths(
             *(samples.lengths[state.place(side)[kept]] for side in ("chosen", "rejected")),
             unit=config.read.lengths or "characters",
+            found=_lengths(state, pairs),
         ),
         rating_scale=summary.get("rating_scale"),
         examples=_examples(state, pairs),
@@ -316,10 +334,11 @@ def _write_report(state, config, summary) -> None:
 
 def _headlines(summary) -> dict:
     made = summary["stages"]["construct"]
-    found = {name: summary[name] for name in ("input", "prompts", "responses", "bad_rows", "pairs")}
-    found |= {"rule": made["rule"], "scale": made["scale"]}
+    found = {name.replace("_", " "): summary[name] for name in ("input", "prompts", "responses", "bad_rows", "pairs")}
     routed = summary["stages"].get("route", {})
-    return found | ({"pairs to SFT": routed["sft"]} if "sft" in routed else {})
+    if "sft" in routed:
+        found["of them to SFT"] = routed["sft"]
+    return found | {"rule": made["rule"]}
 
 
 def _examples(state, pairs) -> list:

@@ -20,9 +20,10 @@ _SERVE = (
 )
 
 
-def worth(bytes: int) -> int:
-    """Processes for so many bytes of JSON: one per CPU that this process may use, and 1 where starting takes longer."""
-    return max(1, min(MOST, len(os.sched_getaffinity(0)), bytes >> 25))
+def worth(size: int) -> int:
+    """Processes for a file of so many bytes: one per CPU that this process may use, 1 where starting takes longer."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(MOST, cpus, size >> 25))
 
 
 def in_processes(function: Callable, tasks: Iterable[tuple], workers: int) -> Iterator:

@@ -97,7 +97,7 @@ def parse_row(row, fields: Fields) -> Row:
         _sources(*optional(fields.source, shape.source)),
         _lengths(*optional(fields.length, shape.length)),
         truncated,
-        prompt_id if isinstance(prompt_id, str) else None,
+        str(prompt_id) if isinstance(prompt_id, str | int) else None,
     )
 
 
@@ -146,7 +146,7 @@ def _completions(row) -> _Shape:
             raise ValueError(f"completions[{index}] must be an object with a response")
 
     def column(name):
-        if any(completion.get(name) is not None for completion in completions):
+        if any(name in completion for completion in completions):
             return [completion.get(name) for completion in completions]
         ratings = [_rating(completion, name) for completion in completions]
         return ratings if any(rating is not None for rating in ratings) or not completions else None

@@ -52,7 +52,7 @@ class Samples:
     source_names: list[str]
     prompt_hash: np.ndarray  # uint64 [prompts]
     row: np.ndarray  # int64 [prompts], line of a JSON Lines file, row of a Parquet file, both from 1
-    position: np.ndarray  # int64 [prompts], byte at which the line begins (unpacked)
+    position: np.ndarray  # int64 [prompts], byte at which the line begins (unpacked), rows before it in a Parquet file
     conversational: np.ndarray  # bool [prompts], lists of messages
     problems: list[RowProblem]
     fields: Fields  # as they were read
@@ -126,9 +126,8 @@ def texts(samples: Samples, prompts=None) -> Iterator[tuple[Text, list[Text]]]:
         raise ValueError(f"prompts must lie in [0, {samples.prompts}), got {prompts[0]} to {prompts[-1]}")
     for part, here, known in reading.parts_again(samples, prompts):
         for prompt, row in zip(prompts[here], reading.same_rows(samples.path, part, known), strict=True):
-            if (
-                reading.text_hash(row.responses) != samples.text_hash[slice(*samples.offsets[prompt : prompt + 2])]
-            ).any():
+            before = samples.text_hash[samples.offsets[prompt] : samples.offsets[prompt + 1]]
+            if (reading.text_hash(row.responses) != before).any():
                 raise reading.changed(samples.path)
             yield row.prompt, row.responses
 
