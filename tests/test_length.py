@@ -64,6 +64,11 @@ def test_report_without_pairs():
     assert np.isnan([*report[1:4], report.truncated_chosen, report.truncated_rejected]).all()
 
 
+def test_a_selection_from_other_prompts_is_refused():
+    with pytest.raises(ValueError, match="pairs must be a selection from 5 prompts, got one from 1"):
+        length_report(np.ones((5, 2)), select([[2.0, 1.0]]))
+
+
 PAIRS = {"prompt": [0], "chosen": [0], "rejected": [1]}
 
 
@@ -286,6 +291,27 @@ def test_a_drawn_response_is_matched_around_its_own_reward():
     assert lengths[0, matched.rejected[0]] == 50
 
 
+@pytest.mark.parametrize(
+    "bounds", [{"min_gap": 2.0}, {"max_gap": 2.0}, {"min_gap": "quantile:0.5"}, {"min_gap": 1.5, "max_gap": 2.5}]
+)
+@pytest.mark.parametrize("slots", [1, 3])
+def test_matched_pairs_keep_the_bounds_on_the_gap(bounds, slots):
+    generator = np.random.default_rng(0)
+    rewards = np.where(generator.random((200, 20)) < 0.1, NAN, generator.normal(size=(200, 20)))
+    lengths = generator.integers(1, 500, size=rewards.shape)
+    selection = select(rewards, rejected="mean-0.5std", pairs_per_prompt=slots, **bounds)
+    matched = match_length(selection, rewards, lengths, band=2, **bounds)
+    free = match_length(selection, rewards, lengths, band=2)
+    gaps = [np.abs(pool[:, None] - pool)[np.triu_indices(20, 1)] for pool in rewards]
+    low, high = bounds.get("min_gap", 0), bounds.get("max_gap", INF)
+    if isinstance(low, str):
+        low = np.nanquantile(gaps, 0.5, axis=1).reshape(-1, *[1] * (slots > 1))
+    kept = selection.keep
+    np.testing.assert_array_equal(matched.keep, kept)
+    assert ((matched.gap >= low) & (matched.gap <= high))[kept].all()
+    assert not ((free.gap >= low) & (free.gap <= high))[kept].all()
+
+
 def test_ragged_pools_and_missing_lengths():
     rewards = np.array([5.0, 1.0, 1.1, 3.0, 2.0])
     lengths = np.array([10.0, NAN, 30.0, 5.0, 5.0])
@@ -306,6 +332,10 @@ def test_ragged_pools_and_missing_lengths():
         ({"band": -1}, "band must be a number >= 0, got -1"),
         ({"band": "wide"}, "band must be a number >= 0, got 'wide'"),
         ({"rewards": np.zeros((2, 3))}, "rewards must have the 1 prompts of selection, got 2"),
+        ({"rewards": np.array([[1.0, 2.0, 4.0]])}, "rewards must be those of selection, got others for 1 of 1 pairs"),
+        ({"rewards": np.array([[3.0, 1.0]])}, "pairs must have chosen within the pool, got 2 in a pool of 2"),
+        ({"min_gap": 2.5}, "min_gap and max_gap must be those of selection, got 2.5 and None, .* 1 prompts"),
+        ({"max_gap": "wide"}, "max_gap must be a finite number or"),
         ({"lengths": np.zeros((1, 2))}, r"lengths must have shape \[1, 3\]"),
     ],
 )

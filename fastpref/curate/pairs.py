@@ -155,7 +155,7 @@ def select_pairs(
     """
     chosen, rejected = _parse_rule("chosen", chosen), _parse_rule("rejected", rejected)
     replacement = _parse_on_degenerate(on_degenerate)
-    bounds = _parse_bounds(min_chosen=min_chosen, min_gap=min_gap, max_gap=max_gap)
+    bounds = parse_bounds(min_chosen=min_chosen, min_gap=min_gap, max_gap=max_gap)
     for name, value, least in (("pairs_per_prompt", pairs_per_prompt, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
@@ -254,12 +254,15 @@ def columns_of(pairs) -> dict[str, np.ndarray]:
 def places_of(pairs, offsets) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """int64 [pairs] each: the prompts of pairs, and where their chosen and rejected responses are in a flat array.
 
-    Raises what `columns_of` raises, and ValueError for pairs outside the prompts and their pools.
+    Raises what `columns_of` raises, and ValueError for pairs outside the prompts and their pools and for a selection
+    from another number of prompts.
     """
     prompt, chosen, rejected = map(columns_of(pairs).get, PLACES)
+    prompts = len(offsets) - 1
+    if isinstance(pairs, PairSelection) and len(pairs.keep) != prompts:
+        raise ValueError(f"pairs must be a selection from {prompts} prompts, got one from {len(pairs.keep)}")
     if not len(prompt):
         return prompt, chosen, rejected
-    prompts = len(offsets) - 1
     if not 0 <= prompt.min() <= prompt.max() < prompts:
         raise ValueError(f"pairs must have prompts from 0 to {prompts - 1}, got {prompt.min()} to {prompt.max()}")
     size = np.diff(offsets)[prompt]
@@ -339,7 +342,7 @@ class _Bounds(NamedTuple):
     max_gap: _Bound | None = None
 
 
-def _parse_bounds(**bounds) -> _Bounds:
+def parse_bounds(**bounds) -> _Bounds:
     parsed = {}
     for name, value in bounds.items():
         if value is None:
@@ -635,8 +638,8 @@ def _reasons(block, best, worse, there, spread, bounds) -> np.ndarray:
     flat_pool = pools.lowest == pools.highest
     # The first that applies counts, so it is written last.
     checks = [
-        (bounds.max_gap and gap > _gap_bound(pools, bounds.max_gap), DropReason.LARGE_GAP),
-        (bounds.min_gap and gap < _gap_bound(pools, bounds.min_gap), DropReason.SMALL_GAP),
+        (bounds.max_gap and gap > gap_bound(pools, bounds.max_gap), DropReason.LARGE_GAP),
+        (bounds.min_gap and gap < gap_bound(pools, bounds.min_gap), DropReason.SMALL_GAP),
         (bounds.min_chosen and best.reward < _chosen_bound(pools, bounds.min_chosen), DropReason.LOW_CHOSEN),
         (best.scaled <= worse.scaled, DropReason.NOT_BETTER),
         (best.reward == worse.reward, DropReason.SAME_RESPONSE),
@@ -655,7 +658,7 @@ def _chosen_bound(pools, bound):
     return quantile(pools.rewards.T, pools.count, bound.number) if bound.within else bound.number
 
 
-def _gap_bound(pools, bound):
+def gap_bound(pools, bound):
     """A number, or [k]: a quantile of the differences between any two rewards of a pool."""
     if not bound.within:
         return bound.number

@@ -212,6 +212,8 @@ def _construct(state, config) -> State:
             state.score,
             samples.lengths,
             band=config.length.band,
+            min_gap=options.min_gap,
+            max_gap=options.max_gap,
             valid=state.valid & _taken(state),
             offsets=samples.offsets,
         )
