@@ -376,6 +376,24 @@ def test_draws_are_by_seed_and_prompt_alone():
     np.testing.assert_array_equal(19 - reversed_pools.rejected, first.rejected)
 
 
+def test_a_draw_of_tied_rewards_is_the_first_of_them():
+    rewards = np.random.default_rng(0).integers(0, 4, size=(300, 12)).astype(float)
+    pairs = select_pairs(rewards, rejected="min_of_2")
+    kept = np.flatnonzero(pairs.keep)
+    assert len(kept) > 200 and len(set(pairs.score_rejected[kept])) > 1
+    for row in kept:
+        assert pairs.rejected[row] == np.argmax(rewards[row] == pairs.score_rejected[row])
+        assert pairs.rank_rejected[row] == (rewards[row] < pairs.score_rejected[row]).sum()
+
+
+def test_the_chosen_response_is_not_drawn():
+    rewards = np.random.default_rng(0).normal(size=(500, 6))
+    pairs = select_pairs(rewards, chosen="quantile:0.6", rejected="min_of_1")
+    assert pairs.dropped().keys() == {"not_better"}  # rank 3 of 0 .. 5 is chosen, and 2 of the other 5 are above it
+    assert pairs.keep.mean() == pytest.approx(0.6, abs=0.1)
+    assert np.bincount(pairs.rank_rejected[pairs.keep]).tolist()[:3] == pytest.approx([100] * 3, abs=40)
+
+
 def test_several_of_a_draw():
     rewards = np.random.default_rng(0).normal(size=(3000, 12))
     pairs = select_pairs(rewards, rejected="min_of_5", pairs_per_prompt=7)
@@ -403,6 +421,8 @@ def test_logit_is_the_logit_of_the_rewards():
 
 def test_probabilities_that_are_clamped_together_are_one_reward():
     assert select_one([0.0, 1e-9, 1e-10], scale="logit") == (-1, -1, DropReason.NO_SPREAD)
+    clamped = {"chosen": "quantile:0.5", "rejected": "min", "scale": "logit"}
+    assert select_one([0.0, 1e-10, 0.5], **clamped) == (-1, -1, DropReason.NOT_BETTER)
     assert select_one([1 - 1e-12, 1.0, 0.5, 1e-9, 0.0], scale="logit") == (1, 4, DropReason.KEPT)
 
 
@@ -561,6 +581,11 @@ def test_of_equal_rewards_the_first_is_the_earliest_pick(rejected):
     # mean 2.86; the walk reaches the three 2s from above or from below
     pairs = select_pairs([[2.0, 9.0, 2.0, 3.0, 2.0, 1.0, 1.0]], rejected=rejected, pairs_per_prompt=6)
     assert [c for c in pairs.rejected[0] if c in (0, 2, 4)] == [0, 2, 4]
+
+
+def test_the_lower_of_two_that_are_second_nearest():
+    pairs = select_pairs([[10.0, 3.0, 1.0, 2.0, -6.0]], rejected="mean", pairs_per_prompt=4)
+    assert pairs.mean[0] == 2 and pairs.rejected.tolist() == [[3, 2, 1, 4]]
 
 
 def test_the_table_of_pairs():
