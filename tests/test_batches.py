@@ -4,6 +4,8 @@ import importlib.util
 import itertools
 import json
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -210,7 +212,7 @@ def test_malformed_rows():
     assert len(pair_rows(columns_of(mixed), rejected="min", format="trl-conversational")["prompt"]) == 2
 
 
-# ---- Spark, without it
+# ---- Spark
 
 
 def test_the_spark_example_maps_batches(tmp_path):
@@ -223,3 +225,27 @@ def test_the_spark_example_maps_batches(tmp_path):
     schema = example.schema_of(table.schema, **example.OPTIONS)
     assert all(batch.schema.equals(schema) for batch in found) and len(found) == 6
     assert pyarrow.Table.from_batches(found).equals(command(tmp_path, rows, rejected="quantile:0.10"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("pyspark") is None,
+    reason="Spark is not installed: pip install pyspark, and Java, run this",
+)
+def test_spark_gives_what_one_call_gives(tmp_path):
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_pylist(pools(100))
+    parquet.write_table(table, tmp_path / "samples.parquet", row_group_size=10)
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "spark_pairs.py", tmp_path / "samples.parquet", tmp_path / "pairs.parquet"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = parquet.read_table(tmp_path / "pairs.parquet").sort_by("prompt_id").to_pydict()
+    want = pair_rows(table, score_field="scores", rejected="quantile:0.10").sort_by("prompt_id").to_pydict()
+    assert len(want["prompt"]) > 50 and found == want

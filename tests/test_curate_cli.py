@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,19 @@ def test_strict_writes_and_exits_with_1(samples, capsys):
     assert curate("-o", "pairs.jsonl", "--strict", "--rejected", "min", scores="s") == 0
 
 
+def test_what_hygiene_reports_and_leaves_out(samples, capsys):
+    rows = read_lines(samples)
+    for row in rows[:10]:
+        row["responses"][0] = "I cannot help with that."
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert curate("-o", "pairs.jsonl") == 0
+    assert "1 repeated texts, one under 10 prompts, reported (--apply leaves them out)\n" in capsys.readouterr().out
+    assert curate("-o", "pairs.jsonl", "--apply") == 0
+    captured = capsys.readouterr()
+    assert "1 repeated texts, one under 10 prompts, left out\n" in captured.out
+    assert "left out   10 responses: repeated_text 10\n" in captured.out
+
+
 def test_no_pair_at_all_exits_with_1(samples, capsys):
     options = ("--min-gap", "1000", "--select", "0.5", "--tau", "1", "--sft", "s.jsonl", "--report", "page")
     assert curate("-o", "pairs.jsonl", *options) == 1
@@ -173,6 +187,15 @@ def test_without_sources_torch_is_not_imported(samples, python, tmp_path):
     )
     done = python(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_bar_on_a_terminal_alone(samples, capsys, monkeypatch):
+    assert curate("-o", "pairs.jsonl", "--rejected", "quantile:0.10") == 0
+    assert "reading" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert curate("-o", "pairs.jsonl", "--rejected", "quantile:0.10") == 0
+    captured = capsys.readouterr()
+    assert "reading" in captured.err and "writing" in captured.err and "reading" not in captured.out
 
 
 def test_help_says_where_it_starts(capsys):

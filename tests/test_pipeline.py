@@ -104,6 +104,7 @@ def test_a_config_of_toml_is_that_of_the_dataclass(tmp_path):
         ({"order": ["audit"]}, "order must hold construct"),
         ({"order": ["construct", "construct"]}, "order must name a stage once"),
         ({"order": ["route", "construct"]}, "order must have construct before route"),
+        ({"order": ["construct", "length"], "length": {"control": "match"}}, "order must have length before construct"),
         ({"order": ["score", "construct"]}, "order must be one of hygiene, audit"),
         ({"write": {"test_share": 0.1}}, "need each other"),
         ({"write": {"beta": 0}}, r"write\.beta must be positive, got 0"),
@@ -387,6 +388,10 @@ def test_selecting_before_auditing_warns(samples):
     assert result.summary["dropped"]["left_out"] > 0
     rows = read_lines(result.summary["output"])
     assert not any(CHEAT in (row["source_chosen"], row["source_rejected"]) for row in rows)
+    # "chosen" drops fewer of them
+    only = run_quietly(config_of(samples, order=order, select={"fraction": 0.9}, audit={"exclude": "chosen"}))
+    assert CHEAT not in [row["source_chosen"] for row in read_lines(only.summary["output"])]
+    assert only.summary["pairs"] >= result.summary["pairs"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         run(config_of(samples, hygiene={"apply": True}, construct={"rejected": "quantile:0.1"}, order=STAGES[:-2]))
@@ -483,6 +488,17 @@ def test_work_is_needed_to_begin_later(samples):
         run(config_of(samples), begin="score")
 
 
+def test_progress_of_both_passes(samples):
+    calls = []
+    run_quietly(config_of(samples, clean={"action": "none"}), progress=lambda *call: calls.append(call))
+    size = os.path.getsize(samples)
+    assert list(dict.fromkeys(what for what, _, _ in calls)) == ["reading", "writing"]
+    for what in ("reading", "writing"):
+        done = [call[1] for call in calls if call[0] == what]
+        assert done == sorted(done) and done[-1] == size
+    assert {total for _, _, total in calls} == {size}
+
+
 # ---- errors
 
 
@@ -496,6 +512,10 @@ def test_work_is_needed_to_begin_later(samples):
         ({"read": {"scores": ["helpfulness:logit"]}}, r"helpfulness:logit: probability must lie in \[0, 1\]"),
         ({"read": {"scores": ["win_prob:log"]}}, "scores must be FIELD or FIELD:logit, got 'win_prob:log'"),
         ({"select": {"k": 1000}}, r"select\.k must be at most the 260 pairs there are, got 1000"),
+        (
+            {"read": {"scores": [], "implicit": "helpfulness"}},
+            "read.scores must be given beside the field 'helpfulness'",
+        ),
         ({"output": None}, "output must be a file"),
     ],
 )

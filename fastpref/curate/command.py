@@ -101,8 +101,7 @@ def lines(result: CurateResult) -> list[str]:
     found = [("read", f"{summary['prompts']} prompts, {summary['responses']} responses{of}")]
     if summary["bad_rows"]:
         found.append(("", f"{summary['bad_rows']} bad rows"))
-    for name, said in ((name, _SAID[name](stages[name])) for name in stages):
-        found.append((name, said))
+    found += [(name, _SAID[name](stages[name])) for name in stages]
     if "pairs" in summary:
         found.append(("left out", _listed(summary["responses_left_out"], "responses")))
         found.append(("dropped", _listed(summary["dropped"], "pairs")))
@@ -131,8 +130,9 @@ def _hygiene(stage) -> str:
     if stage["repeated_texts"]:
         most = stage["most_repeated"][0]
         source = f" ({most['source']})" if most["source"] is not None else ""
-        kept = "left out" if stage["applied"] else "left in"
-        parts.append(f"{stage['repeated_texts']} repeated texts, one under {most['prompts']} prompts{source}, {kept}")
+        parts.append(f"{stage['repeated_texts']} repeated texts, one under {most['prompts']} prompts{source}")
+    if stage["repeated_texts"] or stage["contaminated_prompts"]:
+        parts.append("left out" if stage["applied"] else "reported (--apply leaves them out)")
     return ", ".join(parts) or "nothing found"
 
 

@@ -15,11 +15,11 @@ import types
 import typing
 from dataclasses import dataclass, field
 
+from fastpref.curate.clean import EXCLUDE
+from fastpref.curate.files import FORMATS
 from fastpref.curate.samples import InputError
 
 STAGES = ("hygiene", "audit", "clean", "length", "construct", "select", "route")
-FORMATS = ("trl", "trl-conversational", "axolotl")
-EXCLUDE = ("both", "chosen", "none")
 CLEAN = ("mask", "replace", "low_rank", "none")
 LENGTH_CONTROL = ("none", "within_source", "match")
 GOALS = ("none", "both", "half")
@@ -141,6 +141,8 @@ class CurateConfig:
         _one_of("length.control", self.length.control, LENGTH_CONTROL)
         _one_of("write.format", self.write.format, FORMATS)
         _one_of("write.goals", self.write.goals, GOALS)
+        if self.length.control == "match" and "length" in self.order[self.order.index("construct") :]:
+            raise InputError("order must have length before construct, where length.control match chooses responses")
         if self.select.fraction is not None and self.select.k is not None:
             raise InputError("select.fraction and select.k must not both be given")
         if len(self.read.score_range) not in (0, 2):

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -61,6 +62,8 @@ def run(
     if config.output is None and (not only or begin == "write"):
         raise InputError("output must be a file")
     _check_outputs(config)
+    if config.report is not None and find_spec("matplotlib") is None:
+        raise InputError('the report needs matplotlib: pip install "fastpref[cli]"')
     report = (lambda what: None) if progress is None else (lambda what: partial(progress, what))
     place = names.index(begin)
     last = place + 1 if only else len(names)

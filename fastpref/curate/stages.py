@@ -24,6 +24,8 @@ def read(config, progress=None) -> State:
     options = config.read
     fields = [name for name, _ in _declared(options)]
     if options.implicit is not None and not os.path.exists(options.implicit):
+        if not fields:
+            raise InputError(f"read.scores must be given beside the field {options.implicit!r} of implicit rewards")
         fields.append(options.implicit)
     samples = read_samples(
         config.input,
@@ -93,9 +95,10 @@ def _audit(state, config) -> State:
         return _with_summary(state, "audit", {"skipped": "no sources"})
     from fastpref.curate import clean
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # construction says it of the pools it uses
-        unaudited = _select(state, config, on_degenerate="ignore")
+    rule = config.construct.on_degenerate
+    # By the rule of this run: another one later, on what --work kept, does not bring the audit back. What warns or
+    # fails here would do so again, or not, of the pools that are left.
+    unaudited = _select(state, config, on_degenerate="ignore" if rule in ("warn", "error") else rule)
     try:
         found = clean.audit(
             primary_score(samples, config),  # copies and canned texts too: they are what gives a source away
@@ -135,6 +138,7 @@ def _audit(state, config) -> State:
             UserWarning,
             stacklevel=2,
         )
+    state = replace(state, choosable=state.choosable & masks.choosable)
     state = _leave_out(state, ~masks.valid, LeftOut.FLAGGED_SOURCE)
     summary = {
         "prompts": found.audited_prompts,
@@ -146,7 +150,7 @@ def _audit(state, config) -> State:
         "would_supply_rejected": sum(row["would_supply_rejected"] for row in flagged),
         "sources": table,
     }
-    return _with_summary(replace(state, choosable=state.choosable & masks.choosable), "audit", summary)
+    return _with_summary(state, "audit", summary)
 
 
 def _clean(state, config) -> State:
@@ -374,7 +378,7 @@ def _checked_pairs(state) -> State:
     if state.pairs is None:
         return state
     kept, valid = state.kept, state.valid
-    missing = kept & ~(valid[state.place("chosen")] & valid[state.place("rejected")])
+    missing = kept & ~((valid & state.choosable)[state.place("chosen")] & valid[state.place("rejected")])
     worse = kept & ~missing & ~(state.margin(state.score) > 0)
     reason = np.where(missing, PairReason.LEFT_OUT, np.where(worse, PairReason.NOT_BETTER, state.pairs["reason"]))
     return replace(state, pairs=state.pairs | {"reason": reason.astype(np.int8)})

@@ -37,7 +37,7 @@ class PairReason(enum.IntEnum):
     """Why a pair is not written; `KEPT` where it is."""
 
     KEPT = 0
-    LEFT_OUT = 1  # a stage after construction left out one of its responses
+    LEFT_OUT = 1  # a stage after construction left out one of its responses, or its chosen one as such
     NOT_BETTER = 2  # a stage after construction changed the scores so
     NOT_SELECTED = 3
 
