@@ -136,6 +136,26 @@ def test_a_better_and_more_verbose_source_is_not_a_preference_for_length():
     assert remove_length(scores, lengths).slope > 1
 
 
+@pytest.mark.parametrize("level", [0, 1e6])
+def test_effects_that_are_not_there(level):
+    """One source, or columns that are centred already: what is left to solve for is rounding."""
+    generator = np.random.default_rng(0)
+    scores, lengths = generator.normal(size=(200, 20)), np.exp(generator.normal(5, 1, size=(200, 20)))
+    one = remove_length(scores + level, lengths, sources=np.full((200, 20), 3))
+    assert one.slope == pytest.approx(by_least_squares(scores, lengths), rel=1e-6)
+    assert np.isfinite(one.scores).all()
+    sources = np.tile(np.arange(20), (200, 1))
+    centred = scores - scores.mean(axis=0)
+    centred -= centred.mean(axis=1, keepdims=True)
+    slope = by_least_squares(scores, lengths, sources)
+    assert remove_length(centred + level, lengths, sources=sources).slope == pytest.approx(slope, rel=1e-6)
+    evened = np.exp(np.log(lengths) - np.log(lengths).mean(axis=0) + 9)
+    slope = by_least_squares(scores, evened, sources)
+    assert remove_length(scores + level, evened, sources=sources).slope == pytest.approx(slope, rel=1e-6)
+    same = np.repeat(generator.normal(size=(200, 1)), 20, axis=1)
+    assert remove_length(same, lengths, sources=sources).slope == pytest.approx(0, abs=1e-12)
+
+
 def test_weakly_connected_sources():
     """A chain of sources, each met only beside its neighbours, and one of its own: many steps, one exact slope."""
     generator = np.random.default_rng(0)

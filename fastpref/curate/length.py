@@ -18,6 +18,7 @@ from fastpref.curate.scale import rescale, sort_pools
 
 STEPS = 1000  # of conjugate gradients
 OF_REJECTED = ("rejected", "score_rejected", "z_rejected", "rank_rejected")
+ROUNDED = 64 * np.finfo(np.float64).eps  # of the norm of the numbers: a gradient below that is their rounding
 SOLVED = 1e-10  # of the gradient of the least-squares problem before its first step
 
 
@@ -247,14 +248,15 @@ def _without_effects(values, prompt, source) -> np.ndarray:
     problem that is left (CGLS; Bjorck, "Numerical Methods for Least Squares Problems", 7.4), each scaled by the square
     root of its number of responses.
     """
+    rounded = ROUNDED**2 * np.square(values).sum(axis=1)
     values = np.stack([_within(column, prompt) for column in values])
     if source is None or not len(source):
         return values
     weight = 1 / np.sqrt(np.bincount(source))
-    for rest in values:
+    for rest, least in zip(values, rounded, strict=True):
         gradient = weight * np.bincount(source, rest)
         direction, squares = gradient, gradient @ gradient
-        enough = SOLVED**2 * squares
+        enough = max(SOLVED**2 * squares, least)
         for _ in range(STEPS):
             if squares <= enough:
                 break
@@ -266,7 +268,7 @@ def _without_effects(values, prompt, source) -> np.ndarray:
         else:
             warnings.warn(
                 f"the effects of {len(weight)} sources are not solved after {STEPS} steps (gradient "
-                f"{math.sqrt(squares / enough) * SOLVED:.1g} of the first): the slope of length is inexact",
+                f"{math.sqrt(squares / enough):.1g} times what would be): the slope of length is inexact",
                 UserWarning,
                 stacklevel=3,
             )
