@@ -253,6 +253,16 @@ def test_the_order_of_the_responses_changes_nothing_but_indices(samples):
             assert np.array_equal(again.rows[name], first.rows[name]), name
 
 
+def test_the_slope_of_length_is_fitted_without_flagged_sources(samples):
+    tables = {"clean": {"action": "none"}, "length": {"control": "within_source"}}
+    both, chosen, none = (
+        run_quietly(config_of(samples, audit={"exclude": exclude}, **tables)) for exclude in ("both", "chosen", "none")
+    )
+    slopes = [result.summary["stages"]["length"]["slope"] for result in (both, chosen, none)]
+    assert both.summary["stages"]["audit"]["flagged"] == [CHEAT]
+    assert slopes[1] == pytest.approx(slopes[0], rel=1e-9) and slopes[2] != pytest.approx(slopes[0], rel=1e-3)
+
+
 def test_matched_rejected_responses_are_nearer_in_length_and_keep_the_bounds(samples):
     construct = {"rejected": "mean-1std", "min_gap": 3.0}
     rows = [
