@@ -311,6 +311,20 @@ def test_a_drawn_response_is_matched_around_its_own_reward():
     assert lengths[0, matched.rejected[0]] == 50
 
 
+def test_of_several_drawn_responses_the_lowest_is_matched_around():
+    generator = np.random.default_rng(0)
+    rewards = generator.permuted(np.tile(np.arange(12.0), (50, 1)), axis=1)
+    lengths = 10 + 3 * rewards
+    found = []
+    for order in (slice(None), slice(None, None, -1)):
+        selection = select(rewards[:, order], rejected="min_of_4", pairs_per_prompt=3)
+        found.append(match_length(selection, rewards[:, order], lengths[:, order], band=0).score_rejected)
+    np.testing.assert_array_equal(found[0], found[1])
+    # the longest three within reach, from the lowest one drawn to the highest
+    highest = selection.score_rejected.max(axis=1)
+    np.testing.assert_array_equal(found[0], highest[:, None] - np.arange(3))
+
+
 @pytest.mark.parametrize(
     "bounds", [{"min_gap": 2.0}, {"max_gap": 2.0}, {"min_gap": "quantile:0.5"}, {"min_gap": 1.5, "max_gap": 2.5}]
 )

@@ -126,9 +126,9 @@ def match_length(
     Candidates are the responses whose reward is below that of the chosen one and within band * std of the target, on
     the scale of the selection. The target is moved into the pool where it lies outside, and the band reaches at least
     to the response that was selected, so that every pair stays a pair. Where no target was sought ("min_of") the band
-    is around the selected response. Nearest means the smallest ratio of lengths; at a tie the candidate nearer to the
-    target, then the lower reward, then the first. With several pairs per prompt they get the nearest, the second
-    nearest, and so on.
+    is around the selected response, of several the lowest. Nearest means the smallest ratio of lengths; at a tie the
+    candidate nearer to the target, then the lower reward, then the first. With several pairs per prompt they get the
+    nearest, the second nearest, and so on.
 
     rewards, valid, offsets: those that were selected from.
     lengths: numbers >= 0 like rewards. A response without one (NaN) is taken last.
@@ -159,7 +159,7 @@ def match_length(
         best = chosen[prompts].max(axis=1)
         rows = np.arange(len(keep))
         target = np.clip(selection.target[prompts], np.fmin.reduce(value, axis=1), np.fmax.reduce(value, axis=1))
-        target = np.where(np.isnan(target), value[rows, worse.max(axis=1)], target)
+        target = np.where(np.isnan(target), value[rows, worse[rows, keep.argmax(axis=1)]], target)
         distance = np.abs(value - target[:, None])
         reach = np.where(keep, distance[rows[:, None], worse], 0).max(axis=1)
         inside = distance <= np.fmax(band * selection.std[prompts], reach)[:, None]
