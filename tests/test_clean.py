@@ -165,6 +165,12 @@ def test_four_of_seventeen_sources_per_prompt(seed):
         audit(scores, sources, offsets=offsets, rank=3)
 
 
+@pytest.mark.parametrize(("most", "rank"), [(5, 1), (6, 2), (7, 2), (8, 3)])
+def test_the_rank_that_so_many_sources_per_prompt_can_tell(most, rank):
+    scores, sources, offsets = as_pools(few_per_prompt(sources_matrix(400, 17, planted=(5,)), most))
+    assert audit(scores, sources, offsets=offsets, resamples=0).rank == rank
+
+
 @pytest.mark.parametrize("call", [audit, denoise_scores])
 def test_too_few_sources_are_refused(call):
     scores, sources, offsets = as_pools(few_per_prompt(sources_matrix(300, 17, planted=()), 2))
@@ -492,6 +498,18 @@ def test_consensus_of_ratings_and_gaps():
     order = np.random.default_rng(0).permutation(5)
     again = consensus(np.concatenate([scores, constant], 1)[:, order], offsets=offsets, valid=valid)
     np.testing.assert_allclose(again.scores, found.scores)
+
+
+def test_a_rating_one_level_off_is_no_wrong_one():
+    """Four judges that agree nearly always, so that there is next to no noise."""
+    ratings = np.tile(np.arange(1.0, 6.0), 40)
+    scores = np.stack([ratings] * 4, 1)
+    scores[0:200:20, 0] += 1  # 1 by three, 2 by one
+    scores[5, 1] = 5.0  # 1 by three
+    scores[10, :2] = 5.0  # 1 by two, 5 by two
+    found = consensus(scores, offsets=np.arange(41) * 5)
+    assert (found.noise < 0.1).all()
+    assert np.argwhere(found.flagged).tolist() == [[5, 1]] and found.undecided == 1
 
 
 @pytest.mark.parametrize("call", [consensus, vote_consensus])

@@ -31,6 +31,8 @@ def test_report_of_four_pairs():
     assert report.chosen_in_top_decile == 2 / 4
     assert report.truncated_share == 4 / 12
     assert report.truncated_chosen == 1 / 4 and report.truncated_rejected == 3 / 4
+    padded = [np.pad(x, ((0, 0), (0, 2)), constant_values=value) for x, value in ((lengths + 0.0, NAN), (truncated, 0))]
+    assert length_report(padded[0], select(rewards), truncated=padded[1]) == report
     unknown = length_report(lengths, select(rewards))
     assert math.isnan(unknown.truncated_share) and math.isnan(unknown.truncated_chosen) and unknown[:4] == report[:4]
 
@@ -190,6 +192,8 @@ def test_flat_pools_and_unknown_sources_and_lengths():
     np.testing.assert_array_equal(flat.scores, padded.ravel())
     assert flat.slope == slope == pytest.approx(by_least_squares(scores, lengths, sources, ~np.isnan(lengths)))
     assert padded[3, 4] == scores[3, 4]
+    several = np.where((sources == 0) & (lengths > 50), -7, codes)  # unknown all the same
+    assert remove_length(scores, lengths, sources=several).slope == slope
 
 
 def test_infinite_scores_are_none():
@@ -259,7 +263,7 @@ def match_one(rewards, lengths, selection, p, band, scale, slots):
 
 @pytest.mark.parametrize("scale", ["raw", "logit", "mad", "normal_score"])
 @pytest.mark.parametrize("rejected", ["mean-2std", "mean-0.5std", "min", "quantile:0.2"])
-@pytest.mark.parametrize(("slots", "band"), [(1, 0.5), (1, 0), (3, 1.5)])
+@pytest.mark.parametrize(("slots", "band"), [(1, 0.5), (1, 0), (3, 1.5), (9, 0)])
 def test_match_against_a_loop(scale, rejected, slots, band):
     generator = np.random.default_rng(0)
     rewards = np.round(generator.random((60, 15)), 2)

@@ -535,6 +535,9 @@ def test_of_equal_rewards_the_first_that_may_be_chosen():
     assert select_one([5.0, 1.0, 1.0, 1.0], choosable=choosable) == (-1, -1, DropReason.SAME_RESPONSE)
     assert select_one([5.0, 1.0, 1.0, 1.0], choosable=~choosable) == (0, 1, DropReason.KEPT)
     assert select_one([5.0, 1.0, 1.0, 1.0], choosable=choosable & False)[2] == DropReason.NO_CHOOSABLE
+    assert select_one([5.0, NAN, NAN, 1.0], choosable=np.array([[False, True, True, False]]))[2] == (
+        DropReason.NO_CHOOSABLE
+    )
 
 
 @pytest.mark.parametrize("place", [2, 3, 4])
@@ -682,6 +685,11 @@ def test_rules_that_do_not_degenerate(action, rejected):
     rewards = np.random.default_rng(0).normal(size=(100, 30))
     pairs = curate.select_pairs(rewards, rejected=rejected, on_degenerate=action)
     assert pairs.keep.all() and pairs.rule == f"max vs {rejected}"
+
+
+def test_pools_without_spread_have_no_target_to_count():
+    rewards = np.concatenate([bounded_scores()[94:], np.ones((30, 30)), np.full((5, 30), NAN)])
+    assert select_pairs(rewards).share_below_min == 2 / 6
 
 
 def test_up_to_a_fifth_is_no_degenerate_rule():
