@@ -507,9 +507,10 @@ def test_a_rating_one_level_off_is_no_wrong_one():
     scores[0:200:20, 0] += 1  # 1 by three, 2 by one
     scores[5, 1] = 5.0  # 1 by three
     scores[10, :2] = 5.0  # 1 by two, 5 by two
+    scores[12, :2] = 1.0, 5.0  # half of them off, on either side
     found = consensus(scores, offsets=np.arange(41) * 5)
     assert (found.noise < 0.1).all()
-    assert np.argwhere(found.flagged).tolist() == [[5, 1]] and found.undecided == 1
+    assert np.argwhere(found.flagged).tolist() == [[5, 1]] and found.undecided == 2
 
 
 @pytest.mark.parametrize("call", [consensus, vote_consensus])
