@@ -2,16 +2,17 @@
 
 Writes a file of samples (prompts of 16 responses of 1 kB, with line breaks, one in nine not all ASCII); then a fresh
 process reads its scores, picks a pair per prompt and writes the pairs. Prints the seconds of each, responses per second
-of all, and the memory of all processes together, as the sum of the most that each has taken.
+of all, and the most memory that its processes took together, looked at every 20 ms.
 """
 
 import argparse
+import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -107,6 +108,14 @@ def write_samples(path: Path, gigabytes: float) -> None:
 
 def measure(arguments) -> dict:
     path, workers = arguments.measure, arguments.workers
+    peak = [0]
+
+    def watch():
+        while True:
+            peak[0] = max(peak[0], resident())
+            time.sleep(0.02)
+
+    threading.Thread(target=watch, daemon=True).start()
     seconds, before = {}, time.perf_counter()
 
     def lap(name):
@@ -127,10 +136,6 @@ def measure(arguments) -> dict:
     held = sum(getattr(samples, name).nbytes for name in ("offsets", "lengths", "text_hash", "blank", "prompt_hash"))
     held += samples.row.nbytes + samples.position.nbytes + samples.conversational.nbytes
     held += sum(scores.nbytes for scores in samples.scores.values())
-    used = [resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    from fastpref.curate.processes import worth
-
-    processes = worth(os.path.getsize(path)) if workers is None else workers
     return {
         "file, GB": os.path.getsize(path) / 1e9,
         "responses": samples.responses,
@@ -138,9 +143,21 @@ def measure(arguments) -> dict:
         **seconds,
         "responses/s": round(samples.responses / sum(seconds.values())),
         "held per response, bytes": held / samples.responses,
-        "processes": processes,
-        "memory, GiB": used[0] + (processes * used[1] if processes > 1 else 0),
+        "memory, GiB": peak[0] / 2**30,
     }
+
+
+def resident() -> int:
+    """Bytes of memory of this process and those it has started, as far as /proc knows (Linux)."""
+    pids = [os.getpid()]
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            pids += children.read_text().split()
+    pages = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended
+            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

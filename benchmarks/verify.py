@@ -32,6 +32,7 @@ _OPS = {
     "bench_pairs": [("test_pairs.py", "")],
     "bench_rpca": [("test_rpca.py", "recovers or convex"), ("test_batched_rpca.py", "agrees")],
     "bench_svt": [("test_svt.py", "not cuda")],
+    "bench_influence": [("test_influence.py", "torch_func or adapters or sgd or confirm")],
     "bench_margins": [("test_margins.py", "worked or published or search or top_k")],
     "bench_residual_pass": [
         ("test_residual_pass.py", "(matches_float64 or ranks or threads) and not triton and not cuda"),

@@ -1,5 +1,6 @@
 """curate.write_pairs: the texts of the pairs in the order given, in whole files that the trainers read."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -383,9 +384,8 @@ def test_metadata(tmp_path, samples, ending):
     assert read_metadata(out) == metadata
     assert (tmp_path / f"pairs{ending}.meta.json").exists() == (ending != ".parquet")
     assert read_metadata(tmp_path / "samples.jsonl") is None
-    if ending == ".parquet":
-        write_pairs(samples, best_against_worst(samples), out)
-        assert read_metadata(out) is None
+    write_pairs(samples, best_against_worst(samples), out)
+    assert read_metadata(out) is None and not (tmp_path / f"pairs{ending}.meta.json").exists()
 
 
 @pytest.mark.parametrize("ending", files.ENDINGS)
@@ -453,6 +453,22 @@ def test_other_arguments_that_are_refused(tmp_path, samples):
         write_pairs(samples, pairs, out, sft=out, to_sft=np.ones(60, bool))
     with pytest.raises(InputError, match=r"cannot write .*: No such file or directory"):
         write_pairs(samples, pairs, tmp_path / "nowhere" / "pairs.jsonl")
+    assert os.listdir(tmp_path) == ["samples.jsonl"]
+
+
+@pytest.mark.parametrize("ending", files.ENDINGS)
+def test_a_full_disk_is_an_input_error_and_leaves_nothing(tmp_path, samples, monkeypatch, ending):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    if ending == ".parquet":
+        from pyarrow import parquet
+
+        monkeypatch.setattr(parquet.ParquetWriter, "write_table", full)
+    else:
+        monkeypatch.setattr(files, "_lines", lambda *_: contextlib.nullcontext(full))
+    with pytest.raises(InputError, match=r"cannot write .*pairs.*: No space left on device"):
+        write_pairs(samples, best_against_worst(samples), tmp_path / f"pairs{ending}")
     assert os.listdir(tmp_path) == ["samples.jsonl"]
 
 

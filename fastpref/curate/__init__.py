@@ -1,4 +1,7 @@
-"""Preference data: numpy arrays in, numpy arrays out. Nothing here imports torch."""
+"""Preference data: numpy arrays in, numpy arrays out. Importing this imports no torch: what needs a model is lazy."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from fastpref.curate.batches import pair_rows
 from fastpref.curate.clean import (
@@ -63,6 +66,40 @@ from fastpref.curate.samples import (
 )
 from fastpref.curate.scale import rescale
 
+if TYPE_CHECKING:
+    from fastpref.curate.influence import (
+        Kept,
+        PairLogps,
+        PairScores,
+        intersection,
+        irm,
+        keep_rate,
+        loss_diff,
+        pair_batches,
+        pair_influence,
+        pair_logps,
+        truncated,
+    )
+    from fastpref.curate.rewards import ImplicitRewards, ResponseLogps, implicit_rewards, response_logps
+
+# name -> module that imports torch
+_WITH_TORCH = {
+    "ImplicitRewards": "fastpref.curate.rewards",
+    "ResponseLogps": "fastpref.curate.rewards",
+    "implicit_rewards": "fastpref.curate.rewards",
+    "response_logps": "fastpref.curate.rewards",
+    "Kept": "fastpref.curate.influence",
+    "PairLogps": "fastpref.curate.influence",
+    "PairScores": "fastpref.curate.influence",
+    "intersection": "fastpref.curate.influence",
+    "irm": "fastpref.curate.influence",
+    "keep_rate": "fastpref.curate.influence",
+    "loss_diff": "fastpref.curate.influence",
+    "pair_batches": "fastpref.curate.influence",
+    "pair_influence": "fastpref.curate.influence",
+    "pair_logps": "fastpref.curate.influence",
+    "truncated": "fastpref.curate.influence",
+}
 __all__ = [
     "AdjustedScores",
     "CleanedJudges",
@@ -76,15 +113,20 @@ __all__ = [
     "Exclusion",
     "Flag",
     "Hygiene",
+    "ImplicitRewards",
     "InputError",
+    "Kept",
     "LearningOrder",
     "LengthReport",
     "MarginScores",
     "MarginSource",
+    "PairLogps",
+    "PairScores",
     "PairSelection",
     "Part",
     "PromptSelection",
     "RepeatedTexts",
+    "ResponseLogps",
     "Route",
     "Routes",
     "RowProblem",
@@ -113,11 +155,19 @@ __all__ = [
     "goal_rewrite",
     "goal_text",
     "implicit_margins",
+    "implicit_rewards",
+    "intersection",
+    "irm",
     "keep_easiest",
+    "keep_rate",
     "learning_order",
     "length_report",
+    "loss_diff",
     "match_length",
     "normalised_margins",
+    "pair_batches",
+    "pair_influence",
+    "pair_logps",
     "pair_rows",
     "partition",
     "read_metadata",
@@ -126,6 +176,7 @@ __all__ = [
     "remove_length",
     "rescale",
     "rescale_scores",
+    "response_logps",
     "route_by_margin",
     "run",
     "select_pairs",
@@ -136,6 +187,19 @@ __all__ = [
     "text_hashes",
     "texts",
     "to_logit",
+    "truncated",
     "vote_consensus",
     "write_pairs",
 ]
+
+
+def __getattr__(name):
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module 'fastpref.curate' has no attribute {name!r}")
+    value = getattr(import_module(_WITH_TORCH[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(__all__)

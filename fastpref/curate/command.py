@@ -101,12 +101,12 @@ def lines(result: CurateResult) -> list[str]:
     found = [("read", f"{summary['prompts']} prompts, {summary['responses']} responses{of}")]
     if summary["bad_rows"]:
         found.append(("", f"{summary['bad_rows']} bad rows"))
-    for name, said in ((name, _SAID[name](stages[name])) for name in stages):
-        found.append((name, said))
+    found += [(name, _SAID[name](stages[name])) for name in stages]
     if "pairs" in summary:
         found.append(("left out", _listed(summary["responses_left_out"], "responses")))
         found.append(("dropped", _listed(summary["dropped"], "pairs")))
         found.append(("length", _length(summary["length"])))
+        found.append(("resample", _resample(summary["resample"])))
     if summary.get("rating_scale"):
         found.append(("ratings", _ratings(summary["rating_scale"])))
     for path, rows in summary.get("written", {}).items():
@@ -131,8 +131,9 @@ def _hygiene(stage) -> str:
     if stage["repeated_texts"]:
         most = stage["most_repeated"][0]
         source = f" ({most['source']})" if most["source"] is not None else ""
-        kept = "left out" if stage["applied"] else "left in"
-        parts.append(f"{stage['repeated_texts']} repeated texts, one under {most['prompts']} prompts{source}, {kept}")
+        parts.append(f"{stage['repeated_texts']} repeated texts, one under {most['prompts']} prompts{source}")
+    if stage["repeated_texts"] or stage["contaminated_prompts"]:
+        parts.append("left out" if stage["applied"] else "reported (--apply leaves them out)")
     return ", ".join(parts) or "nothing found"
 
 
@@ -226,6 +227,20 @@ def _length(length) -> str:
     if length["truncated_share"] is not None:
         text += f", {length['truncated_share']:.1%} truncated"
     return text
+
+
+def _resample(found) -> str:
+    if found["median_gain"] is None:
+        return ""
+    parts = [f"twice as many responses would raise the best score by {found['median_gain']:.2g} in the median"]
+    if found["too_few"]:
+        parts.append(f"{found['too_few']} prompts have fewer than five")
+    if found["unresolved"] is not None:
+        parts.append(
+            f"in {found['unresolved']} the best two are closer than the judge's noise between copies, "
+            f"{found['judge_noise']:.2g}"
+        )
+    return "; ".join(parts)
 
 
 def _ratings(scale) -> str:

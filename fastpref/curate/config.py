@@ -15,11 +15,11 @@ import types
 import typing
 from dataclasses import dataclass, field
 
+from fastpref.curate.clean import EXCLUDE
+from fastpref.curate.files import FORMATS
 from fastpref.curate.samples import InputError
 
 STAGES = ("hygiene", "audit", "clean", "length", "construct", "select", "route")
-FORMATS = ("trl", "trl-conversational", "axolotl")
-EXCLUDE = ("both", "chosen", "none")
 CLEAN = ("mask", "replace", "low_rank", "none")
 LENGTH_CONTROL = ("none", "within_source", "match")
 GOALS = ("none", "both", "half")

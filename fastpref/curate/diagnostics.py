@@ -20,7 +20,7 @@ import numpy as np
 
 from fastpref.curate.pairs import columns_of, places_of, select_pairs
 from fastpref.curate.pools import Pools, as_pools, blocks
-from fastpref.curate.scale import sort_pools, tied
+from fastpref.curate.scale import sort_pools, tied_runs
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -197,7 +197,7 @@ def buckets(rewards, *, valid=None, offsets=None) -> Buckets:
         order = np.argsort(rewards_of, axis=1, kind="stable")
         ordered = np.take_along_axis(rewards_of, order, axis=1)
         count = np.isfinite(ordered).sum(1)
-        first, last = (position.T for position in tied(ordered.T))
+        first, last = (position.T for position in tied_runs(ordered.T))
         ranked = _bucket_of(first, last, count[:, None])
         label[np.take_along_axis(flat, order, axis=1)] = ranked
         for bucket in Bucket:

@@ -138,7 +138,7 @@ def read_metadata(path) -> dict | None:
 
             held = (parquet.read_schema(path).metadata or {}).get(METADATA)
         else:
-            held = Path(f"{path}.meta.json").read_bytes() if os.path.exists(f"{path}.meta.json") else None
+            held = Path(_beside(path)).read_bytes() if os.path.exists(_beside(path)) else None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     return None if held is None else json.loads(held)
@@ -353,21 +353,32 @@ def _sft_mask(sft, to_sft, pairs) -> np.ndarray:
 @contextlib.contextmanager
 def _sink(path, schema, metadata) -> Iterator:
     """A function that appends lines of JSON to the file; schema: function() -> that of a Parquet file."""
+    parquet = path.endswith(".parquet")
     with contextlib.ExitStack() as stack:
-        if metadata is not None and not path.endswith(".parquet"):
-            beside = stack.enter_context(whole_file(f"{path}.meta.json"))
+        if metadata is not None and not parquet:
+            beside = stack.enter_context(whole_file(_beside(path)))
             beside.write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         temporary = stack.enter_context(whole_file(path))
         try:
-            if path.endswith(".parquet"):
-                yield stack.enter_context(_parquet_rows(temporary, schema(), metadata))
-            else:
-                file = stack.enter_context(open(temporary, "wb"))
-                if path.endswith(".gz"):  # without name and time, so that equal rows make equal files
-                    file = stack.enter_context(gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0))
-                yield lambda lines: file.write(b"".join([line + b"\n" for line in lines]))
+            with _parquet_rows(temporary, schema(), metadata) if parquet else _lines(temporary, path) as append:
+                yield append
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    if metadata is None and not parquet:
+        Path(_beside(path)).unlink(missing_ok=True)  # that of rows which are no more
+
+
+@contextlib.contextmanager
+def _lines(path, name) -> Iterator:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "wb"))
+        if name.endswith(".gz"):  # without name and time, so that equal rows make equal files
+            file = stack.enter_context(gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0))
+        yield lambda lines: file.write(b"".join([line + b"\n" for line in lines]))
+
+
+def _beside(path) -> str:
+    return f"{path}.meta.json"
 
 
 @contextlib.contextmanager

@@ -73,14 +73,12 @@ def serve() -> None:
     while True:
         try:
             function, task = pickle.load(calls)
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         try:
             answer = True, function(*task)
         except Exception as error:
             answer = False, error
-        except KeyboardInterrupt:
-            return
         pickle.dump(answer, results, pickle.HIGHEST_PROTOCOL)
         results.flush()
 
@@ -90,6 +88,7 @@ def _start() -> subprocess.Popen:
         [sys.executable, "-c", _SERVE, json.dumps([path for path in sys.path if isinstance(path, str)])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is the caller's, who ends them
     )
 
 

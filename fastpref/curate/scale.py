@@ -156,8 +156,8 @@ def _logit(values) -> np.ndarray:
     return to_logit(values)
 
 
-def tied(ordered) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [n, k] each, of [n, k] ascending columns, NaN last: the first and the last position of the same number."""
+def tied_runs(ordered) -> tuple[np.ndarray, np.ndarray]:
+    """[n, k] each, of [n, k] ascending columns: the first and the last row of the same number."""
     size, prompts = ordered.shape
     rows = np.arange(size)[:, None]
     differs = ordered[1:] != ordered[:-1]
@@ -170,7 +170,7 @@ def tied(ordered) -> tuple[np.ndarray, np.ndarray]:
 def _normal_scores(ordered, count) -> np.ndarray:
     """[n, k] of [n, k] ascending columns, NaN last."""
     size, prompts = ordered.shape
-    first, last = tied(ordered)
+    first, last = tied_runs(ordered)
     scores = np.full((size, prompts), np.nan)
     for n in np.unique(count[count > 0]):
         columns = count == n

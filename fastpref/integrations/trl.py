@@ -41,7 +41,7 @@ if trl.__version__.split(".")[:2] != ["1", "16"]:
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import dpo_trainer
@@ -49,6 +49,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 
 from fastpref import __version__, linear_preference_loss, linear_token_logps, losses
+from fastpref.causal_lm import is_plain_head, logit_transform
 
 TRL_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -117,15 +118,6 @@ def _margin(example) -> float | None:
 # ---- the head ----
 
 
-def _logit_transform(config) -> dict[str, Any]:
-    """What lies between the head's product and the logits, by the names model configs have for it."""
-    names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-    scale = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
-    if scale is None and (divisor := getattr(config, "logits_scaling", None)) is not None:
-        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-    return {"scale": 1.0 if scale is None else scale, "softcap": getattr(config, "final_logit_softcapping", None)}
-
-
 def _check_model(model) -> None:
     config, name = model.config, type(model).__name__
     if config.get_text_config() is not config:
@@ -135,11 +127,7 @@ def _check_model(model) -> None:
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise ValueError(f"model must be on one device, got device_map={model.hf_device_map}")
     head = model.get_output_embeddings()
-    if isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):  # PEFT's: the head itself, and a trained copy
-        head = head.original_module
-    if not (
-        isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and head.weight.is_floating_point()
-    ):
+    if not is_plain_head(head):
         raise ValueError(
             "the LM head must be a plain nn.Linear, without an adapter, trainable tokens or quantised weights, for its "
             f"product with the hidden states is formed from its weight; got {type(head).__name__} in {name}"
@@ -155,7 +143,7 @@ def add_preference_head(model, outputs: tuple[str, ...] = ("log_probs",)) -> Non
     """
     _check_model(model)
     original = model.forward
-    transform = _logit_transform(model.config)
+    transform = logit_transform(model.config)
     named = {"entropy": "entropy", "log_sum_sq_probs": "log_sum_p2", "mean_logits": "mean_logit", "is_top1": "top1"}
     stats = tuple(named[name] for name in outputs if name in named)
 
