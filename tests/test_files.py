@@ -326,7 +326,7 @@ def test_rewriting(tmp_path, samples, ending, format):
 @pytest.mark.parametrize("ending", files.ENDINGS)
 @pytest.mark.parametrize("format", files.FORMATS)
 def test_goal_rows(tmp_path, ending, format, messages):
-    """Both rows of every pair: the responses are swapped, all that is known of them goes along, the prompt has the goal."""
+    """Both rows of every pair: responses swapped with all that is known of them, and the goal in the prompt."""
     rows = pools(messages=messages)
     samples = read_samples(write_samples(tmp_path / "samples.jsonl", rows))
     pairs = best_against_worst(samples)

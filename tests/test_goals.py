@@ -140,9 +140,10 @@ def test_numbers_of_one_side_alone_are_not_those_of_the_other():
         assert np.isnan(records[pair, True]["quality_chosen"])
 
 
-def test_columns_of_names_and_of_messages():
+@pytest.mark.parametrize("second", ["b", "bc"])
+def test_columns_of_names_and_of_messages(second):
     """What `write_pairs` takes: names by code, -1 for none; and texts as lists of messages of any length."""
-    one, two = [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": part} for part in "bc"]
+    one, two = ([{"role": "assistant", "content": part} for part in parts] for parts in ("a", second))
     pairs = {
         "prompt": ["p", "q"],
         "chosen": [one, two],

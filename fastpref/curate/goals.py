@@ -185,7 +185,7 @@ def goal_rewrite(*, attributes=None, score_range=(1, 10), system_role=True) -> C
 def _columns(pairs) -> dict[str, np.ndarray]:
     if not isinstance(pairs, Mapping):
         raise TypeError(f"pairs must map names to arrays, got {type(pairs).__name__}")
-    columns = {name: _column(name, column) for name, column in pairs.items() if not np.isscalar(column)}
+    columns = {name: _column(column) for name, column in pairs.items() if not np.isscalar(column)}
     columns = {name: column for name, column in columns.items() if column.ndim}
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
@@ -193,13 +193,11 @@ def _columns(pairs) -> dict[str, np.ndarray]:
     return columns
 
 
-def _column(name, column) -> np.ndarray:
+def _column(column) -> np.ndarray:
     if isinstance(column, Coded):
         return np.array([*column.names, None], object)[column.codes]
     if isinstance(column, list | tuple) and any(isinstance(entry, list | tuple | Mapping) for entry in column):
-        entries = np.empty(len(column), object)  # messages: lists of any length
-        entries[:] = column
-        return entries
+        return np.fromiter(column, object, len(column))  # messages: lists of any length
     return np.asarray(column)
 
 
