@@ -331,6 +331,7 @@ def test_parameters_are_restored_bit_for_bit_after_an_error():
     calls = []
 
     def failing(model, x):
+        assert not model.training
         calls.append(model.weight.detach().clone())
         if len(calls) == 12:
             raise RuntimeError("lost")
@@ -414,6 +415,8 @@ def test_what_influence_refuses():
     refused("parameters must be float32 or float64.* weight is torch.bfloat16", Logistic(torch.zeros(8).bfloat16()))
     refused(r"train_given\['rating_gap'\] must have one entry per pair, got 100 for 128 pairs",
             train_given={"rating_gap": np.zeros(100)})  # fmt: skip
+    refused(r"train_given\['rating_gap'\] must have one entry per pair, got 401 for 400 pairs",
+            train_given={"rating_gap": np.zeros(401)})  # fmt: skip
     refused(r"validation_given\['rating_gap'\] must have one entry per pair, got 201 for 200 pairs",
             validation_given={"rating_gap": np.zeros(201)})  # fmt: skip
     refused(r"fields of losses.Pairs besides the log-probs, got \['gap'\]", train_given={"gap": np.zeros(400)})

@@ -273,6 +273,11 @@ def test_truncated_responses_are_cut_flagged_and_counted():
     np.testing.assert_allclose(found.logps, [*expected, np.nan], rtol=1e-5)
     with pytest.warns(UserWarning, match="1 of 1 responses were cut at max_length=64"):  # all that the model takes
         assert response_logps(gpt2(), [("w1 ", ["w2 " * 80])], tokenizer=make_tokenizer()).tokens.tolist() == [62]
+    short, long = llama(), llama()
+    short.config.max_position_embeddings = 9
+    for policy, reference in ((short, long), (long, short)):  # all that both take
+        with pytest.warns(UserWarning, match="1 of 1 responses were cut at max_length=9"):
+            implicit_rewards(policy, reference, [("w1 ", ["w2 " * 20])], tokenizer=make_tokenizer())
 
 
 def test_samples_of_a_file(tmp_path):
@@ -332,7 +337,7 @@ def test_the_tokens_of_a_prompt_are_held_once():
 def test_nothing_to_score():
     model, tokenizer = llama(), make_tokenizer()
     for samples in ([], [("w1", [])]):
-        found = implicit_rewards(model, model, samples, tokenizer=tokenizer)
+        found = implicit_rewards(model, model, samples, tokenizer=tokenizer, progress=False)
         assert found.rewards.shape == (0,) and found.offsets.tolist() == [0] * (len(samples) + 1)
 
 
@@ -364,6 +369,8 @@ def test_a_peft_policy_is_its_own_reference():
     found = implicit_rewards(policy, None, samples, tokenizer=tokenizer)
     np.testing.assert_allclose(found.reference_logps, expected.logps, atol=1e-5)
     assert found.policy_id != found.reference_id and np.abs(found.rewards).max() > 0.01
+    policy.peft_config["default"].lora_alpha *= 2
+    assert causal_lm.model_id(policy) != found.policy_id
     with pytest.raises(ValueError, match="reference may be None for a PEFT policy only, got LlamaForCausalLM"):
         implicit_rewards(llama(), None, samples, tokenizer=tokenizer)
 
