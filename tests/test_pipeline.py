@@ -253,6 +253,31 @@ def test_the_order_of_the_responses_changes_nothing_but_indices(samples):
             assert np.array_equal(again.rows[name], first.rows[name]), name
 
 
+def test_the_slope_of_length_is_fitted_without_flagged_sources(samples):
+    tables = {"clean": {"action": "none"}, "length": {"control": "within_source"}}
+    both, chosen, none = (
+        run_quietly(config_of(samples, audit={"exclude": exclude}, **tables)) for exclude in ("both", "chosen", "none")
+    )
+    slopes = [result.summary["stages"]["length"]["slope"] for result in (both, chosen, none)]
+    assert both.summary["stages"]["audit"]["flagged"] == [CHEAT]
+    assert slopes[1] == pytest.approx(slopes[0], rel=1e-9) and slopes[2] != pytest.approx(slopes[0], rel=1e-3)
+
+
+def test_matched_rejected_responses_are_nearer_in_length_and_keep_the_bounds(samples):
+    construct = {"rejected": "mean-1std", "min_gap": 3.0}
+    rows = [
+        read_lines(run_quietly(config_of(samples, construct=construct, length=length)).summary["output"])
+        for length in ({}, {"control": "match", "band": 2.0})
+    ]
+    free, matched = rows
+    assert [row["row"] for row in matched] == [row["row"] for row in free]
+    assert [row["chosen"] for row in matched] == [row["chosen"] for row in free]
+    assert all(row["rule"] == "max vs mean-1std, matched in length" for row in matched)
+    assert min(row["score_chosen"] - row["score_rejected"] for row in matched) >= 3
+    apart = [[abs(np.log(row["len_chosen"] / row["len_rejected"])) for row in rows] for rows in (free, matched)]
+    assert np.mean(apart[1]) < 0.6 * np.mean(apart[0])
+
+
 def test_scores_stay_as_they_are_under_length_control(samples):
     plain = run_quietly(config_of(samples))
     assert "score_chosen_used" not in plain.rows

@@ -20,6 +20,7 @@ import numpy as np
 from fastpref import __version__
 from fastpref.curate import files, goals, stages
 from fastpref.curate.config import CurateConfig
+from fastpref.curate.diagnostics import resample
 from fastpref.curate.hygiene import Flag, split_of
 from fastpref.curate.length import LengthReport, length_report
 from fastpref.curate.routing import Route
@@ -266,7 +267,27 @@ def _said_of_pairs(state) -> dict:
         "dropped": state.summaries["construct"]["dropped"] | _counts(PairReason, state.pairs["reason"]),
         "responses_left_out": _counts(LeftOut, state.left_out),
         "length": as_json(lengths._asdict()),
+        "resample": _worth_resampling(state),
     }
+
+
+def _worth_resampling(state) -> dict:
+    """Prompts whose pool is small or whose best two the judge's own noise may have swapped, and what more would bring.
+
+    The noise is what hygiene found between copies of a text, where there are any.
+    """
+    noise = state.summaries.get("hygiene", {}).get("copies_std")
+    scores = np.where(state.valid, state.score, np.nan)
+    found = resample(scores, judge_noise=noise, offsets=state.samples.offsets)
+    gains = found.gain[~np.isnan(found.gain)]
+    return as_json(
+        {
+            "too_few": int(found.too_few.sum()),
+            "judge_noise": noise,
+            "unresolved": None if noise is None else int(found.unresolved.sum()),
+            "median_gain": np.median(gains) if len(gains) else np.nan,
+        }
+    )
 
 
 def _lengths(state, pairs) -> LengthReport:

@@ -203,7 +203,11 @@ def _length(state, config) -> State:
         # "match" chooses among responses, which is done where the pairs are made
         return _with_summary(state, "length", {"control": control})
     found = length.remove_length(
-        np.where(state.valid, state.score, np.nan), samples.lengths, sources=samples.sources, offsets=samples.offsets
+        np.where(state.valid, state.score, np.nan),
+        samples.lengths,
+        sources=samples.sources,
+        flagged=~state.choosable,
+        offsets=samples.offsets,
     )
     scores = np.where(state.valid, found.scores, state.score)
     return _rescored(state, scores, "length", {"control": control, "slope": found.slope})
@@ -218,6 +222,8 @@ def _construct(state, config) -> State:
             state.score,
             samples.lengths,
             band=config.length.band,
+            min_gap=options.min_gap,
+            max_gap=options.max_gap,
             valid=state.valid & _taken(state),
             offsets=samples.offsets,
         )
