@@ -570,6 +570,7 @@ def test_progress_of_both_passes(samples):
             {"read": {"scores": [], "implicit": "helpfulness"}},
             "read.scores must be given beside the field 'helpfulness'",
         ),
+        ({"read": {"implicit": "absent.npy"}}, "cannot read absent.npy: no such file of implicit rewards"),
         ({"output": None}, "output must be a file"),
     ],
 )

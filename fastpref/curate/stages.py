@@ -24,6 +24,8 @@ def read(config, progress=None) -> State:
     options = config.read
     fields = [name for name, _ in _declared(options)]
     if options.implicit is not None and not os.path.exists(options.implicit):
+        if options.implicit.endswith(".npy"):
+            raise InputError(f"cannot read {options.implicit}: no such file of implicit rewards")
         if not fields:
             raise InputError(f"read.scores must be given beside the field {options.implicit!r} of implicit rewards")
         fields.append(options.implicit)
