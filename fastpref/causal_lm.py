@@ -117,6 +117,8 @@ def model_id(model) -> str:
         digest.update(_settings(model.config))
     for name, config in getattr(model, "peft_config", {}).items():
         digest.update(name.encode() + _settings(config))
+    if getattr(model, "_adapters_disabled", False):  # of PEFT, which has no module to say so for a soft prompt
+        digest.update(b"disabled")
     for name, module in model.named_modules():
         if isinstance(off := getattr(module, "disable_adapters", None), bool):
             digest.update(f"{name} {off} {getattr(module, 'active_adapters', None)}".encode())

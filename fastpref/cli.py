@@ -337,7 +337,7 @@ def _add_curate(commands) -> None:
         "--implicit",
         dest="read.implicit",
         metavar="FIELD|NPY",
-        help="implicit rewards, one per response of the file; they vote when pairs are selected",
+        help="implicit rewards of beta 1, one per response of the file; they vote when pairs are selected",
     )
     add(
         "--score-range",

@@ -146,6 +146,9 @@ def test_many_prompts_are_sampled():
     assert found.order[0] == 5 and found.flagged[5]
     again = audit(scores, sources, offsets=offsets, most_prompts=300)
     np.testing.assert_array_equal(again.z, found.z)
+    twice = audit(*(np.repeat(x, 2) for x in (scores, sources)), offsets=2 * offsets, most_prompts=300)
+    np.testing.assert_array_equal(twice.z, found.z)
+    assert twice.repeated == len(scores)  # of all prompts
     assert not np.array_equal(audit(scores, sources, offsets=offsets, most_prompts=300, seed=1).z, found.z)
 
 
@@ -160,6 +163,12 @@ def test_four_of_seventeen_sources_per_prompt(seed):
     assert found.prompts.min() > 300 and found.audited_prompts == 2000
     with pytest.raises(ValueError, match=r"rank must be at most 1 .* typically 4 scored sources, got 3"):
         audit(scores, sources, offsets=offsets, rank=3)
+
+
+@pytest.mark.parametrize(("most", "rank"), [(5, 1), (6, 2), (7, 2), (8, 3)])
+def test_the_rank_that_so_many_sources_per_prompt_can_tell(most, rank):
+    scores, sources, offsets = as_pools(few_per_prompt(sources_matrix(400, 17, planted=(5,)), most))
+    assert audit(scores, sources, offsets=offsets, resamples=0).rank == rank
 
 
 @pytest.mark.parametrize("call", [audit, denoise_scores])
@@ -187,6 +196,8 @@ def test_samples_of_one_policy_are_refused(call):
 @pytest.mark.parametrize("call", [audit, denoise_scores])
 def test_bad_pools(call):
     scores, sources, offsets = as_pools(sources_matrix(30, 6, planted=()))
+    with pytest.raises(ValueError, match=r"sources must be codes from 0 .* 30 prompts and codes up to 1000000005 make"):
+        call(scores, sources + 10**9, offsets=offsets)
     with pytest.raises(ValueError, match="offsets must run from 0 to 180"):
         call(scores, sources, offsets=offsets[:-1])
     with pytest.raises(ValueError, match=r"sources must have shape \[180\] to match scores, got \[179\]"):
@@ -236,7 +247,7 @@ def test_exclude_refuses():
 
 def test_supplied_pairs():
     x = few_per_prompt(sources_matrix(100, 9, planted=()), 6)
-    pairs = select_pairs(x)
+    pairs = select_pairs(x, on_degenerate="ignore")
     sources = np.tile(np.r_[np.arange(8), -1], (100, 1))
     chosen, rejected = supplied(sources, pairs)
     by_hand = np.zeros((2, 8), int)
@@ -489,6 +500,19 @@ def test_consensus_of_ratings_and_gaps():
     np.testing.assert_allclose(again.scores, found.scores)
 
 
+def test_a_rating_one_level_off_is_no_wrong_one():
+    """Four judges that agree nearly always, so that there is next to no noise."""
+    ratings = np.tile(np.arange(1.0, 6.0), 40)
+    scores = np.stack([ratings] * 4, 1)
+    scores[0:200:20, 0] += 1  # 1 by three, 2 by one
+    scores[5, 1] = 5.0  # 1 by three
+    scores[10, :2] = 5.0  # 1 by two, 5 by two
+    scores[12, :2] = 1.0, 5.0  # half of them off, on either side
+    found = consensus(scores, offsets=np.arange(41) * 5)
+    assert (found.noise < 0.1).all()
+    assert np.argwhere(found.flagged).tolist() == [[5, 1]] and found.undecided == 2
+
+
 @pytest.mark.parametrize("call", [consensus, vote_consensus])
 def test_bad_judges(call):
     scores, _, _, offsets = judge_columns(20)
@@ -496,6 +520,8 @@ def test_bad_judges(call):
         call(scores[:, 0], offsets=offsets)
     with pytest.raises(ValueError, match="scores must have a column per judge, got none"):
         call(scores[:, :0], offsets=offsets)
+    with pytest.raises(ValueError, match=r"column\(s\) that vary|columns of judges that vary, got 0"):
+        call(scores[:0], offsets=[0])
     with pytest.raises(ValueError, match="offsets must run from 0 to 160"):
         call(scores, offsets=offsets[:-1])
     with pytest.raises(ValueError, match=r"1 score column\(s\) that vary|three columns of judges that vary, got 1"):
@@ -575,7 +601,7 @@ def real():
 def test_real_audit(real):
     x, names = real
     null = names.index("NullModel")
-    pairs = select_pairs(x)
+    pairs = select_pairs(x, on_degenerate="ignore")
     codes = np.tile(np.arange(58), (403, 1))
     found = audit(x, codes, names=names, selection=pairs)
     assert [names[source] for source in found.order[:2]] == ["NullModel", "gpt4_gamed"]
@@ -587,7 +613,7 @@ def test_real_audit(real):
     assert found.as_chosen.sum() == found.as_rejected.sum() == pairs.keep.sum()
     for mode, supplies in (("both", 0), ("none", 79)):
         left = exclude(codes, found.flagged, mode)
-        assert supplied(codes, select_pairs(x, valid=left.valid))[0][null] == supplies
+        assert supplied(codes, select_pairs(x, valid=left.valid, on_degenerate="ignore"))[0][null] == supplies
     probability = 1 / (1 + np.exp(-x))
     np.testing.assert_allclose(audit(probability, codes, probability=True).z, found.z, rtol=1e-4)
 

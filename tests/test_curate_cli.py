@@ -67,6 +67,21 @@ def test_a_run_says_what_it_did(samples, capsys):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ('tau = "quantile:1"', "50 pairs to SFT (100.0%)"),
+        ('tau = "quantile:0"\ninclusive = true', "0 pairs to SFT (0.0%)"),
+        ("tau = 1000\ninclusive = true", "50 pairs to SFT (100.0%), margin at most 1000"),
+        ("tau = 1000", "50 pairs to SFT (100.0%), margin below 1000"),
+    ],
+)
+def test_what_is_said_of_routes(samples, capsys, table, said):
+    Path("route.toml").write_text(f"[route]\n{table}\n")
+    assert curate("-o", "pairs.jsonl", "--config", "route.toml") == 0
+    assert f"route      {said}\n" in capsys.readouterr().out
+
+
 def test_the_summary_as_json(samples, capsys):
     assert curate("-o", "pairs.jsonl", "--json") == 0
     summary = json.loads(capsys.readouterr().out)
@@ -74,6 +89,28 @@ def test_the_summary_as_json(samples, capsys):
     assert list(summary["stages"]) == ["hygiene", "audit", "clean", "length", "construct", "select", "route"]
     assert summary["written"] == {"pairs.jsonl": 50}
     assert len(summary["warnings"]) == 2
+
+
+def test_what_more_responses_would_bring(samples, capsys):
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    for name in ("responses", "win_prob", "models"):
+        rows[0][name] = rows[0][name][:4]
+    rows[1]["responses"][1] = rows[1]["responses"][0]  # a copy, whose two scores differ by 0.2 in logits
+    rows[1]["win_prob"][:2] = (1 / (1 + np.exp(-np.array([-5.1, -4.9])))).tolist()
+    rows[2]["win_prob"] = [0.9, 0.901, *[0.1] * 8]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert curate("-o", "pairs.jsonl", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["resample"]
+    noise = 0.2 / np.sqrt(2)
+    best = [np.sort(np.log(p) - np.log1p(-p))[-2:] for p in (np.array(row["win_prob"]) for row in rows)]
+    close = sum(top - second < noise for second, top in best)
+    assert (found["too_few"], found["unresolved"]) == (1, close) and close > 0
+    assert found["judge_noise"] == pytest.approx(noise)
+    assert 0 < found["median_gain"] < 3  # rewards have std 3
+    assert curate("-o", "pairs.jsonl") == 0
+    assert f"1 prompts have fewer than five; in {close} the best two are closer" in capsys.readouterr().out
+    assert curate("-o", "pairs.jsonl", "--order", "construct") == 0
+    assert "the judge's noise" not in capsys.readouterr().out
 
 
 def test_the_scale_of_the_ratings_is_in_the_output(samples):

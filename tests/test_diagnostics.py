@@ -330,6 +330,8 @@ def test_controls_of_equal_values_and_of_nothing():
     [
         ({"quality": "length"}, 'quality must be "raw", "percentile" or "z", got \'length\''),
         ({"bins": 1}, "bins must be an integer of at least 2, got 1"),
+        ({"bins": 2.5}, "bins must be an integer of at least 2, got 2.5"),
+        ({"bins": True}, "bins must be an integer of at least 2, got True"),
         ({"outcome": np.array([1.0, INF])}, "outcome must be finite or NaN, got 1 infinite values"),
         ({"outcome": np.zeros(3)}, r"outcome must have shape \[2\], got \[3\]"),
     ],
@@ -404,6 +406,7 @@ def test_mix_on_policy():
     for name in ("chosen", "rejected", "score_chosen", "score_rejected"):
         assert np.array_equal(mix.pairs[name], np.where(drawn, getattr(on, name), getattr(off, name)))
     assert np.array_equal(mix.pairs["prompt"], np.arange(100))
+    assert list(mix.pairs) == [*off.table(), "on_policy"]  # in this order, whatever the hashes of the names
     assert mix.quality_before == pytest.approx(off.score_chosen[drawn].mean())
     assert mix.quality_after == pytest.approx(on.score_chosen[drawn].mean()) and mix.quality_after > mix.quality_before
     assert diagnose(rewards, mix.pairs).not_better == 0

@@ -10,7 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpref.curate import Coded, InputError, files, read_metadata, read_samples, reading, select_pairs, write_pairs
+from fastpref.curate import (
+    Coded,
+    InputError,
+    files,
+    goal_records,
+    goal_rewrite,
+    goal_text,
+    read_metadata,
+    read_samples,
+    reading,
+    rescale_scores,
+    select_pairs,
+    write_pairs,
+)
 from fastpref.whole_file import whole_file
 
 USER = [{"role": "user", "content": "hello"}]
@@ -308,6 +321,51 @@ def test_rewriting(tmp_path, samples, ending, format):
     else:
         name = "messages" if format == "axolotl" else "prompt"
         assert [[m["content"] for m in row[name]] for row in found[1::2]] == [["goal", prompt] for prompt in prompts]
+
+
+@pytest.mark.parametrize("messages", [False, True])
+@pytest.mark.parametrize("ending", files.ENDINGS)
+@pytest.mark.parametrize("format", files.FORMATS)
+def test_goal_rows(tmp_path, ending, format, messages):
+    """Both rows of every pair: responses swapped with all that is known of them, and the goal in the prompt."""
+    rows = pools(messages=messages)
+    samples = read_samples(write_samples(tmp_path / "samples.jsonl", rows))
+    pairs = best_against_worst(samples)
+    scores = samples.scores["scores"]
+    records = goal_records(pairs, seed=3)
+    records["goal"] = rescale_scores(records["goal"], (scores.min(), scores.max()))
+    out = tmp_path / f"pairs{ending}"
+    rewrite = goal_rewrite(system_role=not messages)
+    assert write_pairs(samples, records, out, format=format, rewrite=rewrite).rows == 2 * len(pairs["prompt"])
+    found = read_rows(out)
+    side_of = {}
+    for row, k, goal in zip(found, records["pair"], records["goal"], strict=True):
+        pool, swapped = rows[pairs["prompt"][k]], row["goal_swapped"]
+        best, worst = pairs["chosen"][k], pairs["rejected"][k]
+        chosen, rejected = (worst, best) if swapped else (best, worst)
+        assert (row["chosen_id"], row["rejected_id"], row["pair"], row["goal"]) == (chosen, rejected, k, goal)
+        for side, at in (("chosen", chosen), ("rejected", rejected)):
+            text = row[side] if format == "axolotl" else row[side][0] if format != "trl" or messages else row[side]
+            text = text if isinstance(text, str) else text["content"]
+            assert text == (pool["responses"][at][0]["content"] if messages else pool["responses"][at])
+            assert row[f"score_{side}"] == pool["scores"][at] and row[f"len_{side}"] == pool["lengths"][at]
+            assert row[f"source_{side}"] == pool["sources"][at]
+        assert row["margin"] == row["score_chosen"] - row["score_rejected"]
+        assert (row["margin"] < 0) == (row["z_chosen"] < row["z_rejected"]) == swapped
+        prompt = row["messages" if format == "axolotl" else "prompt"]
+        if format == "trl" and not messages:
+            assert prompt == f"{goal_text(goal)}\n\n{pool['prompt']}"
+        elif messages:  # no system role
+            assert prompt == [{"role": "user", "content": f"{goal_text(goal)}\n\n{pool['prompt'][0]['content']}"}]
+        else:
+            user = {"role": "user", "content": pool["prompt"]}
+            assert prompt == [{"role": "system", "content": goal_text(goal)}, user]
+        side_of.setdefault(int(k), set()).add(swapped)
+    assert side_of == {k: {False, True} for k in range(len(pairs["prompt"]))}
+    if format != "axolotl":
+        again = read_samples(out)  # as pools of two, the chosen response first
+        assert again.problems == [] and again.prompts == len(found)
+        np.testing.assert_array_equal(again.scores["score"].reshape(-1, 2)[:, 0], records["score_chosen"])
 
 
 def test_rewritten_rows_of_a_parquet_file_have_the_same_columns(tmp_path, samples):

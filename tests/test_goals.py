@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpref.curate import add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
+from fastpref.curate import Coded, add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
 
 NAN = np.nan
 OFFICIAL = (
@@ -115,8 +115,6 @@ def test_twin_columns_are_swapped_and_others_kept():
         "z_rejected": [-2.0],
         "source_chosen": ["a"],
         "source_rejected": ["a much longer name"],
-        "len_chosen": [12],
-        "rank_rejected": [4],  # it has no twin
         "embedding_chosen": np.ones((1, 3)),
         "embedding_rejected": np.zeros((1, 3)),
         "was_chosen_by": ["a judge"],
@@ -127,8 +125,41 @@ def test_twin_columns_are_swapped_and_others_kept():
     swapped = by_pair(goal_records(pairs_of([9], [2], **more)))[0, True]
     assert swapped["z_chosen"] == -2 and swapped["z_rejected"] == 1
     assert swapped["source_chosen"] == "a much longer name" and swapped["source_rejected"] == "a"
-    assert swapped["len_chosen"] == 12 and swapped["rank_rejected"] == 4 and swapped["was_chosen_by"] == "a judge"
+    assert swapped["was_chosen_by"] == "a judge"
     assert swapped["embedding_chosen"] == [0, 0, 0] and swapped["embedding_rejected"] == [1, 1, 1]
+
+
+def test_numbers_of_one_side_alone_are_not_those_of_the_other():
+    more = {"rank_rejected": np.array([4, 2]), "quality_chosen": np.array([0.5, 1.5], np.float32), "rule_chosen": "max"}
+    found = goal_records(pairs_of([9, 8], [2, 3], **more))
+    assert found["rank_rejected"].dtype == np.int64 and found["quality_chosen"].dtype == np.float32
+    records = by_pair({name: column for name, column in found.items() if name != "rule_chosen"})
+    for pair in (0, 1):
+        assert records[pair, False]["rank_rejected"] == (4, 2)[pair] and records[pair, True]["rank_rejected"] == -1
+        assert records[pair, False]["quality_chosen"] == (0.5, 1.5)[pair]
+        assert np.isnan(records[pair, True]["quality_chosen"])
+
+
+@pytest.mark.parametrize("second", ["b", "bc"])
+def test_columns_of_names_and_of_messages(second):
+    """What `write_pairs` takes: names by code, -1 for none; and texts as lists of messages of any length."""
+    one, two = ([{"role": "assistant", "content": part} for part in parts] for parts in ("a", second))
+    pairs = {
+        "prompt": ["p", "q"],
+        "chosen": [one, two],
+        "rejected": [two, one],
+        "score_chosen": [5, 6],
+        "score_rejected": [1, 2],
+        "source_chosen": Coded(np.array([0, -1]), ["m", "n"]),
+        "source_rejected": Coded(np.array([1, 1]), ["m", "n"]),
+    }
+    found = goal_records(pairs)
+    for i, (pair, swapped) in enumerate(zip(found["pair"], found["goal_swapped"], strict=True)):
+        assert found["chosen"][i] == pairs["rejected" if swapped else "chosen"][pair]
+        assert found["rejected"][i] == pairs["chosen" if swapped else "rejected"][pair]
+        names = ["m", None][pair], "n"
+        assert (found["source_chosen"][i], found["source_rejected"][i]) == (names[::-1] if swapped else names)
+    assert found["chosen"].shape == (4,)
 
 
 def test_several_attributes():
@@ -210,6 +241,8 @@ def test_rescaled_scores():
     scores = np.random.default_rng(0).normal(size=1000)
     moved = rescale_scores(scores)
     assert moved.min() == 1 and moved.max() == 10
+    near = rescale_scores(np.linspace(0, 1e-15, 20_000), (0, 1), (5, 7.7))
+    assert near.min() == 5  # rounding leaves none outside, where it would be no goal
     np.testing.assert_array_equal(np.argsort(moved), np.argsort(scores))
 
 
@@ -247,15 +280,21 @@ def test_the_official_wording():
     ],
 )
 def test_printed_scores(goal, printed):
-    assert goal_text(goal).endswith(f"\nOverall score: {printed}.")
+    assert goal_text(goal, (-10, 1e7)).endswith(f"\nOverall score: {printed}.")
 
 
 def test_the_scale_and_the_attributes_are_stated():
     text = goal_text({"Helpfulness": 0.5, "Honesty": 1}, score_range=(0, 1))
     assert "(on a scale of 0-1, where 0 is lowest and 1 is highest):" in text
     assert text.endswith(":\nHelpfulness score: 0.5.\nHonesty score: 1.")
-    with pytest.raises(ValueError, match="goals must be finite, got nan"):
-        goal_text(NAN)
+
+
+@pytest.mark.parametrize("goal", [NAN, np.inf, 0.5, 10.5, -7.0])
+def test_a_goal_is_on_the_scale_that_is_stated(goal):
+    with pytest.raises(ValueError, match=rf"goals must lie in score_range \[1, 10\], got {goal} for 'Honesty'"):
+        goal_text({"Helpfulness": 3, "Honesty": goal})
+    with pytest.raises(ValueError, match=rf"score_range \[1, 10\], got {goal} for 'Overall'"):
+        goal_rewrite()({"prompt": "Why?", "goal": goal})
 
 
 USER = {"role": "user", "content": "Why?"}

@@ -313,6 +313,15 @@ def test_batches_of_pairs():
         pair_batches([[1]], [[2]], [])
 
 
+def test_batches_that_are_no_pairs_or_padded_on_the_left_are_refused(transformers):
+    model = tiny(transformers)
+    (batch,) = pair_batches([[3, 4]] * 2, [[5]] * 2, [[6, 7]] * 2)
+    with pytest.raises(ValueError, match="as many rejected as chosen sequences, got 3 in all"):
+        pair_logps(model, [{name: part[:3] for name, part in batch.items()}])
+    with pytest.raises(ValueError, match="attention_mask of a batch must be padded on the right"):
+        pair_logps(model, [{name: part.flip(1) for name, part in batch.items()}])
+
+
 # ---- the parameters
 
 
@@ -322,6 +331,7 @@ def test_parameters_are_restored_bit_for_bit_after_an_error():
     calls = []
 
     def failing(model, x):
+        assert not model.training
         calls.append(model.weight.detach().clone())
         if len(calls) == 12:
             raise RuntimeError("lost")
@@ -363,6 +373,23 @@ def test_the_step_is_the_first_that_the_validation_pairs_confirm():
     np.testing.assert_allclose(long.values, 1.2 * expected, rtol=1e-2)
 
 
+def test_a_step_without_a_finite_loss_is_not_taken():
+    model, train, validation, _ = logistic_problem()
+    start, furthest = model.weight.detach().clone(), 5e-4
+
+    def bounded(model, x):
+        far = (model.weight - start).norm() > furthest * start.norm()
+        return tuple(logps + torch.where(far, torch.nan, 0.0) for logps in logistic_logps(model, x))
+
+    scores = influence_of(model, train, validation, logps_fn=bounded)
+    assert scores.step == 3e-4 and scores.check == pytest.approx(1, abs=0.01)
+    np.testing.assert_allclose(scores.values, influence_of(model, train, validation).values, rtol=1e-4, atol=1e-7)
+    furthest = 1e-9
+    with pytest.warns(UserWarning) as caught:
+        influence_of(model, train, validation, logps_fn=bounded)
+    assert "nan at step=1e-05: no such step" in str(caught[0].message) and len(caught) == 2
+
+
 def test_parameters_at_zero_and_a_gradient_of_zero():
     model, train, validation, _ = logistic_problem()
     with torch.no_grad():
@@ -388,11 +415,16 @@ def test_what_influence_refuses():
     refused("parameters must be float32 or float64.* weight is torch.bfloat16", Logistic(torch.zeros(8).bfloat16()))
     refused(r"train_given\['rating_gap'\] must have one entry per pair, got 100 for 128 pairs",
             train_given={"rating_gap": np.zeros(100)})  # fmt: skip
+    refused(r"train_given\['rating_gap'\] must have one entry per pair, got 401 for 400 pairs",
+            train_given={"rating_gap": np.zeros(401)})  # fmt: skip
     refused(r"validation_given\['rating_gap'\] must have one entry per pair, got 201 for 200 pairs",
             validation_given={"rating_gap": np.zeros(201)})  # fmt: skip
     refused(r"fields of losses.Pairs besides the log-probs, got \['gap'\]", train_given={"gap": np.zeros(400)})
     refused("sigmoid needs ref_chosen_logps", loss_options=None)
     refused("reference must not share the parameters that are moved", reference=model, loss_options=None)
+    references = {"ref_chosen_logps": np.zeros(400), "ref_rejected_logps": np.zeros(400)}
+    refused(r"train_given must not hold what the reference gives, got \['ref_chosen_logps', 'ref_rejected_logps'\]",
+            reference=Logistic(torch.ones(8).double()), train_given=references)  # fmt: skip
     refused("validation must hold at least one pair, got none", validation=validation[:0])
     refused("validation must give a finite gradient", validation=validation / 0)
     broken = train.clone()
@@ -432,6 +464,12 @@ def test_loss_diff_and_irm():
             loss_diff(policy, other, reference)
     with pytest.raises(ValueError, match="got 'aot', which couples"):
         loss_diff(policy, validated, reference, loss="aot")
+    for count in (199, 201):
+        gaps = {"rating_gap": np.zeros(count)}
+        with pytest.raises(ValueError, match=rf"given\['rating_gap'\] must have .* got {count} for 200 pairs"):
+            loss_diff(policy, validated, reference, loss="rdpo", given=gaps)
+    with pytest.raises(ValueError, match=r"given must not hold what the reference gives, got \['ref_chosen_logps'\]"):
+        loss_diff(policy, validated, reference, given={"ref_chosen_logps": policy.chosen})
 
 
 def scores_of(values, **fields):
@@ -452,6 +490,17 @@ def test_the_band_is_inclusive_below_and_exclusive_above():
     assert math.isnan(truncated(scores_of([]), "m").rate)
     with pytest.raises(ValueError, match="lo and hi must be percentiles"):
         truncated(scores_of([1, 2]), "m", lo=80, hi=20)
+
+
+@pytest.mark.parametrize("count", [101, 201, 1001])
+def test_a_percentile_that_is_a_value_is_that_value(count):
+    scores = scores_of(np.random.default_rng(0).permutation(count) / 7)
+    for lo, hi in zip(range(50), range(51, 101), strict=True):
+        first, last = (at * (count - 1) / 100 for at in (lo, hi))
+        if first == int(first) and last == int(last):
+            kept = truncated(scores, "m", lo=lo, hi=hi)
+            place = np.rint(scores.values * 7)
+            assert np.array_equal(kept.keep, (place >= first) & ((place < last) | (hi == 100)))
 
 
 def test_the_intersection_is_that_of_the_bands():

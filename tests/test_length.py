@@ -31,6 +31,8 @@ def test_report_of_four_pairs():
     assert report.chosen_in_top_decile == 2 / 4
     assert report.truncated_share == 4 / 12
     assert report.truncated_chosen == 1 / 4 and report.truncated_rejected == 3 / 4
+    padded = [np.pad(x, ((0, 0), (0, 2)), constant_values=value) for x, value in ((lengths + 0.0, NAN), (truncated, 0))]
+    assert length_report(padded[0], select(rewards), truncated=padded[1]) == report
     unknown = length_report(lengths, select(rewards))
     assert math.isnan(unknown.truncated_share) and math.isnan(unknown.truncated_chosen) and unknown[:4] == report[:4]
 
@@ -62,6 +64,11 @@ def test_report_without_pairs():
     report = length_report(np.ones((2, 3)), select(np.zeros((2, 3))), truncated=np.ones((2, 3), bool))
     assert report.pairs == 0 and report.truncated_share == 1
     assert np.isnan([*report[1:4], report.truncated_chosen, report.truncated_rejected]).all()
+
+
+def test_a_selection_from_other_prompts_is_refused():
+    with pytest.raises(ValueError, match="pairs must be a selection from 5 prompts, got one from 1"):
+        length_report(np.ones((5, 2)), select([[2.0, 1.0]]))
 
 
 PAIRS = {"prompt": [0], "chosen": [0], "rejected": [1]}
@@ -131,6 +138,26 @@ def test_a_better_and_more_verbose_source_is_not_a_preference_for_length():
     assert remove_length(scores, lengths).slope > 1
 
 
+@pytest.mark.parametrize("level", [0, 1e6])
+def test_effects_that_are_not_there(level):
+    """One source, or columns that are centred already: what is left to solve for is rounding."""
+    generator = np.random.default_rng(0)
+    scores, lengths = generator.normal(size=(200, 20)), np.exp(generator.normal(5, 1, size=(200, 20)))
+    one = remove_length(scores + level, lengths, sources=np.full((200, 20), 3))
+    assert one.slope == pytest.approx(by_least_squares(scores, lengths), rel=1e-6)
+    assert np.isfinite(one.scores).all()
+    sources = np.tile(np.arange(20), (200, 1))
+    centred = scores - scores.mean(axis=0)
+    centred -= centred.mean(axis=1, keepdims=True)
+    slope = by_least_squares(scores, lengths, sources)
+    assert remove_length(centred + level, lengths, sources=sources).slope == pytest.approx(slope, rel=1e-6)
+    evened = np.exp(np.log(lengths) - np.log(lengths).mean(axis=0) + 9)
+    slope = by_least_squares(scores, evened, sources)
+    assert remove_length(scores + level, evened, sources=sources).slope == pytest.approx(slope, rel=1e-6)
+    same = np.repeat(generator.normal(size=(200, 1)), 20, axis=1)
+    assert remove_length(same, lengths, sources=sources).slope == pytest.approx(0, abs=1e-12)
+
+
 def test_weakly_connected_sources():
     """A chain of sources, each met only beside its neighbours, and one of its own: many steps, one exact slope."""
     generator = np.random.default_rng(0)
@@ -165,6 +192,8 @@ def test_flat_pools_and_unknown_sources_and_lengths():
     np.testing.assert_array_equal(flat.scores, padded.ravel())
     assert flat.slope == slope == pytest.approx(by_least_squares(scores, lengths, sources, ~np.isnan(lengths)))
     assert padded[3, 4] == scores[3, 4]
+    several = np.where((sources == 0) & (lengths > 50), -7, codes)  # unknown all the same
+    assert remove_length(scores, lengths, sources=several).slope == slope
 
 
 def test_infinite_scores_are_none():
@@ -234,7 +263,7 @@ def match_one(rewards, lengths, selection, p, band, scale, slots):
 
 @pytest.mark.parametrize("scale", ["raw", "logit", "mad", "normal_score"])
 @pytest.mark.parametrize("rejected", ["mean-2std", "mean-0.5std", "min", "quantile:0.2"])
-@pytest.mark.parametrize(("slots", "band"), [(1, 0.5), (1, 0), (3, 1.5)])
+@pytest.mark.parametrize(("slots", "band"), [(1, 0.5), (1, 0), (3, 1.5), (9, 0)])
 def test_match_against_a_loop(scale, rejected, slots, band):
     generator = np.random.default_rng(0)
     rewards = np.round(generator.random((60, 15)), 2)
@@ -286,6 +315,41 @@ def test_a_drawn_response_is_matched_around_its_own_reward():
     assert lengths[0, matched.rejected[0]] == 50
 
 
+def test_of_several_drawn_responses_the_lowest_is_matched_around():
+    generator = np.random.default_rng(0)
+    rewards = generator.permuted(np.tile(np.arange(12.0), (50, 1)), axis=1)
+    lengths = 10 + 3 * rewards
+    found = []
+    for order in (slice(None), slice(None, None, -1)):
+        selection = select(rewards[:, order], rejected="min_of_4", pairs_per_prompt=3)
+        found.append(match_length(selection, rewards[:, order], lengths[:, order], band=0).score_rejected)
+    np.testing.assert_array_equal(found[0], found[1])
+    # the longest three within reach, from the lowest one drawn to the highest
+    highest = selection.score_rejected.max(axis=1)
+    np.testing.assert_array_equal(found[0], highest[:, None] - np.arange(3))
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"min_gap": 2.0}, {"max_gap": 2.0}, {"min_gap": "quantile:0.5"}, {"min_gap": 1.5, "max_gap": 2.5}]
+)
+@pytest.mark.parametrize("slots", [1, 3])
+def test_matched_pairs_keep_the_bounds_on_the_gap(bounds, slots):
+    generator = np.random.default_rng(0)
+    rewards = np.where(generator.random((200, 20)) < 0.1, NAN, generator.normal(size=(200, 20)))
+    lengths = generator.integers(1, 500, size=rewards.shape)
+    selection = select(rewards, rejected="mean-0.5std", pairs_per_prompt=slots, **bounds)
+    matched = match_length(selection, rewards, lengths, band=2, **bounds)
+    free = match_length(selection, rewards, lengths, band=2)
+    gaps = [np.abs(pool[:, None] - pool)[np.triu_indices(20, 1)] for pool in rewards]
+    low, high = bounds.get("min_gap", 0), bounds.get("max_gap", INF)
+    if isinstance(low, str):
+        low = np.nanquantile(gaps, 0.5, axis=1).reshape(-1, *[1] * (slots > 1))
+    kept = selection.keep
+    np.testing.assert_array_equal(matched.keep, kept)
+    assert ((matched.gap >= low) & (matched.gap <= high))[kept].all()
+    assert not ((free.gap >= low) & (free.gap <= high))[kept].all()
+
+
 def test_ragged_pools_and_missing_lengths():
     rewards = np.array([5.0, 1.0, 1.1, 3.0, 2.0])
     lengths = np.array([10.0, NAN, 30.0, 5.0, 5.0])
@@ -306,6 +370,10 @@ def test_ragged_pools_and_missing_lengths():
         ({"band": -1}, "band must be a number >= 0, got -1"),
         ({"band": "wide"}, "band must be a number >= 0, got 'wide'"),
         ({"rewards": np.zeros((2, 3))}, "rewards must have the 1 prompts of selection, got 2"),
+        ({"rewards": np.array([[1.0, 2.0, 4.0]])}, "rewards must be those of selection, got others for 1 of 1 pairs"),
+        ({"rewards": np.array([[3.0, 1.0]])}, "pairs must have chosen within the pool, got 2 in a pool of 2"),
+        ({"min_gap": 2.5}, "min_gap and max_gap must be those of selection, got 2.5 and None, .* 1 prompts"),
+        ({"max_gap": "wide"}, "max_gap must be a finite number or"),
         ({"lengths": np.zeros((1, 2))}, r"lengths must have shape \[1, 3\]"),
     ],
 )

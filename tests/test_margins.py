@@ -1,5 +1,6 @@
 """curate.margins: methods.md section 2, rule by rule."""
 
+import itertools
 import json
 import math
 import os
@@ -290,6 +291,50 @@ def test_one_vote_counted_twice(transform, how):
     assert all(w.filename == __file__ for w in caught)
 
 
+@pytest.mark.parametrize("how", ["external", "max", "min"])
+def test_sources_that_are_not_added_up_are_not_counted_twice(how):
+    margins = normal_margins() | {"again": normal_margins()["external"]}
+    scores = bees(margins, how=how)  # a warning is an error here
+    assert scores.pearson[0, 2] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 3, 9])
+def test_few_pairs_say_nothing_of_one_vote(pairs):
+    # two pairs always correlate by 1 or -1
+    margins = {"external": np.arange(pairs) - 3.0, "implicit": 3 * np.arange(pairs) - 3.0}
+    assert bees(margins, how="add").score.shape == (pairs,)
+    more = {name: np.arange(10) - 3.0 for name in margins}
+    more["implicit"][pairs:] = NAN  # what one source lacks is not compared
+    with pytest.warns(UserWarning) as caught:
+        bees(more, how="add")
+    assert not any("one vote" in str(w.message) for w in caught)
+    with pytest.warns(UserWarning, match="one vote counted twice"):
+        bees({name: np.arange(10) - 3.0 for name in margins}, how="add")
+
+
+def test_a_lower_bound_of_zero_suits_every_scale():
+    bees({"external": np.random.default_rng(0).normal(0, 1000, 500)}, lower=0)
+
+
+def test_an_upper_bound_that_the_search_leaves_below_the_lower_one():
+    margin = np.random.default_rng(0).normal(3, 1, 50)
+    with pytest.warns(UserWarning, match=r"of 'external' ends at 3, not above lower=4: every margin counts as p = 0"):
+        scores = bees({"external": margin}, lower=4)
+    assert scores.sources["external"].largest > 4 and (scores.p < 1e-40).all()
+    bees({"external": margin}, lower=4, upper=5)
+
+
+def test_an_upper_bound_that_cuts_no_thin_tail():
+    margin = np.random.default_rng(0).normal(0, 0.3, 50)  # 29 above 0 are fewer than 30: no step
+    clipped = (margin > 0).mean()
+    message = rf"of 'external' ends at 0, and the {100 * clipped:.0f} % of the margins above it all count as p = 1"
+    with pytest.warns(UserWarning, match=message):
+        scores = bees({"external": margin}, lower=-0.2)
+    assert scores.share_at_one == clipped > 0.5
+    bees({"external": margin}, lower=-0.2, upper=0.5)
+    bees({"external": margin}, how="add")
+
+
 def test_lower_bound_that_clips_nothing():
     rng = np.random.default_rng(0)
     with pytest.warns(UserWarning, match=r"lower=-2 clips none of the 300 margins of 'win_prob', which begin at 0\.0"):
@@ -327,6 +372,20 @@ def test_missing_margins_count_as_zero_and_are_counted():
     np.testing.assert_allclose(scores.pearson, np.corrcoef(holed[kept], margins["implicit"][kept]))
     upper = scores.sources["external"].upper
     assert normalised_margins(holed, scores.sources["external"])[3] == 2 / (2 + upper)
+
+
+def test_a_source_with_few_margins_hides_no_other():
+    margins = normal_margins()
+    margins |= {"again": margins["external"] + 0.1, "rare": np.where(np.arange(400) < 30, margins["implicit"], NAN)}
+    margins["again"][:20] = NAN
+    with pytest.warns(UserWarning) as caught:
+        scores = bees(margins)
+    said = [str(w.message) for w in caught if "one vote" in str(w.message)]
+    assert [text.partition(" are one vote")[0] for text in said] == ["'external' and 'again'", "'implicit' and 'rare'"]
+    for (i, a), (j, b) in itertools.product(enumerate(margins.values()), repeat=2):
+        both = np.isfinite(a) & np.isfinite(b)
+        assert scores.pearson[i, j] == pytest.approx(np.corrcoef(a[both], b[both])[0, 1])
+    assert np.array_equal(scores.spearman, scores.spearman.T) and scores.spearman[0, 2] == pytest.approx(1)
 
 
 def test_correlation_with_a_constant_is_none():
@@ -545,6 +604,9 @@ def test_prompts_keep_a_quarter_by_default():
     spread = rewards.max(axis=1) - rewards.min(axis=1)
     np.testing.assert_array_equal(found.prompts, np.argsort(-spread)[:500])
     np.testing.assert_array_equal(found.chosen, rewards[found.prompts].argmax(axis=1))
+    np.testing.assert_array_equal(select_prompts(rewards, k=7).prompts, found.prompts[:7])
+    with pytest.raises(ValueError, match="k must be an integer from 0 to the 2000 prompts, got 2001"):
+        select_prompts(rewards, k=2001)
     valid = np.ones((2000, 6), bool)
     valid[:, 2] = False
     assert (select_prompts(rewards, valid=valid).chosen != 2).all()

@@ -23,9 +23,9 @@ NAN, INF = np.nan, np.inf
 select_pairs = functools.partial(curate.select_pairs, on_degenerate="ignore")
 
 
-def select_one(rewards, **options):
+def select_one(rewards, *rules, **options):
     """The selection for a single prompt, as plain numbers."""
-    pairs = select_pairs(np.asarray([rewards], dtype=float), **options)
+    pairs = select_pairs(np.asarray([rewards], dtype=float), *rules, **options)
     return int(pairs.chosen[0]), int(pairs.rejected[0]), DropReason(pairs.reason[0])
 
 
@@ -195,6 +195,8 @@ def test_infinite_rewards_are_invalid():
         ({"rewards": np.zeros((2, 3)), "min_chosen": NAN}, "min_chosen must be a finite number or .*, got nan"),
         ({"rewards": np.zeros((2, 3)), "pairs_per_prompt": 0}, "pairs_per_prompt must be an integer >= 1, got 0"),
         ({"rewards": np.zeros((2, 3)), "pairs_per_prompt": 1.0}, "pairs_per_prompt must be an integer >= 1"),
+        ({"rewards": np.zeros((2, 3)), "pairs_per_prompt": True}, "pairs_per_prompt must be an integer >= 1"),
+        ({"rewards": np.zeros((2, 3)), "chosen": ["max"]}, r"chosen must be .*, got \['max'\]"),
         ({"rewards": np.zeros((2, 3)), "seed": -1}, "seed must be an integer >= 0, got -1"),
     ],
 )
@@ -533,6 +535,24 @@ def test_of_equal_rewards_the_first_that_may_be_chosen():
     assert select_one([5.0, 1.0, 1.0, 1.0], choosable=choosable) == (-1, -1, DropReason.SAME_RESPONSE)
     assert select_one([5.0, 1.0, 1.0, 1.0], choosable=~choosable) == (0, 1, DropReason.KEPT)
     assert select_one([5.0, 1.0, 1.0, 1.0], choosable=choosable & False)[2] == DropReason.NO_CHOOSABLE
+    assert select_one([5.0, NAN, NAN, 1.0], choosable=np.array([[False, True, True, False]]))[2] == (
+        DropReason.NO_CHOOSABLE
+    )
+
+
+@pytest.mark.parametrize("place", [2, 3, 4])
+def test_a_quantile_among_tied_rewards_of_which_one_may_be_chosen(place):
+    """q (n - 1) = 1.6: nearest to it is rank 2, a 5, whichever of the three 5s may be chosen."""
+    choosable = np.array([[True, True, place == 2, place == 3, place == 4]])
+    rewards = [1.0, 4.0, 5.0, 5.0, 5.0]
+    assert select_one(rewards, "quantile:0.4", "min", choosable=choosable) == (place, 0, DropReason.KEPT)
+
+
+def test_equal_rewards_are_one_reason_wherever_they_stand():
+    for choosable in itertools.permutations([True, False, True]):
+        mask = np.array([[*choosable, True]])
+        reason = select_one([5.0, 5.0, 5.0, 1.0], rejected="max", choosable=mask)[2]
+        assert reason == DropReason.SAME_RESPONSE
 
 
 @pytest.mark.parametrize("options", [{}, {"rejected": "min_of_3"}, {"scale": "normal_score"}, {"pairs_per_prompt": 3}])
@@ -557,6 +577,13 @@ def test_a_smaller_number_of_pairs_is_the_first_of_a_larger_one():
             used = many.rejected[row][many.keep[row]]
             assert len(set(used)) == len(used)
             assert (rewards[row, used] == many.score_rejected[row][many.keep[row]]).all()
+
+
+@pytest.mark.parametrize("rejected", ["mean", "mean+0.1std", "min", "quantile:0.5"])
+def test_of_equal_rewards_the_first_is_the_earliest_pick(rejected):
+    # mean 2.86; the walk reaches the three 2s from above or from below
+    pairs = select_pairs([[2.0, 9.0, 2.0, 3.0, 2.0, 1.0, 1.0]], rejected=rejected, pairs_per_prompt=6)
+    assert [c for c in pairs.rejected[0] if c in (0, 2, 4)] == [0, 2, 4]
 
 
 def test_the_lower_of_two_that_are_second_nearest():
@@ -604,6 +631,10 @@ def test_all_pairings_of_the_grid(scale):
 
 def test_pairings_of_another_grid():
     assert list(all_pairings(np.eye(3), ks=[-0.25, 1.5])) == [("mean+1.5std", "mean-0.25std")]
+    close = all_pairings(np.eye(3), ks=[-1e-7, 1.0000001, 1.0000002, 1234567.5])
+    assert len(close) == 6
+    for chosen, rejected in close:
+        assert select_pairs(np.eye(3), chosen, rejected).rule == f"{chosen} vs {rejected}"
     for ks in ([], [1], [1, 0], [0, 0], [0, NAN]):
         with pytest.raises(ValueError, match="ks must be two or more ascending numbers"):
             all_pairings(np.eye(3), ks=ks)
@@ -656,6 +687,11 @@ def test_rules_that_do_not_degenerate(action, rejected):
     assert pairs.keep.all() and pairs.rule == f"max vs {rejected}"
 
 
+def test_pools_without_spread_have_no_target_to_count():
+    rewards = np.concatenate([bounded_scores()[94:], np.ones((30, 30)), np.full((5, 30), NAN)])
+    assert select_pairs(rewards).share_below_min == 2 / 6
+
+
 def test_up_to_a_fifth_is_no_degenerate_rule():
     rewards = bounded_scores()
     fifth = np.concatenate([rewards[:1], np.tile(rewards[96:], (1, 1))])
@@ -685,6 +721,12 @@ def test_the_smallest_and_largest_numbers(factor):
     assert pairs.z_rejected == pytest.approx(plain.z_rejected)
 
 
+def test_a_gap_beyond_the_largest_number():
+    pairs = select_pairs([[1e308, -1e308, 0.0]], rejected="min", min_gap=1)
+    assert pairs.keep.all() and pairs.score_rejected == -1e308
+    assert select_one([1e308, -1e308, 0.0], rejected="min", max_gap=1)[2] == DropReason.LARGE_GAP
+
+
 # ---- properties
 
 POOLS = hnp.arrays(
@@ -699,17 +741,22 @@ SCALES = ["raw", "logit", "mad", "normal_score"]
 
 
 @settings(max_examples=150, deadline=None)
-@given(POOLS, st.randoms(use_true_random=False), st.sampled_from(RULES), st.sampled_from(SCALES))
-def test_the_order_of_the_responses_does_not_matter(rewards, random, rejected, scale):
+@given(
+    POOLS,
+    st.randoms(use_true_random=False),
+    st.sampled_from(["max", "mean", "mean+1std", "quantile:0.7"]),
+    st.sampled_from([*RULES, "max"]),
+    st.sampled_from(SCALES),
+)
+def test_the_order_of_the_responses_does_not_matter(rewards, random, chosen, rejected, scale):
     permutation = list(range(rewards.shape[1]))
     random.shuffle(permutation)
     if scale == "logit":
         rewards = np.clip(np.abs(rewards) / 9, 0, 1)
-    choosable = np.round(rewards) % 3 != 0
+    choosable = np.random.default_rng(0).random(rewards.shape) < 0.6
+    options = {"chosen": chosen, "rejected": rejected, "scale": scale, "pairs_per_prompt": 2}
     pairs, permuted = (
-        select_pairs(
-            rewards[:, order], rejected=rejected, scale=scale, choosable=choosable[:, order], pairs_per_prompt=2
-        )
+        select_pairs(rewards[:, order], choosable=choosable[:, order], **options)
         for order in (slice(None), permutation)
     )
     for field in dataclasses.fields(pairs):

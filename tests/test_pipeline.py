@@ -272,6 +272,31 @@ def test_the_order_of_the_responses_changes_nothing_but_indices(samples):
             assert np.array_equal(again.rows[name], first.rows[name]), name
 
 
+def test_the_slope_of_length_is_fitted_without_flagged_sources(samples):
+    tables = {"clean": {"action": "none"}, "length": {"control": "within_source"}}
+    both, chosen, none = (
+        run_quietly(config_of(samples, audit={"exclude": exclude}, **tables)) for exclude in ("both", "chosen", "none")
+    )
+    slopes = [result.summary["stages"]["length"]["slope"] for result in (both, chosen, none)]
+    assert both.summary["stages"]["audit"]["flagged"] == [CHEAT]
+    assert slopes[1] == pytest.approx(slopes[0], rel=1e-9) and slopes[2] != pytest.approx(slopes[0], rel=1e-3)
+
+
+def test_matched_rejected_responses_are_nearer_in_length_and_keep_the_bounds(samples):
+    construct = {"rejected": "mean-1std", "min_gap": 3.0}
+    rows = [
+        read_lines(run_quietly(config_of(samples, construct=construct, length=length)).summary["output"])
+        for length in ({}, {"control": "match", "band": 2.0})
+    ]
+    free, matched = rows
+    assert [row["row"] for row in matched] == [row["row"] for row in free]
+    assert [row["chosen"] for row in matched] == [row["chosen"] for row in free]
+    assert all(row["rule"] == "max vs mean-1std, matched in length" for row in matched)
+    assert min(row["score_chosen"] - row["score_rejected"] for row in matched) >= 3
+    apart = [[abs(np.log(row["len_chosen"] / row["len_rejected"])) for row in rows] for rows in (free, matched)]
+    assert np.mean(apart[1]) < 0.6 * np.mean(apart[0])
+
+
 def test_scores_stay_as_they_are_under_length_control(samples):
     plain = run_quietly(config_of(samples))
     assert "score_chosen_used" not in plain.rows
@@ -353,6 +378,21 @@ def test_small_margins_go_to_sft(samples, tmp_path):
     assert set(off.rows["route"]) == {"pref"}
 
 
+def test_selections_beside_are_by_the_same_rules(samples):
+    options = {"fraction": 0.8, "require_positive": True, "lower": -1.0}
+    read = {"scores": ["win_prob:logit", "helpfulness"]}
+    result = run_quietly(config_of(samples, read=read, select=options, construct={"rejected": "mean"}))
+    pairs = result.state.pairs
+    votes = {name: pairs[f"margin_{name}"] for name in ("win_prob", "helpfulness")}
+    count = int(result.state.kept.sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        expected = margins.compare_selections(votes, count, lower=-1.0, require_positive=True)
+        other = margins.compare_selections(votes, count, lower=-1.0)
+    assert result.summary["stages"]["select"]["beside"] == expected.table() != other.table()
+    assert set(np.flatnonzero(result.state.kept)) == set(expected.selected["mul"])
+
+
 def test_prompts_are_held_out_whole(samples, tmp_path):
     write = {"test": str(tmp_path / "test.jsonl"), "test_share": 0.3}
     result = run_quietly(config_of(samples, construct={"pairs_per_prompt": 3}, write=write))
@@ -368,8 +408,9 @@ def test_goals(samples, kind):
     rows = read_lines(result.summary["output"])
     pairs_made = result.summary["pairs"]
     assert len(rows) == (2 * pairs_made if kind == "both" else pairs_made)
-    scores = [score for row in rows for score in (row["score_chosen"], row["score_rejected"])]
-    low, high = min(scores), max(scores)
+    # "half" draws rows, not the scale: a score is the same goal in both
+    plain = run_quietly(config_of(samples)).rows
+    low, high = plain["score_rejected"].min(), plain["score_chosen"].max()
     source = read_lines(samples)
     for row in rows:
         pool = source[row["row"] - 1]
@@ -377,10 +418,33 @@ def test_goals(samples, kind):
         assert row["goal_swapped"] == (row["score_chosen"] < row["score_rejected"])
         assert row["prompt"].endswith("\n\n" + pool["prompt"])
         assert f"Overall score: {row['goal']:.6g}." in row["prompt"]
-        assert row["margin_win_prob"] == pytest.approx(row["margin"])
+        assert row["goal"] == pytest.approx(1 + 9 * (row["score_chosen"] - low) / (high - low), abs=1e-6)
+        assert row["margin"] == row["score_chosen"] - row["score_rejected"]  # below 0 where swapped
+        assert (row["z_chosen"] < row["z_rejected"]) == row["goal_swapped"]
         assert (row["rank_rejected"] == -1) == row["goal_swapped"]
-        if kind == "both":
-            assert row["goal"] == pytest.approx(1 + 9 * (row["score_chosen"] - low) / (high - low), abs=1e-6)
+        assert row["margin_win_prob"] == pytest.approx(row["margin"])
+        for side in ("chosen", "rejected"):
+            assert row[f"len_{side}"] == len(row[side])
+            assert row[f"source_{side}"] == pool["models"][row[f"{side}_id"]]
+
+
+@pytest.mark.parametrize("kind", ["both", "half"])
+def test_goals_of_a_single_pair(samples, kind):
+    result = run_quietly(config_of(samples, select={"k": 1}, write={"goals": kind}))
+    rows = read_lines(result.summary["output"])
+    assert len(rows) == (2 if kind == "both" else 1)
+    assert all(row["goal"] == (1 if row["goal_swapped"] else 10) for row in rows)
+
+
+def test_goals_on_a_declared_scale(samples):
+    read = {"scores": ["win_prob"], "score_range": [0, 1]}
+    result = run_quietly(config_of(samples, read=read, write={"goals": "both"}))
+    for row in read_lines(result.summary["output"]):
+        assert row["goal"] == row["score_chosen"] and "on a scale of 0-1, where 0 is lowest" in row["prompt"]
+    config = config_of(samples, read=read | {"score_range": [1, 10]}, write={"goals": "both"})
+    message = r"the goals of 520 of 520 rows lie outside read\.score_range \[1, 10\], from .*: declare the range"
+    with pytest.raises(InputError, match=message):
+        run_quietly(config)
 
 
 # ---- order and single stages
@@ -417,6 +481,10 @@ def test_prompts_are_selected_before_there_are_pairs(samples):
     widest = np.argsort(-whole.rows["margin"], kind="stable")[: round(0.25 * PROMPTS)]
     assert result.rows["row"].tolist() == sorted(whole.rows["row"][widest])
     assert result.summary["dropped"] == {"not_selected": PROMPTS - len(widest)}
+    by_number = config_of(samples, order=order, select={"k": len(widest)}, construct={"rejected": "min"})
+    assert run_quietly(by_number).rows["row"].tolist() == result.rows["row"].tolist()
+    with pytest.raises(InputError, match="select: k must be an integer from 0 to the 260 prompts, got 261"):
+        run_quietly(config_of(samples, order=order, select={"k": PROMPTS + 1}))
 
 
 def test_cleaning_after_construction_drops_pairs(samples):
@@ -524,6 +592,7 @@ def test_progress_of_both_passes(samples):
             {"read": {"scores": [], "implicit": "helpfulness"}},
             "read.scores must be given beside the field 'helpfulness'",
         ),
+        ({"read": {"implicit": "absent.npy"}}, "cannot read absent.npy: no such file of implicit rewards"),
         ({"output": None}, "output must be a file"),
     ],
 )

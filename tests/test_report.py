@@ -215,6 +215,31 @@ def test_texts_are_shown_as_they_are(tmp_path):
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("# no heading", r"\# no heading"),
+        ("C #", r"C \#"),
+        ("- no list", r"\- no list"),
+        ("+ no list", r"\+ no list"),
+        ("1. no list", r"1\. no list"),
+        ("2) no list", r"2\) no list"),
+        ("---", r"\---"),
+        ("-1.5 nats", "-1.5 nats"),
+        ("94 % of 3.5", "94 % of 3.5"),
+        ("a\n\n# b\r\n- c", r"a \# b - c"),
+        ("<script>alert(1)</script>", r"\<script\>alert(1)\</script\>"),
+        ("| a | b |", r"\| a \| b \|"),
+    ],
+)
+def test_a_line_of_text_is_no_markup(tmp_path, text, expected):
+    write_report(tmp_path, ReportData(text, {"what": text}, [text], examples=[Example("p", "c", "r", 1.0, 0.0, text)]))
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert f"# {expected}" in lines and f"- {expected}" in lines and f"| what | {expected} |" in lines
+    # inside of a line only what is markup everywhere
+    assert any(line.startswith("### Pair 1: ") and ("#" not in line[4:] or r"\#" in line) for line in lines)
+
+
 def test_a_fence_is_longer_than_what_it_holds(tmp_path):
     write_report(tmp_path, ReportData("t", {}, examples=[Example("p", "```python\nx\n```", "````", 1.0, 0.0)]))
     markdown = (tmp_path / "report.md").read_text()
@@ -307,6 +332,21 @@ def test_equal_margins_and_equal_lengths(tmp_path):
     data = ReportData("t", {}, margins=MarginPairs(same, same, same > 0), lengths=PairLengths(same, same))
     text = Page(write_report(tmp_path, data)).text
     assert "their correlation is –" in text and "right on 50.0 % of the pairs" in text
+
+
+def test_a_margin_of_zero_has_no_sign_to_agree_with(tmp_path):
+    margins = MarginPairs(np.array([0.0, 0.0, 2.0, -3.0]), np.array([-1.0, 0.0, 1.0, -4.0]), np.ones(4, bool))
+    text = Page(write_report(tmp_path, ReportData("t", {}, margins=margins))).text
+    assert "signs agree on 75.0 % of the pairs" in text
+
+
+def test_nothing_to_count(tmp_path):
+    nobody = SourceTable([], *np.zeros((3, 0)), np.zeros(0, bool), np.zeros(0, int))
+    data = ReportData("t", {}, counts={}, rating_scale={}, sources=nobody)
+    page = Page(write_report(tmp_path, data))
+    assert "0 of 0 sources flagged" in page.text and page.tags.count("h2") == 1
+    counts = ReportData("t", {}, counts={"pairs": {}, "prompts": {"kept": 0}})
+    assert "0.0 %" in Page(write_report(tmp_path, counts)).text
 
 
 def test_many_sources(tmp_path):

@@ -3,6 +3,7 @@
 
 import json
 import os
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from fastpref import causal_lm
-from fastpref.curate import implicit_rewards, read_samples, response_logps, rewards
+from fastpref.curate import CurateConfig, implicit_rewards, read_samples, response_logps, rewards, run
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>", "<end>", *(f"w{i}" for i in range(57))]
 TEMPLATE = (
@@ -272,6 +273,11 @@ def test_truncated_responses_are_cut_flagged_and_counted():
     np.testing.assert_allclose(found.logps, [*expected, np.nan], rtol=1e-5)
     with pytest.warns(UserWarning, match="1 of 1 responses were cut at max_length=64"):  # all that the model takes
         assert response_logps(gpt2(), [("w1 ", ["w2 " * 80])], tokenizer=make_tokenizer()).tokens.tolist() == [62]
+    short, long = llama(), llama()
+    short.config.max_position_embeddings = 9
+    for policy, reference in ((short, long), (long, short)):  # all that both take
+        with pytest.warns(UserWarning, match="1 of 1 responses were cut at max_length=9"):
+            implicit_rewards(policy, reference, [("w1 ", ["w2 " * 20])], tokenizer=make_tokenizer())
 
 
 def test_samples_of_a_file(tmp_path):
@@ -287,10 +293,51 @@ def test_samples_of_a_file(tmp_path):
     np.testing.assert_array_equal(found.logps, again.logps)
 
 
+def test_implicit_rewards_of_a_file_select_its_pairs(tmp_path):
+    draw, path, column = np.random.default_rng(0), tmp_path / "samples.jsonl", tmp_path / "implicit.npy"
+    rows = [{"prompt": p, "responses": [*pool, "w1 w2", "w3"]} for p, pool in make_samples(40)]
+    rows = [row | {"scores": draw.normal(size=len(row["responses"])).tolist()} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = implicit_rewards(llama(0), llama(1), read_samples(path), beta=1, tokenizer=make_tokenizer())
+    np.save(column, found.rewards)
+    fields = {
+        "input": str(path),
+        "output": str(tmp_path / "pairs.jsonl"),
+        "read": {"implicit": str(column)},
+        "construct": {"rejected": "min"},
+    }
+    config = CurateConfig(**fields, select={"k": 10, "how": "implicit"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        result = run(config)
+    first = found.offsets[result.rows["row"] - 1]
+    margin = found.rewards[first + result.rows["chosen_id"]] - found.rewards[first + result.rows["rejected_id"]]
+    np.testing.assert_array_equal(result.rows["margin_implicit"], margin)
+    best = [np.argmax(row["scores"]) for row in rows], [np.argmin(row["scores"]) for row in rows]
+    every = found.rewards[found.offsets[:-1] + best[0]] - found.rewards[found.offsets[:-1] + best[1]]
+    np.testing.assert_allclose(np.sort(margin), np.sort(every)[-10:])
+    for wrong in (found.rewards[:-1], found.rewards[None]):
+        np.save(column, wrong)
+        with pytest.raises(ValueError, match=rf"implicit.npy must hold floating-point \[{len(found.rewards)}\]"):
+            run(config)
+
+
+def test_the_tokens_of_a_prompt_are_held_once():
+    prompt, tokenizer = "w1 " * 500, make_tokenizer()
+    tracemalloc.start()
+    try:
+        found = rewards._encode(((prompt, ["w2"] * 40) for _ in range(50)), tokenizer, None, False, None, False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.count == 2000 and len(found.prompt_tokens) == 50 * 501 and len(found.own_tokens) == 2000
+    assert peak < 1_500_000  # with those of every response 4 MB
+
+
 def test_nothing_to_score():
     model, tokenizer = llama(), make_tokenizer()
     for samples in ([], [("w1", [])]):
-        found = implicit_rewards(model, model, samples, tokenizer=tokenizer)
+        found = implicit_rewards(model, model, samples, tokenizer=tokenizer, progress=False)
         assert found.rewards.shape == (0,) and found.offsets.tolist() == [0] * (len(samples) + 1)
 
 
@@ -322,6 +369,8 @@ def test_a_peft_policy_is_its_own_reference():
     found = implicit_rewards(policy, None, samples, tokenizer=tokenizer)
     np.testing.assert_allclose(found.reference_logps, expected.logps, atol=1e-5)
     assert found.policy_id != found.reference_id and np.abs(found.rewards).max() > 0.01
+    policy.peft_config["default"].lora_alpha *= 2
+    assert causal_lm.model_id(policy) != found.policy_id
     with pytest.raises(ValueError, match="reference may be None for a PEFT policy only, got LlamaForCausalLM"):
         implicit_rewards(llama(), None, samples, tokenizer=tokenizer)
 
@@ -337,6 +386,9 @@ def test_soft_prompts_and_adapters_on_the_head_are_scored_from_logits():
             warnings.simplefilter("ignore")
             policy = peft.get_peft_model(llama(), config)
         found = response_logps(policy, samples, tokenizer=make_tokenizer())
+        with policy.disable_adapter():
+            assert causal_lm.model_id(policy) != found.model_id
+        assert causal_lm.model_id(policy) == found.model_id
         for logps, response in zip(found.logps, ["w3 w4", "w5"], strict=True):
             ids = torch.tensor([[1, *ids_of("w1 w2 " + response), 2]])
             with torch.no_grad():
@@ -349,10 +401,20 @@ def test_soft_prompts_and_adapters_on_the_head_are_scored_from_logits():
 def test_low_precision_has_float32_exact_log_probs():
     samples, tokenizer = make_samples(), make_tokenizer()
     model = llama().bfloat16()
-    found = response_logps(model, samples, tokenizer=tokenizer)
-    wide = response_logps(model.float(), samples, tokenizer=tokenizer)
-    assert np.abs(found.logps - wide.logps).max() < 0.05 * np.abs(wide.logps).max()
-    assert found.model_id != wide.model_id
+    found = response_logps(model, samples, tokenizer=tokenizer, max_tokens=1)
+    expected, rounded = [], []
+    for prompt, pool in samples:
+        for response in pool:
+            ids = torch.tensor([[1, *ids_of(prompt + response), 2]])
+            with torch.no_grad():
+                hidden, head = model.model(ids).last_hidden_state[0], model.lm_head.weight
+                pair = hidden.double() @ head.double().T, F.linear(hidden, head).double()
+            steps = [F.log_softmax(logits, -1)[:-1].gather(1, ids[0, 1:, None])[:, 0] for logits in pair]
+            for sums, step in zip((expected, rounded), steps, strict=True):
+                sums.append(step[len(ids_of(prompt)) :].sum().item())
+    np.testing.assert_allclose(found.logps, expected, rtol=1e-5)
+    assert np.abs(np.subtract(rounded, expected)).max() > 1e-2  # what rounded logits would cost
+    assert found.model_id != causal_lm.model_id(model.float())
 
 
 def test_the_id_of_a_model_is_what_it_computes_with(tmp_path):
@@ -468,6 +530,15 @@ def test_a_stale_cache_is_refused_with_what_differs(tmp_path):
     assert before == sorted((p, p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file())
 
 
+def test_blocks_of_another_key_are_never_read(tmp_path):
+    samples, tokenizer = make_samples(), make_tokenizer()
+    first = response_logps(llama(0), samples, tokenizer=tokenizer, cache=tmp_path)
+    (tmp_path / "key.json").unlink()  # or: two runs began before either had written its key
+    second = response_logps(llama(1), samples, tokenizer=tokenizer, cache=tmp_path)
+    np.testing.assert_array_equal(second.logps, response_logps(llama(1), samples, tokenizer=tokenizer).logps)
+    assert not np.array_equal(second.logps, first.logps)
+
+
 def test_a_model_by_name_is_not_read(tmp_path, monkeypatch):
     def refuse(model):
         raise AssertionError
@@ -490,7 +561,7 @@ def test_a_model_by_name_is_not_read(tmp_path, monkeypatch):
 def test_a_damaged_cache_is_named(tmp_path, damage):
     samples, tokenizer, model = make_samples(), make_tokenizer(), llama()
     response_logps(model, samples, tokenizer=tokenizer, cache=tmp_path)
-    path = tmp_path / ("key.json" if damage == "key" else "block-000000.npy")
+    path = tmp_path / "key.json" if damage == "key" else next(tmp_path.glob("block-*-000000.npy"))
     if damage == "other shape":
         np.save(path, np.zeros(2))
     else:

@@ -463,7 +463,8 @@ void residual_pass_cpu(const ResidualPass& args, int threads) {
   const auto panels_of = [&](int64_t elements, int64_t by_panel) { return elements / (by_panel + 1) + 1; };
   parallel_for(layout.panels, panels_of(1 << 16, layout.packed * layout.panel), threads,
                [&](int64_t begin, int64_t end) { residual_pass_pack(level, args, begin, end); });
-  parallel_for(layout.chunks, 1, threads,
+  const int64_t chunk_work = layout.chunk_rows * args.columns * (args.width + 8);
+  parallel_for(layout.chunks, (1 << 18) / (chunk_work + 1) + 1, threads,
                [&](int64_t begin, int64_t end) { residual_pass_chunks(level, args, begin, end); });
   parallel_for(layout.panels, panels_of(1 << 19, layout.chunks * layout.slots * layout.panel), threads,
                [&](int64_t begin, int64_t end) { residual_pass_reduce(level, args, begin, end); });

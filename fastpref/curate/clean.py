@@ -19,6 +19,7 @@ from fastpref.curate.samples import to_logit
 
 EXCLUDE = ("both", "chosen", "none")
 FLAGGING = 200  # prompts of a source from which it is flagged; power of z > 3 on real scores: 0.8 here, 0.5 at 50
+MOST_CELLS = 1 << 28  # of a matrix, 2 GiB
 MOST_PROMPTS = 20_000  # audited; the bootstrap draws so many times the resamples
 LEAST_SOURCES = 3  # under the median prompt
 UPPER_QUARTILE = 1.1503  # of |x|, of a normal distribution in standard deviations. Of ratings and of the distances to
@@ -37,7 +38,7 @@ class SourceReport:
     order: np.ndarray  # int64 codes, the least explained first
     flagged: np.ndarray  # bool, z above the threshold, on enough prompts
     reference: np.ndarray  # bool, constant: a baseline that the others were scored against
-    prompts: np.ndarray  # int64, prompts with a score of the source
+    prompts: np.ndarray  # int64, of the audited prompts those with a score of the source
     rank: int  # of the structure
     audited_prompts: int
     repeated: int  # scores beyond the first of a source under one prompt; a source counts with their mean
@@ -87,11 +88,11 @@ def audit(
     pools, codes = _with_sources(scores, sources, offsets, valid, probability)
     count = _num_sources(codes, names)
     supply = (None, None) if selection is None else supplied(codes, selection, offsets=pools.offsets, num_sources=count)
-    table = _pivot(pools, codes, count)
-    rows = np.flatnonzero((~np.isnan(table.matrix)).sum(1) > 1)
+    rows, repeated = _with_two_sources(pools, codes, count)
     if len(rows) > most_prompts:
-        rows = np.sort(np.random.default_rng(seed).choice(rows, most_prompts, replace=False))
-    matrix = table.matrix[rows]
+        rows = np.random.default_rng(seed).choice(rows, most_prompts, replace=False)
+    audited = np.isin(per_prompt(pools.offsets), rows)
+    matrix = _pivot(pools._replace(values=np.where(audited, pools.values, np.nan)), codes, count).matrix
     rank = _rank(matrix, rank)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "scores has .* prompts", RuntimeWarning)  # said below
@@ -116,7 +117,7 @@ def audit(
         prompts=prompts,
         rank=found.rank,
         audited_prompts=len(rows),
-        repeated=table.repeated,
+        repeated=repeated,
         as_chosen=supply[0],
         as_rejected=supply[1],
         names=None if names is None else list(names),
@@ -409,7 +410,7 @@ def _judge_columns(scores, offsets, valid) -> tuple[np.ndarray, np.ndarray]:
 def _quantile(values, level, axis) -> np.ndarray:
     """NaN where there is nothing."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
+        warnings.filterwarnings("ignore", "All-NaN|Mean of empty slice", RuntimeWarning)
         return np.nanquantile(values, level, axis)
 
 
@@ -474,11 +475,23 @@ class _Table(NamedTuple):
     repeated: int  # responses beyond the first of a source under a prompt
 
 
+def _with_two_sources(pools, codes, count) -> tuple[np.ndarray, int]:
+    """The prompts with scores of two sources or more, ascending; the scores beyond the first of a source under one."""
+    usable = ~np.isnan(pools.values) & (codes >= 0)
+    cells = np.unique(per_prompt(pools.offsets)[usable] * count + codes[usable])
+    return np.flatnonzero(np.bincount(cells // max(count, 1)) > 1), int(usable.sum()) - len(cells)
+
+
 def _pivot(pools, codes, count) -> _Table:
     responses = np.flatnonzero(~np.isnan(pools.values) & (codes >= 0))
     prompt, source, values = per_prompt(pools.offsets)[responses], codes[responses], pools.values[responses]
     scored = np.bincount(prompt, minlength=len(pools.offsets) - 1) > 0
     rows = int(scored.sum())
+    if rows * count > MOST_CELLS:
+        raise ValueError(
+            f"sources must be codes from 0 without large gaps: {rows} prompts and codes up to {count - 1} make a "
+            f"matrix of {rows * count} numbers, more than {MOST_CELLS}"
+        )
     row = (np.cumsum(scored) - 1)[prompt]
     cell = row * count + source
     matrix = np.full(rows * count, np.nan)

@@ -106,6 +106,7 @@ def lines(result: CurateResult) -> list[str]:
         found.append(("left out", _listed(summary["responses_left_out"], "responses")))
         found.append(("dropped", _listed(summary["dropped"], "pairs")))
         found.append(("length", _length(summary["length"])))
+        found.append(("resample", _resample(summary["resample"])))
     if summary.get("rating_scale"):
         found.append(("ratings", _ratings(summary["rating_scale"])))
     for path, rows in summary.get("written", {}).items():
@@ -191,7 +192,10 @@ def _route(stage) -> str:
         return _skipped(stage)
     if stage["share_sft"] is None:
         return "no pairs"
-    return f"{stage['sft']} pairs to SFT ({stage['share_sft']:.1%}), margin below {stage['tau']:.4g}"
+    text = f"{stage['sft']} pairs to SFT ({stage['share_sft']:.1%})"
+    if stage["tau"] is None:  # infinite: all of them or none
+        return text
+    return f"{text}, margin {'at most' if stage['inclusive'] else 'below'} {stage['tau']:.4g}"
 
 
 def _skipped(stage) -> str:
@@ -223,6 +227,20 @@ def _length(length) -> str:
     if length["truncated_share"] is not None:
         text += f", {length['truncated_share']:.1%} truncated"
     return text
+
+
+def _resample(found) -> str:
+    if found["median_gain"] is None:
+        return ""
+    parts = [f"twice as many responses would raise the best score by {found['median_gain']:.2g} in the median"]
+    if found["too_few"]:
+        parts.append(f"{found['too_few']} prompts have fewer than five")
+    if found["unresolved"] is not None:
+        parts.append(
+            f"in {found['unresolved']} the best two are closer than the judge's noise between copies, "
+            f"{found['judge_noise']:.2g}"
+        )
+    return "; ".join(parts)
 
 
 def _ratings(scale) -> str:

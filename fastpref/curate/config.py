@@ -29,7 +29,8 @@ GOALS = ("none", "both", "half")
 @dataclass(frozen=True)
 class ReadOptions:
     """What is read of every row. `scores` are "field" or "field:logit"; the first one constructs the pairs, the others
-    vote when pairs are selected. `implicit` is a field, or a .npy with one implicit reward per response of the file."""
+    vote when pairs are selected. `implicit` is a field, or a .npy with one implicit reward per response of the file,
+    of `implicit_rewards` with beta=1: the bounds of `select` are in nats."""
 
     scores: tuple[str, ...] = ()  # none: "scores", else "win_prob"
     sources: str | None = None

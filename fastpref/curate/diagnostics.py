@@ -20,7 +20,7 @@ import numpy as np
 
 from fastpref.curate.pairs import columns_of, places_of, select_pairs
 from fastpref.curate.pools import Pools, as_pools, blocks
-from fastpref.curate.scale import sort_pools
+from fastpref.curate.scale import sort_pools, tied_runs
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -197,7 +197,7 @@ def buckets(rewards, *, valid=None, offsets=None) -> Buckets:
         order = np.argsort(rewards_of, axis=1, kind="stable")
         ordered = np.take_along_axis(rewards_of, order, axis=1)
         count = np.isfinite(ordered).sum(1)
-        first, last = _tied(ordered)
+        first, last = (position.T for position in tied_runs(ordered.T))
         ranked = _bucket_of(first, last, count[:, None])
         label[np.take_along_axis(flat, order, axis=1)] = ranked
         for bucket in Bucket:
@@ -208,17 +208,6 @@ def buckets(rewards, *, valid=None, offsets=None) -> Buckets:
             column = np.take_along_axis(order, at, axis=1)[:, 0]
             representative[prompts, bucket] = np.where(inside > 0, column, -1)
     return Buckets(label.reshape(np.shape(rewards)), representative)
-
-
-def _tied(ordered) -> tuple[np.ndarray, np.ndarray]:
-    """int64 like ordered [prompts, n] each: the first and the last position of the same reward."""
-    n = ordered.shape[1]
-    position = np.arange(n)
-    rises = ordered[:, 1:] != ordered[:, :-1]
-    first, last = np.zeros(ordered.shape, np.int64), np.full(ordered.shape, n - 1)
-    first[:, 1:] = np.where(rises, position[1:], 0)
-    last[:, :-1] = np.where(rises, position[:-1], n - 1)
-    return np.maximum.accumulate(first, axis=1), np.minimum.accumulate(last[:, ::-1], axis=1)[:, ::-1]
 
 
 def _bucket_of(first, last, count) -> np.ndarray:
@@ -304,7 +293,7 @@ def equal_gap(rewards, pairs, *, outcome=None, quality="raw", bins=5, valid=None
     """
     if quality not in ("raw", "percentile", "z"):
         raise ValueError(f'quality must be "raw", "percentile" or "z", got {quality!r}')
-    if not isinstance(bins, int) or bins < 2:
+    if isinstance(bins, bool) or not isinstance(bins, int | np.integer) or bins < 2:
         raise ValueError(f"bins must be an integer of at least 2, got {bins!r}")
     measures = diagnose(rewards, pairs, valid=valid, offsets=offsets).measures
     chosen_quality = getattr(measures, {"raw": "score", "percentile": "percentile", "z": "z"}[quality] + "_chosen")
@@ -486,7 +475,7 @@ def mix_on_policy(pairs, on_policy_pairs, fraction=0.2, *, seed=0) -> Mix:
         )
     drawn = np.random.default_rng(seed).permutation(candidates)[:wanted]
     mixed = {}
-    for name in table.keys() & other.keys():
+    for name in (name for name in table if name in other):
         mixed[name] = np.array(table[name], np.result_type(table[name], other[name]))
         mixed[name][drawn] = other[name][at[found[drawn]]]
     mixed["on_policy"] = np.zeros(len(has), bool)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from fastpref.curate.files import Coded
 from fastpref.curate.margins import as_vector
 
 ON_TIE = ("positive", "drop")
@@ -25,7 +26,9 @@ def goal_records(pairs, *, attributes=None, half=False, on_tie="positive", seed=
 
     pairs: name -> [pairs] array; `chosen`, `rejected` and their scores are needed, everything else comes along, text
         or a number alone as it is. Where a name has the word "chosen" and its twin with "rejected" is there too
-        (`score_*`, `z_*`, `len_*`, ...), both are swapped; other columns stay those of the pair as it was.
+        (`score_*`, `z_*`, `len_*`, ...), both are swapped. Numbers of one side alone, whose name ends in it
+        (`rank_rejected`), are not known of the other response: -1 where swapped, NaN if they are floats. Other columns
+        stay those of the pair as it was.
     attributes: None: the score is `score_chosen`/`score_rejected`, the goal a column `goal`. Names: the scores are
         `score_chosen_<name>`/`score_rejected_<name>`, one goal column `goal_<name>` each, and R is the negative squared
         distance of the attribute vectors.
@@ -105,7 +108,7 @@ def rescale_scores(scores, source_range=None, target_range=(1, 10)) -> np.ndarra
             f"{np.nanmin(scores):g} to {np.nanmax(scores):g}"
         )
     share = (scores - low) / (high - low)
-    return target_low * (1 - share) + target_high * share  # exact at both ends
+    return np.clip(target_low * (1 - share) + target_high * share, target_low, target_high)  # exact at both ends
 
 
 def goal_text(goals, score_range=(1, 10)) -> str:
@@ -113,10 +116,16 @@ def goal_text(goals, score_range=(1, 10)) -> str:
 
     The wording is that of the paper's data, which states the scale: score_range is its (lowest, highest). Whole numbers
     are printed without decimals, others with six significant digits.
+
+    Raises ValueError for a goal that is not on this scale: see `rescale_scores`.
     """
     if not isinstance(goals, Mapping):
         goals = {"Overall": goals}
-    low, high = map(_number, _range("score_range", score_range))
+    bounds = _range("score_range", score_range)
+    for name, goal in goals.items():
+        if not bounds[0] <= goal <= bounds[1]:
+            raise ValueError(f"goals must lie in score_range [{bounds[0]:g}, {bounds[1]:g}], got {goal} for {name!r}")
+    low, high = map(_number, bounds)
     lines = [f"{name} score: {_number(goal)}." for name, goal in goals.items()]
     return (
         "You are an assistant that generates responses for the instruction while implicitly achieving the following "
@@ -176,19 +185,31 @@ def goal_rewrite(*, attributes=None, score_range=(1, 10), system_role=True) -> C
 def _columns(pairs) -> dict[str, np.ndarray]:
     if not isinstance(pairs, Mapping):
         raise TypeError(f"pairs must map names to arrays, got {type(pairs).__name__}")
-    columns = {name: np.asarray(column) for name, column in pairs.items() if np.ndim(column)}
+    columns = {name: _column(column) for name, column in pairs.items() if not np.isscalar(column)}
+    columns = {name: column for name, column in columns.items() if column.ndim}
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"pairs must hold arrays of one length, got {lengths}")
     return columns
 
 
+def _column(column) -> np.ndarray:
+    if isinstance(column, Coded):
+        return np.array([*column.names, None], object)[column.codes]
+    if isinstance(column, list | tuple) and any(isinstance(entry, list | tuple | Mapping) for entry in column):
+        return np.fromiter(column, object, len(column))  # messages: lists of any length
+    return np.asarray(column)
+
+
 def _swap(columns, name, pair, swapped) -> np.ndarray:
     """[records] of one column, from its twin where the record is swapped."""
     column, twin = columns[name][pair], columns.get(_twin(name))
-    if twin is None:
-        return column
-    return np.where(swapped.reshape(-1, *[1] * (column.ndim - 1)), twin[pair], column)
+    where = swapped.reshape(-1, *[1] * (column.ndim - 1))
+    if twin is not None:
+        return np.where(where, twin[pair], column)
+    if name.endswith(("_chosen", "_rejected")) and column.dtype.kind in "if":
+        return np.where(where, column.dtype.type(-1 if column.dtype.kind == "i" else np.nan), column)
+    return column
 
 
 def _twin(name) -> str | None:
@@ -213,6 +234,4 @@ def _range(argument, value) -> tuple[float, float]:
 
 def _number(value) -> str:
     value = float(value)
-    if not math.isfinite(value):
-        raise ValueError(f"goals must be finite, got {value}")
     return str(int(value)) if value.is_integer() else np.format_float_positional(value, 6, fractional=False, trim="-")

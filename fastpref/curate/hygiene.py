@@ -39,7 +39,7 @@ class Hygiene:
 
     reason: np.ndarray  # uint8 [responses], sum of Flags; 0: nothing wrong
     scores: np.ndarray  # float64 [responses], clamped; of copies the one that stays has the mean
-    clamped: int  # scores at or beyond the clamp, such as probabilities of 0 and 1
+    clamped: int  # scores beyond the clamp, such as probabilities of 0 and 1
     copies_std: (
         float  # standard deviation of the scores (probabilities: logits) of one text under one prompt; NaN: none
     )
@@ -105,8 +105,8 @@ def hygiene(
     prompt_hash = _hashes("prompt_hash", prompt_hash, prompts, "prompts")
     blank = as_mask("blank", blank, "scores", values.shape)
     sources = np.zeros(responses, np.int64) if sources is None else as_sources(sources, values.shape)
-    if not 0 < clamp < 0.5:
-        raise ValueError(f"clamp must lie between 0 and 0.5, got {clamp!r}")
+    if not (0 < clamp < 0.5 and 1 - clamp < 1):
+        raise ValueError(f"clamp must lie between 0 and 0.5, and 1 - clamp below 1 in float64, got {clamp!r}")
     for name, value in (("repeated_share", repeated_share), ("repeated_least", repeated_least)):
         if not 0 <= value < np.inf:
             raise ValueError(f"{name} must be >= 0 and finite, got {value!r}")

@@ -115,14 +115,14 @@ def pair_influence(
 
     Warns when that influence (`PairScores.check`) is more than 5 % wrong: the step is then too long for this model, or
     too short for its precision; and counts pairs without a finite loss, whose influence is NaN.
-    Raises ValueError for a loss that couples pairs, parameters of low precision, batches that do not fit what is given,
-    and a validation gradient that is not finite.
+    Raises ValueError for a loss that couples pairs, parameters of low precision, batches that do not fit what is given
+    or are padded on the left, and a validation gradient that is not finite.
     """
     if step is not None and not (isinstance(step, int | float) and 0 < step < math.inf):
         raise ValueError(f"step must be a positive number or None, got {step!r}")
     objective = _Objective(logps_fn, reference, loss, beta, loss_options)
     moved = _selected(model, parameters)
-    given = _Given("train_given", train_given)
+    given = _Given("train_given", train_given, reference)
     if reference is not None and {id(p) for p in moved} & {id(p) for p in reference.parameters()}:
         raise ValueError("reference must not share the parameters that are moved: pass its log-probs as train_given")
     name = model_id or causal_lm.model_id(model)
@@ -143,14 +143,14 @@ def pair_influence(
         slopes = functools.partial(_slopes, objective, model, move=move)
         tried = []  # (step, mean influence of the validation pairs on themselves over its exact value)
         for candidate in STEPS if step is None else (step,):
-            own = _Given("validation_given", validation_given)
+            own = _Given("validation_given", validation_given, reference)
             own = slopes(validation, own, distance=candidate * length, report=lambda done: None)
             tried.append((candidate, float(own.mean()) / norm if norm else 1.0))
             if abs(tried[-1][1] - 1) <= _GOOD:
                 break
-        step, check = min(tried, key=lambda pair: abs(pair[1] - 1))
+        step, check = min(tried, key=lambda pair: (math.isnan(pair[1]), abs(pair[1] - 1)))
         values = norm * slopes(train, given, distance=step * length, report=report)
-    if abs(check - 1) > _BAD:
+    if not abs(check - 1) <= _BAD:
         told = ", ".join(f"{ratio:.3g} at step={candidate:g}" for candidate, ratio in tried)
         warnings.warn(
             f"the mean influence of the validation pairs on themselves, over its exact value, is {told}: no such step "
@@ -194,7 +194,9 @@ def loss_diff(
     of `losses.Pairs`, [pairs] each. The scores belong to the policy.
     """
     objective = _Objective(None, None, loss, beta, loss_options)
-    fields = _Given("given", given).next(len(policy.chosen))
+    given = _Given("given", given, reference)
+    fields = given.next(len(policy.chosen))
+    given.finish()
     _check_alike("validated", validated, policy)
     if reference is not None:
         _check_alike("reference", reference, policy)
@@ -292,10 +294,20 @@ def _kept(scores, name, lo, hi) -> Kept:
         values = score.values
         low, high = np.nan, np.nan
         if (finite := values[np.isfinite(values)]).size:
-            low, high = np.percentile(finite, [lo, hi])
+            low, high = (_percentile(finite, at) for at in (lo, hi))
         bounds.append((float(low), math.inf if hi == 100 else float(high)))
         keep &= np.isfinite(values) & (values >= low) & (values < bounds[-1][1])
     return Kept(keep, lo, hi, bounds, name)
+
+
+def _percentile(values, at: float) -> float:
+    """Linear between the two nearest. np.percentile rounds at / 100, and so may miss a value by an ulp where the
+    percentile is one: the pairs with that value would be on the wrong side of a bound."""
+    place = at * (len(values) - 1) / 100
+    below = int(place)
+    nearest = [below, min(below + 1, len(values) - 1)]
+    lower, upper = np.partition(values, nearest)[nearest]
+    return lower + (place - below) * (upper - lower)
 
 
 def _check_scores(scores, model) -> str:
@@ -367,19 +379,26 @@ class _Objective:
 
 
 def _halves(score, batch) -> losses.Pairs:
-    completion = batch["completion_mask"]
-    logps = score(batch["input_ids"], batch["attention_mask"], completion)
+    attention, completion = batch["attention_mask"], batch["completion_mask"]
+    if len(completion) % 2:
+        raise ValueError(f"a batch must hold as many rejected as chosen sequences, got {len(completion)} in all")
+    if (attention[:, 1:] > attention[:, :-1]).any():
+        raise ValueError("attention_mask of a batch must be padded on the right, got a 1 behind a 0")
+    logps = score(batch["input_ids"], attention, completion)
     lengths = completion[:, 1:].sum(1).to(logps.device)
     return losses.Pairs(*logps.chunk(2), chosen_length=lengths.chunk(2)[0], rejected_length=lengths.chunk(2)[1])
 
 
 class _Given:
-    """Fields of `losses.Pairs` for all pairs, handed out batch by batch."""
+    """Fields of `losses.Pairs` for all pairs, handed out batch by batch; a reference brings its own."""
 
-    def __init__(self, argument: str, fields: Mapping[str, Any] | None):
+    def __init__(self, argument: str, fields: Mapping[str, Any] | None, reference):
         self.argument, self.at = argument, 0
         self.fields = {name: _vector(values) for name, values in (fields or {}).items()}
         unknown = set(self.fields) - (set(losses.Pairs._fields) - {"chosen_logps", "rejected_logps"})
+        brought = {"ref_chosen_logps", "ref_rejected_logps"} if reference is not None else set()
+        if twice := brought & set(self.fields):
+            raise ValueError(f"{argument} must not hold what the reference gives, got {sorted(twice)}")
         if unknown:
             raise ValueError(
                 f"{argument} must hold fields of losses.Pairs besides the log-probs, got {sorted(unknown)}"
@@ -430,7 +449,7 @@ def _selected(model, names) -> list[Tensor]:
 @torch.enable_grad()
 def _mean_gradient(objective, model, parameters, validation, given) -> list[Tensor]:
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-    given, count = _Given("validation_given", given), 0
+    given, count = _Given("validation_given", given, objective.reference), 0
     total = [torch.zeros_like(parameter) for parameter in parameters]
     try:
         for parameter in frozen:

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.pairs import PairSelection, places_of
+from fastpref.curate.pairs import PairSelection, gap_bound, parse_bounds, places_of
 from fastpref.curate.pools import Pools, as_mask, as_pools, per_prompt, same_size, table
-from fastpref.curate.scale import rescale
+from fastpref.curate.scale import rescale, sort_pools
 
 STEPS = 1000  # of conjugate gradients
 OF_REJECTED = ("rejected", "score_rejected", "z_rejected", "rank_rejected")
+ROUNDED = 64 * np.finfo(np.float64).eps  # of the norm of the numbers: a gradient below that is their rounding
 SOLVED = 1e-10  # of the gradient of the least-squares problem before its first step
 
 
@@ -117,29 +118,31 @@ def remove_length(scores, lengths, *, sources=None, flagged=None, offsets=None) 
     return AdjustedScores(adjusted.reshape(shape), slope)
 
 
-def match_length(selection, rewards, lengths, *, band=0.5, valid=None, offsets=None) -> PairSelection:
+def match_length(
+    selection, rewards, lengths, *, band=0.5, min_gap=None, max_gap=None, valid=None, offsets=None
+) -> PairSelection:
     """The selection with each rejected response replaced by the one nearest in length to the chosen response.
 
     Candidates are the responses whose reward is below that of the chosen one and within band * std of the target, on
     the scale of the selection. The target is moved into the pool where it lies outside, and the band reaches at least
     to the response that was selected, so that every pair stays a pair. Where no target was sought ("min_of") the band
-    is around the selected response. Nearest means the smallest ratio of lengths; at a tie the candidate nearer to the
-    target, then the lower reward, then the first. With several pairs per prompt they get the nearest, the second
-    nearest, and so on. Bounds on the gap that `select_pairs` was given are not looked at again.
+    is around the selected response, of several the lowest. Nearest means the smallest ratio of lengths; at a tie the
+    candidate nearer to the target, then the lower reward, then the first. With several pairs per prompt they get the
+    nearest, the second nearest, and so on.
 
     rewards, valid, offsets: those that were selected from.
     lengths: numbers >= 0 like rewards. A response without one (NaN) is taken last.
     band: in std of the prompt, >= 0.
+    min_gap, max_gap: the bounds that `select_pairs` was given, which the new pairs keep too.
 
-    Raises ValueError for wrong shapes, negative lengths and another band.
+    Raises ValueError for wrong shapes, negative lengths and another band, and for rewards and bounds that are not those
+    of the selection.
     """
     if not isinstance(band, int | float | np.number) or not 0 <= band < math.inf:
         raise ValueError(f"band must be a number >= 0, got {band!r}")
+    bounds = parse_bounds(min_gap=min_gap, max_gap=max_gap)
     pools = as_pools("rewards", rewards, valid, offsets)
-    if len(pools.offsets) - 1 != len(selection.keep):
-        raise ValueError(
-            f"rewards must have the {len(selection.keep)} prompts of selection, got {len(pools.offsets) - 1}"
-        )
+    _check_rewards(pools, selection)
     log_length = _log(_lengths(lengths, offsets, np.shape(rewards)).values)
     # "mad" measures in units of rewards too: median and 1.4826 MAD are the selection's mean and std.
     on_scale = pools.values
@@ -156,11 +159,21 @@ def match_length(selection, rewards, lengths, *, band=0.5, valid=None, offsets=N
         best = chosen[prompts].max(axis=1)
         rows = np.arange(len(keep))
         target = np.clip(selection.target[prompts], np.fmin.reduce(value, axis=1), np.fmax.reduce(value, axis=1))
-        target = np.where(np.isnan(target), value[rows, worse.max(axis=1)], target)
+        target = np.where(np.isnan(target), value[rows, worse[rows, keep.argmax(axis=1)]], target)
         distance = np.abs(value - target[:, None])
         reach = np.where(keep, distance[rows[:, None], worse], 0).max(axis=1)
         inside = distance <= np.fmax(band * selection.std[prompts], reach)[:, None]
         candidate = inside & (value < value[rows, best][:, None])
+        gap = reward[rows, best][:, None] - reward
+        if bounds.min_gap:
+            candidate &= gap >= np.reshape(gap_bound(sort_pools(reward, "raw"), bounds.min_gap), (-1, 1))
+        if bounds.max_gap:
+            candidate &= gap <= np.reshape(gap_bound(sort_pools(reward, "raw"), bounds.max_gap), (-1, 1))
+        if (short := candidate.sum(axis=1) < keep.sum(axis=1)).any():
+            raise ValueError(
+                f"min_gap and max_gap must be those of selection, got {min_gap!r} and {max_gap!r}, outside of which "
+                f"lie pairs of {np.count_nonzero(short)} prompts or more"
+            )
         apart = np.nan_to_num(np.abs(length - length[rows, best][:, None]), nan=np.finfo(np.float64).max)
         order = np.lexsort((value, distance, np.where(candidate, apart, np.inf)), axis=1)
         matched = np.take_along_axis(order, np.maximum(np.cumsum(keep, axis=1) - 1, 0), axis=1)
@@ -177,6 +190,17 @@ def match_length(selection, rewards, lengths, *, band=0.5, valid=None, offsets=N
             columns[name][prompts] = np.where(keep, values, columns[name][prompts])
     columns = {name: values.reshape(selection.keep.shape) for name, values in columns.items()}
     return replace(selection, **columns, rule=f"{selection.rule}, matched in length")
+
+
+def _check_rewards(pools, selection) -> None:
+    prompts = len(pools.offsets) - 1
+    if prompts != len(selection.keep):
+        raise ValueError(f"rewards must have the {len(selection.keep)} prompts of selection, got {prompts}")
+    _, chosen, rejected = places_of(selection, pools.offsets)
+    differs = pools.values[chosen] != selection.score_chosen[selection.keep]
+    differs |= pools.values[rejected] != selection.score_rejected[selection.keep]
+    if differs.any():
+        raise ValueError(f"rewards must be those of selection, got others for {differs.sum()} of {len(differs)} pairs")
 
 
 # ---- what the three have in common
@@ -224,14 +248,15 @@ def _without_effects(values, prompt, source) -> np.ndarray:
     problem that is left (CGLS; Bjorck, "Numerical Methods for Least Squares Problems", 7.4), each scaled by the square
     root of its number of responses.
     """
+    rounded = ROUNDED**2 * np.square(values).sum(axis=1)
     values = np.stack([_within(column, prompt) for column in values])
     if source is None or not len(source):
         return values
     weight = 1 / np.sqrt(np.bincount(source))
-    for rest in values:
+    for rest, least in zip(values, rounded, strict=True):
         gradient = weight * np.bincount(source, rest)
         direction, squares = gradient, gradient @ gradient
-        enough = SOLVED**2 * squares
+        enough = max(SOLVED**2 * squares, least)
         for _ in range(STEPS):
             if squares <= enough:
                 break
@@ -243,7 +268,7 @@ def _without_effects(values, prompt, source) -> np.ndarray:
         else:
             warnings.warn(
                 f"the effects of {len(weight)} sources are not solved after {STEPS} steps (gradient "
-                f"{math.sqrt(squares / enough) * SOLVED:.1g} of the first): the slope of length is inexact",
+                f"{math.sqrt(squares / enough):.1g} times what would be): the slope of length is inexact",
                 UserWarning,
                 stacklevel=3,
             )

@@ -20,6 +20,8 @@ from fastpref.curate.pools import as_pools, blocks
 START = {"external": 1.5, "implicit": 2.0}  # the search for the upper bound begins at the largest margin over this
 COMBINATIONS = ("mul", "add", "add_normalized", "max", "min")
 ONE_VOTE = 0.8  # a correlation above which two sources count one vote twice
+CORRELATED_PAIRS = 10  # fewest pairs whose correlation says anything: chance alone often gives 0.8 to five
+MOST_CLIPPED = 0.25  # of the margins; a bound above which more lie has cut no thin tail
 BOUND = 100.0  # stands for the infinite log-odds of p = 0 and p = 1; others are within about 60 of 0
 RANKED_PAIRS = 100_000  # most pairs whose ranks are correlated
 BLOCK = 1 << 15  # pairs that stay in the cache through all steps
@@ -47,7 +49,7 @@ class MarginScores:
     p: np.ndarray | None  # score to rank by, in [0, 1]; None for "add", "max" and "min", which have none
     tie_break: np.ndarray  # sum over the sources of margin / upper
     sources: dict[str, MarginSource]
-    pearson: np.ndarray  # [sources, sources], over the pairs that all sources rate; NaN where a source is constant
+    pearson: np.ndarray  # [sources, sources], over the pairs that both sources rate; NaN where one is constant
     spearman: np.ndarray  # [sources, sources], of at most RANKED_PAIRS of these pairs, drawn with a fixed seed
 
     @property
@@ -91,9 +93,12 @@ def bees(margins, *, how="mul", kinds=None, lower=-2.0, upper=None, require_posi
         has no such rule.
 
     p of a source is (clip(margin) - lower) / (largest clipped margin - lower), and 0 throughout where no margin is
-    above `lower`. Warns where two sources correlate above 0.8 (Pearson or Spearman), where margins are missing, and,
-    for "mul" and "add_normalized", where `lower` does not suit the scale: it clips nothing, or it is less than 1 % of
-    the standard deviation. Raises ValueError for sources of different lengths, unknown names and wrong bounds.
+    above `lower`. Warns where margins are missing; where the sources are added up ("mul", "add", "add_normalized") and
+    two correlate above 0.8 (Pearson or Spearman, of at least 10 pairs); and, for "mul" and "add_normalized", where a
+    bound does not suit the scale: `lower` clips nothing, or is another number than 0 and less than 1 % of the standard
+    deviation, or the search, which takes steps of 1, ends at an upper bound that is not above `lower` or that clips
+    more than a quarter of the margins. Raises ValueError for sources of different lengths, unknown names and wrong
+    bounds.
     """
     sources = _checked_margins(margins)
     if how not in COMBINATIONS and how not in sources:
@@ -107,7 +112,7 @@ def bees(margins, *, how="mul", kinds=None, lower=-2.0, upper=None, require_posi
         raise ValueError(f"lower must name every source, got none for {missing_bounds}")
 
     rated = {name: np.isfinite(margin) for name, margin in sources.items()}
-    pearson, spearman = _correlations(sources, rated)
+    pearson, spearman, compared = _correlations(sources, rated)
     values, described = {}, {}
     for name, margin in sources.items():
         missing = int(margin.size - np.count_nonzero(rated[name]))
@@ -121,7 +126,11 @@ def bees(margins, *, how="mul", kinds=None, lower=-2.0, upper=None, require_posi
             kind, lowers[name], top, _share(value < lowers[name]), _share(value > top), missing, smallest, largest
         )
     del rated
-    _warn(values, described, pearson, spearman, uses_bounds=how in ("mul", "add_normalized"))
+    _warn_of_margins(values, described)
+    if how in ("mul", "add", "add_normalized"):
+        _warn_of_one_vote(list(described), pearson, spearman, compared)
+    if how in ("mul", "add_normalized"):
+        _warn_of_bounds(values, described, searched=described.keys() - uppers.keys())
 
     score, p, tie_break = _combine(values, described, how, require_positive)
     return MarginScores(how, score, p, tie_break, described, pearson, spearman)
@@ -209,12 +218,13 @@ class PromptSelection(NamedTuple):
     tied_at_cut: float  # as in TopSelection
 
 
-def select_prompts(rewards, fraction=0.25, *, valid=None, offsets=None) -> PromptSelection:
+def select_prompts(rewards, fraction=0.25, *, k=None, valid=None, offsets=None) -> PromptSelection:
     """One round of the iterative variant: the prompts whose best and worst response are furthest apart.
 
     rewards: [prompts, n], or [responses] with offsets; NaN and invalid ones are none.
     fraction: of all prompts; the authors keep 5,000 of 20,000 in every round. Of equal margins the lower prompt is
         first.
+    k: how many prompts, in place of fraction.
 
     Prompts with fewer than two different rewards are never selected, with a warning when that leaves too few.
     """
@@ -230,7 +240,8 @@ def select_prompts(rewards, fraction=0.25, *, valid=None, offsets=None) -> Promp
         gap = pool[row, best] - pool[row, worst]
         margin[prompts] = np.where(gap > 0, gap, -math.inf)
         chosen[prompts], rejected[prompts] = best, worst
-    asked, usable = _count(None, fraction, len(margin), "prompts"), int(np.count_nonzero(margin > 0))
+    asked = _count(k, fraction if k is None else None, len(margin), "prompts")
+    usable = int(np.count_nonzero(margin > 0))
     if usable < asked:
         warnings.warn(
             f"only {usable} of {len(margin)} prompts have two different rewards, {asked - usable} fewer than asked for",
@@ -351,9 +362,23 @@ def _log_odds(margin, source) -> np.ndarray:
 
 
 def _correlations(sources, rated):
-    """([S, S] Pearson, [S, S] Spearman) over the pairs that every source rates."""
-    common = np.logical_and.reduce(list(rated.values()))
-    table = list(sources.values()) if common.all() else [margin[common] for margin in sources.values()]
+    """[S, S] each: Pearson and Spearman over the pairs that both sources rate, and how many these are."""
+    margins, known = list(sources.values()), list(rated.values())
+    compared = np.full((len(margins), len(margins)), len(margins[0]))
+    if all(own.all() for own in known):
+        return *_correlated(margins), compared
+    pearson, spearman = np.empty(compared.shape), np.empty(compared.shape)
+    for i, j in zip(*np.triu_indices(len(margins)), strict=True):
+        both = known[i] & known[j]
+        own = _correlated([margins[i][both], margins[j][both]])
+        for table, found in zip((pearson, spearman), own, strict=True):
+            table[i, j] = table[j, i] = found[0, 1]
+        compared[i, j] = compared[j, i] = np.count_nonzero(both)
+    return pearson, spearman, compared
+
+
+def _correlated(table):
+    """([S, S] Pearson, [S, S] Spearman) of margins [pairs] that are all rated."""
     few, pairs = table, len(table[0])
     if pairs > RANKED_PAIRS:
         drawn = np.random.default_rng(0).choice(pairs, RANKED_PAIRS, replace=False)
@@ -382,35 +407,53 @@ def _ranks(values) -> np.ndarray:
     return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
 
 
-def _warn(values, described, pearson, spearman, uses_bounds) -> None:
-    def warn(message):
-        warnings.warn(message, UserWarning, stacklevel=4)
+def _warn(message) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)  # of the caller of `bees`
 
-    names = list(described)
+
+def _warn_of_margins(values, described) -> None:
     for name, source in described.items():
         if source.missing:
-            warn(f"margins[{name!r}] has {source.missing} of {len(values[name])} NaN or infinite, which count as 0")
+            _warn(f"margins[{name!r}] has {source.missing} of {len(values[name])} NaN or infinite, which count as 0")
+
+
+def _warn_of_one_vote(names, pearson, spearman, compared) -> None:
     for i, j in zip(*np.triu_indices(len(names), 1), strict=True):
         # a NaN (a constant source) is not above either
-        if pearson[i, j] > ONE_VOTE or spearman[i, j] > ONE_VOTE:
-            warn(
+        alike = pearson[i, j] > ONE_VOTE or spearman[i, j] > ONE_VOTE
+        if alike and compared[i, j] >= CORRELATED_PAIRS:
+            _warn(
                 f"{names[i]!r} and {names[j]!r} are one vote counted twice: Pearson {pearson[i, j]:.2f}, Spearman "
                 f"{spearman[i, j]:.2f}, above {ONE_VOTE}; leave one out, or take a margin that is judged otherwise"
             )
-    for name, source in described.items() if uses_bounds else ():
+
+
+def _warn_of_bounds(values, described, searched) -> None:
+    for name, source in described.items():
         if not len(values[name]):
             continue
         spread = float(values[name].std())
         if source.smallest >= source.lower:
-            warn(
+            _warn(
                 f"lower={source.lower:g} clips none of the {len(values[name])} margins of {name!r}, which begin at "
                 f"{source.smallest:.3g} and have a standard deviation of {spread:.3g}: give lower= on their scale"
             )
-        elif abs(source.lower) < spread / 100:
-            warn(
+        elif 0 < abs(source.lower) < spread / 100:
+            _warn(
                 f"lower={source.lower:g} is {100 * abs(source.lower) / spread:.2g} % of the standard deviation "
                 f"{spread:.3g} of the margins of {name!r}: the {100 * source.clipped_low:.0f} % below it all count as "
                 "p = 0; give lower= on their scale"
+            )
+        if name in searched and source.upper <= source.lower < source.largest:
+            _warn(
+                f"the search for the upper bound of {name!r} ends at {source.upper:g}, not above lower="
+                f"{source.lower:g}: every margin counts as p = 0; give upper= on their scale"
+            )
+        elif name in searched and source.clipped_high > MOST_CLIPPED:
+            _warn(
+                f"the search for the upper bound of {name!r} ends at {source.upper:g}, and the "
+                f"{100 * source.clipped_high:.0f} % of the margins above it all count as p = 1; give upper= on their "
+                "scale"
             )
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastpref.curate.pools import as_mask, flat, same_size, table, usable
-from fastpref.curate.scale import SortedPools, check_scale, quantile, sort_pools
+from fastpref.curate.scale import SortedPools, check_scale, quantile, sort_pools, tied_runs
 
 DEGENERATE_SHARE = 0.2  # of targets below the minimum of their pool, beyond which on_degenerate acts
 BLOCK = 1 << 17  # responses at a time: small enough for the cache, large enough for numpy
@@ -34,8 +34,8 @@ class DropReason(enum.IntEnum):
     KEPT = 0
     TOO_FEW = 1  # fewer than two valid rewards, or than this pair of the prompt needs
     NO_SPREAD = 2  # all valid rewards equal on the scale, or a target measured in a spread of 0
-    SAME_RESPONSE = 3  # both targets pick one response
-    NOT_BETTER = 4  # reward of chosen <= reward of rejected
+    SAME_RESPONSE = 3  # both targets pick one response, or two of equal reward
+    NOT_BETTER = 4  # reward of chosen < reward of rejected, or equal on the scale
     NO_CHOOSABLE = 5  # no valid reward may be chosen
     DEGENERATE = 6  # the target lies below every reward, and on_degenerate="drop"
     LOW_CHOSEN = 7  # chosen below min_chosen
@@ -155,9 +155,9 @@ def select_pairs(
     """
     chosen, rejected = _parse_rule("chosen", chosen), _parse_rule("rejected", rejected)
     replacement = _parse_on_degenerate(on_degenerate)
-    bounds = _parse_bounds(min_chosen=min_chosen, min_gap=min_gap, max_gap=max_gap)
+    bounds = parse_bounds(min_chosen=min_chosen, min_gap=min_gap, max_gap=max_gap)
     for name, value, least in (("pairs_per_prompt", pairs_per_prompt, 1), ("seed", seed, 0)):
-        if not isinstance(value, int | np.integer) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     data = _checked(rewards, valid, offsets, choosable, scale, ddof)
 
@@ -254,12 +254,15 @@ def columns_of(pairs) -> dict[str, np.ndarray]:
 def places_of(pairs, offsets) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """int64 [pairs] each: the prompts of pairs, and where their chosen and rejected responses are in a flat array.
 
-    Raises what `columns_of` raises, and ValueError for pairs outside the prompts and their pools.
+    Raises what `columns_of` raises, and ValueError for pairs outside the prompts and their pools and for a selection
+    from another number of prompts.
     """
     prompt, chosen, rejected = map(columns_of(pairs).get, PLACES)
+    prompts = len(offsets) - 1
+    if isinstance(pairs, PairSelection) and len(pairs.keep) != prompts:
+        raise ValueError(f"pairs must be a selection from {prompts} prompts, got one from {len(pairs.keep)}")
     if not len(prompt):
         return prompt, chosen, rejected
-    prompts = len(offsets) - 1
     if not 0 <= prompt.min() <= prompt.max() < prompts:
         raise ValueError(f"pairs must have prompts from 0 to {prompts - 1}, got {prompt.min()} to {prompt.max()}")
     size = np.diff(offsets)[prompt]
@@ -300,7 +303,9 @@ def _parse_rule(argument, name) -> _Rule:
 
 
 def _target_name(k) -> str:
-    return {-math.inf: "min", 0.0: "mean", math.inf: "max"}.get(k, f"mean{k:+g}std")
+    """The shortest that `_parse_rule` reads as this k."""
+    extremes = {-math.inf: "min", 0.0: "mean", math.inf: "max"}
+    return extremes.get(k) or f"mean{np.format_float_positional(k, trim='-', sign=True)}std"
 
 
 def _quantile(text) -> float | None:
@@ -337,7 +342,7 @@ class _Bounds(NamedTuple):
     max_gap: _Bound | None = None
 
 
-def _parse_bounds(**bounds) -> _Bounds:
+def parse_bounds(**bounds) -> _Bounds:
     parsed = {}
     for name, value in bounds.items():
         if value is None:
@@ -411,8 +416,10 @@ def _select(data, pairings, bounds, slots, seed) -> list[PairSelection]:
             else:
                 picks = _nearest_ones(block, rejected, slots)
             spread = pools.spread if _needs_spread(chosen) or _needs_spread(rejected) else None
+            earlier = []
             for slot, (position, there) in enumerate(picks):
-                worse = _pick_rejected(block, position, slot)
+                worse = _pick_rejected(block, position, earlier)
+                earlier.append(worse.reward)
                 reason = _reasons(block, best, worse, there, spread, bounds)
                 keep = reason == DropReason.KEPT
                 columns["reason"][which, slot] = reason
@@ -489,23 +496,35 @@ def _pick_chosen(block, rule) -> _Pick:
         position = pools.last
     else:
         places, want, slack = _sought(pools, rule)
-        tied = _tied(places if block.eligible is None else np.where(block.eligible, places, np.nan), want, slack)
+        if block.eligible is not None:
+            eligible = _any_of_equal(pools, block.eligible) if rule.kind == "quantile" else block.eligible
+            places = np.where(eligible, places, np.nan)
+        tied = _tied(places, want, slack)
         position = len(tied) - 1 - np.argmax(tied[::-1], axis=0)
     reward = pools.reward_at(position)
     column = np.argmax(block.choosable == reward[:, None], axis=1)
     return _Pick(column, reward, pools.at(position), position)
 
 
-def _pick_rejected(block, position, slot) -> _Pick:
-    """Of equal rewards the first one as the first pick of its prompt, later ones as later picks."""
+def _any_of_equal(pools, flags) -> np.ndarray:
+    """[n, k] bool of the sorted rewards: whether one of the same reward has the flag. Their own order is arbitrary."""
+    first, last = tied_runs(pools.rewards.T)
+    rows = np.arange(len(flags))[:, None]
+    before = np.maximum.accumulate(np.where(flags, rows, -1), axis=0)
+    after = np.minimum.accumulate(np.where(flags, rows, len(flags))[::-1], axis=0)[::-1]
+    return (before >= first) | (after <= last)
+
+
+def _pick_rejected(block, position, earlier) -> _Pick:
+    """Of equal rewards the first one as the earliest pick of its prompt. earlier: [k] rewards of each pick before."""
     pools = block.pools
     reward = pools.reward_at(position)
     equal = block.rewards == reward[:, None]
-    if slot == 0:  # the position is that of the first already
+    if not earlier:  # the position is that of the first already
         return _Pick(np.argmax(equal, axis=1), reward, pools.at(position), position)
-    rank = _first_equal(pools, position)
-    column = np.argmax(np.cumsum(equal, axis=1) > (position - rank)[:, None], axis=1)
-    return _Pick(column, reward, pools.at(position), rank)
+    taken = sum(reward == before for before in earlier)
+    column = np.argmax(np.cumsum(equal, axis=1) > taken[:, None], axis=1)
+    return _Pick(column, reward, pools.at(position), _first_equal(pools, position))
 
 
 def _first_equal(pools, position) -> np.ndarray:
@@ -614,15 +633,16 @@ def _needs_spread(rule) -> bool:
 def _reasons(block, best, worse, there, spread, bounds) -> np.ndarray:
     """[k] int8. there: bool, whether there is a response to reject; spread: of the rules that are measured in it."""
     pools = block.pools
-    gap = best.reward - worse.reward
+    with np.errstate(over="ignore"):  # beyond the largest float64, and so beyond every bound
+        gap = best.reward - worse.reward
     flat_pool = pools.lowest == pools.highest
     # The first that applies counts, so it is written last.
     checks = [
-        (bounds.max_gap and gap > _gap_bound(pools, bounds.max_gap), DropReason.LARGE_GAP),
-        (bounds.min_gap and gap < _gap_bound(pools, bounds.min_gap), DropReason.SMALL_GAP),
+        (bounds.max_gap and gap > gap_bound(pools, bounds.max_gap), DropReason.LARGE_GAP),
+        (bounds.min_gap and gap < gap_bound(pools, bounds.min_gap), DropReason.SMALL_GAP),
         (bounds.min_chosen and best.reward < _chosen_bound(pools, bounds.min_chosen), DropReason.LOW_CHOSEN),
         (best.scaled <= worse.scaled, DropReason.NOT_BETTER),
-        (best.column == worse.column, DropReason.SAME_RESPONSE),
+        (best.reward == worse.reward, DropReason.SAME_RESPONSE),
         (block.eligible is not None and ~block.eligible.any(axis=0), DropReason.NO_CHOOSABLE),
         (flat_pool if spread is None else flat_pool | (spread == 0), DropReason.NO_SPREAD),
         ((pools.count < 2) | ~there, DropReason.TOO_FEW),
@@ -638,7 +658,7 @@ def _chosen_bound(pools, bound):
     return quantile(pools.rewards.T, pools.count, bound.number) if bound.within else bound.number
 
 
-def _gap_bound(pools, bound):
+def gap_bound(pools, bound):
     """A number, or [k]: a quantile of the differences between any two rewards of a pool."""
     if not bound.within:
         return bound.number

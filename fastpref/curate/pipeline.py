@@ -19,6 +19,7 @@ import numpy as np
 from fastpref import __version__
 from fastpref.curate import files, goals, stages
 from fastpref.curate.config import CurateConfig
+from fastpref.curate.diagnostics import resample
 from fastpref.curate.hygiene import Flag, split_of
 from fastpref.curate.length import LengthReport, length_report
 from fastpref.curate.routing import Route
@@ -211,14 +212,21 @@ def _with_goals(columns, config) -> tuple[dict, Callable]:
     records = goals.goal_records(columns, half=config.write.goals == "half", seed=config.seed)
     del records["pair"]
     swapped = records["goal_swapped"]
-    records["rank_rejected"] = np.where(swapped, -1, records["rank_rejected"])  # nobody ranked the chosen one
     for name in records:
         if name.startswith("margin_"):
             records[name] = np.where(swapped, -records[name], records[name])
     stated = config.read.score_range
     if not stated:  # the template states 1 to 10
         stated = (1.0, 10.0)
-        records["goal"] = goals.rescale_scores(records["goal"], target_range=stated)
+        if len(records["goal"]):
+            every = np.concatenate([columns["score_chosen"], columns["score_rejected"]])
+            records["goal"] = goals.rescale_scores(records["goal"], (every.min(), every.max()), stated)
+    elif outside := np.count_nonzero((records["goal"] < stated[0]) | (records["goal"] > stated[1])):
+        raise InputError(
+            f"the goals of {outside} of {len(records['goal'])} rows lie outside read.score_range [{stated[0]:g}, "
+            f"{stated[1]:g}], from {records['goal'].min():.4g} to {records['goal'].max():.4g}: declare the range of "
+            "the scores that make the pairs, or none"
+        )
     return records, goals.goal_rewrite(score_range=stated, system_role=config.write.system_role)
 
 
@@ -266,7 +274,27 @@ def _said_of_pairs(state) -> dict:
         "dropped": state.summaries["construct"]["dropped"] | _counts(PairReason, state.pairs["reason"]),
         "responses_left_out": _counts(LeftOut, state.left_out),
         "length": as_json(lengths._asdict()),
+        "resample": _worth_resampling(state),
     }
+
+
+def _worth_resampling(state) -> dict:
+    """Prompts whose pool is small or whose best two the judge's own noise may have swapped, and what more would bring.
+
+    The noise is what hygiene found between copies of a text, where there are any.
+    """
+    noise = state.summaries.get("hygiene", {}).get("copies_std")
+    scores = np.where(state.valid, state.score, np.nan)
+    found = resample(scores, judge_noise=noise, offsets=state.samples.offsets)
+    gains = found.gain[~np.isnan(found.gain)]
+    return as_json(
+        {
+            "too_few": int(found.too_few.sum()),
+            "judge_noise": noise,
+            "unresolved": None if noise is None else int(found.unresolved.sum()),
+            "median_gain": np.median(gains) if len(gains) else np.nan,
+        }
+    )
 
 
 def _lengths(state, pairs) -> LengthReport:

@@ -2,7 +2,7 @@
 
 It shows what goes wrong in practice: where in the pools the pairs were picked, sources that score unlike all others,
 margins that do not agree, what was dropped and why, and pairs that are told apart by their length alone. A section
-whose data is None is left out.
+whose data is None or empty is left out.
 """
 
 import base64
@@ -133,9 +133,9 @@ def _sections(data) -> list[_Section]:
         (_scores, data.scores),
         (_sources, data.sources),
         (_margins, data.margins),
-        (_counts, data.counts),
+        (_counts, data.counts or None),
         (_lengths, data.lengths),
-        (_rating_scale, data.rating_scale),
+        (_rating_scale, data.rating_scale or None),
     )
     return [make(part) for make, part in makers if part is not None]
 
@@ -198,7 +198,7 @@ def _margins(margins: MarginPairs) -> _Section:
     _same_length("MarginPairs", external=external, implicit=implicit, kept=kept)
     both = np.isfinite(external) & np.isfinite(implicit)
     x, y = external[both], implicit[both]
-    agree = ((x > 0) == (y > 0)).mean() if len(x) else math.nan
+    agree = (np.sign(x) == np.sign(y)).mean() if len(x) else math.nan
     varies = len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
     correlation = float(np.corrcoef(x, y)[0, 1]) if varies else math.nan
     text = (
@@ -339,10 +339,11 @@ def _cut(cut) -> str:
 
 def _plain(text) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return _MARKUP.sub(r"\\\g<0>", " ".join(str(text).split()))
+    return _BLOCK.sub(r"\g<1>\\\g<2>", _MARKUP.sub(r"\\\g<0>", " ".join(str(text).split())))
 
 
-_MARKUP = re.compile(r"[\\`*\[\]<>|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")  # an underscore within a word is none
+_MARKUP = re.compile(r"[\\`*#\[\]<>|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")  # an underscore within a word is none
+_BLOCK = re.compile(r"^(\d*)([-+=.)])(?=[-= ]|$)")  # the mark of a list or a rule; a sign before a number is none
 
 
 def _markdown_table(head, rows) -> str:

@@ -73,7 +73,7 @@ def sources(names, share, low, high, flagged, chosen) -> bytes:
         for at, number in zip(place, chosen, strict=True):
             if number:
                 right.annotate(f"{number:,}", (number, at), (3, 0), textcoords="offset points", va="center", fontsize=8)
-        left.set_ylim(len(names) - 0.5, -0.5)
+        left.set_ylim(max(len(names), 1) - 0.5, -0.5)
         left.tick_params(axis="y", labelsize=8.5, length=0)
         right.tick_params(axis="y", length=0)
         right.grid(False, axis="y")

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import warnings
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,7 @@ def implicit_rewards(
 
     policy, reference: causal LMs of transformers (or PEFT), on any device, in any dtype; scored in evaluation mode, one
         after the other. reference None: the policy without its PEFT adapter.
+    beta: 1 for rewards that are to select pairs (`fastpref curate --implicit`, `bees`), whose bounds are in nats.
     samples: `Samples`, or an iterable of (prompt, responses). A prompt is a string, or a list of messages
         ({"role", "content"}); a response to a string is a string, one to messages is a string or a list of messages.
     tokenizer: of transformers, the same for both models.
@@ -187,14 +189,17 @@ def _encode(samples, tokenizer, max_length, as_chat, template_options, add_eos) 
     eos = tokenizer.eos_token_id
     if add_eos and eos is None:
         raise ValueError("add_eos=True needs a tokenizer with an EOS token, got one without")
-    prompts, owns, shared, counts, data = [], [], [], [], hashlib.sha256()
+    prompt_tokens, own_tokens = array("i"), array("i")  # of all prompts and responses: an object of each is too much
+    prompt_lengths, own_lengths, shared, counts = array("q"), array("q"), array("q"), array("q")
+    data = hashlib.sha256()
     leaves = 0  # responses whose tokens leave those of the prompt before its end
     for number, (prompt, responses) in enumerate(_pairs_of(samples)):
         data.update(json.dumps([prompt, responses], sort_keys=True, default=str).encode())
         before, whole, special = render(number, prompt, responses)
         ids = _tokens(tokenizer, [before, *whole], special)
         start = ids[0]
-        prompts.append(start)
+        prompt_tokens.frombytes(start.tobytes())
+        prompt_lengths.append(len(start))
         counts.append(len(responses))
         for full in ids[1:]:
             least = min(len(start), len(full))
@@ -205,18 +210,19 @@ def _encode(samples, tokenizer, max_length, as_chat, template_options, add_eos) 
             if special and add_eos and (len(own) == 0 or own[-1] != eos):
                 own = np.append(own, np.int32(eos))
             shared.append(alike)
-            owns.append(own)
+            own_tokens.frombytes(own.tobytes())
+            own_lengths.append(len(own))
     if leaves:
         warnings.warn(
-            f"the tokens of {leaves} of {len(owns)} responses leave those of their prompt before its end (they merge "
+            f"the tokens of {leaves} of {len(shared)} responses leave those of their prompt before its end (they merge "
             "across the boundary, or the chat template renders a prompt on its own differently); they are scored from "
             "there on",
             UserWarning,
             stacklevel=3,
         )
-    shared, own_bounds = np.array(shared, dtype=np.int64), _bounds(map(len, owns))
-    own_counts = np.diff(own_bounds)
-    truncated = np.zeros(len(owns), dtype=bool)
+    prompt_tokens, own_tokens, shared, own_counts = map(np.asarray, (prompt_tokens, own_tokens, shared, own_lengths))
+    prompt_bounds, own_bounds, offsets = map(_bounds, (prompt_lengths, own_lengths, counts))
+    truncated = np.zeros(len(shared), dtype=bool)
     if max_length is not None:
         truncated = shared + own_counts > max_length
         shared = np.minimum(shared, max_length)
@@ -224,15 +230,14 @@ def _encode(samples, tokenizer, max_length, as_chat, template_options, add_eos) 
     if truncated.any():
         nothing = int((truncated & (own_counts == 0)).sum())
         warnings.warn(
-            f"{int(truncated.sum())} of {len(owns)} responses were cut at max_length={max_length} tokens, "
+            f"{int(truncated.sum())} of {len(shared)} responses were cut at max_length={max_length} tokens, "
             f"{nothing} of them to nothing (NaN)",
             UserWarning,
             stacklevel=3,
         )
-    prompt_tokens, own_tokens = _joined(prompts), _joined(owns)
     tokens = hashlib.sha256()
-    for array in (prompt_tokens, _bounds(map(len, prompts)), own_tokens, own_bounds, shared, own_counts):
-        tokens.update(np.ascontiguousarray(array))
+    for part in (prompt_tokens, prompt_bounds, own_tokens, own_bounds, shared, own_counts):
+        tokens.update(part)
     key = {
         "data": _short(data),
         "tokenizer": _tokenizer_id(tokenizer),
@@ -240,10 +245,7 @@ def _encode(samples, tokenizer, max_length, as_chat, template_options, add_eos) 
         "truncation": f"max_length={max_length}",
         "tokens": _short(tokens),
     }
-    offsets = _bounds(counts)
-    return _Encoded(
-        prompt_tokens, _bounds(map(len, prompts)), own_tokens, own_bounds, shared, own_counts, truncated, offsets, key
-    )
+    return _Encoded(prompt_tokens, prompt_bounds, own_tokens, own_bounds, shared, own_counts, truncated, offsets, key)
 
 
 def _pairs_of(samples) -> Iterator[tuple[Any, list]]:
@@ -314,13 +316,9 @@ def _short(digest) -> str:
     return f"sha256:{digest.hexdigest()[:32]}"
 
 
-def _bounds(counts) -> np.ndarray:
+def _bounds(lengths) -> np.ndarray:
     """[n + 1] int64: where each of n ragged parts begins and ends."""
-    return np.concatenate([[0], np.cumsum(np.fromiter(counts, dtype=np.int64))]).astype(np.int64)
-
-
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 
 # ---- tokens to log-probs ----
@@ -342,14 +340,17 @@ def _score(model, encoded: _Encoded, max_tokens, name, cache, report) -> Respons
     blocks = np.split(order, np.flatnonzero(np.diff(block)) + 1) if len(order) else []
     if cache is not None:
         cache = Path(cache)
-        _check_key(cache, {"model": name, **encoded.key, "block": str(_BLOCK_TOKENS)})
+        key = {"model": name, **encoded.key, "block": str(_BLOCK_TOKENS)}
+        _check_key(cache, key)
+        # Blocks of two keys have two names: key.json may be deleted, or another run begin at the same moment.
+        stem = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     prompt_of = np.repeat(np.arange(len(encoded.offsets) - 1), np.diff(encoded.offsets))
     logps = np.full(encoded.count, np.nan)
     logps[(encoded.own_counts == 0) & ~encoded.truncated] = 0
     done = encoded.count - len(order)
     with evaluating(model), torch.no_grad():
         for number, members in enumerate(blocks):
-            path = None if cache is None else cache / f"block-{number:06d}.npy"
+            path = None if cache is None else cache / f"block-{stem}-{number:06d}.npy"
             if path is not None and path.exists():
                 logps[members] = _read_block(path, len(members))
                 done += len(members)

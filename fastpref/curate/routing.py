@@ -148,8 +148,8 @@ class LearningOrder(NamedTuple):
 def learning_order(losses, seen) -> LearningOrder:
     """Mean validation loss of every pair, over the reference models that were not trained on it (SelectiveDPO).
 
-    losses: [models, pairs] DPO loss of each pair under each model; NaN: not computed. seen: [models, pairs] bool, the
-    pair was in the model's training data. The authors train six models, three seeds on each half of the data.
+    losses: [models, pairs] DPO loss of each pair under each model; NaN and infinite: not known. seen: [models, pairs]
+    bool, the pair was in the model's training data. The authors train six models, three seeds on each half of the data.
     """
     losses, seen = _matrix("losses", losses), np.asarray(seen)
     if seen.dtype != bool or seen.shape != losses.shape:

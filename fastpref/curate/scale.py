@@ -156,14 +156,21 @@ def _logit(values) -> np.ndarray:
     return to_logit(values)
 
 
-def _normal_scores(ordered, count) -> np.ndarray:
-    """[n, k] of [n, k] ascending columns, NaN last."""
+def tied_runs(ordered) -> tuple[np.ndarray, np.ndarray]:
+    """[n, k] each, of [n, k] ascending columns: the first and the last row of the same number."""
     size, prompts = ordered.shape
     rows = np.arange(size)[:, None]
     differs = ordered[1:] != ordered[:-1]
     edge = np.ones((1, prompts), bool)
     first = np.maximum.accumulate(np.where(np.vstack([edge, differs]), rows, 0), axis=0)
     last = np.minimum.accumulate(np.where(np.vstack([differs, edge]), rows, size)[::-1], axis=0)[::-1]
+    return first, last
+
+
+def _normal_scores(ordered, count) -> np.ndarray:
+    """[n, k] of [n, k] ascending columns, NaN last."""
+    size, prompts = ordered.shape
+    first, last = tied_runs(ordered)
     scores = np.full((size, prompts), np.nan)
     for n in np.unique(count[count > 0]):
         columns = count == n

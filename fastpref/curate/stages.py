@@ -25,6 +25,8 @@ def read(config, progress=None) -> State:
     options = config.read
     fields = [name for name, _ in _declared(options)]
     if options.implicit is not None and not os.path.exists(options.implicit):
+        if options.implicit.endswith(".npy"):
+            raise InputError(f"cannot read {options.implicit}: no such file of implicit rewards")
         if not fields:
             raise InputError(f"read.scores must be given beside the field {options.implicit!r} of implicit rewards")
         fields.append(options.implicit)
@@ -204,7 +206,11 @@ def _length(state, config) -> State:
         # "match" chooses among responses, which is done where the pairs are made
         return _with_summary(state, "length", {"control": control})
     found = length.remove_length(
-        np.where(state.valid, state.score, np.nan), samples.lengths, sources=samples.sources, offsets=samples.offsets
+        np.where(state.valid, state.score, np.nan),
+        samples.lengths,
+        sources=samples.sources,
+        flagged=~state.choosable,
+        offsets=samples.offsets,
     )
     scores = np.where(state.valid, found.scores, state.score)
     return _rescored(state, scores, "length", {"control": control, "slope": found.slope})
@@ -219,6 +225,8 @@ def _construct(state, config) -> State:
             state.score,
             samples.lengths,
             band=config.length.band,
+            min_gap=options.min_gap,
+            max_gap=options.max_gap,
             valid=state.valid & _taken(state),
             offsets=samples.offsets,
         )
@@ -262,8 +270,9 @@ def _select_stage(state, config) -> State:
     kinds = {name: "implicit" if name == "implicit" else "external" for name in votes}
     # A single vote ranks by itself, whatever its scale.
     how = options.how if len(votes) > 1 else next(iter(votes))
-    bounds = {"kinds": kinds, "lower": options.lower, "upper": options.upper}
-    found = margins.bees(votes, how=how, require_positive=options.require_positive, **bounds)
+    rules = {"how": how, "kinds": kinds, "lower": options.lower, "upper": options.upper}
+    rules["require_positive"] = options.require_positive
+    found = margins.bees(votes, **rules)
     pairs = dict(state.pairs)
     for name, vote in votes.items():
         pairs[f"margin_{name}"] = _spread(vote, kept, len(pairs["prompt"]))
@@ -287,7 +296,7 @@ def _select_stage(state, config) -> State:
         pairs["reason"] = reason
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # said above
-            beside = margins.compare_selections(votes, len(top.indices), how=how, seed=config.seed, **bounds)
+            beside = margins.compare_selections(votes, len(top.indices), seed=config.seed, **rules)
         summary |= {
             "pairs": len(kept),
             "selected": len(top.indices),
@@ -324,7 +333,7 @@ def _route(state, config) -> State:
     pairs["route"] = pairs["route"].copy()
     pairs["route"][kept] = found.route
     sent = int((found.route == routing.Route.SFT).sum())
-    summary = {"tau": found.tau, "asked": tau, "sft": sent, "share_sft": found.share_sft}
+    summary = {"tau": found.tau, "inclusive": found.inclusive, "asked": tau, "sft": sent, "share_sft": found.share_sft}
     return _with_summary(replace(state, pairs=pairs), "route", summary)
 
 
