@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def whole_file(path) -> Iterator[Path]:
     A link stays one, to the new file.
     """
     named, path = path, Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # another name for every one: a process that was killed leaves its own behind
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     if path.is_dir():
         raise InputError(f"cannot write {named}: it is a directory")
     if path.exists() and not path.is_file():  # /dev/null, which must not be replaced
