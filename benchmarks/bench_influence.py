@@ -17,7 +17,7 @@ import transformers
 from measure import FunctionCompetitor
 from problem import measured
 
-from fastpref.causal_lm import completion_logps
+from fastpref._logps.causal_lm import completion_logps
 from fastpref.curate import pair_batches, pair_influence
 
 BETA, VOCAB, TRAIN, VALIDATION = 0.1, 8000, 64, 16

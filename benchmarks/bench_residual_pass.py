@@ -14,7 +14,7 @@ import torch
 from measure import FunctionCompetitor, read_gbps
 from problem import measured
 
-from fastpref.residual_pass import residual_pass
+from fastpref._lowrank.residual_pass import residual_pass
 
 ZETA = 3.0
 

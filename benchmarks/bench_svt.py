@@ -13,7 +13,7 @@ from measure import FunctionCompetitor
 from problem import measured
 
 import fastpref
-from fastpref.svt import _by_gram, _by_jacobi, _by_svd, svt_ref
+from fastpref._lowrank.svt import _by_gram, _by_jacobi, _by_svd, svt_ref
 
 
 class Case(NamedTuple):

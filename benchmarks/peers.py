@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastpref
-import fastpref.token_logps  # registers the op
+import fastpref._logps.token_logps  # registers the op
 from fastpref import _library, _native
 
 IGNORE = -100

@@ -1,5 +1,5 @@
 import sys
 
-from fastpref.cli import main
+from fastpref.cli.main import main
 
 sys.exit(main())

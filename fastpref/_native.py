@@ -1,4 +1,4 @@
-"""The native core, or the reason why there is none; and what this build can do."""
+"""The native core, or the reason why there is none."""
 
 import os
 
@@ -68,39 +68,6 @@ def set_simd_level(level: str) -> None:
     if _core is None:
         raise RuntimeError(cpu_missing())
     _core.set_simd_level(level)
-
-
-def build_info() -> dict:
-    """What was built, what was found, and which backend serves which op on which device, or why none does."""
-    from fastpref import (
-        __version__,
-        bradley_terry,  # noqa: F401  (imports its op, as the next their ops, which enter themselves in OPS)
-        linear_preference_loss,  # noqa: F401
-        residual_pass,  # noqa: F401
-    )
-    from fastpref._library import OPS
-
-    native = _core.build_info() if _core is not None else None
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError as error:
-        triton_version = f"not available: {error}"
-    return {
-        "version": __version__,
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "native": native if native is not None else cpu_missing(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible to torch",
-        "backends": {
-            op: {
-                device: {backend: reason(device) or "available" for backend, reason in backends.items()}
-                for device in ("cpu", "cuda")
-            }
-            for op, backends in OPS.items()
-        },
-    }
 
 
 if _core is not None and "FASTPREF_SIMD" in os.environ:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpref.rating_scale import RatingScale, of_gaps
+from fastpref._rating_scale import RatingScale, of_gaps
 
 
 class Pairs(NamedTuple):

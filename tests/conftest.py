@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 import zlib
 
 import numpy as np
@@ -15,15 +14,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import fastpref
-import fastpref.token_logps  # registers the op
-from fastpref import _library, _native
+from cases import BACKENDS, SEED
 
-SEED = int(os.environ.get("FASTPREF_TEST_SEED", time.time_ns() % 2**31))
+import fastpref
 
 
 def pytest_report_header(config):
-    native = _native.build_info()["native"]
+    native = fastpref.build_info()["native"]
     return [f"fastpref: {fastpref.__file__}, native: {native}", f"fresh inputs: FASTPREF_TEST_SEED={SEED} repeats them"]
 
 
@@ -54,41 +51,6 @@ def _quiet_interpreter():
         yield
 
 
-class Backend:
-    """A backend on a device, at a forced SIMD level where that matters."""
-
-    def __init__(self, name, device, simd=None):
-        self.name, self.device, self.simd = name, torch.device(device), simd
-
-    def __repr__(self):
-        return "-".join(filter(None, (self.name, self.device.type, self.simd)))
-
-    def missing(self) -> str | None:
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            return "no GPU is visible to torch"
-        if reason := _library.OPS["token_logps"][self.name](self.device.type):
-            return reason
-        if self.simd:
-            try:
-                fastpref.set_simd_level(self.simd)
-            except ValueError as error:
-                return str(error)
-            finally:
-                fastpref.set_simd_level("auto")
-        return None
-
-
-BACKENDS = [
-    Backend("reference", "cpu"),
-    Backend("native", "cpu", "baseline"),
-    Backend("native", "cpu", "avx2"),
-    Backend("native", "cpu", "avx512"),
-    Backend("triton", "cpu"),
-    Backend("native", "cuda"),
-    Backend("triton", "cuda"),
-]
-
-
 def _param(backend):
     marks = [pytest.mark.cuda] if backend.device.type == "cuda" else []
     if backend.name == "triton":
@@ -106,6 +68,19 @@ def backend(request):
     yield chosen
     if chosen.simd:
         fastpref.set_simd_level("auto")
+
+
+SIMD = ["baseline", "avx2", "avx512"]
+
+
+@pytest.fixture(params=SIMD)
+def simd(request):
+    try:
+        fastpref.set_simd_level(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    fastpref.set_simd_level("auto")
 
 
 @pytest.fixture

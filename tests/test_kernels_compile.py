@@ -162,7 +162,7 @@ def compile_residual_pass(op, target, dtype, columns, psi, everything):
     return {"target": target, "dtype": dtype, "columns": columns, "psi": psi} | usage
 
 
-def compiled_ahead_of_time(op) -> list[dict]:
+def compiled_ahead_of_time(module) -> list[dict]:
     """What this file prints as a script: Triton reads TRITON_INTERPRET when it is imported, perhaps here already."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
@@ -170,14 +170,14 @@ def compiled_ahead_of_time(op) -> list[dict]:
     if tuple(map(int, version.split(".")[:2])) < (3, 3):
         pytest.skip(f"Triton {version} compiles ahead of time by another interface; 3.3 and later are checked")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__, op], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, module], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.slow
 def test_residual_pass_kernels():
-    results = compiled_ahead_of_time("residual_pass")
+    results = compiled_ahead_of_time("fastpref._lowrank.residual_pass")
     assert len(results) == len(list(residual_pass_cases()))
     for result in results:
         assert result["stack"] == 0, result
@@ -186,7 +186,7 @@ def test_residual_pass_kernels():
 
 @pytest.mark.slow
 def test_triton_kernels():
-    results = compiled_ahead_of_time("token_logps")
+    results = compiled_ahead_of_time("fastpref._logps.token_logps")
     assert len(results) == len(list(cases()))
     for result in results:
         assert result["stack"] == 0, result
@@ -234,8 +234,8 @@ def test_cuda_kernels(tmp_path):
 
 
 if __name__ == "__main__":
-    op = importlib.import_module("fastpref." + sys.argv[1])
-    if sys.argv[1] == "residual_pass":
+    op = importlib.import_module(sys.argv[1])
+    if sys.argv[1].endswith("residual_pass"):
         for case in residual_pass_cases():
             print(json.dumps(compile_residual_pass(op, *case)), flush=True)
     else:

@@ -3,7 +3,6 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from fastpref.curate.batches import pair_rows
 from fastpref.curate.clean import (
     CleanedJudges,
     CleanedScores,
@@ -18,9 +17,19 @@ from fastpref.curate.clean import (
     supplied,
     vote_consensus,
 )
-from fastpref.curate.config import CurateConfig, config_from_toml
 from fastpref.curate.diagnostics import Diagnosis, diagnose
-from fastpref.curate.files import Coded, read_metadata, write_pairs
+from fastpref.curate.files.batches import pair_rows
+from fastpref.curate.files.samples import (
+    RowProblem,
+    Samples,
+    ScoredSamples,
+    read_samples,
+    read_scored_samples,
+    text_hashes,
+    texts,
+    to_logit,
+)
+from fastpref.curate.files.writing import Coded, read_metadata, write_pairs
 from fastpref.curate.goals import add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
 from fastpref.curate.hygiene import Flag, Hygiene, RepeatedTexts, split_of
 from fastpref.curate.length import AdjustedScores, LengthReport, length_report, match_length, remove_length
@@ -41,7 +50,8 @@ from fastpref.curate.margins import (
     select_top,
 )
 from fastpref.curate.pairs import DropReason, PairSelection, all_pairings, select_pairs
-from fastpref.curate.pipeline import CurateResult, run
+from fastpref.curate.pipeline.config import CurateConfig, config_from_toml
+from fastpref.curate.pipeline.run import CurateResult, run
 from fastpref.curate.routing import (
     LearningOrder,
     Route,
@@ -53,18 +63,8 @@ from fastpref.curate.routing import (
     learning_order,
     route_by_margin,
 )
-from fastpref.curate.samples import (
-    InputError,
-    RowProblem,
-    Samples,
-    ScoredSamples,
-    read_samples,
-    read_scored_samples,
-    text_hashes,
-    texts,
-    to_logit,
-)
 from fastpref.curate.scale import rescale
+from fastpref.errors import InputError
 
 if TYPE_CHECKING:
     from fastpref.curate.influence import (

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastpref.curate.files.samples import to_logit
 from fastpref.curate.hygiene import as_sources
 from fastpref.curate.pools import as_pools, per_prompt
-from fastpref.curate.samples import to_logit
 
 EXCLUDE = ("both", "chosen", "none")
 FLAGGING = 200  # prompts of a source from which it is flagged; power of z > 3 on real scores: 0.8 here, 0.5 at 50
@@ -508,7 +508,7 @@ def _rank(matrix, rank) -> int:
     """The rank of the structure that so many sources per prompt can tell: by default 3, or as much as they allow."""
     import torch
 
-    from fastpref.source_audit import NothingToClean, constant_columns
+    from fastpref.preference_matrix._sources import NothingToClean, constant_columns
 
     varied = ~constant_columns(torch.as_tensor(matrix)).numpy()
     sources = (~np.isnan(matrix[:, varied])).sum(1)

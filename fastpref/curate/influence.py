@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastpref import causal_lm, losses
+from fastpref import losses
+from fastpref._logps import causal_lm
+from fastpref._progress import reporting
 from fastpref.curate.margins import implicit_margins
-from fastpref.curate.progress import reporting
 
 STEPS = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5)  # tried in turn; a step that is too long bends, one too short drowns in rounding
 _GOOD, _BAD = 0.01, 0.05  # relative error of the influence of the validation pairs on themselves

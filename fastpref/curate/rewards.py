@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastpref.causal_lm import completion_logps, evaluating, model_id
-from fastpref.curate.progress import reporting
-from fastpref.curate.samples import Samples, texts
-from fastpref.whole_file import whole_file
+from fastpref._logps.causal_lm import completion_logps, evaluating, model_id
+from fastpref._progress import reporting
+from fastpref._whole_file import whole_file
+from fastpref.curate.files.samples import Samples, texts
 
 _BLOCK_TOKENS = 1 << 20  # of a file in the cache: what an interrupted run may lose
 

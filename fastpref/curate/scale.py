@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastpref.curate.files.samples import to_logit
 from fastpref.curate.pools import as_mask, flat, same_size, table, usable
-from fastpref.curate.samples import to_logit
 
 SCALES = ("raw", "logit", "mad", "normal_score")
 MAD_TO_STD = 1.4826  # of a normal distribution

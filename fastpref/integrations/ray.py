@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError("fastpref.integrations.ray needs Ray Data: pip install 'fastpref[ray]'") from error
 
-from fastpref.curate import batches
+from fastpref.curate.files import batches
 
 
 def pair_rows(dataset: Dataset, *, batch_size=1024, map_options=None, **options) -> Dataset:

@@ -49,7 +49,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 
 from fastpref import __version__, linear_preference_loss, linear_token_logps, losses
-from fastpref.causal_lm import is_plain_head, logit_transform
+from fastpref._logps.causal_lm import is_plain_head, logit_transform
 
 TRL_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",

@@ -1,0 +1,229 @@
+"""Comparisons through bradley_terry: one graph, or one for every prompt, of which small ones are solved as batches."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastpref._lowrank.bradley_terry import BradleyTerryInfo, Edges, bradley_terry
+from fastpref._whole_file import format_of
+from fastpref.cli.denoise import tables
+from fastpref.cli.denoise.options import DenoiseOptions, check_ending, numbers
+from fastpref.errors import InputError
+
+SMALL = 64  # items: up to here graphs of one size are solved as dense batches
+BATCH_ENTRIES = 1 << 22  # of such a batch
+
+
+class _Comparisons(NamedTuple):
+    """Sorted by graph. Items are numbered from 0 in each graph, nodes through all of them."""
+
+    graph: np.ndarray  # [E] int64, graphs by size
+    i: np.ndarray  # [E] int64
+    j: np.ndarray
+    value: np.ndarray  # [E] float64: wins of i, or the logit of i beating j
+    back: np.ndarray | None  # [E] wins of j; None: logits
+    sizes: np.ndarray  # [graphs] items
+    prompt: np.ndarray  # [nodes]
+    name: np.ndarray  # [nodes]
+
+
+class _Fit(NamedTuple):
+    """Of a few graphs in a row."""
+
+    scores: torch.Tensor  # [nodes]
+    stderr: torch.Tensor | None
+    components: torch.Tensor
+    rejected: torch.Tensor
+    graph: torch.Tensor  # [K] of the flagged pairs
+    pairs: torch.Tensor  # [K, 2] items
+    residuals: torch.Tensor
+    info: BradleyTerryInfo
+
+
+def prepare(table: dict, layout: str, options: DenoiseOptions) -> Callable:
+    """-> function(temporary, progress) -> summary."""
+    check_ending("OUT", options.output_file, tables.FORMATS, " for comparisons")
+    if options.flagged is not None:
+        check_ending("--flagged", options.flagged, tables.FORMATS)
+    first, second = (table[role] for role in tables.LAYOUTS[layout][:2])
+    if len(first) == 0:
+        raise InputError(f"{options.input} holds no comparisons")
+    names, (i, j) = tables.index_names(first, second)
+    if (row := tables.first_row(i == j)) is not None:
+        raise InputError(f"{options.input} compares an item with itself in row {row}: {names[int(i[row - 1])]}")
+    back = None
+    if layout == "winners":
+        value, back = np.ones(len(i)), np.zeros(len(i))
+    elif layout == "votes":
+        value, back = (_votes(table[role], role, options) for role in ("wins_i", "wins_j"))
+    else:
+        value = tables.numbers(table["value"]).astype(np.float64)
+        if (row := tables.first_row(np.isinf(value))) is not None:
+            raise InputError(f"{options.input} has the value {value[row - 1]} in row {row}: must be finite or missing")
+        known = value[~np.isnan(value)]
+        if options.layout is None and len(known) and known.min() >= 0 and known.max() <= 1:
+            raise InputError(
+                f"the values of {options.input} all lie in [0, 1], as probabilities do: make logits of them, "
+                "log(p / (1 - p)), or say with --layout logits that they are"
+            )
+    prompts, (prompt,) = None, (np.zeros(len(i), np.int64),)
+    if "prompt" in table:
+        prompts, (prompt,) = tables.index_names(table["prompt"])
+    comparisons = _by_graph(prompt, i, j, value, back, len(names))
+
+    def run(temporary, progress):
+        return _denoise(comparisons, prompts, names, options, temporary, progress)
+
+    return run
+
+
+def _votes(column, role, options) -> np.ndarray:
+    votes = tables.numbers(column).astype(np.float64)
+    if (row := tables.first_row(~((votes >= 0) & (votes < np.inf)))) is not None:
+        name = options.columns.get(role, role)
+        raise InputError(f"{name} of {options.input} must be finite counts >= 0, got {votes[row - 1]:g} in row {row}")
+    return votes
+
+
+def _by_graph(prompt, i, j, value, back, names: int) -> _Comparisons:
+    nodes, place = np.unique(np.concatenate([prompt * names + i, prompt * names + j]), return_inverse=True)
+    sizes = np.bincount(nodes // names)
+    starts = np.cumsum(sizes) - sizes
+    by_size = np.argsort(sizes, kind="stable")
+    graph_of = np.argsort(by_size)  # of a prompt
+    i, j = place[: len(i)] - starts[prompt], place[len(i) :] - starts[prompt]
+    graph = graph_of[prompt]
+    order = np.argsort(graph, kind="stable")
+    node_order = np.argsort(graph_of[nodes // names], kind="stable")
+    nodes = nodes[node_order]
+    return _Comparisons(
+        graph[order],
+        i[order],
+        j[order],
+        value[order],
+        None if back is None else back[order],
+        sizes[by_size],
+        nodes // names,
+        nodes % names,
+    )
+
+
+def _denoise(data: _Comparisons, prompts, names, options: DenoiseOptions, temporary, progress) -> dict:
+    progress.stage("graphs", len(data.sizes))
+    fits = []
+    for fit in _fits(data, options):
+        fits.append(fit)
+        progress.advance(len(fit.info.converged))
+    scores, components, rejected = (torch.cat([fit[k] for fit in fits]) for k in (0, 2, 3))
+    stderr = torch.cat([fit.stderr for fit in fits]) if options.stderr else None
+    graph, pairs, residuals = (torch.cat(parts) for parts in zip(*(fit[4:7] for fit in fits), strict=True))
+    info = BradleyTerryInfo(*(torch.cat(parts) for parts in zip(*(fit.info for fit in fits), strict=True)))
+    starts = np.cumsum(data.sizes) - data.sizes
+
+    order = np.lexsort((data.name, data.prompt))  # prompts and items as they appear in the input
+    columns = {"prompt": prompts.take(data.prompt[order])} if prompts is not None else {}
+    columns |= {"item": names.take(data.name[order]), "score": scores[order]}
+    if options.stderr:
+        columns["stderr"] = stderr[order]
+    columns |= {"component": components[order], "rejected": rejected[order]}
+    progress.stage("writing")
+    tables.write_table(temporary[options.output_file], format_of(options.output_file), [tables.to_table(columns)])
+    if options.flagged is not None:
+        i, j = (starts[graph] + pairs[:, side].numpy() for side in (0, 1))
+        order = np.lexsort((data.name[j], data.name[i], data.prompt[i]))
+        columns = {"prompt": prompts.take(data.prompt[i][order])} if prompts is not None else {}
+        columns |= {side: names.take(data.name[node][order]) for side, node in (("i", i), ("j", j))}
+        columns["residual"] = residuals[order]
+        tables.write_table(temporary[options.flagged], format_of(options.flagged), [tables.to_table(columns)])
+    if options.plot is not None:  # of the largest graph
+        from fastpref.cli.denoise.plots import plot_scores
+
+        mine = graph == len(data.sizes) - 1
+        last = slice(int(starts[-1]), None)
+        bars = None if stderr is None else stderr[last]
+        format = format_of(options.plot)[1:]
+        plot_scores(temporary[options.plot], scores[last], bars, pairs[mine], residuals[mine], format)
+    return _summary(data, info, components, starts, len(residuals), prompts is None)
+
+
+def _fits(data: _Comparisons, options: DenoiseOptions) -> Iterator[_Fit]:
+    """All graphs in order: small ones of one size together, the others one by one."""
+    keywords = options.given("robust", "stderr", "tol", "max_iter") | {"outliers": "pairs"}
+    alone = data.sizes > SMALL
+    if data.back is None:  # of one pair a matrix has one logit
+        low, high, most = np.minimum(data.i, data.j), np.maximum(data.i, data.j), data.sizes[-1]
+        _, first, count = np.unique((data.graph * most + low) * most + high, return_index=True, return_counts=True)
+        alone[data.graph[first[count > 1]]] = True
+    begin = 0
+    while begin < len(data.sizes):
+        size, end = int(data.sizes[begin]), begin + 1
+        while (
+            not alone[begin] and end < len(data.sizes) and data.sizes[end] == size and not alone[end]
+            and (end + 1 - begin) * size * size <= BATCH_ENTRIES
+        ):  # fmt: skip
+            end += 1
+        edges = slice(*np.searchsorted(data.graph, (begin, end)))
+        solve = _solve_alone if alone[begin] else _solve_batch
+        yield solve(data, edges, begin, end, keywords)
+        begin = end
+
+
+def _solve_alone(data: _Comparisons, edges: slice, begin: int, end: int, keywords) -> _Fit:
+    i, j, value = (torch.from_numpy(column[edges]) for column in (data.i, data.j, data.value))
+    if data.back is None:
+        given = Edges(i, j, logits=value, num_items=int(data.sizes[begin]))
+    else:
+        given = Edges(i, j, value, torch.from_numpy(data.back[edges]), num_items=int(data.sizes[begin]))
+    found = bradley_terry(edges=given, **keywords)
+    pairs, residuals = found.outliers
+    graph = torch.full((len(pairs),), begin)
+    info = BradleyTerryInfo(*(number.unsqueeze(0) for number in found.info))
+    return _Fit(found.scores, found.stderr, found.components, found.rejected, graph, pairs, residuals, info)
+
+
+def _solve_batch(data: _Comparisons, edges: slice, begin: int, end: int, keywords) -> _Fit:
+    size = int(data.sizes[begin])
+    graph, i, j, value = (column[edges] for column in (data.graph - begin, data.i, data.j, data.value))
+    if data.back is None:
+        matrix = np.full((end - begin, size, size), np.nan)
+        matrix[graph, i, j], matrix[graph, j, i] = value, -value
+        found = bradley_terry(torch.from_numpy(matrix), **keywords)
+    else:
+        matrix = np.zeros((end - begin, size, size))
+        np.add.at(matrix, (graph, i, j), value)
+        np.add.at(matrix, (graph, j, i), data.back[edges])
+        found = bradley_terry(wins=torch.from_numpy(matrix), **keywords)
+    (indices, residuals) = found.outliers
+    stderr = None if found.stderr is None else found.stderr.flatten()
+    per_node = (found.scores.flatten(), stderr, found.components.flatten(), found.rejected.flatten())
+    return _Fit(*per_node, indices[:, 0] + begin, indices[:, 1:], residuals, found.info)
+
+
+def _summary(data: _Comparisons, info, components, starts, flagged: int, single: bool) -> dict:
+    messages = []
+    if not info.converged.all():
+        count = int((~info.converged).sum())
+        messages.append(f"{count} of {len(info.converged)} graphs did not converge: raise --max-iter")
+    parts = np.maximum.reduceat(components.numpy(), starts) + 1
+    if (parts > 1).any():
+        messages.append(
+            f"the comparisons of {int((parts > 1).sum())} of {len(parts)} graphs fall apart into unconnected parts: "
+            "scores compare only within a component"
+        )
+    shown = BradleyTerryInfo(*(number[0] for number in info)) if single else info
+    return {
+        "kind": "comparisons",
+        "graphs": len(data.sizes),
+        "items": len(data.name),
+        "comparisons": len(data.i),
+        "components": int(parts.sum()),
+        "converged": bool(info.converged.all()),
+        "not_converged": int((~info.converged).sum()),
+        "iterations": numbers(shown.iterations),
+        "outlier_rate": numbers(shown.outlier_rate),
+        "noise_scale": numbers(shown.scale),
+        "flagged": flagged,
+        "warnings": messages,
+    }

@@ -1,0 +1,312 @@
+"""Matrices through rpca: one where it lies on disk, batches and triples in memory."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastpref._checks import as_tensor
+from fastpref._lowrank.rpca import RPCAInfo, RPCAResult, SparseCOO, rpca
+from fastpref._whole_file import format_of
+from fastpref.cli.denoise import files
+from fastpref.cli.denoise.options import DenoiseOptions, check_ending, numbers
+from fastpref.errors import InputError
+
+AS_IT_LIES = (np.float16, np.float32, np.float64, np.int8)  # what is read from the file as it is
+COPIES = {"entries": 1, "rows": 10, "columns": 10}  # of the matrix that the convex program holds beside it
+BLOCK_BYTES = 4 << 20  # of an output
+BATCH_ENTRIES = 1 << 24  # of a batch that are solved at a time
+
+
+class _Names(NamedTuple):
+    """Of rows and columns of triples, and where the triples lie in the matrix."""
+
+    rows: object  # pyarrow.Array
+    columns: object
+    row: np.ndarray  # [triples] int64
+    column: np.ndarray
+
+
+def prepare(array: np.ndarray, options: DenoiseOptions) -> Callable:
+    """-> function(temporary, progress) -> summary."""
+    wanted = options.output or "low-rank"
+    check_ending("OUT", options.output_file, (".npz",) if wanted == "factors" else (".npy",), f" for --output {wanted}")
+    if array.size == 0:
+        raise InputError(f"{options.input} is empty: shape {list(array.shape)}")
+    if array.dtype.newbyteorder("=") not in AS_IT_LIES or not array.dtype.isnative:
+        dtype = np.dtype(np.float64 if array.dtype.itemsize > 2 and array.dtype.kind in "iu" else np.float32)
+        if array.dtype.kind == "f":
+            dtype = array.dtype.newbyteorder("=")
+        files.check_memory(array.size * dtype.itemsize, options.max_dense, f"as {dtype} {options.input} takes")
+        array = array.astype(dtype)
+    if array.ndim == 3:
+        _check_rank_free(array[: _at_a_time(array)], options)
+        return lambda temporary, progress: _denoise_batch(array, options, wanted, temporary, progress)
+    _check_rank_free(array, options)
+    return lambda temporary, progress: _denoise_one(array, None, options, wanted, temporary, progress)
+
+
+def prepare_triples(table: dict, options: DenoiseOptions) -> Callable:
+    """The same for columns row, column and value; cells without a triple are missing."""
+    from fastpref.cli.denoise import tables
+
+    wanted = options.output or "low-rank"
+    formats = (".npz",) if wanted == "factors" else tables.FORMATS
+    check_ending("OUT", options.output_file, formats, f" for --output {wanted} of triples")
+    skew = options.structure == "skew"
+    if skew:
+        rows, (row, column) = tables.index_names(table["row"], table["column"])
+        columns = rows
+    else:
+        rows, (row,) = tables.index_names(table["row"])
+        columns, (column,) = tables.index_names(table["column"])
+    values = tables.numbers(table["value"])
+    size = len(rows) * len(columns) * values.itemsize
+    files.check_memory(size, options.max_dense, f"{len(rows)} rows by {len(columns)} columns, dense, take")
+    _, first, count = np.unique(row * len(columns) + column, return_index=True, return_counts=True)
+    if (count > 1).any():
+        where = first[count > 1].min()
+        cell = f"({rows[int(row[where])]}, {columns[int(column[where])]})"
+        raise InputError(f"{options.input} has more than one value for {cell}, the first in row {where + 1}")
+    matrix = np.full((len(rows), len(columns)), np.nan, values.dtype)
+    if skew:
+        matrix[column, row] = -values
+        if (at := tables.first_row(~np.isnan(matrix[row, column]) & (matrix[row, column] != values))) is not None:
+            raise InputError(f"{options.input} is not skew-symmetric: see row {at} and its mirror image")
+    matrix[row, column] = values
+    _check_rank_free(matrix, options)
+    names = _Names(rows, columns, row, column)
+    return lambda temporary, progress: _denoise_one(matrix, names, options, wanted, temporary, progress)
+
+
+def _check_rank_free(matrix: np.ndarray, options: DenoiseOptions) -> None:
+    if options.rank is None:
+        size = (1 + COPIES[options.corruption or "entries"]) * matrix.size * max(matrix.itemsize, 4)
+        files.check_memory(size, options.max_dense, "without --rank the convex program takes about")
+
+
+# ---- one matrix ----
+
+
+def _denoise_one(matrix, names, options, wanted, temporary, progress) -> dict:
+    # A matrix that lies column by column is solved as its transpose, or every block of rows would touch all of it.
+    by_columns = matrix.flags.f_contiguous and not matrix.flags.c_contiguous
+    if by_columns:
+        matrix = matrix.T
+    result = _solve(matrix, by_columns, options, wanted != "low-rank" or options.plot is not None, progress)
+    out = temporary[options.output_file]
+    progress.stage("writing")
+    if wanted == "factors":
+        _write_factors(out, _transposed(result) if by_columns else result, names)
+    elif names is not None:
+        _write_triples(out, matrix, result, names, options, wanted)
+    else:
+        blocks = _low_rank_blocks(result) if wanted == "low-rank" else _masked_blocks(matrix, result.sparse.indices)
+        dtype = _numpy_dtype(result.U) if wanted == "low-rank" else matrix.dtype
+        shape = matrix.shape[::-1] if by_columns else matrix.shape
+        files.write_npy(out, shape, dtype, blocks, fortran_order=by_columns)
+    if options.plot is not None:
+        _plot(_transposed(result) if by_columns else result, options, temporary)
+    shape = list(matrix.shape[::-1] if by_columns else matrix.shape)
+    return _summary(result.info, shape, matrix.dtype)
+
+
+def _solve(matrix: np.ndarray, by_columns: bool, options: DenoiseOptions, with_outliers: bool, progress) -> RPCAResult:
+    keywords = options.given("rank", "structure", "corruption", "method", "lam", "scale", "tol", "max_iter")
+    if by_columns and "corruption" in keywords:
+        swapped = {"rows": "columns", "columns": "rows"}
+        keywords["corruption"] = swapped.get(options.corruption, options.corruption)
+    progress.stage("iteration")
+
+    def report(state):
+        progress.advance(residual=f"{state.residual:.1e}", rank=state.rank)
+
+    sparse = "coo" if with_outliers else "none"
+    return rpca(as_tensor(matrix), **keywords, sparse=sparse, callback=report)
+
+
+def _transposed(result: RPCAResult) -> RPCAResult:
+    sparse, info = result.sparse, result.info
+    if sparse is not None:
+        sparse = SparseCOO(sparse.indices.flip(1), sparse.values)
+    info = info._replace(row_outlier_rate=info.column_outlier_rate, column_outlier_rate=info.row_outlier_rate)
+    return RPCAResult(result.Vh.mT, result.S, result.U.mT, sparse, info)
+
+
+def _numpy_dtype(tensor: Tensor) -> np.dtype:
+    return np.dtype(str(tensor.dtype).removeprefix("torch."))
+
+
+def _row_blocks(rows: int, row_bytes: int) -> Iterator[slice]:
+    step = max(1, BLOCK_BYTES // max(row_bytes, 1))
+    return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
+
+
+def _low_rank_blocks(result: RPCAResult) -> Iterator[np.ndarray]:
+    scaled, vh = result.U * result.S, result.Vh
+    for block in _row_blocks(len(scaled), vh.shape[1] * vh.element_size()):
+        yield (scaled[block] @ vh).numpy()
+
+
+def _masked_blocks(matrix: np.ndarray, indices: Tensor) -> Iterator[np.ndarray]:
+    """The matrix, missing (NaN, int8: -128) at indices [K, 2], which are sorted by row."""
+    rows, columns = indices.numpy().T
+    missing = -128 if matrix.dtype == np.int8 else np.nan
+    for block in _row_blocks(*matrix.shape[:1], matrix.shape[1] * matrix.itemsize):
+        inside = slice(*np.searchsorted(rows, (block.start, block.stop)))
+        copy = matrix[block].copy()
+        copy[rows[inside] - block.start, columns[inside]] = missing
+        yield copy
+
+
+def _write_factors(path, result: RPCAResult, names: _Names | None = None) -> None:
+    arrays = {"U": result.U, "S": result.S, "Vh": result.Vh}
+    arrays |= {"sparse_indices": result.sparse.indices, "sparse_values": result.sparse.values}
+    arrays |= result.info._asdict()
+    arrays = {name: tensor.numpy() for name, tensor in arrays.items()}
+    if names is not None:
+        for name, labels in (("row_names", names.rows), ("column_names", names.columns)):
+            arrays[name] = np.array(labels.to_pylist(), dtype=None if len(labels) else "U1")
+    with open(path, "wb") as file:  # a path that does not end in .npz would get that ending
+        np.savez(file, **arrays)
+
+
+def _write_triples(path, matrix, result, names: _Names, options, wanted) -> None:
+    from fastpref.cli.denoise import tables
+
+    columns = [options.columns.get(role, role) for role in tables.LAYOUTS["triples"]]
+
+    def cells():
+        if wanted == "masked":
+            matrix[tuple(result.sparse.indices.numpy().T)] = np.nan
+            yield names.row, names.column, matrix[names.row, names.column]
+            return
+        every = np.arange(matrix.shape[1])
+        first = 0
+        for block in _low_rank_blocks(result):
+            yield np.repeat(np.arange(first, first + len(block)), len(every)), np.tile(every, len(block)), block.ravel()
+            first += len(block)
+
+    parts = (
+        tables.to_table(dict(zip(columns, (names.rows.take(row), names.columns.take(column), value), strict=True)))
+        for row, column, value in cells()
+    )
+    tables.write_table(path, format_of(options.output_file), parts)
+
+
+def _plot(result: RPCAResult, options, temporary) -> None:
+    from fastpref.cli.denoise.plots import plot_low_rank
+
+    plot_low_rank(temporary[options.plot], result, format_of(options.plot)[1:])
+
+
+# ---- a batch ----
+
+
+def _denoise_batch(array, options, wanted, temporary, progress) -> dict:
+    keywords = options.given("rank", "structure", "corruption", "method", "lam", "tol", "max_iter")
+    sparse = "none" if wanted == "low-rank" and options.plot is None else "coo"
+    scale = 1.0 if options.scale is None else options.scale
+    step = _at_a_time(array)
+    results, infos = [], []
+    out_dtype = np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
+
+    def solve():
+        progress.stage("matrices", len(array))
+        for begin in range(0, len(array), step):
+            part = np.array(array[begin : begin + step])
+            data = as_tensor(part) if out_dtype == np.float64 else as_tensor(part).float()
+            if part.dtype == np.int8:
+                data = data.masked_fill(data == -128, torch.nan)
+            result = rpca(data * scale if scale != 1.0 else data, **keywords, sparse=sparse)
+            if begin == 0 and options.plot is not None:
+                _plot(_first(result), options, temporary)
+            infos.append(result.info)
+            if wanted == "factors":
+                results.append(result)
+            progress.advance(len(part))
+            yield part, result
+
+    out = temporary[options.output_file]
+    if wanted == "low-rank":
+        files.write_npy(out, array.shape, out_dtype, (result.low_rank().numpy() for _, result in solve()))
+    elif wanted == "masked":
+        files.write_npy(out, array.shape, array.dtype, (_masked(*found) for found in solve()))
+    else:
+        for _ in solve():
+            pass
+        _write_factors(out, _joined(results, step))
+    info = RPCAInfo(*(torch.cat(parts) for parts in zip(*infos, strict=True)))
+    return _summary(info, list(array.shape), array.dtype)
+
+
+def _at_a_time(array: np.ndarray) -> int:
+    return max(1, BATCH_ENTRIES // max(math.prod(array.shape[1:]), 1))
+
+
+def _masked(part: np.ndarray, result: RPCAResult) -> np.ndarray:
+    part[tuple(result.sparse.indices.numpy().T)] = -128 if part.dtype == np.int8 else np.nan
+    return part
+
+
+def _first(result: RPCAResult) -> RPCAResult:
+    U, S, Vh, (indices, values), info = result
+    inside = indices[:, 0] == 0
+    sparse = SparseCOO(indices[inside, 1:], values[inside])
+    return RPCAResult(U[0], S[0], Vh[0], sparse, RPCAInfo(*(number[0] for number in info)))
+
+
+def _joined(results: list[RPCAResult], step: int) -> RPCAResult:
+    """One result of consecutive parts of a batch, `step` matrices each; ranks are padded with zeros to the largest."""
+    most = max(result.S.shape[-1] for result in results)
+
+    def padded(tensor: Tensor, *sides) -> Tensor:
+        return torch.nn.functional.pad(tensor, sides)
+
+    missing = [most - result.S.shape[-1] for result in results]
+    return RPCAResult(
+        torch.cat([padded(result.U, 0, more) for result, more in zip(results, missing, strict=True)]),
+        torch.cat([padded(result.S, 0, more) for result, more in zip(results, missing, strict=True)]),
+        torch.cat([padded(result.Vh, 0, 0, 0, more) for result, more in zip(results, missing, strict=True)]),
+        SparseCOO(
+            torch.cat([result.sparse.indices + torch.tensor([k * step, 0, 0]) for k, result in enumerate(results)]),
+            torch.cat([result.sparse.values for result in results]),
+        ),
+        RPCAInfo(*(torch.cat(parts) for parts in zip(*(result.info for result in results), strict=True))),
+    )
+
+
+def _count(which: Tensor, text: str) -> str:
+    return text.format(int(which.sum()), len(which)) if which.dim() else ""
+
+
+def _summary(info: RPCAInfo, shape: list[int], dtype: np.dtype) -> dict:
+    """For JSON; what a batch has many of is its smallest, median and largest."""
+    converged = info.converged
+    empty = ~converged & (info.iterations == 0)
+    messages = []
+    if empty.any():
+        messages.append("nothing is observed" + _count(empty, " in {} of {} matrices"))
+    if (~converged & ~empty).any():
+        messages.append(
+            _count(~converged & ~empty, "{} of {} matrices ")
+            + "did not converge: raise --max-iter, or look whether a low rank is there at all"
+        )
+    return {
+        "kind": "matrix" if converged.dim() == 0 else "batch",
+        "shape": shape,
+        "dtype": str(dtype),
+        "converged": bool(converged.all()),
+        "not_converged": int((~converged).sum()),
+        "rank": numbers(info.rank),
+        "iterations": numbers(info.iterations),
+        "residual": numbers(info.residual),
+        "gap": numbers(info.gap),
+        "outlier_rate": numbers(info.outlier_rate.masked_fill(empty, torch.nan)),
+        "noise_scale": numbers(info.scale),
+        "condition": numbers(info.condition),
+        "warnings": messages,
+    }

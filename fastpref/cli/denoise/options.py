@@ -1,0 +1,66 @@
+"""The flags of `fastpref denoise`, and what every kind of input does with them."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from fastpref.errors import InputError
+
+OUTPUTS = ("low-rank", "factors", "masked")
+
+
+@dataclass(frozen=True)
+class DenoiseOptions:
+    """The flags of `fastpref denoise`, which its --help explains. None: not given."""
+
+    input: str
+    output_file: str
+    array: str | None = None
+    layout: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    output: str | None = None
+    rank: int | None = None
+    structure: str | None = None
+    corruption: str | None = None
+    method: str | None = None
+    lam: float | None = None
+    scale: float | None = None
+    robust: bool | None = None
+    stderr: bool | None = None
+    flagged: str | None = None
+    tol: float | None = None
+    max_iter: int | None = None
+    max_dense: float | None = None
+    threads: int | None = None
+    plot: str | None = None
+
+    def given(self, *names) -> dict:
+        """Of these options, those that were given: keywords of the function behind them."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def refuse(self, names, what: str) -> None:
+        for name in self.given(*names):
+            flag = "no-robust" if name == "robust" else name.replace("_", "-")
+            raise InputError(f"--{flag} is not for {what}")
+
+
+MATRIX_OPTIONS = ("output", "rank", "structure", "corruption", "method", "lam", "scale")
+COMPARISON_OPTIONS = ("robust", "stderr", "flagged")
+
+
+def check_ending(name: str, path, formats, what: str = "") -> None:
+    if not str(path).endswith(formats):
+        raise InputError(f"{name} must end in {', '.join(formats)}{what}, got {path}")
+
+
+def numbers(values: Tensor):
+    """For JSON: a number, or of several their smallest, median and largest; None for what is not finite."""
+    if values.dim() == 0:
+        number = values.item()
+        return number if math.isfinite(number) else None
+    known = values[values.isfinite()].numpy()
+    if not len(known):
+        return None
+    return {"min": known.min().item(), "median": float(np.median(known)), "max": known.max().item()}

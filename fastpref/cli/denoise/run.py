@@ -1,0 +1,146 @@
+"""`fastpref denoise`: reads, chooses between robust PCA and Bradley-Terry by what was read, and writes whole files."""
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from fastpref._whole_file import format_of, whole_file
+from fastpref.cli.denoise import files, matrices
+from fastpref.cli.denoise.options import COMPARISON_OPTIONS, MATRIX_OPTIONS, DenoiseOptions, check_ending
+from fastpref.errors import InputError
+
+try:
+    from tqdm import tqdm
+except ImportError:  # no bar then
+    tqdm = None
+
+PLOTS = (".pdf", ".png", ".svg")
+
+
+class Progress:
+    """A bar on stderr, on a terminal with tqdm installed; elsewhere nothing."""
+
+    def __init__(self):
+        self.bar = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.bar is not None:
+            self.bar.close()
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        """What comes next; total: how many steps, None where nobody knows."""
+        self.__exit__()
+        if tqdm is not None and sys.stderr.isatty():
+            # Without a size of its own, tqdm draws nothing on a pseudo-terminal that says it is 0 by 0.
+            size = shutil.get_terminal_size()
+            place = {"ncols": size.columns, "nrows": size.lines, "leave": False, "file": sys.stderr}
+            self.bar = tqdm(desc=name, total=total, **place)
+
+    def advance(self, steps: int = 1, **numbers) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix(numbers, refresh=False)
+            self.bar.update(steps)
+
+
+def denoise(options: DenoiseOptions) -> dict:
+    """Writes the output files and returns the summary, ready for JSON. Raises InputError for what the user can mend."""
+    started = time.perf_counter()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    source, out = options.input, options.output_file
+    outputs = [path for path in (out, options.flagged, options.plot) if path is not None]
+    for index, path in enumerate(outputs):
+        for other in [source, *outputs[:index]]:
+            if os.path.realpath(path) == os.path.realpath(other):
+                raise InputError(f"{path} would overwrite {'IN' if other == source else 'another output'}")
+    if options.plot is not None:
+        check_ending("--plot", options.plot, PLOTS)
+        import fastpref.cli.denoise.plots  # noqa: F401  needs matplotlib: say so before the run rather than after it
+    with _library_errors(), contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress())
+        progress.stage("reading")
+        run = _prepare(options)
+        temporary = {path: stack.enter_context(whole_file(path)) for path in outputs}
+        with _recorded_warnings() as messages:
+            summary = run(temporary, progress)
+    return {
+        "input": source,
+        "output": out,
+        **summary,
+        "warnings": summary["warnings"] + messages,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def sentence(summary: dict) -> str:
+    """The summary in a line."""
+
+    def typical(name):
+        number = summary[name]
+        return number["median"] if isinstance(number, dict) else number
+
+    rate, iterations = typical("outlier_rate"), typical("iterations")
+    if summary["kind"] == "comparisons":
+        found = f"scores of {summary['items']} items from {summary['comparisons']} comparisons"
+        found += f" in {summary['graphs']} graphs" * (summary["graphs"] > 1)
+    else:
+        found = f"{' x '.join(map(str, summary['shape']))}, rank {typical('rank'):g}"
+    corrupted = "nothing observed" if rate is None else f"{rate:.2%} corrupted"
+    return f"{summary['output']}: {found}, {corrupted}, {iterations:g} iterations, {summary['seconds']:.1f} s"
+
+
+def _prepare(options: DenoiseOptions):
+    """Reads the input and checks flags and endings against it -> function(temporary, progress) -> summary."""
+    format = format_of(options.input)
+    if format in (".npy", ".npz"):
+        options.refuse((*COMPARISON_OPTIONS, "layout"), "a matrix")
+        if options.columns:
+            raise InputError("--columns is not for a matrix")
+        return matrices.prepare(files.read_array(options.input, options.array, options.max_dense), options)
+    from fastpref.cli.denoise import comparisons, tables  # need pyarrow
+
+    if format not in tables.FORMATS:
+        raise InputError(f"IN must end in .npy, .npz, {', '.join(tables.FORMATS)}, got {options.input}")
+    options.refuse(("array",), "a table")
+    table, layout = tables.read_table(options.input, options.layout, options.columns)
+    if layout == "triples":
+        options.refuse(COMPARISON_OPTIONS, "triples, which are a matrix")
+        return matrices.prepare_triples(table, options)
+    options.refuse(MATRIX_OPTIONS, f"comparisons, which {options.input} holds ({layout})")
+    return comparisons.prepare(table, layout, options)
+
+
+@contextlib.contextmanager
+def _recorded_warnings() -> Iterator[list[str]]:
+    """The messages of the library's RuntimeWarnings, filled in at the end."""
+    messages = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        yield messages
+    messages += dict.fromkeys(str(warning.message) for warning in caught if warning.category is RuntimeWarning)
+
+
+@contextlib.contextmanager
+def _library_errors() -> Iterator[None]:
+    """What the library refuses, and memory that is not there, as an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, ValueError, torch.linalg.LinAlgError) as error:
+        raise InputError(str(error).partition("\n")[0]) from error
+    except OSError as error:
+        raise InputError(f"cannot write: {error.strerror or error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise InputError("not enough memory") from error
+        raise

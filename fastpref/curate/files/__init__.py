@@ -1,0 +1,1 @@
+"""Scored samples and pairs as files: reading, rows, writing, batches."""

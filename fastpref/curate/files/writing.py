@@ -1,0 +1,460 @@
+"""Pairs with their texts, as JSON Lines (also .gz) or Parquet: the second pass over a file of samples."""
+
+import contextlib
+import functools
+import gzip
+import json
+import os
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fastpref._whole_file import whole_file
+from fastpref.curate.files.rows import Row
+from fastpref.curate.files.samples import RowProblem, Samples
+from fastpref.errors import InputError
+
+FORMATS = ("trl", "trl-conversational", "axolotl")
+ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
+METADATA = b"fastpref"  # its key in the schema of a Parquet file
+GZIP_LEVEL = 3
+BLOCK = 1024  # rows put into order at a time
+ROW_GROUP = 1 << 26  # bytes of JSON
+_INDICES = ("prompt", "chosen", "rejected")
+
+
+class Coded(NamedTuple):
+    """A column of names of which most occur often."""
+
+    codes: np.ndarray  # [pairs] integers, index into names, -1 = none
+    names: list[str]
+
+
+class Written(NamedTuple):
+    rows: int
+    sft_rows: int
+
+
+def write_pairs(
+    samples: Samples,
+    pairs,
+    out,
+    *,
+    format="trl",
+    sft=None,
+    to_sft=None,
+    rewrite=None,
+    metadata=None,
+    workers=None,
+    progress=None,
+) -> Written:
+    """Reads the texts of the pairs and writes a row for each, in the order given.
+
+    pairs: name -> [pairs] array or list. `prompt` (index into samples), `chosen` and `rejected` (columns within its
+        pool) are needed; everything else becomes a column as it is, a string or a number alone the same in every row.
+        From the samples come, where they are not given, `prompt_id` (the row's own, else a hash of the prompt),
+        `chosen_id` and `rejected_id` (the columns), `source_*`, `len_*`, and the `margin` of `score_chosen` and
+        `score_rejected`. A number that is not finite becomes null.
+    out: ends in .jsonl, .jsonl.gz or .parquet, and is not there before it is complete.
+    format: "trl": prompt, chosen and rejected as they are in the samples, strings or lists of messages.
+        "trl-conversational": strings become a message of the user and of the assistant. "axolotl": messages, and one
+        message as chosen and as rejected, its `type: chat_template.default`.
+    sft, to_sft: a second file, and bool [pairs]: the pairs whose chosen response goes there instead, as prompt and
+        completion (axolotl: messages).
+    rewrite: function(row) -> rows in its place, each a dict. Rows have the columns above, with the texts as for TRL.
+    metadata: a mapping for JSON, which `read_metadata` gives back: in the schema of a Parquet file, beside JSON Lines
+        in a file of the same name with ".meta.json" behind it.
+    workers, progress: as in `read_samples`.
+
+    Raises InputError when the file of the samples has changed, when its texts do not fit the format and when an output
+    cannot be written; ValueError for pairs that are not of these samples.
+    """
+    from fastpref.curate.files import processes, reading
+
+    out, sft = os.fspath(out), None if sft is None else os.fspath(sft)
+    _check_outputs(samples, out, sft, format)
+    prompt, chosen, rejected = _indices(samples, pairs)
+    columns = pair_columns(samples, pairs)
+    to_sft = _sft_mask(sft, to_sft, len(prompt))
+    in_file = np.argsort(prompt, kind="stable")  # pairs in the order of the file
+    prompts, first = np.unique(prompt[in_file], return_index=True)
+    first = np.append(first, len(prompt))
+    conversational = bool(samples.conversational[prompts].any())
+    if format == "trl" and conversational and not samples.conversational[prompts].all():
+        raise InputError(
+            f"{samples.path} holds strings and lists of messages, a file of pairs only one: write trl-conversational"
+        )
+    workers = processes.worth(samples.stamp[0]) if workers is None else workers
+    done, total = deque(), reading.extent(samples.path)
+
+    def tasks():
+        for part, here, known in reading.parts_again(samples, prompts):
+            done.append(part.done)
+            these = in_file[first[here.start] : first[here.stop]]
+            row = np.repeat(np.arange(here.stop - here.start), np.diff(first[here.start : here.stop + 1]))
+            values = {name: _take(column, these) for name, column in columns.items()}
+            picked = Picked(row, chosen[these], rejected[these], to_sft[these], values)
+            begin = samples.offsets[prompt[these]]
+            hashes = samples.text_hash[begin + picked.chosen], samples.text_hash[begin + picked.rejected]
+            yield samples.path, part, known, picked, hashes, format, rewrite is None
+
+    def blocks():
+        for block in processes.in_processes(_lines_of_part, tasks(), workers):
+            yield block
+            if progress is not None:
+                progress(done.popleft(), total)
+
+    written = [0, 0]
+    with contextlib.ExitStack() as stack:
+        sinks = []
+        for k, path in enumerate((out, sft)):
+            if path is not None:
+                schema = functools.partial(arrow_schema, columns, format, conversational, bool(k))
+                sinks.append(stack.enter_context(_sink(path, schema, metadata)))
+        place = 0
+        for lines in _in_given_order(blocks(), in_file, Path(out).parent):
+            routed = to_sft[place : place + len(lines)]
+            place += len(lines)
+            for k, sink in enumerate(sinks):
+                own = [line for line, to in zip(lines, routed.tolist(), strict=True) if to == k]
+                if rewrite is not None:
+                    own = [line for row in own for line in _rewritten(row, rewrite, format)]
+                sink(own)
+                written[k] += len(own)
+    if progress is not None:
+        progress(total, total)
+    return Written(*written)
+
+
+def write_problems(problems: list[RowProblem], path) -> None:
+    """The rows that were left out, as JSON Lines: row and reason."""
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for problem in problems:
+            file.write(json.dumps({"row": problem.row, "reason": problem.reason}, ensure_ascii=False) + "\n")
+
+
+def read_metadata(path) -> dict | None:
+    """What `write_pairs` was given as metadata for this file; None where there was none."""
+    path = os.fspath(path)
+    try:
+        if path.endswith(".parquet"):
+            from pyarrow import parquet
+
+            held = (parquet.read_schema(path).metadata or {}).get(METADATA)
+        else:
+            held = Path(_beside(path)).read_bytes() if os.path.exists(_beside(path)) else None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    return None if held is None else json.loads(held)
+
+
+# ---- columns and rows
+
+
+def pair_columns(samples: Samples, pairs) -> dict[str, object]:
+    """The columns of the pairs but for their texts, in order: arrays [pairs], Coded, or one value for all."""
+    prompt, chosen, rejected = _indices(samples, pairs)
+    flat = {"chosen": samples.offsets[prompt] + chosen, "rejected": samples.offsets[prompt] + rejected}
+    columns = {name: pairs[name] for name in ("score_chosen", "score_rejected") if name in pairs}
+    if len(columns) == 2:
+        columns["margin"] = np.subtract(*(np.asarray(scores, np.float64) for scores in columns.values()))
+    if samples.sources is not None:
+        columns |= {f"source_{side}": Coded(samples.sources[at], samples.source_names) for side, at in flat.items()}
+    columns |= {f"len_{side}": samples.lengths[at] for side, at in flat.items()}
+    columns |= {"chosen_id": chosen, "rejected_id": rejected}
+    columns |= {name: column for name, column in pairs.items() if name not in _INDICES}
+    for name, column in columns.items():
+        if isinstance(column, np.generic):
+            columns[name] = column.item()
+        elif not _alone(column):
+            values = np.asarray(column.codes if isinstance(column, Coded) else column)
+            if values.shape != prompt.shape:
+                raise ValueError(f"pairs[{name!r}] must have shape [{len(prompt)}], got {list(values.shape)}")
+            columns[name] = Coded(values, column.names) if isinstance(column, Coded) else values
+    return columns
+
+
+def row_names(columns, format, to_sft: bool) -> list[str]:
+    """The columns of the rows of `pair_rows_of`, shaped, in order."""
+    sides = ["completion"] if to_sft else ["chosen", "rejected"]
+    texts = ["prompt", *sides]
+    if format == "axolotl":
+        texts = ["messages"] if to_sft else ["messages", *sides]
+    return list(dict.fromkeys(["prompt_id", *texts, *columns]))
+
+
+class Picked(NamedTuple):
+    """Pairs of some rows."""
+
+    row: np.ndarray  # [pairs] index into the rows
+    chosen: np.ndarray  # [pairs] column within the pool
+    rejected: np.ndarray
+    to_sft: np.ndarray  # [pairs] bool
+    columns: dict[str, object]  # as of `pair_columns`
+
+
+def pair_rows_of(rows: list[Row], hashes: np.ndarray, picked: Picked, format) -> list[dict]:
+    """The output row of every pair, with the texts as for TRL. hashes: uint64 [rows], of the prompts."""
+    names = list(picked.columns)
+    values = zip(*(_values(column, len(picked.row)) for column in picked.columns.values()), strict=True)
+    places = (picked.row.tolist(), picked.chosen.tolist(), picked.rejected.tolist(), picked.to_sft.tolist())
+    found = []
+    for r, chosen, rejected, to_sft, own in zip(*places, values, strict=True):
+        row = rows[r]
+        prompt, texts = row.prompt, [row.responses[chosen], row.responses[rejected]]
+        if format != "trl" and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        texts = {"completion": texts[0]} if to_sft else {"chosen": texts[0], "rejected": texts[1]}
+        known = {"prompt_id": row.prompt_id or f"{hashes[r]:016x}", "prompt": prompt}
+        found.append(known | texts | dict(zip(names, own, strict=True)))
+    return found
+
+
+def shaped(row: dict, format) -> dict:
+    """The row as the format has it, from one as for TRL."""
+    if format != "axolotl":
+        return row
+    row = {"messages" if name == "prompt" else name: value for name, value in row.items()}
+    if "completion" in row:
+        row["messages"] = row["messages"] + row.pop("completion")
+        return row
+    for side in ("chosen", "rejected"):
+        if len(row[side]) != 1:
+            raise InputError(
+                f"axolotl takes one message per response, got {len(row[side])} for prompt {row['prompt_id']}: "
+                "write trl-conversational"
+            )
+        row[side] = row[side][0]
+    return row
+
+
+def _alone(column) -> bool:
+    return column is None or isinstance(column, str | int | float)
+
+
+def _take(column, index):
+    if _alone(column):
+        return column
+    if isinstance(column, Coded):
+        return Coded(column.codes[index], column.names)
+    return column[index]
+
+
+def _values(column, count) -> list:
+    """As Python has them, None for numbers that are not finite."""
+    if _alone(column):
+        column = np.full(count, column)
+    if isinstance(column, Coded):
+        names = [*column.names, None]
+        return [names[code] for code in column.codes.tolist()]
+    if column.dtype.kind == "f" and not (finite := np.isfinite(column)).all():
+        column = np.where(finite, column.astype(object), None)
+    return column.tolist()
+
+
+def _indices(samples, pairs) -> list[np.ndarray]:
+    for name in _INDICES:
+        if name not in pairs:
+            raise ValueError(f"pairs must have {', '.join(_INDICES)}, got {', '.join(pairs)}")
+    found = [np.asarray(pairs[name]) for name in _INDICES]
+    for name, index in zip(_INDICES, found, strict=True):
+        if index.ndim != 1 or (index.dtype.kind not in "iu" and index.size) or len(index) != len(found[0]):
+            raise ValueError(
+                f"pairs[{name!r}] must be integers [{len(found[0])}], got {index.dtype} {list(index.shape)}"
+            )
+    found = [index.astype(np.int64) for index in found]
+    limits = [np.full(len(found[0]), samples.prompts)]
+    if found[0].size and 0 <= found[0].min() <= found[0].max() < samples.prompts:
+        limits += [np.diff(samples.offsets)[found[0]]] * 2
+    for name, index, limit in zip(_INDICES, found, limits, strict=False):
+        if (wrong := np.flatnonzero((index < 0) | (index >= limit))).size:
+            k = wrong[0]
+            raise ValueError(f"pairs[{name!r}][{k}] must lie in [0, {limit[k]}), got {index[k]}")
+    return found
+
+
+# ---- the second pass
+
+
+def _lines_of_part(path, part, known, picked, hashes, format, final) -> tuple[bytes, np.ndarray]:
+    """The rows of the pairs as JSON, one after the other, and the bytes of each. hashes: of chosen and rejected."""
+    import orjson
+
+    from fastpref.curate.files import reading
+
+    rows = reading.same_rows(path, part, known)
+    for index, before in zip((picked.chosen, picked.rejected), hashes, strict=True):
+        texts = [rows[r].responses[k] for r, k in zip(picked.row.tolist(), index.tolist(), strict=True)]
+        if (reading.text_hash(texts) != before).any():
+            raise reading.changed(path)
+    found = pair_rows_of(rows, known.prompt_hash, picked, format)
+    lines = [orjson.dumps(shaped(row, format) if final else row) for row in found]
+    return b"".join(lines), np.array([len(line) for line in lines], np.int64)
+
+
+def _in_given_order(blocks: Iterable[tuple[bytes, np.ndarray]], in_file, folder) -> Iterator[list[bytes]]:
+    """The lines in blocks, from blocks in the order of the file; through a temporary file where the orders differ."""
+    if (np.diff(in_file) == 1).all():
+        for lines, sizes in blocks:
+            ends = np.cumsum(sizes).tolist()
+            yield [lines[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+        return
+    with tempfile.TemporaryFile(dir=folder) as spill:
+        sizes = []
+        for lines, own in blocks:
+            spill.write(lines)
+            sizes.append(own)
+        spill.flush()
+        size = np.concatenate(sizes)
+        begin = np.cumsum(size) - size
+        place = np.empty_like(in_file)  # of each pair in the file
+        place[in_file] = np.arange(len(in_file))
+        for block in range(0, len(place), BLOCK):
+            these = place[block : block + BLOCK]
+            where = zip(size[these].tolist(), begin[these].tolist(), strict=True)
+            yield [os.pread(spill.fileno(), *at) for at in where]
+
+
+def _rewritten(line, rewrite, format) -> list[bytes]:
+    import orjson
+
+    return [orjson.dumps(shaped(row, format)) for row in rewrite(orjson.loads(line))]
+
+
+# ---- the outputs
+
+
+def check_format(format) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+
+
+def _check_outputs(samples, out, sft, format) -> None:
+    check_format(format)
+    taken = {os.path.realpath(samples.path): "the samples"}
+    for path in (out, sft):
+        if path is None:
+            continue
+        if not path.endswith(ENDINGS):
+            raise InputError(f"the output must end in {', '.join(ENDINGS)}, got {path}")
+        if what := taken.get(os.path.realpath(path)):
+            raise InputError(f"{path} would overwrite {what}")
+        taken[os.path.realpath(path)] = "another output"
+
+
+def _sft_mask(sft, to_sft, pairs) -> np.ndarray:
+    if (sft is None) != (to_sft is None):
+        raise ValueError("sft and to_sft must be given together")
+    if to_sft is None:
+        return np.zeros(pairs, bool)
+    to_sft = np.asarray(to_sft)
+    if to_sft.dtype != bool or to_sft.shape != (pairs,):
+        raise ValueError(f"to_sft must be bool [{pairs}], got {to_sft.dtype} {list(to_sft.shape)}")
+    return to_sft
+
+
+@contextlib.contextmanager
+def _sink(path, schema, metadata) -> Iterator:
+    """A function that appends lines of JSON to the file; schema: function() -> that of a Parquet file."""
+    parquet = path.endswith(".parquet")
+    with contextlib.ExitStack() as stack:
+        if metadata is not None and not parquet:
+            beside = stack.enter_context(whole_file(_beside(path)))
+            beside.write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary = stack.enter_context(whole_file(path))
+        try:
+            with _parquet_rows(temporary, schema(), metadata) if parquet else _lines(temporary, path) as append:
+                yield append
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    if metadata is None and not parquet:
+        Path(_beside(path)).unlink(missing_ok=True)  # that of rows which are no more
+
+
+@contextlib.contextmanager
+def _lines(path, name) -> Iterator:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "wb"))
+        if name.endswith(".gz"):  # without name and time, so that equal rows make equal files
+            file = stack.enter_context(gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0))
+        yield lambda lines: file.write(b"".join([line + b"\n" for line in lines]))
+
+
+def _beside(path) -> str:
+    return f"{path}.meta.json"
+
+
+@contextlib.contextmanager
+def _parquet_rows(path, schema, metadata) -> Iterator:
+    import orjson
+    import pyarrow
+    from pyarrow import parquet
+
+    held = None if metadata is None else {METADATA: json.dumps(metadata, ensure_ascii=False)}
+    waiting, size, writer = [], 0, None
+
+    def write():
+        nonlocal size, schema, writer
+        rows = [orjson.loads(line) for line in waiting]
+        if writer is None:
+            schema = _schema_of(rows, schema)
+            writer = parquet.ParquetWriter(path, schema.with_metadata(held))
+        for row in rows:
+            if row.keys() != set(schema.names):
+                raise ValueError(f"every row of a Parquet file must have the columns {schema.names}, got {list(row)}")
+        writer.write_table(pyarrow.Table.from_pylist(rows, schema).replace_schema_metadata(held))
+        waiting.clear()
+        size = 0
+
+    def append(lines):
+        nonlocal size
+        waiting.extend(lines)
+        size += sum(map(len, lines))
+        if size >= ROW_GROUP:
+            write()
+
+    yield append
+    if waiting or writer is None:
+        write()
+    writer.close()
+
+
+def _schema_of(rows: list[dict], schema):
+    """Of the columns that the rows have: a rewriting may have added some, or left some out."""
+    import pyarrow
+
+    if not rows:
+        return schema
+    return pyarrow.schema(
+        [
+            schema.field(name) if name in schema.names else (name, pyarrow.array([row.get(name) for row in rows]).type)
+            for name in rows[0]
+        ]
+    )
+
+
+def arrow_schema(columns, format, conversational: bool, to_sft: bool):
+    """Of the rows of `pair_rows_of` with these columns, shaped; conversational: lists of messages in the samples."""
+    import pyarrow
+
+    message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
+    text = pyarrow.list_(message) if conversational or format != "trl" else pyarrow.string()
+    side = message if format == "axolotl" else text
+    types = {"prompt_id": pyarrow.string(), "prompt": text, "messages": text, "completion": side}
+    types |= {"chosen": side, "rejected": side} | {name: _arrow_type(column) for name, column in columns.items()}
+    return pyarrow.schema([(name, types[name]) for name in row_names(columns, format, to_sft)])
+
+
+def _arrow_type(column):
+    import pyarrow
+
+    if isinstance(column, Coded):
+        return pyarrow.string()
+    if _alone(column) or column.dtype.kind in "OU":
+        return pyarrow.array([column] if _alone(column) else column.tolist()).type
+    return pyarrow.from_numpy_dtype(column.dtype)

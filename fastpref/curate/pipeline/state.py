@@ -1,0 +1,184 @@
+"""What one stage of the pipeline hands to the next, and the files in the work folder that keep it.
+
+A file carries the fingerprint of everything that led to it: the input (size and time of change), the version, the seed,
+the stages so far and their options. One that does not agree is refused, never mended.
+"""
+
+import enum
+import json
+import math
+import os
+import zipfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fastpref import __version__
+from fastpref._whole_file import whole_file
+from fastpref.curate.files.rows import Fields
+from fastpref.curate.files.samples import RowProblem, Samples
+from fastpref.errors import InputError
+
+
+class LeftOut(enum.IntEnum):
+    """Why a response takes no part; `KEPT` where it does. Of several reasons the first."""
+
+    KEPT = 0
+    NO_SCORE = 1
+    BLANK = 2
+    DUPLICATE = 3  # of another response of its prompt
+    REPEATED_TEXT = 4  # one text under many prompts
+    CONTAMINATED = 5  # it or its prompt stands in a file that must not be trained on
+    FLAGGED_SOURCE = 6
+    CORRUPTED_SCORE = 7
+
+
+class PairReason(enum.IntEnum):
+    """Why a pair is not written; `KEPT` where it is."""
+
+    KEPT = 0
+    LEFT_OUT = 1  # a stage after construction left out one of its responses, or its chosen one as such
+    NOT_BETTER = 2  # a stage after construction changed the scores so
+    NOT_SELECTED = 3
+
+
+@dataclass(frozen=True)
+class State:
+    samples: Samples
+    score: np.ndarray  # float64 [responses], what pairs are constructed by; NaN where there is none
+    left_out: np.ndarray  # uint8 [responses], a LeftOut
+    choosable: np.ndarray  # bool [responses]; False: may be rejected, is never chosen
+    flags: np.ndarray  # uint8 [responses], what hygiene found, a sum of its Flags
+    taken: np.ndarray  # bool [prompts]; False: prompts that a selection before construction left out
+    pairs: dict[str, np.ndarray] | None = None  # [pairs] each: prompt, chosen, rejected, reason (a PairReason), ...
+    summaries: dict[str, dict] = field(default_factory=dict)  # by stage, ready for JSON
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def valid(self) -> np.ndarray:
+        """bool [responses]."""
+        return self.left_out == LeftOut.KEPT
+
+    @property
+    def kept(self) -> np.ndarray:
+        """bool [pairs]."""
+        return self.pairs["reason"] == PairReason.KEPT
+
+    def place(self, side) -> np.ndarray:
+        """int64 [pairs], index among all responses of each pair's "chosen" or "rejected"."""
+        return self.samples.offsets[self.pairs["prompt"]] + self.pairs[side]
+
+    def margin(self, column) -> np.ndarray:
+        """float64 [pairs], a number per response of the chosen minus that of the rejected one."""
+        return column[self.place("chosen")] - column[self.place("rejected")]
+
+
+def as_json(value):
+    """The value as JSON has it: plain numbers and lists, None for what is not finite."""
+    if isinstance(value, dict):
+        return {name: as_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return as_json(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def fingerprint(config, stage) -> dict:
+    """Everything that decides what the file of a stage holds; equal for runs that would write the same."""
+    stages = () if stage == "read" else config.order[: config.order.index(stage) + 1]
+    found = {
+        "version": __version__,
+        "input": _file(config.input),
+        "read": asdict(config.read) | {"workers": None},  # which change nothing
+    }
+    if stages:
+        implicit = config.read.implicit
+        files = [implicit] * (implicit is not None and os.path.exists(implicit)) + list(config.hygiene.decontaminate)
+        found |= {"seed": config.seed, "order": stages, "files": [_file(path) for path in files]}
+        found |= {name: asdict(getattr(config, name)) for name in stages}
+    return json.loads(json.dumps(found))
+
+
+def _file(path) -> dict:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    return {"path": os.path.realpath(path), "bytes": status.st_size, "changed_ns": status.st_mtime_ns}
+
+
+_COLUMNS = ("score", "left_out", "choosable", "flags", "taken")
+_SAMPLES_FACTS = ("path", "source_names", "fields", "stamp", "problems")
+
+
+def save(state: State, work, stage: str, made_of: dict) -> None:
+    """Writes work/<stage>.npz: the samples after "read", else what the stages made of them."""
+    if stage == "read":
+        known = vars(state.samples)
+        facts = {name: known[name] for name in _SAMPLES_FACTS}
+        facts["problems"] = [vars(problem) for problem in state.samples.problems]
+        arrays = {name: value for name, value in known.items() if isinstance(value, np.ndarray)}
+        arrays |= {f"scores.{name}": column for name, column in state.samples.scores.items()}
+    else:
+        facts = {"summaries": state.summaries, "warnings": state.warnings, "paired": state.pairs is not None}
+        arrays = {name: getattr(state, name) for name in _COLUMNS}
+        arrays |= {f"pairs.{name}": column for name, column in (state.pairs or {}).items()}
+    path = _path(work, stage)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {work}: {error.strerror}") from error
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, facts=np.array(json.dumps({"made_of": made_of, **facts})), **arrays)
+
+
+def load_samples(work, made_of: dict) -> Samples:
+    """From work/read.npz. Raises InputError as `load` does."""
+    arrays, facts = _read(work, "read", made_of)
+    scores = {name.removeprefix("scores."): arrays.pop(name) for name in list(arrays) if name.startswith("scores.")}
+    named = {name: facts[name] for name in _SAMPLES_FACTS}
+    named["problems"] = [RowProblem(**problem) for problem in facts["problems"]]
+    named["stamp"] = tuple(facts["stamp"])
+    named["fields"] = Fields(*(tuple(value) if isinstance(value, list) else value for value in facts["fields"]))
+    return Samples(**(dict.fromkeys(("truncated", "sources")) | arrays | named), scores=scores)
+
+
+def load(samples: Samples, work, stage: str, made_of: dict) -> State:
+    """From work/<stage>.npz. Raises InputError where it is not there, is no such file or was made of others."""
+    arrays, facts = _read(work, stage, made_of)
+    pairs = {name.removeprefix("pairs."): arrays[name] for name in arrays if name.startswith("pairs.")}
+    return State(
+        samples,
+        *(arrays[name] for name in _COLUMNS),
+        pairs=pairs if facts["paired"] else None,
+        summaries=facts["summaries"],
+        warnings=tuple(facts["warnings"]),
+    )
+
+
+def _path(work, stage) -> Path:
+    return Path(work) / f"{stage}.npz"
+
+
+def _read(work, stage, made_of):
+    path = _path(work, stage)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        facts = json.loads(str(arrays.pop("facts")))
+    except FileNotFoundError:
+        raise InputError(f"{path} is not there: run with --work {work} from an earlier stage first") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is not the file of a stage: {str(error).partition(chr(10))[0]}") from error
+    if different := _differences(facts["made_of"], made_of, ""):
+        raise InputError(f"{path} is stale: {'; '.join(different)}; run from an earlier stage")
+    return arrays, facts
+
+
+def _differences(then, now, name) -> list[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*then, *now])
+        return [text for key in keys for text in _differences(then.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if then == now else [f"{name} was {then!r}, now {now!r}"]

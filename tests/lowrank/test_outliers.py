@@ -1,0 +1,110 @@
+"""outliers and outlier_counts against float64, on every backend."""
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, make, zeta_in_a_gap
+
+import fastpref
+from fastpref import _library
+from fastpref._lowrank.outliers import outlier_counts, outliers
+from fastpref._lowrank.residual_pass import entries
+
+BACKENDS = ["reference", "baseline", "avx2", "avx512"]
+SHAPES = [(61, 77), (1, 1), (3, 5), (17, 32), (5, 1033), (70, 33)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if request.param == "reference":
+        yield "reference"
+        return
+    if reason := _library.OPS["outliers"]["native"]("cpu"):
+        pytest.skip(reason)
+    try:
+        fastpref.set_simd_level(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield "native"
+    fastpref.set_simd_level("auto")
+
+
+def truth(matrix, left, right, threshold, scale):
+    residual = scale * entries(matrix, torch.float64) - left.double() @ right.double().t()
+    return residual, residual.abs() > threshold
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_matches_float64(backend, shape, dtype, layout, rank):
+    matrix, left, right = make(*shape, rank, dtype)
+    scale = 0.125 if dtype == torch.int8 else 0.75
+    threshold = zeta_in_a_gap(matrix, left, right, scale)
+    laid = LAYOUTS[layout](matrix)
+    before = matrix.clone()
+    residual, far = truth(matrix, left, right, threshold, scale)
+    found = outliers(laid, left, right, threshold, scale=scale, backend=backend)
+    assert torch.equal(torch.stack(found[:2], 1), far.nonzero())
+    assert found.values.dtype == left.dtype
+    torch.testing.assert_close(found.values.double(), residual[far], rtol=1e-4, atol=1e-5)
+    counts = outlier_counts(laid, left, right, threshold, scale=scale, backend=backend)
+    there = ~residual.isnan()
+    assert torch.equal(counts.rows, far.sum(1))
+    assert torch.equal(counts.columns, far.sum(0))
+    assert torch.equal(counts.row_observed, there.sum(1))
+    assert torch.equal(counts.column_observed, there.sum(0))
+    rest = residual[there & ~far].square().sum()
+    torch.testing.assert_close(counts.rest_squares, rest, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(matrix, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_everything_and_nothing(backend):
+    matrix, left, right = make(40, 50, 3)
+    there = ~matrix.isnan()
+    assert len(outliers(matrix, left, right, 0.0, backend=backend).rows) == there.sum()
+    assert len(outliers(matrix, left, right, torch.inf, backend=backend).rows) == 0
+    assert outlier_counts(matrix, left, right, torch.inf, backend=backend).rows.sum() == 0
+    for shape in ((0, 50), (40, 0)):
+        part = matrix[: shape[0], : shape[1]].contiguous()
+        found = outliers(part, left[: shape[0]], right[: shape[1]], 1.0, backend=backend)
+        assert [t.shape for t in found] == [(0,)] * 3
+        counts = outlier_counts(part, left[: shape[0]], right[: shape[1]], 1.0, backend=backend)
+        assert [t.shape for t in counts[:4]] == [(shape[0],), (shape[1],)] * 2
+        assert counts.rest_squares == 0
+
+
+def test_threads_do_not_matter(backend):
+    matrix, left, right = make(200, 300, 3)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found = outliers(matrix, left, right, 1.0, backend=backend)
+            results.append((*found, *outlier_counts(matrix, left, right, 1.0, backend=backend)))
+    finally:
+        torch.set_num_threads(threads)
+    if backend == "native":  # torch's own sums and products may change with them
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_refused():
+    for function in (outliers, outlier_counts):
+        with pytest.raises(ValueError, match=r"threshold must not be negative, got -1\.0"):
+            function(*make(4, 6, 2), -1.0)
+        with pytest.raises(TypeError, match="threshold must be a float that is not negative, got str"):
+            function(*make(4, 6, 2), "1")
+        with pytest.raises(ValueError, match=r"backend must be None or one of .* got 'cublas'"):
+            function(*make(4, 6, 2), 1.0, backend="cublas")
+        with pytest.raises(ValueError, match=r"right must have shape \[6, r\]"):
+            function(make(4, 6, 2)[0], torch.ones(4, 2), torch.ones(5, 2), 1.0)
+
+
+def test_factors_that_are_not_finite_are_refused():
+    matrix, left, right = make(4, 6, 2)
+    left[1, 0] = torch.nan
+    for function in (outliers, outlier_counts):
+        with pytest.raises(ValueError, match="left must be finite, got nan"):
+            function(matrix, left, right, 1.0)
