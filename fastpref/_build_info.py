@@ -2,7 +2,8 @@
 
 import torch
 
-from fastpref import __version__, _library, _native
+from fastpref import _library, _native
+from fastpref._build import version
 from fastpref._logps import linear_logps, linear_preference, preference, token_logps  # noqa: F401
 from fastpref._lowrank import (  # noqa: F401
     batched_ialm,
@@ -27,7 +28,7 @@ def build_info() -> dict:
     except ImportError as error:
         triton_version = f"not available: {error}"
     return {
-        "version": __version__,
+        "version": version,
         "torch": torch.__version__,
         "triton": triton_version,
         "native": core.build_info() if core is not None else _native.cpu_missing(),

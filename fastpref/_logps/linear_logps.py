@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref import _checks, _library, _native
+from fastpref import _autograd, _checks, _library, _native
 from fastpref._logps.plan import (
     UPCAST_BYTES,
     check_tile,
@@ -33,7 +33,6 @@ from fastpref._logps.plan import (
 from fastpref._logps.token_logps import (
     SCHEMA_OPTIONS,
     STATS,
-    Once,
     TokenStats,
     _bwd_into,
     _multiplier_and_tanh_scale,
@@ -687,7 +686,7 @@ def differentiable_once(gradients: list[Tensor | None]) -> list[Tensor | None]:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients
     anchor = torch.zeros((), requires_grad=True)
-    return [None if gradient is None else Once.apply(gradient, anchor) for gradient in gradients]
+    return [None if gradient is None else _autograd.Once.apply(gradient, anchor) for gradient in gradients]
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:

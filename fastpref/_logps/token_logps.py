@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import _checks, _library, _native
+from fastpref import _autograd, _checks, _library, _native
 
 try:
     import triton
@@ -738,26 +738,8 @@ def logits_gradient(ctx, bwd, bwd_, run) -> Tensor:
         else:
             gradient = run(bwd, logits, *saved)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-        return Once.apply(gradient, logits)
+        return _autograd.Once.apply(gradient, logits)
     return gradient
-
-
-class Once(torch.autograd.Function):
-    """A gradient whose own backward raises. Left detached, it would drop a gradient penalty without a word."""
-
-    @staticmethod
-    def forward(gradient, logits):
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError(
-            "double backward is not supported: the log-probs and losses of fastpref have no second derivative"
-        )
 
 
 # ---- public ----

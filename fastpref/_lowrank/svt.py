@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import _checks, _library, _native
-from fastpref._logps.token_logps import Once
+from fastpref import _autograd, _checks, _library, _native
 
 # Crossovers, measured on one core with AVX-512 by benchmarks/bench_svt.py. Jacobi is faster than the others by about
 # SIZE / sqrt(M N) when its vectors, of 64 bytes with a matrix per lane, are full, and pays for empty lanes.
@@ -166,7 +165,7 @@ class _SVT(torch.autograd.Function):
         gradients = matrix_grad, threshold_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             anchor = torch.zeros((), requires_grad=True)
-            gradients = tuple(Once.apply(gradient, anchor) for gradient in gradients)
+            gradients = tuple(_autograd.Once.apply(gradient, anchor) for gradient in gradients)
         return *gradients, None
 
 
