@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from fastpref._logps.linear_logps import linear_token_logps
     from fastpref._logps.linear_preference import linear_preference_loss
     from fastpref._logps.lm_head import FusedLMHead
+    from fastpref._logps.pairs import PreferenceOutput
     from fastpref._logps.plan import Plan, plan
-    from fastpref._logps.preference import PreferenceOutput, SequenceLogps, preference_loss, sequence_logps
+    from fastpref._logps.preference import preference_loss
+    from fastpref._logps.sequences import SequenceLogps, sequence_logps
     from fastpref._logps.token_logps import TokenStats, token_logps
     from fastpref._lowrank.bradley_terry import BradleyTerryInfo, BradleyTerryResult, Edges, bradley_terry
     from fastpref._lowrank.rpca import RPCAInfo, RPCAProgress, RPCAResult, SparseCOO, rpca
@@ -42,10 +44,10 @@ _PUBLIC = {
     "FusedLMHead": "fastpref._logps.lm_head",
     "Plan": "fastpref._logps.plan",
     "plan": "fastpref._logps.plan",
-    "PreferenceOutput": "fastpref._logps.preference",
-    "SequenceLogps": "fastpref._logps.preference",
+    "PreferenceOutput": "fastpref._logps.pairs",
+    "SequenceLogps": "fastpref._logps.sequences",
     "preference_loss": "fastpref._logps.preference",
-    "sequence_logps": "fastpref._logps.preference",
+    "sequence_logps": "fastpref._logps.sequences",
     "preference_matrix": "fastpref.preference_matrix",
     "RPCAInfo": "fastpref._lowrank.rpca",
     "RPCAProgress": "fastpref._lowrank.rpca",

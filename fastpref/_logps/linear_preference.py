@@ -18,43 +18,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref import _checks, _library, losses
+from fastpref._autograd import differentiable_once, once
 from fastpref._logps.linear_logps import (
     BUDGET,
     HEAD,
     ROWS,
-    Gradients,
-    Head,
-    Rows,
-    Shard,
-    active_rows,
     budget_of,
     cast_for_autocast,
     check_budget,
     check_head,
-    differentiable_once,
     gather,
-    joined,
-    no_autocast,
-    once,
     scaled,
-    take,
     whole,
 )
-from fastpref._logps.plan import choose_kind, even_chunks, is_resident, pair_groups
-from fastpref._logps.preference import (
+from fastpref._logps.pairs import (
     Gathered,
     PreferenceOutput,
-    Sequences,
-    check_layout,
     check_pairs,
     check_reference,
     output,
     pair_losses,
     pair_scale,
     reduce,
-    targets,
     wanted_stats,
 )
+from fastpref._logps.plan import choose_kind, even_chunks, is_resident, pair_groups
+from fastpref._logps.sequences import Sequences, check_layout, targets
+from fastpref._logps.tile import Gradients, Head, Rows, Shard, active_rows, joined, no_autocast, take
 from fastpref._logps.token_logps import SCHEMA_OPTIONS, check_options, valid_labels
 
 

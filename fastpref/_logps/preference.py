@@ -10,208 +10,32 @@ other loss, a user's own included, runs as torch on vectors between the same two
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpref import _checks, _library, _native, losses
+from fastpref._logps.pairs import (
+    Gathered,
+    PreferenceOutput,
+    check_pairs,
+    check_reference,
+    output,
+    pair_losses,
+    reduce,
+    wanted_stats,
+)
+from fastpref._logps.sequences import Sequences, check_layout, targets
 from fastpref._logps.token_logps import (
     SCHEMA_OPTIONS,
-    STATS,
     _native_bwd_args,
     _native_fwd_args,
     as_rows,
     check_options,
     logits_gradient,
-    shifted,
     token_logps,
 )
-
-
-class SequenceLogps(NamedTuple):
-    sums: Tensor  # [sequences] sum of the log-probs of the tokens that count
-    lengths: Tensor  # [sequences] int64, how many they are
-
-
-class PreferenceStats(NamedTuple):
-    """Beside the loss; all detached, no value is read on the host."""
-
-    losses: Tensor  # [B] before weights and reduction
-    chosen_lengths: Tensor  # [B] int64, tokens that count
-    rejected_lengths: Tensor
-    ties: Tensor  # how many margins are exactly 0: neither right nor wrong
-    unrated: Tensor  # how many rating gaps are NaN
-    entropy: Tensor | None = None  # means over all tokens that count, where asked for by stats=
-    log_sum_p2: Tensor | None = None
-    top1: Tensor | None = None
-    chosen_mean_logit: Tensor | None = None
-    rejected_mean_logit: Tensor | None = None
-    chosen_top1: Tensor | None = None  # over the chosen tokens alone
-
-
-class PreferenceOutput(NamedTuple):
-    """All but `loss` is detached."""
-
-    loss: Tensor  # scalar, or [B] with reduction="none"
-    chosen_logps: Tensor  # [B] sums of log-probs
-    rejected_logps: Tensor
-    chosen_rewards: Tensor  # [B] beta * (policy - reference), or beta * logps where there is no reference
-    rejected_rewards: Tensor
-    margins: Tensor  # [B] chosen_rewards - rejected_rewards
-    accuracy: Tensor  # share of margins > 0, strictly
-    stats: PreferenceStats
-
-    def as_trl(self) -> dict[str, Tensor]:
-        """The metrics under the names TRL's DPOTrainer logs, as scalar tensors."""
-        stats = self.stats
-        metrics = {
-            "logps/chosen": _mean(self.chosen_logps),
-            "logps/rejected": _mean(self.rejected_logps),
-            "rewards/chosen": _mean(self.chosen_rewards),
-            "rewards/rejected": _mean(self.rejected_rewards),
-            "rewards/margins": _mean(self.margins),
-            "rewards/accuracies": self.accuracy,
-            "num_tokens": stats.chosen_lengths.sum() + stats.rejected_lengths.sum(),
-            "logits/chosen": stats.chosen_mean_logit,
-            "logits/rejected": stats.rejected_mean_logit,
-            "entropy": stats.entropy,
-            "mean_token_accuracy": stats.chosen_top1,  # of the chosen completions, as TRL has it
-        }
-        return {name: value for name, value in metrics.items() if value is not None}
-
-
-def _mean(vector: Tensor) -> Tensor:
-    return vector.sum() / max(vector.shape[0], 1)
-
-
-# ---- sums over sequences ----
-
-
-class Sequences:
-    """Where the sequences lie in labels: rows of [sequences, T], or segments of [tokens] between cu_seqlens."""
-
-    def __init__(self, labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None, group=None):
-        self.counted = labels != ignore_index
-        # only the CPU in eager mode has checked them: nothing may be read out of bounds elsewhere
-        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.clamp(0, labels.shape[0]).cummax(0).values
-        self.count = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.group = group  # over which the tokens of each sequence are spread
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Tokens that count, added up per sequence in float64; the others are selected out, NaN or not."""
-        values = torch.where(self.counted, values.double(), 0.0)
-        if self.cu_seqlens is None:
-            sums = values.sum(-1)
-        else:
-            sums = torch.segment_reduce(values, "sum", offsets=self.cu_seqlens, initial=0.0)
-        return sums if self.group is None else _SumOverRanks.apply(sums, self.group)
-
-    def lengths(self) -> Tensor:
-        return self.sum(self.counted).long()
-
-    def per_token(self, values: Tensor) -> Tensor:
-        """[sequences] -> the shape of labels."""
-        if self.cu_seqlens is None:
-            return values.unsqueeze(-1).expand_as(self.counted)
-        positions = torch.arange(self.counted.shape[0], device=values.device)
-        return values[torch.searchsorted(self.cu_seqlens[1:-1].contiguous(), positions, right=True)]
-
-    def beyond(self, length: Tensor) -> Tensor:
-        """Which tokens come after the first `length[sequence]` that count."""
-        if self.group is not None:
-            raise ValueError("sequence_group must be None for a loss on part of the completion: no rank sees it whole")
-        rank = self.counted.cumsum(-1)
-        if self.cu_seqlens is not None:
-            before = torch.nn.functional.pad(rank, (1, 0))[self.cu_seqlens[:-1]]
-            rank = rank - self.per_token(before)
-        return self.counted & (rank > self.per_token(length))
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Every rank computes the same loss of the sum, so each addend's gradient is the sum's."""
-
-    @staticmethod
-    def forward(ctx, addend, group):
-        total = addend.clone()
-        torch.distributed.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-def sequence_logps(
-    token_logps: Tensor,
-    labels: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    shift: bool = False,
-) -> SequenceLogps:
-    """Sums of per-token log-probs over each sequence, and how many tokens they cover.
-
-    Args:
-        token_logps: [sequences, T], or [tokens] with cu_seqlens; floating point. Differentiable.
-        labels: the same shape, as given to token_logps; positions with ignore_index do not count.
-        cu_seqlens: [sequences + 1], int32 or int64: sequence s is token_logps[cu_seqlens[s] : cu_seqlens[s + 1]].
-        shift: labels are unshifted, as in token_logps.
-
-    Returns:
-        sums [sequences], accumulated in float64 and rounded to token_logps' dtype; lengths [sequences], int64.
-    """
-    _checks.floats("token_logps", token_logps)
-    _checks.integers("labels", labels)
-    _checks.ignore_index(ignore_index)
-    if labels.shape != token_logps.shape:
-        raise ValueError(
-            f"labels must have shape {list(token_logps.shape)} to match token_logps, got {list(labels.shape)}"
-        )
-    _checks.same_device("labels", labels, "token_logps", token_logps)
-    check_layout(labels, cu_seqlens, "token_logps")
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.long()
-    labels = targets(labels, cu_seqlens, None, ignore_index, shift)
-    sequences = Sequences(labels, ignore_index, cu_seqlens)
-    return SequenceLogps(sequences.sum(token_logps).to(token_logps.dtype), sequences.lengths())
-
-
-def targets(labels, cu_seqlens, lengths, ignore_index, shift) -> Tensor:
-    """Labels aligned with the logits, int64: shifted within each sequence, padding ignored."""
-    labels = labels.long()
-    if lengths is not None:
-        positions = torch.arange(labels.shape[1], device=labels.device)
-        labels = labels.masked_fill(positions >= lengths.unsqueeze(-1), ignore_index)
-    if not shift:
-        return labels
-    labels = shifted(labels, ignore_index)
-    if cu_seqlens is None or labels.shape[0] == 0:
-        return labels
-    # the last token of a sequence must not predict the first of the next; an empty first sequence wraps to the end
-    last = torch.remainder(cu_seqlens[1:] - 1, labels.shape[0])
-    return labels.index_fill(0, last, ignore_index)
-
-
-def check_layout(labels: Tensor, cu_seqlens: Tensor | None, like: str) -> None:
-    if cu_seqlens is None:
-        if labels.dim() != 2:
-            raise ValueError(
-                f"labels must have shape [sequences, tokens], or [tokens] with cu_seqlens, got {list(labels.shape)}"
-            )
-        return
-    _checks.integers("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens must have shape [sequences + 1], got {list(cu_seqlens.shape)}")
-    if labels.dim() != 1:
-        raise ValueError(f"labels must have shape [tokens] with cu_seqlens, got {list(labels.shape)}")
-    if cu_seqlens.device.type != "cpu" or like != "hidden":  # which may be elsewhere than the host's counts
-        _checks.same_device("cu_seqlens", cu_seqlens, like, labels)
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != labels.shape[0] or ends != sorted(ends):
-            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens {labels.shape[0]}, got {ends}")
-
 
 # ---- the fused family: one native call forward, one backward ----
 
@@ -479,55 +303,6 @@ def preference_loss(
     return output(reduced, gathered, sequences, rating_gap, beta, stats)
 
 
-def check_pairs(
-    like_name, like, labels, loss, loss_weights, loss_options, beta, reduction, num_items, cu_seqlens, lengths, vectors
-) -> int:
-    """What every call on pairs takes, beside its tensors of tokens; returns the number of sequences."""
-    _checks.positive("beta", beta)
-    losses.check_reduction(reduction)
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f"num_items replaces the divisor of reduction='mean', got reduction={reduction!r}")
-    single = not isinstance(loss, (list, tuple))
-    if single and loss_weights is not None:
-        raise ValueError(f"loss_weights needs a list of losses, got loss={loss!r}")
-    if single and not isinstance(loss_options, (Mapping, NoneType)):
-        raise TypeError(f"loss_options must be a mapping for a single loss, got {type(loss_options).__name__}")
-    if isinstance(num_items, Tensor):
-        if num_items.dim():
-            raise ValueError(f"num_items must be a number or a scalar tensor, got shape {list(num_items.shape)}")
-    elif num_items is not None:
-        _checks.positive("num_items", num_items)
-    sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if sequences % 2:
-        raise ValueError(
-            f"the batch must hold B chosen and then B rejected sequences, an even number, got {sequences} sequences"
-        )
-    for name, value in vectors.items():
-        if value is None:
-            continue
-        length, what = (sequences, "one per sequence") if name == "scores" else (sequences // 2, "one per pair")
-        _checks.vector(name, value, length, what, like_name, like)
-    if lengths is not None:
-        if cu_seqlens is not None:
-            raise ValueError("lengths belongs to padded batches; packed ones have cu_seqlens, got both")
-        _checks.integers("lengths", lengths)
-        if list(lengths.shape) != [sequences]:
-            raise ValueError(f"lengths must have shape [{sequences}] (one per sequence), got {list(lengths.shape)}")
-    return sequences
-
-
-def check_reference(like_name, labels, sequences, given: dict) -> None:
-    """At most one form of the reference; per token it has labels' shape, as sums [2B]."""
-    present = [name for name, value in given.items() if value is not None]
-    if len(present) > 1:
-        raise ValueError(f"the reference must be given in one form, got {' and '.join(present)}")
-    if (per_token := given["ref_token_logps"]) is not None:
-        _checks.floats("ref_token_logps", per_token)
-        _checks.shaped_like("ref_token_logps", per_token, "labels", labels)
-    if given["ref_logps"] is not None:
-        _checks.vector("ref_logps", given["ref_logps"], sequences, "one per sequence", like_name, labels)
-
-
 class _Step(NamedTuple):
     """The tensors of a step, checked, with labels aligned to the logits."""
 
@@ -539,14 +314,6 @@ class _Step(NamedTuple):
     cu_seqlens: Tensor | None
     rating_gap: Tensor | None
     scores: Tensor | None
-
-
-class Gathered(NamedTuple):
-    losses: Tensor  # [B], unweighted; with the gradient, unless that went into a reduced loss already
-    logps: Tensor  # [2B]
-    logratios: Tensor  # [2B]
-    lengths: Tensor  # [2B]
-    values: Tensor  # [4, *labels.shape] or empty
 
 
 def _can_fuse(logits: Tensor, ref_logits: Tensor | None, backend: str | None) -> bool:
@@ -590,117 +357,3 @@ def _vectors(
         tokens, values, sequences, ref_tokens, step.ref_logps, step.rating_gap, step.scores,
         loss, loss_weights, loss_options, beta,
     )  # fmt: skip
-
-
-def wanted_stats(stats, loss, loss_options) -> tuple[str, ...]:
-    """The by-products to ask the gather for: the caller's, and those the loss is made of."""
-    wpo = "wpo" in losses.traits(loss, loss_options).needs
-    return tuple(name for name in STATS if name in stats or (wpo and name == "log_sum_p2"))
-
-
-def pair_losses(
-    tokens, values, sequences, ref_tokens, ref_logps, rating_gap, scores, loss, loss_weights, loss_options, beta
-) -> Gathered:
-    """Any loss as torch on vectors, differentiable in `tokens`, the log-probs of labels' shape.
-
-    values: [4, *labels.shape], STATS; ref_tokens: labels' shape, ref_logps: [2B], or None.
-    """
-    needs = losses.traits(loss, loss_options).needs
-    sums = sequences.sum(tokens)
-    token_ratios, logratios = tokens.double(), None
-    if ref_tokens is not None:
-        token_ratios = token_ratios - ref_tokens.detach().double()
-        logratios = sequences.sum(token_ratios)
-    elif ref_logps is not None:
-        token_ratios = None  # only their sums are known
-        logratios = sums - ref_logps.detach().double()
-
-    def halves(vector):
-        if vector is None:
-            return None, None
-        vector = vector.to(tokens.dtype) if vector.dtype.is_floating_point else vector
-        return vector[: vector.shape[0] // 2], vector[vector.shape[0] // 2 :]
-
-    lengths = sequences.lengths()
-    tail = weights = None
-    if "tail" in needs:
-        if token_ratios is None:
-            raise ValueError(
-                "a loss on part of the completion needs the reference per token (ref_token_logps or the reference's "
-                "logits or hidden states), got ref_logps"
-            )
-        shorter = torch.minimum(*halves(lengths)).repeat(2)
-        tail = sequences.sum(torch.where(sequences.beyond(shorter), token_ratios, 0.0))
-    if "wpo" in needs:
-        weights = sequences.sum(tokens.detach() - values[STATS.index("log_sum_p2")]) / lengths.clamp(min=1)
-    ref_sums = None if logratios is None else (sums - logratios).detach()
-    pairs = losses.Pairs(
-        *halves(sums),
-        *halves(ref_sums),
-        *halves(lengths),
-        None if rating_gap is None else rating_gap.detach().to(tokens.dtype),
-        *halves(logratios),
-        *halves(tail),
-        *halves(weights),
-        *halves(None if scores is None else scores.detach()),
-    )
-    if isinstance(loss, (list, tuple)):
-        per_pair = losses.mixture(pairs, loss, loss_weights, loss_options, beta)
-    else:
-        per_pair = losses.pair_loss(pairs, loss, beta=beta, options=loss_options)
-    ratios = sums if logratios is None else logratios
-    return Gathered(per_pair, sums.to(tokens.dtype), ratios.to(tokens.dtype), lengths, values)
-
-
-def pair_scale(like: Tensor, pair_weights, reduction, num_items) -> Tensor:
-    """What each pair's loss is multiplied by before they are added up: [B] of like's shape, dtype and device."""
-    scale = torch.ones_like(like) if pair_weights is None else pair_weights.detach().to(like.dtype)
-    if reduction != "mean":
-        return scale
-    if num_items is not None:
-        return scale / num_items
-    total = scale.sum()
-    return scale / torch.where(total == 0, 1.0, total)
-
-
-def reduce(gathered: Gathered, pair_weights, reduction, num_items) -> Tensor:
-    weighted = gathered.losses * pair_scale(gathered.losses, pair_weights, reduction, num_items)
-    return weighted if reduction == "none" else weighted.sum()
-
-
-def output(loss: Tensor, gathered: Gathered, sequences: Sequences, rating_gap, beta, stats) -> PreferenceOutput:
-    logps, lengths = gathered.logps.detach(), gathered.lengths
-    pairs = gathered.losses.shape[0]
-    rewards = beta * gathered.logratios.detach()
-    margins = rewards[:pairs] - rewards[pairs:]
-    means = {}
-    if stats:
-        chosen, rejected = lengths[:pairs].sum().clamp(min=1), lengths[pairs:].sum().clamp(min=1)
-        for name, value in zip(STATS, gathered.values, strict=True):
-            if name not in stats:
-                continue
-            sums = sequences.sum(value).float()
-            if name == "mean_logit":
-                means["chosen_mean_logit"] = sums[:pairs].sum() / chosen
-                means["rejected_mean_logit"] = sums[pairs:].sum() / rejected
-            else:
-                means[name] = sums.sum() / lengths.sum().clamp(min=1)
-            if name == "top1":
-                means["chosen_top1"] = sums[:pairs].sum() / chosen
-    return PreferenceOutput(
-        loss=loss,
-        chosen_logps=logps[:pairs],
-        rejected_logps=logps[pairs:],
-        chosen_rewards=rewards[:pairs],
-        rejected_rewards=rewards[pairs:],
-        margins=margins,
-        accuracy=_mean((margins > 0).float()),
-        stats=PreferenceStats(
-            losses=gathered.losses.detach(),
-            chosen_lengths=lengths[:pairs],
-            rejected_lengths=lengths[pairs:],
-            ties=(margins == 0).sum(),
-            unrated=lengths.new_zeros(()) if rating_gap is None else rating_gap.isnan().sum(),
-            **means,
-        ),
-    )
