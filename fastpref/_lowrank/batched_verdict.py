@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpref import _library, _native
-from fastpref._lowrank.outliers import EXACT, MAD, OUTLIER, outlier_bound
+from fastpref._lowrank.noise import EXACT, MAD, OUTLIER, outlier_bound
 
 _CHUNK = 1 << 22  # entries that the reference works through at a time
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastpref import _checks, _library, _native
-from fastpref._lowrank.outliers import MAD, OUTLIER
+from fastpref._lowrank.noise import MAD, OUTLIER
 
 LARGEST_DENSE = 512  # items; above, a matrix's observed pairs are solved as edges
 # of logits: the annealing's constant, in units of the mean |logit|, below which it is known which ones are wrong: what

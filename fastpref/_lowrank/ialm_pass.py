@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from fastpref import _library, _native
-from fastpref._lowrank.residual_pass import DTYPE_CODES, entries, factor_dtype, row_blocks
-
-_BLOCK_BYTES = 8 << 20  # of float64 rows that the reference works through at a time
+from fastpref._lowrank.storage import DTYPE_CODES, entries, factor_dtype, row_blocks
 
 
 class State(NamedTuple):
@@ -69,7 +67,7 @@ def _target(mu: float, mu_next: float) -> _Value:
 def _blocks(state: State):
     """Rows of D, where it is observed, and of T."""
     n = state.matrix.shape[1]
-    for block in row_blocks(state.matrix, _BLOCK_BYTES):
+    for block in row_blocks(state.matrix):
         data = entries(state.matrix[block], state.t.dtype) * state.scale
         yield block, data, ~data.isnan(), state.t[block, :n]
 
@@ -193,7 +191,7 @@ def new_state(matrix: Tensor, scale: float, lam: float, complete: bool) -> State
 
 def set_dual(state: State, factor: float) -> None:
     """T = Y = factor D, S = 0, 0 where D is missing."""
-    for block in row_blocks(state.matrix, _BLOCK_BYTES):
+    for block in row_blocks(state.matrix):
         t = state.t[block, : state.matrix.shape[1]]
         torch.mul(entries(state.matrix[block], t.dtype), factor * state.scale, out=t).nan_to_num_(0.0)
 

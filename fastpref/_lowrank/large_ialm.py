@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastpref._lowrank import ialm, ialm_pass
-from fastpref._lowrank.residual_pass import factor_dtype, lies_by_rows, residual_pass
+from fastpref._lowrank.residual_pass import residual_pass
+from fastpref._lowrank.storage import factor_dtype, lies_by_rows
 
 
 def large_ialm(

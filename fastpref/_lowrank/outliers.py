@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastpref import _library, _native
-from fastpref._lowrank.residual_pass import (
+from fastpref._lowrank.storage import (
     DTYPE_CODES,
     check_factors,
     check_matrix,
@@ -22,40 +22,6 @@ from fastpref._lowrank.residual_pass import (
     lies_by_rows,
     row_blocks,
 )
-
-MAD = 1.4826  # of a normal distribution: standard deviation / median |x|
-OUTLIER = 5.0  # standard deviations of the noise
-EXACT = 1e-4  # of mean |D|: no smaller residual is an outlier
-MISFIT = 0.5  # share of outliers in a row or column from which the fit itself may be wrong there
-_BLOCK_BYTES = 8 << 20  # of float64 rows that the reference works through at a time
-
-
-def outlier_bound(median, mean):
-    """The |R| beyond which an entry is an outlier, of median |R| and mean |D|; floats or tensors."""
-    noise, least = OUTLIER * MAD * median, EXACT * mean
-    return torch.maximum(noise, least) if isinstance(noise, Tensor) else max(noise, least)
-
-
-def explains(median, mean, tol: float):
-    """A median residual of rounding's size says that the matrix is explained, outliers apart."""
-    return median <= 10 * tol * mean
-
-
-class Fit(NamedTuple):
-    """What one fit is compared with another by: tensors of one shape."""
-
-    median: Tensor  # |R|
-    rate: Tensor  # share of outliers
-    explained: Tensor  # bool
-
-
-def is_better(new: Fit, old: Fit) -> tuple[Tensor, Tensor]:
-    """Whether new is the better fit: of two alike the one with fewer outliers, else the closer one; and whether it is
-    the same as the old one, by the same measures."""
-    near = (new.median <= 1.2 * old.median) & (old.median <= 1.2 * new.median)
-    alike = near | (new.explained & old.explained)
-    same = alike & ((new.rate - old.rate).abs() <= 0.01)
-    return torch.where(alike, new.rate < old.rate, new.median < old.median), same
 
 
 class OutlierCounts(NamedTuple):
@@ -76,7 +42,7 @@ class Outliers(NamedTuple):
 
 
 def _residual_blocks(matrix, left, right, scale):
-    for block in row_blocks(matrix, _BLOCK_BYTES):
+    for block in row_blocks(matrix):
         yield block, entries(matrix[block], left.dtype).mul(scale).addmm_(left[block], right.t(), alpha=-1)
 
 

@@ -20,6 +20,16 @@ import torch
 from torch import Tensor
 
 from fastpref import _checks, _library, _native
+from fastpref._lowrank.storage import (
+    DTYPE_CODES,
+    check_factors,
+    check_matrix,
+    check_number,
+    check_scale,
+    entries,
+    lies_by_rows,
+    row_blocks,
+)
 
 try:
     import triton
@@ -70,12 +80,6 @@ def _sampled(rows: Tensor, columns: Tensor, stride: int) -> Tensor:
     return (band.unsqueeze(1) + columns.div(_SAMPLE_COLUMNS, rounding_mode="floor")) % stride == 0
 
 
-def entries(block: Tensor, dtype: torch.dtype) -> Tensor:
-    """Entries as floating-point numbers, NaN where missing."""
-    values = block.to(dtype)
-    return values.masked_fill(block == -128, torch.nan) if block.dtype == torch.int8 else values
-
-
 def _psi(residual: Tensor, psi: str, zeta: float) -> Tensor:
     if psi == "hard":
         return residual.where(residual.abs() <= zeta, 0.0)
@@ -84,13 +88,6 @@ def _psi(residual: Tensor, psi: str, zeta: float) -> Tensor:
     if psi == "cauchy":
         return residual / (1 + (residual / zeta).square())
     return residual
-
-
-def row_blocks(matrix: Tensor, most: int = _REFERENCE_BYTES):
-    """Slices of rows that fit `most` bytes in float64."""
-    rows, columns = matrix.shape
-    step = max(1, most // (8 * max(columns, 1)))
-    return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 
 def _reference(
@@ -111,7 +108,7 @@ def _reference(
     column_squares = torch.zeros(n, dtype=torch.float64, device=device)
     columns = torch.arange(n, device=device)
     stride = _sample_stride(m, n)
-    for block in row_blocks(matrix):
+    for block in row_blocks(matrix, _REFERENCE_BYTES):
         rows = torch.arange(block.start, block.stop, device=device)
         values = entries(matrix[block], torch.float64)
         if skew:
@@ -150,7 +147,7 @@ def _check_largest(largest: float, matrix: Tensor) -> None:
     """Raises where the largest |R| is not finite."""
     if largest < torch.inf:
         return
-    for block in row_blocks(matrix):
+    for block in row_blocks(matrix, _REFERENCE_BYTES):
         infinite = matrix[block].isinf()
         if infinite.any():
             row, column = infinite.nonzero()[0].tolist()
@@ -470,8 +467,6 @@ def _triton_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, colum
 
 # ---- native ----
 
-DTYPE_CODES = _native.DTYPE_CODES | {torch.float64: 3, torch.int8: 4}  # csrc/residual_pass.h
-
 
 def _native_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares):
     m, n = matrix.shape
@@ -535,11 +530,6 @@ def _choose(matrix: Tensor, backend: str) -> str:
     return _library.choose_backend("residual_pass", backend, matrix.device.type)
 
 
-def lies_by_rows(matrix: Tensor) -> bool:
-    rows, columns = matrix.shape
-    return (columns <= 1 or matrix.stride(1) == 1) and (rows <= 1 or matrix.stride(0) >= columns)
-
-
 def _pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares, backend):
     run = {"native": _native_pass, "triton": _triton_pass, "reference": _reference}[_choose(matrix, backend)]
     if lies_by_rows(matrix):
@@ -577,55 +567,6 @@ _residual_pass = _library.define(
 
 
 # ---- public ----
-
-MATRIX_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)
-
-
-def factor_dtype(matrix: Tensor) -> torch.dtype:
-    """The dtype of factors and arithmetic: float64 for a float64 matrix, else float32."""
-    return torch.float64 if matrix.dtype == torch.float64 else torch.float32
-
-
-def check_matrix(matrix) -> None:
-    """matrix is two-dimensional, of a dtype that is read as it lies, with contiguous rows or contiguous columns."""
-    _checks.tensor("matrix", matrix)
-    if matrix.dtype not in MATRIX_DTYPES:
-        raise TypeError(f"matrix must be float32, float64, bfloat16, float16 or int8, got {matrix.dtype}")
-    if matrix.dim() != 2:
-        raise ValueError(f"matrix must have shape [m, n], got {list(matrix.shape)}")
-    if not lies_by_rows(matrix) and not lies_by_rows(matrix.t()):
-        raise ValueError(
-            "matrix must have contiguous rows that do not overlap (row stride >= n), or contiguous columns; "
-            f"call .contiguous(), which copies it; got strides {matrix.stride()} for shape {list(matrix.shape)}"
-        )
-
-
-def check_factors(matrix: Tensor, left, right) -> None:
-    dtype = factor_dtype(matrix)
-    for name, factor, length in (("left", left, matrix.shape[0]), ("right", right, matrix.shape[1])):
-        _checks.tensor(name, factor)
-        if factor.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype} for a {matrix.dtype} matrix, got {factor.dtype}")
-        if factor.dim() != 2 or factor.shape[0] != length:
-            raise ValueError(
-                f"{name} must have shape [{length}, r] to match matrix {list(matrix.shape)}, got {list(factor.shape)}"
-            )
-        _checks.same_device(name, factor, "matrix", matrix)
-    if left.shape[1] != right.shape[1]:
-        raise ValueError(
-            f"left and right must have as many columns, got shapes {list(left.shape)} and {list(right.shape)}"
-        )
-
-
-def check_number(name: str, value, meaning: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be {meaning}, got {type(value).__name__}")
-
-
-def check_scale(scale) -> None:
-    check_number("scale", scale, "a finite float")
-    if not abs(scale) < torch.inf:
-        raise ValueError(f"scale must be a finite float, got {scale}")
 
 
 def residual_pass(

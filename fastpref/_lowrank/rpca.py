@@ -23,42 +23,25 @@ from torch import Tensor
 
 from fastpref import _checks, _library
 from fastpref._lowrank import ialm, ialm_pass
-from fastpref._lowrank.batched_ialm import batched_ialm, is_small
-from fastpref._lowrank.batched_rpca import (
+from fastpref._lowrank.annealing import (
     AWAY,
     BLIND,
     CLIP,
     COMPLETE,
     CUTOFF,
     FINEST,
-    batched_annealed,
-    inverse,
     inverse_gram,
+    ridged_inverse,
     schedules,
 )
+from fastpref._lowrank.batched_ialm import batched_ialm, is_small
+from fastpref._lowrank.batched_rpca import batched_annealed
 from fastpref._lowrank.batched_verdict import BatchVerdict, batched_verdict
 from fastpref._lowrank.large_ialm import large_ialm
-from fastpref._lowrank.outliers import (
-    EXACT,
-    MAD,
-    MISFIT,
-    OUTLIER,
-    Fit,
-    Outliers,
-    explains,
-    is_better,
-    outlier_bound,
-    outlier_counts,
-    outliers,
-)
-from fastpref._lowrank.residual_pass import (
-    STRUCTURES,
-    check_matrix,
-    entries,
-    factor_dtype,
-    histogram_median,
-    residual_pass,
-)
+from fastpref._lowrank.noise import EXACT, MAD, MISFIT, OUTLIER, Fit, explains, is_better, outlier_bound
+from fastpref._lowrank.outliers import Outliers, outlier_counts, outliers
+from fastpref._lowrank.residual_pass import STRUCTURES, histogram_median, residual_pass
+from fastpref._lowrank.storage import check_matrix, entries, factor_dtype
 
 CORRUPTIONS = ("entries", "rows", "columns")
 METHODS = ("auto", "annealed", "altproj", "ialm")
@@ -337,7 +320,7 @@ def _annealed(data: _Data, left, right, schedule, tol, max_iter, report, corrupt
             left += left_step
             right = left @ core
         else:
-            right_step = size * (read.right @ inverse(data.gram(left)).to(data.dtype))
+            right_step = size * (read.right @ ridged_inverse(data.gram(left)).to(data.dtype))
             change = max(change, _relative(right_step, right))
             left += left_step
             right += right_step

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastpref import _checks
-from fastpref._lowrank.outliers import EXACT, MAD
+from fastpref._lowrank.noise import EXACT, MAD
 from fastpref._lowrank.rpca import rpca
 
 ACTIONS = ("mask", "replace", "low_rank")
