@@ -19,17 +19,9 @@ from fastpref.curate.clean import (
 )
 from fastpref.curate.diagnostics import Diagnosis, diagnose
 from fastpref.curate.files.batches import pair_rows
-from fastpref.curate.files.samples import (
-    RowProblem,
-    Samples,
-    ScoredSamples,
-    read_samples,
-    read_scored_samples,
-    text_hashes,
-    texts,
-    to_logit,
-)
-from fastpref.curate.files.writing import Coded, read_metadata, write_pairs
+from fastpref.curate.files.samples import read_samples, read_scored_samples, text_hashes, texts
+from fastpref.curate.files.table import Coded, RowProblem, Samples, ScoredSamples
+from fastpref.curate.files.writing import read_metadata, write_pairs
 from fastpref.curate.goals import add_goal, goal_records, goal_reward, goal_rewrite, goal_text, rescale_scores
 from fastpref.curate.hygiene import Flag, Hygiene, RepeatedTexts, split_of
 from fastpref.curate.length import AdjustedScores, LengthReport, length_report, match_length, remove_length
@@ -63,7 +55,7 @@ from fastpref.curate.routing import (
     learning_order,
     route_by_margin,
 )
-from fastpref.curate.scale import rescale
+from fastpref.curate.scale import rescale, to_logit
 from fastpref.errors import InputError
 
 if TYPE_CHECKING:

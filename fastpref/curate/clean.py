@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.files.samples import to_logit
 from fastpref.curate.hygiene import as_sources
 from fastpref.curate.pools import as_pools, per_prompt
+from fastpref.curate.scale import to_logit
 
 EXCLUDE = ("both", "chosen", "none")
 FLAGGING = 200  # prompts of a source from which it is flagged; power of z > 3 on real scores: 0.8 here, 0.5 at 50

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from fastpref.curate.files.writing import Coded
+from fastpref.curate.files.table import Coded
 from fastpref.curate.margins import as_vector
 
 ON_TIE = ("positive", "drop")

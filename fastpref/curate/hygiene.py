@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.files.samples import to_logit
 from fastpref.curate.pools import as_mask, as_pools, per_prompt
+from fastpref.curate.scale import to_logit
 
 
 class Flag(enum.IntFlag):

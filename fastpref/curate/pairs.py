@@ -8,7 +8,6 @@ reading that agrees with the names of their checkpoints, and the rules for ties 
 
 import enum
 import math
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastpref.curate.files.processes import available_cpus
 from fastpref.curate.pools import as_mask, flat, same_size, table, usable
 from fastpref.curate.scale import SortedPools, check_scale, quantile, sort_pools, tied_runs
 
@@ -449,7 +449,7 @@ def _select(data, pairings, bounds, slots, seed) -> list[PairSelection]:
 def _in_threads(work, blocks) -> None:
     """Calls work on every block, on as many threads as the process may use cores: numpy lets go of the interpreter."""
     blocks = list(blocks)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cpus()
     if len(blocks) < 8 or cores == 1:
         for block in blocks:
             work(*block)

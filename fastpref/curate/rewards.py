@@ -24,7 +24,8 @@ import torch
 from fastpref._logps.causal_lm import completion_logps, evaluating, model_id
 from fastpref._progress import reporting
 from fastpref._whole_file import whole_file
-from fastpref.curate.files.samples import Samples, texts
+from fastpref.curate.files.samples import texts
+from fastpref.curate.files.table import Samples
 
 _BLOCK_TOKENS = 1 << 20  # of a file in the cache: what an interrupted run may lose
 

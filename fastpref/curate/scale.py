@@ -11,11 +11,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastpref.curate.files.samples import to_logit
 from fastpref.curate.pools import as_mask, flat, same_size, table, usable
 
 SCALES = ("raw", "logit", "mad", "normal_score")
 MAD_TO_STD = 1.4826  # of a normal distribution
+
+
+def to_logit(probability, clamp=1e-8) -> np.ndarray:
+    """log(p / (1 - p)) in float64; p outside [clamp, 1 - clamp] is moved to that bound, NaN stays NaN.
+
+    Raises ValueError when a value lies outside [0, 1].
+    """
+    probability = np.asarray(probability, dtype=np.float64)
+    if ((probability < 0) | (probability > 1)).any():
+        raise ValueError(
+            f"probability must lie in [0, 1], got {np.nanmin(probability):g} to {np.nanmax(probability):g}"
+        )
+    probability = np.clip(probability, clamp, 1 - clamp)
+    return np.log(probability) - np.log1p(-probability)
 
 
 def rescale(rewards, scale, *, valid=None, offsets=None) -> np.ndarray:

@@ -52,14 +52,14 @@ def pair_rows(
 
     Raises ValueError for a row that is not as it should be, and for such options.
     """
-    from fastpref.curate.files import reading
+    from fastpref.curate.files import reading  # needs orjson and xxhash
 
     check_format(format)
     _check_options(on_bad_row, options)
     fields = Fields((score_field,), source_field, length_field)
     rows = _python_rows(batch, top_fields(fields))
     part = reading.columns_of("batch", enumerate(rows), fields)
-    samples = reading.joined("batch", [part], fields, None)
+    samples = reading.joined_columns("batch", [part], fields, None)
     if samples.problems:
         message = f"{len(samples.problems)} of {len(rows)} rows are malformed, the first: {samples.problems[0]}"
         if on_bad_row == "error":

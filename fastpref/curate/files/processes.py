@@ -16,15 +16,17 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 MOST = 8  # reading from disk and one Python that joins the results: more would wait for them
-_SERVE = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fastpref.curate import processes; processes.serve()"
-)
+_SERVE = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve_calls; serve_calls()"
 
 
-def worth(size: int) -> int:
-    """Processes for a file of so many bytes: one per CPU that this process may use, 1 where starting takes longer."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(MOST, cpus, size >> 25))
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worthwhile_processes(size: int) -> int:
+    """Processes for a file of so many bytes: one per available CPU, 1 where starting takes longer."""
+    return max(1, min(MOST, available_cpus(), size >> 25))
 
 
 def in_processes(function: Callable, tasks: Iterable[tuple], workers: int) -> Iterator:
@@ -38,7 +40,7 @@ def in_processes(function: Callable, tasks: Iterable[tuple], workers: int) -> It
         for task in tasks:
             yield function(*task)
         return
-    processes = [_start() for _ in range(workers)]
+    processes = [_start_process() for _ in range(workers)]
     idle = queue.SimpleQueue()
     for process in processes:
         idle.put(process)
@@ -70,7 +72,7 @@ def in_processes(function: Callable, tasks: Iterable[tuple], workers: int) -> It
             process.stdout.close()
 
 
-def serve() -> None:
+def serve_calls() -> None:
     """The loop of a worker: calls come in by stdin, results go out by stdout, until stdin ends."""
     calls, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever is printed must not get among the results
@@ -96,7 +98,7 @@ def _picklable(error) -> Exception:
     return error
 
 
-def _start() -> subprocess.Popen:
+def _start_process() -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", _SERVE, json.dumps([path for path in sys.path if isinstance(path, str)])],
         stdin=subprocess.PIPE,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastpref.curate.files.rows import Fields, Row, Text, check_unicode, parse_row, score_fields, top_fields
-from fastpref.curate.files.samples import RowProblem, Samples
+from fastpref.curate.files.table import RowProblem, Samples
 from fastpref.errors import InputError
 
 try:
@@ -319,7 +319,7 @@ def columns_of(path, rows, fields: Fields) -> Columns:
     )
 
 
-def joined(path, parts: Iterable[Columns], fields: Fields, stamp) -> Samples:
+def joined_columns(path, parts: Iterable[Columns], fields: Fields, stamp) -> Samples:
     """The columns of all parts, which come in order."""
     names = ("counts", "lengths", "text_hash", "blank", "truncated", "sources", "prompt_hash", "row", "position")
     gathered = {name: [] for name in (*names, "conversational")}

@@ -2,66 +2,22 @@
 
 `read_samples` keeps what every method needs in columns of at most 64 bytes per response and leaves the texts in the
 file, where `texts` and `write_pairs` read them a second time. `read_scored_samples` holds all of it. What a row may
-look like is said in `fastpref.curate.rows`. Blank lines hold no row; a malformed row is reported with its line and left
-out, never repaired.
+look like is said in `fastpref.curate.files.rows`. Blank lines hold no row; a malformed row is reported with its line
+and left out, never repaired.
 """
 
 import math
 import os
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fastpref.curate.files import processes
 from fastpref.curate.files.rows import Fields, Text, check_unicode
 from fastpref.curate.files.rows import score_fields as fields_with_scores
+from fastpref.curate.files.table import RowProblem, Samples, ScoredSamples
 from fastpref.errors import InputError
-
-
-@dataclass(frozen=True)
-class RowProblem:
-    """One row that was left out."""
-
-    path: str
-    row: int  # line of a JSON Lines file, row of a Parquet file, both from 1
-    reason: str
-
-    def __str__(self):
-        return f"{self.path}:{self.row}: {self.reason}"
-
-
-# ---- without the texts
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What is known of every response without its text. The responses of prompt p are offsets[p]:offsets[p + 1]."""
-
-    path: str
-    offsets: np.ndarray  # int64 [prompts + 1]
-    scores: dict[str, np.ndarray]  # by field, float64 [responses], NaN = no score
-    lengths: np.ndarray  # int32 [responses], characters, or what the file says
-    text_hash: np.ndarray  # uint64 [responses], equal for equal texts
-    blank: np.ndarray  # bool [responses], empty or white space only
-    truncated: np.ndarray | None  # bool [responses], False where a row does not say; None where no row does
-    sources: np.ndarray | None  # int32 [responses], index into source_names, -1 = unknown; None where no row says
-    source_names: list[str]  # ascending
-    prompt_hash: np.ndarray  # uint64 [prompts]
-    row: np.ndarray  # int64 [prompts], line of a JSON Lines file, row of a Parquet file, both from 1
-    position: np.ndarray  # int64 [prompts], byte at which the line begins (unpacked), rows before it in a Parquet file
-    conversational: np.ndarray  # bool [prompts], lists of messages
-    problems: list[RowProblem]
-    fields: Fields  # as they were read
-    stamp: tuple[int, int]  # size in bytes and time of change of the file, in ns
-
-    @property
-    def prompts(self) -> int:
-        return len(self.row)
-
-    @property
-    def responses(self) -> int:
-        return len(self.text_hash)
 
 
 def read_samples(
@@ -81,7 +37,7 @@ def read_samples(
 
     Raises InputError when the file as a whole cannot be read.
     """
-    from fastpref.curate.files import processes, reading
+    from fastpref.curate.files import reading  # needs orjson and xxhash, which not every installation has
 
     path = os.fspath(path)
     if isinstance(score_fields, str):
@@ -90,7 +46,7 @@ def read_samples(
     stamp, total = reading.stamp(path), reading.extent(path)
     if fields.scores is None:
         fields = fields._replace(scores=reading.first_score_fields(path))
-    workers = processes.worth(stamp[0]) if workers is None else workers
+    workers = processes.worthwhile_processes(stamp[0]) if workers is None else workers
 
     def tasks():
         for part in reading.parts(path, fields):
@@ -104,7 +60,7 @@ def read_samples(
                 progress(done.popleft(), total)
 
     done = deque()
-    samples = reading.joined(path, columns(), fields, stamp)
+    samples = reading.joined_columns(path, columns(), fields, stamp)
     reading.check_unchanged(samples)
     return samples
 
@@ -114,7 +70,7 @@ def texts(samples: Samples, prompts=None) -> Iterator[tuple[Text, list[Text]]]:
 
     Raises InputError when the file is not the one that was read.
     """
-    from fastpref.curate.files import reading
+    from fastpref.curate.files import reading  # needs orjson and xxhash
 
     prompts = np.arange(samples.prompts) if prompts is None else np.asarray(prompts, dtype=np.int64)
     if (np.diff(prompts) <= 0).any():
@@ -137,7 +93,7 @@ def text_hashes(path) -> np.ndarray:
 
     Raises InputError when the file or a row cannot be read.
     """
-    from fastpref.curate.files import reading
+    from fastpref.curate.files import reading  # needs orjson and xxhash
 
     path = os.fspath(path)
     found = set()
@@ -152,30 +108,6 @@ def text_hashes(path) -> np.ndarray:
 # ---- with the texts
 
 
-@dataclass(frozen=True)
-class ScoredSamples:
-    path: str  # where they came from
-    prompts: list[str]
-    responses: list[list[str]]  # ragged
-    scores: list[np.ndarray]  # float64, finite, as long as the responses of the prompt
-    problems: list[RowProblem]
-    score_field: str | None  # the field the scores came from; None without a single row
-
-    def head(self, prompts) -> "ScoredSamples":
-        """The first so many prompts; the problems of the whole file."""
-        return replace(
-            self, prompts=self.prompts[:prompts], responses=self.responses[:prompts], scores=self.scores[:prompts]
-        )
-
-    def score_matrix(self) -> np.ndarray:
-        """[prompts, most responses] float64, short pools padded with NaN."""
-        width = max(map(len, self.scores), default=0)
-        matrix = np.full((len(self.scores), width), np.nan)
-        for row, scores in zip(matrix, self.scores, strict=True):
-            row[: len(scores)] = scores
-        return matrix
-
-
 def read_scored_samples(path, score_field=None) -> ScoredSamples:
     """Reads a file of strings as `read_samples` does, with the texts; every response must have a score.
 
@@ -183,7 +115,7 @@ def read_scored_samples(path, score_field=None) -> ScoredSamples:
 
     Raises InputError when the file as a whole cannot be read.
     """
-    from fastpref.curate.files import reading
+    from fastpref.curate.files import reading  # needs orjson and xxhash
 
     path = os.fspath(path)
     prompts, responses, scores, problems = [], [], [], []
@@ -205,17 +137,3 @@ def read_scored_samples(path, score_field=None) -> ScoredSamples:
         responses.append(parsed.responses)
         scores.append(np.array(pool_scores))
     return ScoredSamples(path, prompts, responses, scores, problems, score_field)
-
-
-def to_logit(probability, clamp=1e-8) -> np.ndarray:
-    """log(p / (1 - p)) in float64; p outside [clamp, 1 - clamp] is moved to that bound, NaN stays NaN.
-
-    Raises ValueError when a value lies outside [0, 1].
-    """
-    probability = np.asarray(probability, dtype=np.float64)
-    if ((probability < 0) | (probability > 1)).any():
-        raise ValueError(
-            f"probability must lie in [0, 1], got {np.nanmin(probability):g} to {np.nanmax(probability):g}"
-        )
-    probability = np.clip(probability, clamp, 1 - clamp)
-    return np.log(probability) - np.log1p(-probability)

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fastpref._whole_file import whole_file
+from fastpref.curate.files import processes
 from fastpref.curate.files.rows import Row
-from fastpref.curate.files.samples import RowProblem, Samples
+from fastpref.curate.files.table import Coded, RowProblem, Samples
 from fastpref.errors import InputError
 
 FORMATS = ("trl", "trl-conversational", "axolotl")
@@ -25,13 +26,6 @@ GZIP_LEVEL = 3
 BLOCK = 1024  # rows put into order at a time
 ROW_GROUP = 1 << 26  # bytes of JSON
 _INDICES = ("prompt", "chosen", "rejected")
-
-
-class Coded(NamedTuple):
-    """A column of names of which most occur often."""
-
-    codes: np.ndarray  # [pairs] integers, index into names, -1 = none
-    names: list[str]
 
 
 class Written(NamedTuple):
@@ -73,7 +67,7 @@ def write_pairs(
     Raises InputError when the file of the samples has changed, when its texts do not fit the format and when an output
     cannot be written; ValueError for pairs that are not of these samples.
     """
-    from fastpref.curate.files import processes, reading
+    from fastpref.curate.files import reading  # needs orjson and xxhash
 
     out, sft = os.fspath(out), None if sft is None else os.fspath(sft)
     _check_outputs(samples, out, sft, format)
@@ -88,7 +82,7 @@ def write_pairs(
         raise InputError(
             f"{samples.path} holds strings and lists of messages, a file of pairs only one: write trl-conversational"
         )
-    workers = processes.worth(samples.stamp[0]) if workers is None else workers
+    workers = processes.worthwhile_processes(samples.stamp[0]) if workers is None else workers
     done, total = deque(), reading.extent(samples.path)
 
     def tasks():
@@ -96,7 +90,7 @@ def write_pairs(
             done.append(part.done)
             these = in_file[first[here.start] : first[here.stop]]
             row = np.repeat(np.arange(here.stop - here.start), np.diff(first[here.start : here.stop + 1]))
-            values = {name: _take(column, these) for name, column in columns.items()}
+            values = {name: _take_rows(column, these) for name, column in columns.items()}
             picked = Picked(row, chosen[these], rejected[these], to_sft[these], values)
             begin = samples.offsets[prompt[these]]
             hashes = samples.text_hash[begin + picked.chosen], samples.text_hash[begin + picked.rejected]
@@ -237,7 +231,7 @@ def _alone(column) -> bool:
     return column is None or isinstance(column, str | int | float)
 
 
-def _take(column, index):
+def _take_rows(column, index):
     if _alone(column):
         return column
     if isinstance(column, Coded):
@@ -285,7 +279,7 @@ def _lines_of_part(path, part, known, picked, hashes, format, final) -> tuple[by
     """The rows of the pairs as JSON, one after the other, and the bytes of each. hashes: of chosen and rejected."""
     import orjson
 
-    from fastpref.curate.files import reading
+    from fastpref.curate.files import reading  # needs orjson and xxhash
 
     rows = reading.same_rows(path, part, known)
     for index, before in zip((picked.chosen, picked.rejected), hashes, strict=True):

@@ -12,12 +12,14 @@ import numpy as np
 
 from fastpref.curate import hygiene as checks
 from fastpref.curate import length, margins, routing
-from fastpref.curate.files.samples import Samples, read_samples, text_hashes, to_logit
+from fastpref.curate.files.samples import read_samples, text_hashes
+from fastpref.curate.files.table import Samples
 from fastpref.curate.files.writing import write_problems
 from fastpref.curate.hygiene import Flag
 from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
 from fastpref.curate.pipeline.config import CurateConfig
 from fastpref.curate.pipeline.state import LeftOut, PairReason, State, as_json
+from fastpref.curate.scale import to_logit
 from fastpref.errors import InputError
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from fastpref import __version__
 from fastpref._whole_file import whole_file
 from fastpref.curate.files.rows import Fields
-from fastpref.curate.files.samples import RowProblem, Samples
+from fastpref.curate.files.table import RowProblem, Samples
 from fastpref.errors import InputError
 
 
