@@ -1,31 +1,247 @@
-"""`fastpref curate`: flags over the config file, and what the user reads at the end."""
+"""`fastpref curate`: its flags, which go over the config file, and what the user reads at the end."""
 
-import contextlib
+import argparse
 import json
-import shutil
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
-from fastpref.curate.pipeline.config import CurateConfig, config_from_table, toml_table
-from fastpref.curate.pipeline.run import CurateResult, run
+from fastpref._progress import StageBars
+from fastpref.cli.arguments import options_of, positive_integer, positive_number
+from fastpref.cli.signals import sigterm_interrupts
+from fastpref.curate.pipeline.config import (
+    CLEAN,
+    EXCLUDE,
+    FORMATS,
+    GOALS,
+    LENGTH_CONTROL,
+    CurateConfig,
+    config_from_table,
+    toml_table,
+)
 from fastpref.errors import InputError
 
+if TYPE_CHECKING:
+    from fastpref.curate.pipeline.run import CurateResult
 
-def run_command(options: dict) -> int:
-    """options: of the parser; those with a dot in their name are fields of the config. Returns the exit code."""
-    config, run_options = parse(options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # they are in the result
-        with _bar() as progress:
-            result = _run(config, run_options, progress)
-    for warning in result.warnings:
-        print(f"fastpref curate: warning: {warning}", file=sys.stderr)
-    print(json.dumps(result.summary, indent=2) if options["json"] else "\n".join(lines(result)))
+DESCRIPTION = """\
+Makes training pairs of scored responses. It starts at scored files: it samples no responses and scores none.
+
+IN is JSON Lines (also .gz) or Parquet, a prompt a row:
+  prompt, responses[], scores[]     any name for the scores (--scores), several columns of them; also sources[] (who
+                                    wrote each response: --sources), lengths[], truncated[] or finish_reason[]
+  instruction, completions[]        UltraFeedback
+  chosen, rejected, score_chosen, score_rejected    TRL's preference rows with scores: a pool of two
+Prompts and responses are strings or messages [{"role", "content"}, ...]. What a row must hold and does not is a bad
+row: left out, counted, listed in --bad-rows.
+
+OUT is .jsonl[.gz] or .parquet, a row a pair: texts as --format has them, and beside them the scores (score_chosen,
+score_rejected, margin) and where it all comes from. Scores stay as they are in every stage.
+
+The stages, in this order unless the config says otherwise:
+  hygiene    copies of a text under one prompt count once (with the mean of their scores), blank responses and missing
+             scores not at all. One text under many prompts, and prompts that stand in --decontaminate files, are
+             reported; --apply leaves them out.
+  audit      with --sources: whose scores the other sources do not explain. From 200 prompts on, flagged sources are
+             neither chosen nor rejected, nor part of a pool (--exclude).
+  clean      with --sources: single scores that the others contradict count as missing (--clean).
+  length     --length-control, after the audit; "longest wins" is reported in any case.
+  construct  --chosen against --rejected, of every prompt.
+  select     --select of the pairs, by margins; several score columns vote.
+  route      pairs of small margin (--tau) go to SFT: their route says so, or they go to --sft.
+
+IN is read twice: first the scores, then the texts of the pairs. Every output is written whole or not at all."""
+EXIT_CODES = """\
+Exit codes: 0 done; 1 done and written, but no pair was kept, or there were warnings and --strict; 2 the user can mend
+it; 3 a defect of fastpref, with a traceback; 130 interrupted."""
+
+
+def add_parser(commands) -> None:
+    curate = commands.add_parser(
+        "curate",
+        help="scored samples -> training pairs: cleaned, selected, routed, with their scores and where they come from",
+        description=DESCRIPTION,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    curate.set_defaults(handler=run_command, name="fastpref curate")
+    _add_run_flags(curate)
+    _add_reading_flags(curate.add_argument_group("reading"))
+    _add_cleaning_flags(curate.add_argument_group("cleaning"))
+    _add_pair_flags(curate.add_argument_group("pairs"))
+    _add_writing_flags(curate.add_argument_group("writing"))
+
+
+# In the names of their destinations "stage.field" is a field of the config.
+
+
+def _add_run_flags(curate) -> None:
+    add = curate.add_argument
+    add("input", metavar="IN", help="scored samples")
+    add("-o", dest="output", metavar="OUT", help="the pairs; replaced if it is there")
+    add("--config", metavar="FILE", help="TOML, a table per stage; flags win over it")
+    add("--report", metavar="DIR", help="a page of what was done, report.md and report.html")
+    add("--json", action="store_true", help="print the summary as JSON")
+    add("--strict", action="store_true", help="exit with 1 after warnings: degenerate rules, correlated scores, ...")
+    add("--seed", type=int, metavar="N", help="of everything random (0)")
+    add("--order", type=_listed, metavar="STAGE,...", help="of the stages; those not named are left out")
+    add("--work", metavar="DIR", help="keep what every stage makes, one .npz each")
+    add("--from", dest="begin", metavar="STAGE", help='begin there, with what --work kept; also "write"')
+    add("--stage", metavar="STAGE", help="run this one alone on what --work kept, and keep its result; no OUT")
+
+
+def _add_reading_flags(group) -> None:
+    add = group.add_argument
+    add(
+        "--scores",
+        dest="read.scores",
+        type=_listed,
+        metavar="FIELD[:logit],...",
+        help=":logit for probabilities; the first constructs the pairs (default: scores, else win_prob)",
+    )
+    add("--sources", dest="read.sources", metavar="FIELD", help="who wrote each response, such as models")
+    add("--lengths", dest="read.lengths", metavar="FIELD", help="of the responses (default: characters)")
+    add(
+        "--implicit",
+        dest="read.implicit",
+        metavar="FIELD|NPY",
+        help="implicit rewards of beta 1, one per response of the file; they vote when pairs are selected",
+    )
+    add(
+        "--score-range",
+        dest="read.score_range",
+        type=_numbers,
+        metavar="LOW,HIGH",
+        help="what the first scores can be, such as 1,10",
+    )
+    add("--workers", dest="read.workers", type=positive_integer, metavar="N", help="processes that read")
+
+
+def _add_cleaning_flags(group) -> None:
+    add = group.add_argument
+    add(
+        "--apply",
+        dest="hygiene.apply",
+        action="store_true",
+        default=None,
+        help="also leave out repeated texts and contaminated prompts",
+    )
+    add("--decontaminate", dest="hygiene.decontaminate", type=_listed, metavar="FILE,...", help="not to train on")
+    add("--exclude", dest="audit.exclude", choices=EXCLUDE, help="flagged sources: from what (both)")
+    add("--clean", dest="clean.action", choices=CLEAN, help="single corrupted scores (mask)")
+    add(
+        "--length-control",
+        dest="length.control",
+        choices=LENGTH_CONTROL,
+        help="within_source: scores minus their slope over length within prompt and source; match: of the responses "
+        "near the rejected's target the one nearest in length to the chosen (none)",
+    )
+
+
+def _add_pair_flags(group) -> None:
+    add = group.add_argument
+    add(
+        "--chosen",
+        dest="construct.chosen",
+        metavar="RULE",
+        help="max (default), min, mean+1std, quantile:0.9, ...: the response nearest to that",
+    )
+    add(
+        "--rejected",
+        dest="construct.rejected",
+        metavar="RULE",
+        help="mean-2std (default), quantile:0.10, min_of_5 (the lowest of five drawn), min, ...",
+    )
+    add("--scale", dest="construct.scale", metavar="SCALE", help="of the moments: raw (default), logit, mad, ...")
+    add(
+        "--on-degenerate",
+        dest="construct.on_degenerate",
+        metavar="WHAT",
+        help="where more than a fifth of the rejected's targets lie below the pool: warn (default), min_of_5, "
+        "quantile:0.10, drop, error",
+    )
+    add(
+        "--min-chosen", dest="construct.min_chosen", type=_number_or_text, metavar="X", help="least score of the chosen"
+    )
+    add("--min-gap", dest="construct.min_gap", type=_number_or_text, metavar="X", help="least gap, or quantile:0.1")
+    add("--max-gap", dest="construct.max_gap", type=_number_or_text, metavar="X", help="largest gap, likewise")
+    add("--pairs-per-prompt", dest="construct.pairs_per_prompt", type=positive_integer, metavar="N")
+    add("--select", dest="select", type=_count_or_share, metavar="N", help="pairs to keep, or their share below 1")
+    add("--how", dest="select.how", metavar="HOW", help="margins combine: mul (BeeS, default), add, max, ... ")
+    add(
+        "--tau",
+        dest="route.tau",
+        type=_number_or_text,
+        metavar="X",
+        help="margin below which a pair goes to SFT; quantile:0.12 (default), or 0.5 for --score-range 1,10; none",
+    )
+
+
+def _add_writing_flags(group) -> None:
+    add = group.add_argument
+    add("--format", dest="write.format", choices=FORMATS, help="of the texts (trl)")
+    add("--sft", dest="write.sft", metavar="FILE", help="pairs routed to SFT, as prompt and completion")
+    add("--test", dest="write.test", metavar="FILE", help="pairs of the prompts held out")
+    add("--test-share", dest="write.test_share", type=float, metavar="X", help="of the prompts, by their hash")
+    add(
+        "--easy-to-hard",
+        dest="write.easy_to_hard",
+        action="store_true",
+        default=None,
+        help="the largest margin first, for training without shuffling; otherwise in the order of IN",
+    )
+    add(
+        "--goals",
+        dest="write.goals",
+        choices=GOALS,
+        help="goal-conditioned rows: both, the pair and its swap; half, as many rows as pairs (none)",
+    )
+    add("--bad-rows", dest="write.bad_rows", metavar="FILE", help="rows that could not be read, and why, as .jsonl")
+
+
+def _listed(text) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _number_or_text(text) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _count_or_share(text) -> dict[str, float]:
+    number = positive_number(text)
+    if number < 1:
+        return {"fraction": number}
+    if number != int(number):
+        raise argparse.ArgumentTypeError(f"must be below 1 or a whole number, got {text}")
+    return {"k": int(number)}
+
+
+# ---- the run
+
+
+def run_command(arguments) -> int:
+    options = options_of(arguments)
+    with sigterm_interrupts():
+        config, run_options = parse_options(options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # they are in the result
+            with StageBars(unit_scale=True) as bars:
+                result = _run_pipeline(config, run_options, bars.report)
+        for warning in result.warnings:
+            print(f"fastpref curate: warning: {warning}", file=sys.stderr)
+        print(json.dumps(result.summary, indent=2) if options["json"] else "\n".join(summary_lines(result)))
     failed = (options["strict"] and result.warnings) or result.summary.get("pairs") == 0
     return 1 if failed else 0
 
 
-def parse(options: dict) -> tuple[CurateConfig, dict]:
+def parse_options(options: dict) -> tuple[CurateConfig, dict]:
     """The config that file and flags give together, and the arguments of `run` beside it."""
     table = {} if options["config"] is None else toml_table(options["config"])
     given = {name: value for name, value in options.items() if value is not None}
@@ -35,65 +251,36 @@ def parse(options: dict) -> tuple[CurateConfig, dict]:
     for name, value in given.items():
         part, dot, key = name.partition(".")
         if dot:
-            table[part] = {**_part(table, part), key: value}
+            table[part] = {**_table_of(table, part), key: value}
     if "select" in given:  # one flag for two fields
-        table["select"] = {**_part(table, "select"), "fraction": None, "k": None, **given["select"]}
+        table["select"] = {**_table_of(table, "select"), "fraction": None, "k": None, **given["select"]}
     begin, only = options["begin"], options["stage"]
     if begin is not None and only is not None:
         raise InputError("--from and --stage must not both be given")
     return config_from_table(table), {"begin": only or begin or "read", "only": only is not None}
 
 
-def _part(table, name) -> dict:
+def _table_of(table, name) -> dict:
     part = table.get(name, {})
     if not isinstance(part, dict):
         raise InputError(f"{name} must be a table, got {part!r}")
     return part
 
 
-def _run(config, options, progress) -> CurateResult:
+def _run_pipeline(config, options, progress) -> "CurateResult":
     """A disk that is full as an InputError."""
+    from fastpref.curate.pipeline.run import run
+
     try:
         return run(config, **options, progress=progress)
     except OSError as error:
         raise InputError(f"cannot write: {error.strerror or error}") from error
 
 
-@contextlib.contextmanager
-def _bar():
-    """A function of (what, done, total) that draws a bar, on a terminal with tqdm installed; else None."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        tqdm = None
-    if tqdm is None or not sys.stderr.isatty():
-        yield None
-        return
-    bars = {}
-
-    def report(what, done, total):
-        if what not in bars:
-            close()
-            # Without a size of its own, tqdm draws nothing on a pseudo-terminal that says it is 0 by 0.
-            size = shutil.get_terminal_size()
-            place = {"ncols": size.columns, "nrows": size.lines, "leave": False, "file": sys.stderr}
-            bars[what] = tqdm(desc=what, total=total, unit_scale=True, **place)
-        bars[what].update(done - bars[what].n)
-
-    def close():
-        for bar in bars.values():
-            bar.close()
-
-    try:
-        yield report
-    finally:
-        close()
-
-
 # ---- the summary in words
 
 
-def lines(result: CurateResult) -> list[str]:
+def summary_lines(result: "CurateResult") -> list[str]:
     """The summary of a run, a line for each thing that happened."""
     summary = result.summary
     stages = summary["stages"]

@@ -8,7 +8,6 @@ and never form them; the cost is measured with and without. Every number it retu
 import copy
 import hashlib
 import math
-import shutil
 import sys
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastpref
+from fastpref._progress import open_bar
 from fastpref.cli.demo.cost import Batch, linear_loss, measure_cost
 from fastpref.cli.demo.report import accuracy, spearman
 from fastpref.cli.demo.samples import embedded_samples
@@ -27,8 +27,8 @@ from fastpref.curate import PairSelection, ScoredSamples, read_scored_samples, s
 from fastpref.errors import InputError
 
 try:
+    import tqdm  # noqa: F401  for the bar: a missing one is said here rather than after the tokenizer
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from tqdm import tqdm
 except ImportError as error:
     raise InputError(f'fastpref demo needs {error.name}: pip install "fastpref[demo]"') from error
 
@@ -89,10 +89,7 @@ class Progress:
 
     def __init__(self, steps):
         self.steps, self.done, self.stage = steps, 0, ""
-        # Without a size of its own, tqdm draws nothing on a pseudo-terminal that says it is 0 by 0.
-        size = shutil.get_terminal_size()
-        place = {"ncols": size.columns, "nrows": size.lines, "leave": False, "file": sys.stderr}
-        self.bar = tqdm(total=steps, **place) if sys.stderr.isatty() else None
+        self.bar = open_bar(None, steps)
         self.last_line = time.monotonic()
 
     def __enter__(self):

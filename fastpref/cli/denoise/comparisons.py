@@ -111,7 +111,7 @@ def _by_graph(prompt, i, j, value, back, names: int) -> _Comparisons:
 
 
 def _denoise(data: _Comparisons, prompts, names, options: DenoiseOptions, temporary, progress) -> dict:
-    progress.stage("graphs", len(data.sizes))
+    progress.begin_stage("graphs", len(data.sizes))
     fits = []
     for fit in _fits(data, options):
         fits.append(fit)
@@ -128,7 +128,7 @@ def _denoise(data: _Comparisons, prompts, names, options: DenoiseOptions, tempor
     if options.stderr:
         columns["stderr"] = stderr[order]
     columns |= {"component": components[order], "rejected": rejected[order]}
-    progress.stage("writing")
+    progress.begin_stage("writing")
     tables.write_table(temporary[options.output_file], format_of(options.output_file), [tables.to_table(columns)])
     if options.flagged is not None:
         i, j = (starts[graph] + pairs[:, side].numpy() for side in (0, 1))

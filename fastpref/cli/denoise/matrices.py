@@ -98,7 +98,7 @@ def _denoise_one(matrix, names, options, wanted, temporary, progress) -> dict:
         matrix = matrix.T
     result = _solve(matrix, by_columns, options, wanted != "low-rank" or options.plot is not None, progress)
     out = temporary[options.output_file]
-    progress.stage("writing")
+    progress.begin_stage("writing")
     if wanted == "factors":
         _write_factors(out, _transposed(result) if by_columns else result, names)
     elif names is not None:
@@ -119,7 +119,7 @@ def _solve(matrix: np.ndarray, by_columns: bool, options: DenoiseOptions, with_o
     if by_columns and "corruption" in keywords:
         swapped = {"rows": "columns", "columns": "rows"}
         keywords["corruption"] = swapped.get(options.corruption, options.corruption)
-    progress.stage("iteration")
+    progress.begin_stage("iteration")
 
     def report(state):
         progress.advance(residual=f"{state.residual:.1e}", rank=state.rank)
@@ -215,7 +215,7 @@ def _denoise_batch(array, options, wanted, temporary, progress) -> dict:
     out_dtype = np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
 
     def solve():
-        progress.stage("matrices", len(array))
+        progress.begin_stage("matrices", len(array))
         for begin in range(0, len(array), step):
             part = np.array(array[begin : begin + step])
             data = as_tensor(part) if out_dtype == np.float64 else as_tensor(part).float()

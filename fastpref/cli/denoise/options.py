@@ -8,8 +8,6 @@ from torch import Tensor
 
 from fastpref.errors import InputError
 
-OUTPUTS = ("low-rank", "factors", "masked")
-
 
 @dataclass(frozen=True)
 class DenoiseOptions:

@@ -2,56 +2,22 @@
 
 import contextlib
 import os
-import shutil
-import sys
 import time
 import warnings
 from collections.abc import Iterator
 
 import torch
 
+from fastpref._progress import StageBars
 from fastpref._whole_file import format_of, whole_file
 from fastpref.cli.denoise import files, matrices
 from fastpref.cli.denoise.options import COMPARISON_OPTIONS, MATRIX_OPTIONS, DenoiseOptions, check_ending
 from fastpref.errors import InputError
 
-try:
-    from tqdm import tqdm
-except ImportError:  # no bar then
-    tqdm = None
-
 PLOTS = (".pdf", ".png", ".svg")
 
 
-class Progress:
-    """A bar on stderr, on a terminal with tqdm installed; elsewhere nothing."""
-
-    def __init__(self):
-        self.bar = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        if self.bar is not None:
-            self.bar.close()
-
-    def stage(self, name: str, total: int | None = None) -> None:
-        """What comes next; total: how many steps, None where nobody knows."""
-        self.__exit__()
-        if tqdm is not None and sys.stderr.isatty():
-            # Without a size of its own, tqdm draws nothing on a pseudo-terminal that says it is 0 by 0.
-            size = shutil.get_terminal_size()
-            place = {"ncols": size.columns, "nrows": size.lines, "leave": False, "file": sys.stderr}
-            self.bar = tqdm(desc=name, total=total, **place)
-
-    def advance(self, steps: int = 1, **numbers) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix(numbers, refresh=False)
-            self.bar.update(steps)
-
-
-def denoise(options: DenoiseOptions) -> dict:
+def denoise_file(options: DenoiseOptions) -> dict:
     """Writes the output files and returns the summary, ready for JSON. Raises InputError for what the user can mend."""
     started = time.perf_counter()
     if options.threads is not None:
@@ -66,8 +32,8 @@ def denoise(options: DenoiseOptions) -> dict:
         check_ending("--plot", options.plot, PLOTS)
         import fastpref.cli.denoise.plots  # noqa: F401  needs matplotlib: say so before the run rather than after it
     with _library_errors(), contextlib.ExitStack() as stack:
-        progress = stack.enter_context(Progress())
-        progress.stage("reading")
+        progress = stack.enter_context(StageBars())
+        progress.begin_stage("reading")
         run = _prepare(options)
         temporary = {path: stack.enter_context(whole_file(path)) for path in outputs}
         with _recorded_warnings() as messages:
