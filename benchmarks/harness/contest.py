@@ -4,13 +4,23 @@ import math
 import time
 from typing import NamedTuple
 
-import linear_peers
-import peers
 import torch
-from measure import Competitor, Gemm, HeadCompetitor, HeadTruth, Logits, PeakMemory, Rounds, Truth, try_out
 from torch import Tensor
 
 import fastpref
+from harness.measure import (
+    Competitor,
+    Gemm,
+    HeadCompetitor,
+    HeadTruth,
+    Logits,
+    PeakMemory,
+    Rounds,
+    Truth,
+    free_bytes,
+    try_out,
+)
+from peers import linear, token
 
 SUBJECT = {
     "token_logps": "fastpref_default",
@@ -179,7 +189,7 @@ class LinearContest(_Contest):
         torch.compiler.reset()  # a case must not be slowed by what the compiler has seen of others
         case = self.case
         hidden, weight, labels = _hidden_weight_labels(case, self.device)
-        self.unit = Gemm(hidden[labels != peers.IGNORE], weight)
+        self.unit = Gemm(hidden[labels != token.IGNORE], weight)
         self.unit.run()
         return _LINEAR_INPUTS[case.op](self, hidden, weight, labels)
 
@@ -226,14 +236,17 @@ def _plan(case: LinearCase, kept: Tensor, device) -> dict:
     return {key: value if isinstance(value, (int, str)) else str(value) for key, value in plan._asdict().items()}
 
 
-def contest_of(case, device: torch.device, **options):
-    return (LinearContest if isinstance(case, LinearCase) else Contest)(case, device, **options)
+def too_large(case: Case | LinearCase, device: torch.device) -> str | None:
+    needed, free = case.largest_bytes(), free_bytes(device)
+    if needed > free:
+        return f"{case} needs {needed / 2**30:.0f} GiB for its largest peer, {free / 2**30:.0f} GiB are free"
+    return None
 
 
 def measured(case, device: torch.device, bandwidth: dict, seconds: float, **options) -> dict:
     """The record of one case, in about this many seconds of rounds."""
     start = time.perf_counter()
-    made = contest_of(case, device, **options)
+    made = (LinearContest if isinstance(case, LinearCase) else Contest)(case, device, **options)
     made.rounds.play(made.affordable_rounds(seconds))
     return made.record(bandwidth) | {"seconds": round(time.perf_counter() - start, 1)}
 
@@ -246,7 +259,7 @@ def _logits_and_labels(case: Case, device) -> tuple[Tensor, Tensor]:
     per_sequence = case.tokens // case.sequences
     logits = torch.randn(case.sequences, per_sequence, case.vocab, device=device).mul_(3)
     labels = torch.randint(0, case.vocab, (case.sequences, per_sequence), device=device)
-    labels[:, : round(case.masked * per_sequence)] = peers.IGNORE
+    labels[:, : round(case.masked * per_sequence)] = token.IGNORE
     return logits.to(getattr(torch, case.dtype)), labels
 
 
@@ -263,7 +276,7 @@ def _token_logps(contest: Contest, labels):
 
     competitors = [
         Competitor(name, function, logits, call(function), grad, case.mode == "step")
-        for name, function in contest.present(peers.TOKEN_PEERS, logits.values).items()
+        for name, function in contest.present(token.TOKEN_PEERS, logits.values).items()
     ]
     truth = Truth(logits.values, labels, grad)
     return competitors, truth, truth.logps_error
@@ -273,19 +286,19 @@ def _preference(contest: Contest, labels):
     case, logits = contest.case, contest.logits
     with torch.no_grad():
         noise = 0.1 * torch.randn(labels.shape, device=labels.device)
-        ref_token_logps = torch.where(labels == peers.IGNORE, 0.0, peers.one_pass(logits.values, labels) + noise)
+        ref_token_logps = torch.where(labels == token.IGNORE, 0.0, token.one_pass(logits.values, labels) + noise)
     gap = torch.rand(case.sequences // 2, device=labels.device)
-    batch = peers.Batch(labels, ref_token_logps, gap, case.loss)
+    batch = token.Batch(labels, ref_token_logps, gap, case.loss)
 
     def call(function):
         return lambda x: function(x, batch)
 
     competitors = [
         Competitor(name, function, logits, call(function), None, case.mode == "step")
-        for name, function in contest.present(peers.PREFERENCE_PEERS, logits.values).items()
+        for name, function in contest.present(token.PREFERENCE_PEERS, logits.values).items()
     ]
     true_logps = _float64_logps(logits.values, labels).requires_grad_()
-    loss, margins = peers.logistic_loss(true_logps, batch)
+    loss, margins = token.logistic_loss(true_logps, batch)
     loss.backward()
     truth = Truth(logits.values, labels, true_logps.grad)
     return competitors, truth, lambda got: (got.double() - margins).abs().max().item()
@@ -293,12 +306,9 @@ def _preference(contest: Contest, labels):
 
 def _float64_logps(logits, labels) -> Tensor:
     """In slices of 64 rows: a float64 copy of the logits would be four times their bytes."""
-    rows, target = logits.flatten(0, -2), labels.clamp(min=0).flatten()
-    pieces = [
-        torch.log_softmax(x.double(), -1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
-        for x, y in zip(rows.split(64), target.split(64), strict=True)
-    ]
-    return torch.where(labels == peers.IGNORE, 0.0, torch.cat(pieces).view(labels.shape))
+    rows, target = logits.flatten(0, -2), labels.flatten()
+    pieces = [token.eager(x.double(), y) for x, y in zip(rows.split(64), target.split(64), strict=True)]
+    return torch.cat(pieces).view(labels.shape)
 
 
 _INPUTS = {"token_logps": _token_logps, "preference": _preference}
@@ -313,7 +323,7 @@ def _hidden_weight_labels(case: LinearCase, device) -> tuple[Tensor, Tensor, Ten
     hidden = torch.randn(case.sequences, per_sequence, case.hidden_size, device=device).to(dtype)
     weight = torch.randn(case.vocab, case.hidden_size, device=device).mul_(3 / case.hidden_size**0.5).to(dtype)
     labels = torch.randint(0, case.vocab, (case.sequences, per_sequence), device=device)
-    labels[:, : round(case.masked * per_sequence)] = peers.IGNORE
+    labels[:, : round(case.masked * per_sequence)] = token.IGNORE
     return hidden, weight, labels
 
 
@@ -332,10 +342,10 @@ def _linear_logps(contest: LinearContest, hidden, weight, labels):
 
         return one
 
-    inputs = linear_peers.Inputs(hidden, weight, labels, case.trained)
+    inputs = linear.Inputs(hidden, weight, labels, case.trained)
     return [
         HeadCompetitor(name, function, hidden, weight, call(function), grad, case.mode == "step", case.trained)
-        for name, function in contest.present(linear_peers.LOGPS_PEERS, inputs).items()
+        for name, function in contest.present(linear.LOGPS_PEERS, inputs).items()
     ]
 
 
@@ -345,21 +355,21 @@ def _linear_preference(contest: LinearContest, hidden, weight, labels):
     contest.truth = truth = HeadTruth(hidden, weight, labels)
     if case.reference == "given":
         noise = 0.1 * torch.randn(labels.shape, device=labels.device)
-        ref_token_logps = truth.logps.float() + torch.where(labels == peers.IGNORE, 0.0, noise)
-        batch = linear_peers.HeadBatch(labels, ref_token_logps, None, case.loss)
+        ref_token_logps = truth.logps.float() + torch.where(labels == token.IGNORE, 0.0, noise)
+        batch = linear.HeadBatch(labels, ref_token_logps, None, case.loss)
     else:
         ref_hidden = hidden + 0.02 * torch.randn(hidden.shape, device=hidden.device).to(hidden.dtype)
-        batch = linear_peers.HeadBatch(labels, None, ref_hidden, case.loss)
+        batch = linear.HeadBatch(labels, None, ref_hidden, case.loss)
     _, margins, _ = step_truth(truth, batch, case.trained)
     contest.compared_error = lambda got: (got.double() - margins).abs().max().item()
 
     def call(function):
         return lambda h, w: function(h, w, batch)
 
-    inputs = linear_peers.Inputs(hidden, weight, labels, case.trained, batch)
+    inputs = linear.Inputs(hidden, weight, labels, case.trained, batch)
     return [
         HeadCompetitor(name, function, hidden, weight, call(function), None, case.mode == "step", case.trained)
-        for name, function in contest.present(linear_peers.STEP_PEERS, inputs).items()
+        for name, function in contest.present(linear.STEP_PEERS, inputs).items()
     ]
 
 
@@ -367,7 +377,7 @@ def step_truth(truth: HeadTruth, batch, trained: bool) -> tuple[HeadTruth, Tenso
     """truth with the gradients of the step's loss; the margins; the coefficients of the tokens. All in float64."""
     exact = batch.scored(lambda hidden, _, labels: truth.of(hidden).logps, truth.weight)
     token_logps = truth.logps.requires_grad_()
-    loss, margins = peers.logistic_loss(token_logps, exact)
+    loss, margins = token.logistic_loss(token_logps, exact)
     loss.backward()
     truth.differentiate(token_logps.grad, trained)
     return truth, margins.detach(), token_logps.grad

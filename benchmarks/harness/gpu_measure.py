@@ -10,14 +10,15 @@ import json
 import sys
 import time
 import warnings
+from pathlib import Path
 
-import linear_peers
-import peers
 import torch
-from contest import Case, LinearCase, measured
-from measure import copy_gbps
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fastpref
+from harness.contest import Case, LinearCase, measured, too_large
+from harness.measure import copy_gbps
+from peers import linear, token
 
 # the most telling first: time may run out
 SHAPES = [  # tokens, vocabulary, dtype, masked
@@ -34,10 +35,10 @@ DRY_LINEAR_SHAPES = [(16, 24, 300, "bfloat16", trained, 0.5) for trained in (Tru
 COMPILED_VOCAB = 128256  # the compiler takes seconds per shape; one vocabulary tells
 BACKENDS = ("triton", "native")  # the order that fastpref itself tries them in on a GPU
 _FASTPREF = {
-    "token_logps": (peers.TOKEN_PEERS, "fastpref"),
-    "preference": (peers.PREFERENCE_PEERS, "fastpref_step"),
-    "linear_logps": (linear_peers.LOGPS_PEERS, "fastpref_linear"),
-    "linear_preference": (linear_peers.STEP_PEERS, "fastpref_linear_step"),
+    "token_logps": (token.TOKEN_PEERS, "fastpref"),
+    "preference": (token.PREFERENCE_PEERS, "fastpref_step"),
+    "linear_logps": (linear.LOGPS_PEERS, "fastpref_linear"),
+    "linear_preference": (linear.STEP_PEERS, "fastpref_linear_step"),
 }
 ROUND_SECONDS = 2.0  # per case, and 30 rounds at most
 
@@ -82,7 +83,7 @@ def planned(dry_run: bool) -> list[Case | LinearCase]:
 def cases(device, seconds: float, refused: dict, bandwidth: dict, dry_run: bool) -> None:
     """refused: {backend: reason}, backends whose tests are red; they do not report."""
     if dry_run:
-        peers.COMPILER = "aot_eager"
+        token.COMPILER = "aot_eager"
     deadline = time.monotonic() + seconds
     flush = _cache_flusher(device)
     for case in planned(dry_run):
@@ -124,8 +125,7 @@ def _fitting(case, device):
     """Fewer tokens where the largest peer would not fit."""
     if device.type != "cuda":
         return case
-    free, _ = torch.cuda.mem_get_info()
-    while case.tokens > 512 and case.largest_bytes() > free:
+    while case.tokens > 512 and too_large(case, device):
         case = case._replace(tokens=case.tokens // 2)
     return case
 
@@ -139,7 +139,7 @@ def _cache_flusher(device):
 
 def tiny(device) -> None:
     for backend in ("native", "triton"):
-        function = peers.TOKEN_PEERS[f"fastpref_{backend}"]
+        function = token.TOKEN_PEERS[f"fastpref_{backend}"]
         if reason := function.available(torch.empty(1, device=device)):
             emit({"tiny": f"{backend}: {reason}"})
             continue
@@ -155,8 +155,8 @@ def tiny(device) -> None:
 
 def _tiny_step(function, logits) -> None:
     labels = torch.arange(len(logits), device=logits.device) % logits.shape[-1]
-    labels[1] = peers.IGNORE
-    expected = peers.eager(logits.double(), labels)
+    labels[1] = token.IGNORE
+    expected = token.eager(logits.double(), labels)
     leaf = logits.clone().requires_grad_()
     logps = function(leaf, labels)
     logps.sum().backward()
@@ -168,8 +168,8 @@ def _tiny_linear_step(backend, trained, rows, vocab, dtype, device) -> None:
     hidden = torch.randn(rows, 7, device=device).to(dtype).requires_grad_()
     weight = torch.randn(vocab, 7, device=device).to(dtype).requires_grad_(trained)
     labels = torch.arange(rows, device=device) % vocab
-    labels[1] = peers.IGNORE
-    expected = peers.eager(hidden.double() @ weight.double().t(), labels)
+    labels[1] = token.IGNORE
+    expected = token.eager(hidden.double() @ weight.double().t(), labels)
     logps = fastpref.linear_token_logps(hidden, weight, labels, backend=backend)
     logps.sum().backward()
     torch.testing.assert_close(logps.double(), expected, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import statistics
 import threading
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+CPU = torch.device("cpu")
 
 # ---- clocks ----
 
@@ -319,7 +322,7 @@ class PeakMemory:
         try:
             _trim_heap()
             Path("/proc/self/clear_refs").write_text("5")
-            self._before = _status_bytes("VmRSS")
+            self._before = _bytes_of("VmRSS", "/proc/self/status")
         except OSError:
             self._before = None
         return self
@@ -329,7 +332,7 @@ class PeakMemory:
             torch.cuda.synchronize()
             self.bytes = max(torch.cuda.max_memory_allocated() - self._before, 0)
         elif self._before is not None:
-            self.bytes = max(_status_bytes("VmHWM") - self._before, 0)
+            self.bytes = max(_bytes_of("VmHWM", "/proc/self/status") - self._before, 0)
 
 
 def _trim_heap():
@@ -339,11 +342,21 @@ def _trim_heap():
         trim(0)
 
 
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def free_bytes(device: torch.device) -> int:
+    """What may still be allocated there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        return _bytes_of("MemAvailable", "/proc/meminfo")
+    except OSError:  # no Linux
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _bytes_of(field: str, path: str) -> int:
+    for line in Path(path).read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+    raise OSError(f"{path} has no {field}")
 
 
 # ---- bandwidth ----

@@ -1,6 +1,6 @@
-"""Markdown tables and a plot from a benchmark's JSON: `python benchmarks/report.py FILE.json` writes FILE.md, FILE.png.
+"""Markdown tables and a plot from a benchmark's JSON: `python benchmarks/harness/report.py FILE.json`.
 
-Takes what `pytest benchmarks/bench_*.py --benchmark-json FILE.json` or gpu.py wrote.
+Writes FILE.md and FILE.png. Takes what `pytest benchmarks/bench_*.py --benchmark-json FILE.json` or gpu.py wrote.
 """
 
 import argparse

@@ -9,19 +9,19 @@ do so themselves; "of the tokens that count" is what a user of plain PyTorch can
 
 from typing import NamedTuple
 
-import peers
 import torch
-from peers import IGNORE, import_reason, logistic_loss, peer
 from torch import Tensor
 from torch.nn.functional import linear
 
 import fastpref
+from peers import token
+from peers.token import IGNORE, import_reason, logistic_loss, peer
 
 LOGPS_PEERS = {}  # name -> function, the order of the tables
 STEP_PEERS = {}
 
 
-class HeadBatch(peers.Batch):
+class HeadBatch(token.Batch):
     """What a step needs beside hidden states and head: the reference's log-probs per token, or its hidden states."""
 
     def __init__(self, labels: Tensor, ref_token_logps: Tensor | None, ref_hidden: Tensor | None, loss="sigmoid"):
@@ -86,7 +86,7 @@ def _enter_fastpref(table, call, name, title):
                 backend, rounded = options
                 if rounded and inputs.dtype == torch.float32:
                     return "fp32 has nothing to round to"
-                return None if backend is None else peers._backend_reason(backend)(inputs)
+                return None if backend is None else token.backend_reason(backend)(inputs)
 
             function.__name__ = "_".join(filter(None, [name, "rounded" if rounded else "", backend]))
             named = {None: "", "native": ", native", "triton": ", Triton"}[backend]
@@ -120,12 +120,12 @@ _enter_fastpref(STEP_PEERS, _fastpref_step, "fastpref_linear_step", "fastpref")
 
 @peer(LOGPS_PEERS, "linear + log_softmax + gather")
 def plain_head(hidden, weight, labels):
-    return peers.eager(linear(hidden, weight), labels)
+    return token.eager(linear(hidden, weight), labels)
 
 
-@peer(LOGPS_PEERS, "the same of logits.float()", peers._half_precision)
+@peer(LOGPS_PEERS, "the same of logits.float()", token.half_precision)
 def plain_head_fp32(hidden, weight, labels):
-    return peers.eager(linear(hidden, weight).float(), labels)
+    return token.eager(linear(hidden, weight).float(), labels)
 
 
 @peer(LOGPS_PEERS, "linear + log_softmax + gather of the tokens that count", _nothing_masked)

@@ -1,46 +1,25 @@
-"""What others do where fastpref has rpca and bradley_terry, and the problems both are given."""
+"""What others do where fastpref has rpca, svt and bradley_terry."""
 
-import importlib
 import math
 
 import numpy as np
 import torch
 
 
-def corrupted(m, n, rank, share, seed=0, dtype=torch.float32):
-    """L [m, n] float64, and D with a share of the entries off by up to 10 mean |L|."""
-    rng = torch.Generator().manual_seed(seed)
-    left, right = (torch.randn(side, rank, generator=rng, dtype=torch.float64) for side in (m, n))
-    low = left @ right.t()
-    wrong = torch.rand(m, n, generator=rng) < share
-    off = (2 * torch.rand(m, n, generator=rng, dtype=torch.float64) - 1) * 10 * low.abs().mean()
-    return low, (low + wrong * off).to(dtype)
-
-
-def corrupted_scores(items, share, seed=0, dtype=torch.float32):
-    """w [items] float64, L = w 1^T - 1 w^T, and D with a share of the pairs off by up to 10 mean |L|."""
-    rng = torch.Generator().manual_seed(seed)
-    w = torch.randn(items, generator=rng, dtype=torch.float64)
-    w -= w.mean()
-    low = w.unsqueeze(1) - w
-    wrong = (torch.rand(items, items, generator=rng) < share).triu(1)
-    off = wrong * (2 * torch.rand(items, items, generator=rng, dtype=torch.float64) - 1) * 10 * low.abs().mean()
-    return w, low, (low + off - off.t()).to(dtype)
-
-
-def _by_svd(a, threshold):
+def svt_by_svd(a, threshold):
+    """[B, m, n], [B] -> singular values less the threshold, as a user writes it."""
     u, s, vh = torch.linalg.svd(a, full_matrices=False)
     return (u * (s - threshold.unsqueeze(-1)).clamp(min=0).unsqueeze(-2)) @ vh
 
 
-def _by_gram(a, threshold):
+def svt_by_gram(a, threshold):
+    """The same by the eigenvectors of the Gram matrix, in the matrix's dtype."""
     squares, v = torch.linalg.eigh(a.mT @ a)
-    s = squares.clamp(min=0).sqrt()
-    share = torch.where(s > threshold.unsqueeze(-1), 1 - threshold.unsqueeze(-1) / s.clamp(min=1e-30), 0.0)
+    share = (1 - threshold.unsqueeze(-1) / squares.clamp(min=1e-30).sqrt()).clamp(min=0)
     return ((a @ v) * share.unsqueeze(-2)) @ v.mT
 
 
-def ialm(data, rho, tol, threshold=_by_svd):
+def ialm(data, rho, tol, svt=svt_by_svd):
     """Inexact augmented Lagrangian (Lin, Chen, Ma 2010) on [B, m, n], until its slowest member has converged."""
     lam = 1 / math.sqrt(max(data.shape[-2:]))
     norm = data.norm(dim=(-2, -1))
@@ -49,7 +28,7 @@ def ialm(data, rho, tol, threshold=_by_svd):
     mu, sparse = 1.25 / spectral, torch.zeros_like(data)
     for _ in range(500):
         inverse = (1 / mu)[:, None, None]
-        low = threshold(data - sparse + y * inverse, 1 / mu)
+        low = svt(data - sparse + y * inverse, 1 / mu)
         w = data - low + y * inverse
         sparse = w - w.clamp(-lam * inverse, lam * inverse)
         residual = data - low - sparse
@@ -60,15 +39,7 @@ def ialm(data, rho, tol, threshold=_by_svd):
 
 
 def ialm_gram(data, rho, tol):
-    return ialm(data, rho, tol, _by_gram)
-
-
-def absent(package: str) -> str | None:
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
-        return str(error)
-    return None
+    return ialm(data, rho, tol, svt_by_gram)
 
 
 def ialm_randomized(data, rho, tol):

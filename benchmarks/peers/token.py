@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 import fastpref
-import fastpref._logps.token_logps  # registers the op
-from fastpref import _library, _native
+from fastpref import _native
 
 IGNORE = -100
 TOKEN_PEERS = {}  # name -> function, the order of the tables
@@ -46,8 +45,14 @@ def import_reason(module: str) -> str | None:
 # ---- log-probs of tokens: fastpref ----
 
 
-def _backend_reason(backend):
-    return lambda logits: _library.OPS["token_logps"][backend](logits.device.type)
+def backend_reason(backend):
+    """Why that backend of fastpref cannot take tensors like those given, or None."""
+
+    def available(given):
+        found = fastpref.build_info()["backends"]["token_logps"][given.device.type][backend]
+        return None if found == "available" else found
+
+    return available
 
 
 @contextmanager
@@ -80,22 +85,22 @@ def fastpref_inplace(logits, labels):
     return fastpref.token_logps(logits, labels, inplace_backward=logits.requires_grad)
 
 
-@peer(TOKEN_PEERS, "fastpref, native", _backend_reason("native"))
+@peer(TOKEN_PEERS, "fastpref, native", backend_reason("native"))
 def fastpref_native(logits, labels):
     return fastpref.token_logps(logits, labels, backend="native")
 
 
-@peer(TOKEN_PEERS, "fastpref, native, inplace_backward", _backend_reason("native"), spoils_logits=True)
+@peer(TOKEN_PEERS, "fastpref, native, inplace_backward", backend_reason("native"), spoils_logits=True)
 def fastpref_native_inplace(logits, labels):
     return fastpref.token_logps(logits, labels, backend="native", inplace_backward=logits.requires_grad)
 
 
-@peer(TOKEN_PEERS, "fastpref, Triton", _backend_reason("triton"))
+@peer(TOKEN_PEERS, "fastpref, Triton", backend_reason("triton"))
 def fastpref_triton(logits, labels):
     return fastpref.token_logps(logits, labels, backend="triton")
 
 
-@peer(TOKEN_PEERS, "fastpref, Triton, inplace_backward", _backend_reason("triton"), spoils_logits=True)
+@peer(TOKEN_PEERS, "fastpref, Triton, inplace_backward", backend_reason("triton"), spoils_logits=True)
 def fastpref_triton_inplace(logits, labels):
     return fastpref.token_logps(logits, labels, backend="triton", inplace_backward=logits.requires_grad)
 
@@ -110,11 +115,11 @@ def eager(logits, labels):
     return torch.where(kept, logps, 0.0)
 
 
-def _half_precision(logits):
+def half_precision(logits):
     return "the same as log_softmax + gather" if logits.dtype == torch.float32 else None
 
 
-@peer(TOKEN_PEERS, "log_softmax + gather of logits.float()", _half_precision)
+@peer(TOKEN_PEERS, "log_softmax + gather of logits.float()", half_precision)
 def eager_fp32(logits, labels):
     return eager(logits.float(), labels)
 
@@ -281,12 +286,12 @@ def fastpref_vectors(logits, batch):
     return _fastpref_step(logits, batch, loss=lambda pairs: function(pairs, **options), loss_options=None)
 
 
-@peer(PREFERENCE_PEERS, "fastpref, native", _backend_reason("native"))
+@peer(PREFERENCE_PEERS, "fastpref, native", backend_reason("native"))
 def fastpref_step_native(logits, batch):
     return _fastpref_step(logits, batch, backend="native")
 
 
-@peer(PREFERENCE_PEERS, "fastpref, Triton", _backend_reason("triton"))
+@peer(PREFERENCE_PEERS, "fastpref, Triton", backend_reason("triton"))
 def fastpref_step_triton(logits, batch):
     return _fastpref_step(logits, batch, backend="triton")
 
@@ -308,7 +313,7 @@ def eager_step(logits, batch):
     return _plain_step(logits, batch)
 
 
-@peer(PREFERENCE_PEERS, "the same of logits.float()", _half_precision)
+@peer(PREFERENCE_PEERS, "the same of logits.float()", half_precision)
 def eager_fp32_step(logits, batch):
     return _plain_step(logits.float(), batch)
 

@@ -1,4 +1,4 @@
-"""Errors against float64, from hidden states and LM head: `python benchmarks/accuracy.py [--quick] [--out FOLDER]`.
+"""Errors against float64, from hidden states and LM head: `python benchmarks/studies/accuracy.py [--quick]`.
 
 Prints tables per dtype, for fastpref and for every peer that runs here: log-probs of tokens, margins of pairs by
 completion length, gradients, and tokens the model is sure of apart. Log-probs are taken in slices of tokens, which
@@ -14,13 +14,15 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import linear_peers
-import machine
 import torch
-from contest import step_truth
-from measure import HeadTruth
-from report import table
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import machine
+from harness.contest import step_truth
+from harness.measure import HeadTruth, free_bytes
+from harness.report import table
+from peers import linear
 
 VOCABS, LENGTHS = (32000, 128256, 262144), (256, 1024, 4096)
 DTYPES = ("float32", "bfloat16")
@@ -87,7 +89,7 @@ class Inputs(NamedTuple):
     labels: Tensor  # [2, T]
 
 
-def _inputs(tokens: int, weight: Tensor) -> Inputs:
+def _draw_inputs(tokens: int, weight: Tensor) -> Inputs:
     """Labels as the model would draw them."""
     hidden = torch.randn(2, tokens, weight.shape[1], device=weight.device)
     ref_hidden = hidden + 0.02 * torch.randn_like(hidden)
@@ -128,8 +130,8 @@ def measured(dtype: torch.dtype, vocab: int, arguments) -> list[dict]:
     torch.compiler.reset()
     weight = torch.randn(vocab, arguments.hidden_size, device=arguments.device)
     weight = weight.mul_(3 / arguments.hidden_size**0.5).to(dtype)
-    inputs = _inputs(arguments.pairs * max(arguments.lengths), weight)
-    found = [*_logps_errors(inputs, arguments.lengths), *_gradient_errors(_make_sure(_inputs(256, weight)))]
+    inputs = _draw_inputs(arguments.pairs * max(arguments.lengths), weight)
+    found = [*_logps_errors(inputs, arguments.lengths), *_gradient_errors(_make_sure(_draw_inputs(256, weight)))]
     return [
         {
             "what": what,
@@ -145,7 +147,7 @@ def measured(dtype: torch.dtype, vocab: int, arguments) -> list[dict]:
 
 def _peers(table, prefix, inputs, batch=None):
     """Those of a table that can take the inputs, fastpref as it chooses its backend itself."""
-    given = linear_peers.Inputs(inputs.hidden, inputs.weight, inputs.labels, True, batch)
+    given = linear.Inputs(inputs.hidden, inputs.weight, inputs.labels, True, batch)
     chosen = (prefix, f"{prefix}_rounded")
     for name, function in table.items():
         if (name in chosen or not name.startswith("fastpref")) and function.available(given) is None:
@@ -157,7 +159,7 @@ def _logps_errors(inputs: Inputs, lengths):
     truth = HeadTruth(inputs.hidden, inputs.weight, inputs.labels)
     differences = truth.logps - HeadTruth(inputs.ref_hidden, inputs.weight, inputs.labels).logps
 
-    for _, function in _peers(linear_peers.LOGPS_PEERS, "fastpref_linear", inputs):
+    for _, function in _peers(linear.LOGPS_PEERS, "fastpref_linear", inputs):
         title = function.title
         try:
             logps = _in_slices(function, inputs.hidden, inputs)
@@ -173,8 +175,8 @@ def _logps_errors(inputs: Inputs, lengths):
             error = _margins(logps - ref_logps, length) - _margins(differences, length)
             yield "margin", title, f"L={length}", _rms(error)
 
-    batch = linear_peers.HeadBatch(inputs.labels, None, inputs.ref_hidden)
-    steps = dict(_peers(linear_peers.STEP_PEERS, "fastpref_linear_step", inputs, batch))
+    batch = linear.HeadBatch(inputs.labels, None, inputs.ref_hidden)
+    steps = dict(_peers(linear.STEP_PEERS, "fastpref_linear_step", inputs, batch))
     for name in ("fastpref_linear_step", "fastpref_linear_step_rounded", "liger_dpo"):
         for length in lengths if name in steps else ():
             title = steps[name].title
@@ -206,31 +208,24 @@ def _own_margins(step, inputs: Inputs, length: int) -> Tensor:
     tokens = (inputs.hidden, inputs.ref_hidden, inputs.labels)
     hidden, ref_hidden, labels = (t.unflatten(1, (-1, length)).transpose(0, 1) for t in tokens)
     needed = 28 * length * inputs.weight.shape[0]
-    if step.__name__.startswith("liger") and needed > _free_bytes(inputs.weight.device):
+    if step.__name__.startswith("liger") and needed > free_bytes(inputs.weight.device):
         raise MemoryError(f"needs {needed / 2**30:.0f} GiB")
     margins = []
     with torch.no_grad(), step.around():
         for pair in range(labels.shape[0]):
-            batch = linear_peers.HeadBatch(labels[pair].contiguous(), None, ref_hidden[pair].contiguous())
+            batch = linear.HeadBatch(labels[pair].contiguous(), None, ref_hidden[pair].contiguous())
             margins.append(step(hidden[pair].contiguous(), inputs.weight, batch)[1] / batch.beta)
     return torch.cat(margins).double()
 
 
-def _free_bytes(device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
 def _gradient_errors(inputs: Inputs):
     """With a trained head: of a DPO step, and of single tokens when each is handed the true coefficient."""
-    batch = linear_peers.HeadBatch(inputs.labels, None, inputs.ref_hidden)
+    batch = linear.HeadBatch(inputs.labels, None, inputs.ref_hidden)
     truth, _, coefficients = step_truth(HeadTruth(inputs.hidden, inputs.weight, inputs.labels), batch, True)
     level = torch.arange(inputs.labels.shape[1]).div(SURE_TOKENS, rounding_mode="floor").clamp(max=len(SURE)).repeat(2)
     groups = [("other", level == len(SURE))] + [(f"p={p}", level == i) for i, p in enumerate(SURE)]
 
-    for _, function in _peers(linear_peers.STEP_PEERS, "fastpref_linear_step", inputs, batch):
+    for _, function in _peers(linear.STEP_PEERS, "fastpref_linear_step", inputs, batch):
         title = function.title.removesuffix(" + logsigmoid")
         try:
             _, hidden_gradient, weight_gradient = _run(function, inputs, batch, None)
@@ -240,7 +235,7 @@ def _gradient_errors(inputs: Inputs):
         yield "step", title, "hidden", _rms(truth.hidden_errors(hidden_gradient)[groups[0][1]])
         yield "step", title, "head", truth.weight_error(weight_gradient)
 
-    for _, function in _peers(linear_peers.LOGPS_PEERS, "fastpref_linear", inputs):
+    for _, function in _peers(linear.LOGPS_PEERS, "fastpref_linear", inputs):
         try:
             logps, hidden_gradient, weight_gradient = _run(function, inputs, inputs.labels, coefficients)
         except Exception as error:

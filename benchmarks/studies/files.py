@@ -1,4 +1,4 @@
-"""Pairs from a large file: `python benchmarks/files.py [--gigabytes 1] [--format jsonl] [--workers N] [--out FOLDER]`.
+"""Pairs from a large file: `python benchmarks/studies/files.py [--gigabytes 1] [--format jsonl] [--workers N]`.
 
 Writes a file of samples (prompts of 16 responses of 1 kB, with line breaks, one in nine not all ASCII); then a fresh
 process reads its scores, picks a pair per prompt and writes the pairs. Prints the seconds of each, responses per second
@@ -16,11 +16,12 @@ import threading
 import time
 from pathlib import Path
 
-import machine
 import numpy as np
-from report import table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fastpref.curate import read_samples, select_pairs, write_pairs
+from harness import machine
+from harness.report import table
 
 RESPONSES, BYTES = 16, 1000
 NOT_ASCII = 0.11  # share of the responses, as among answers of language models to English questions

@@ -1,6 +1,5 @@
 """The recipes' controlled task: reward, draws, intervals; and that every recipe runs, paired and repeatable."""
 
-import importlib
 import itertools
 import json
 import math
@@ -10,20 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-RECIPES = Path(__file__).resolve().parent.parent / "benchmarks" / "recipes"
-NAMES = sorted(path.stem for path in RECIPES.glob("*.py") if path.stem not in ("run", "task", "shrinkage"))
-
-
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(RECIPES.parent)
-    monkeypatch.syspath_prepend(RECIPES)
-    return importlib.import_module
+RECIPES = Path(__file__).resolve().parents[2] / "benchmarks" / "studies" / "recipes"
+NAMES = sorted(path.stem for path in RECIPES.glob("*.py") if path.stem not in ("__init__", "run", "task", "shrinkage"))
 
 
 @pytest.fixture
 def task(load):
-    return load("task")
+    return load("studies.recipes.task")
 
 
 def world(task, vocab, generator):
@@ -222,7 +214,7 @@ def test_gain_is_paired_by_prompt(task):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore")  # methods out of their range warn: few pairs, small matrices
 def test_recipe(load, task, monkeypatch, name):
-    recipe = load(name)
+    recipe = load(f"studies.recipes.{name}")
     descend, evaluate = task._descend, task.evaluate
 
     def counting(policy, loss, rows, rate):
@@ -252,7 +244,7 @@ def test_recipe(load, task, monkeypatch, name):
 
 
 def test_every_response_of_two_tokens(load, task):
-    every = load("online_gradient").every_response()
+    every = load("studies.recipes.online_gradient").every_response()
     prompts = task.draw_prompts(0, "every", 3)
     policy = task.Policy(8, np.random.default_rng(0))
     for prompt in prompts:
@@ -261,7 +253,7 @@ def test_every_response_of_two_tokens(load, task):
 
 
 def test_cosines_reach_one(load, task):
-    found = load("online_gradient").arms(task.setting(4, task.TINY))
+    found = load("studies.recipes.online_gradient").arms(task.setting(4, task.TINY))
     assert found["online β=0.001"] == pytest.approx(1, abs=1e-5)
     # 1 - cosine falls with the square of beta
     assert 1 - found["online β=0.001"] == pytest.approx((1 - found["online β=0.01"]) / 100, rel=0.1)
@@ -270,7 +262,7 @@ def test_cosines_reach_one(load, task):
 
 @pytest.mark.filterwarnings("ignore")
 def test_run_writes_a_table(load, tmp_path, capsys, monkeypatch):
-    run = load("run")
+    run = load("studies.recipes.run")
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # which would outlive the test
     assert set(run.RECIPES) == set(NAMES)
     assert run.main(["--tiny", "--seeds", "5", "--only", "ratings", "noisy_labels", "--out", str(tmp_path)]) == 0

@@ -1,9 +1,20 @@
 """A tenth of the pairs, picked by aggregated margins, against all of them (Deng et al., arXiv 2502.14560)."""
 
 import numpy as np
-from task import Claim, draw_pool, evaluate, flipped, gain, gaussian_judge, implicit, rng, train, warm_up
 
 from fastpref.curate import compare_selections, external_margins
+from studies.recipes.task import (
+    Claim,
+    draw_pool,
+    evaluate,
+    flipped,
+    gain,
+    gaussian_judge,
+    implicit,
+    rng,
+    train,
+    warm_up,
+)
 
 TITLE = "A selected tenth of the pairs against all"
 PROMPTS, SHARE = 20480, 0.1

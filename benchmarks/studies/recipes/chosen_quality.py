@@ -1,8 +1,7 @@
 """Quality of the chosen response against contrast (Pan et al., arXiv 2508.18312)."""
 
-from task import Claim, draw_pool, evaluate, gain, gaussian_judge, rng, train
-
 from fastpref.curate.diagnostics import bucket_pairs
+from studies.recipes.task import Claim, draw_pool, evaluate, gain, gaussian_judge, rng, train
 
 TITLE = "Quality of the chosen response, or distance to the rejected one"
 PROMPTS, POOL, ERROR = 1024, 20, 0.25

@@ -1,10 +1,10 @@
 """Cleaning flipped pairwise judgements before pairs are built (Nguyen et al., arXiv 2403.02745)."""
 
 import numpy as np
-from task import Claim, draw_pool, evaluate, gain, rng, train
 
 from fastpref import preference_matrix
 from fastpref.curate import select_pairs
+from studies.recipes.task import Claim, draw_pool, evaluate, gain, rng, train
 
 TITLE = "Flipped judgements, cleaned or not"
 PROMPTS, FLIPPED = 512, 0.2

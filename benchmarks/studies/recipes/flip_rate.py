@@ -1,6 +1,6 @@
 """What wrongly labelled pairs cost: 0 to 30 % of the labels flipped."""
 
-from task import Claim, draw_pool, evaluate, flipped, gain, logps, rng, train
+from studies.recipes.task import Claim, draw_pool, evaluate, flipped, gain, logps, rng, train
 
 TITLE = "Accuracy against the share of flipped labels"
 RATES = (0.0, 0.1, 0.2, 0.3)

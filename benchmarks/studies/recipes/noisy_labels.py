@@ -1,7 +1,7 @@
 """The theory behind selection, in the linear model: see shrinkage.py (Deng et al., arXiv 2502.14560)."""
 
-from shrinkage import shrinkage
-from task import Claim
+from studies.recipes.shrinkage import shrinkage
+from studies.recipes.task import Claim
 
 TITLE = "Noisy labels shrink the fitted reward, selection by margin inflates it"
 NOISE = 2.0

@@ -1,9 +1,9 @@
 """Online DPO's gradient against that of SFT on the chosen response as beta falls (Pan et al., arXiv 2508.18312)."""
 
 import torch
-from task import END, LENGTH, NOTHING, VOCAB, Claim, draw_pool, inputs, train, true_reward
 
 from fastpref import losses, sequence_logps, token_logps
+from studies.recipes.task import END, LENGTH, NOTHING, VOCAB, Claim, draw_pool, inputs, train, true_reward
 
 TITLE = "Gradient of online DPO and of SFT on the chosen responses"
 PROMPTS, POOL = 16, 8

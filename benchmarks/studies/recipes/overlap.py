@@ -1,9 +1,9 @@
 """Do models of different size pick the same pairs by their implicit margins? (Deng et al., arXiv 2502.14560)"""
 
 import numpy as np
-from task import Claim, clone, draw_pool, flipped, gaussian_judge, implicit, rng, warm_up
 
 from fastpref.curate import bees, select_top
+from studies.recipes.task import Claim, clone, draw_pool, flipped, gaussian_judge, implicit, rng, warm_up
 
 TITLE = "Pairs that models of two sizes select"
 PROMPTS, SHARE = 4096, 0.1

@@ -1,9 +1,9 @@
 """Ratings beside the labels: RDPO and ML-RDPO against DPO (Viano et al., arXiv 2602.00603)."""
 
 import numpy as np
-from task import BETA, Claim, draw_pool, evaluate, gain, gaussian_judge, rng, train
 
 from fastpref.losses import rating_scale
+from studies.recipes.task import BETA, Claim, draw_pool, evaluate, gain, gaussian_judge, rng, train
 
 TITLE = "Losses that know ratings, against DPO"
 PROMPTS = 1024

@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
-from task import Claim, Pairs, draw_pool, evaluate, gain, gaussian_judge, rng, train
 
 from fastpref.curate import goal_records, rescale_scores
+from studies.recipes.task import Claim, Pairs, draw_pool, evaluate, gain, gaussian_judge, rng, train
 
 TITLE = "Reward-augmented pairs against DPO"
 PROMPTS, POOL, ERROR = 1024, 4, 0.25

@@ -1,4 +1,4 @@
-"""Do the papers' claims hold on a controlled task? `python benchmarks/recipes/run.py [--seeds 8] [--out FOLDER]`.
+"""Do the papers' claims hold on a controlled task? `python benchmarks/studies/recipes/run.py [--seeds 8]`.
 
 Runs every recipe at every seed and prints one table: claim, effect with its 95 % interval over seeds, verdict. A claim
 "reproduces" when the whole interval is above what it claims, "does not" when the whole interval is below the least
@@ -15,11 +15,12 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import machine
-import task
 import torch
-from report import table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from harness import machine
+from harness.report import table
+from studies.recipes import task
 
 RECIPES = (
     "sweet_spot",
@@ -65,7 +66,7 @@ def main(argv=None) -> int:
 
 
 def measured(name, seeds, size) -> dict:
-    recipe = importlib.import_module(name)
+    recipe = importlib.import_module(f"studies.recipes.{name}")
     begin = time.process_time()
     arms = []
     for seed in seeds:

@@ -1,4 +1,4 @@
-"""Noisy labels shrink the reward, large margins inflate it: `python benchmarks/recipes/shrinkage.py [--json]`.
+"""Noisy labels shrink the reward, large margins inflate it: `python benchmarks/studies/recipes/shrinkage.py [--json]`.
 
 The linear model of "Less is More" (arXiv 2502.14560): reward <phi, w>, labels drawn by Bradley-Terry from a margin that
 carries noise. The optimum of the logistic loss is then a shorter copy of w, the shorter the noisier; the pairs with the
@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from report import table
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from fastpref.curate import select_top
+from harness.report import table
 
 WIDTH, PAIRS, LENGTH = 8, 20_000, 2.0
 NOISE = (0.0, 1.0, 2.0, 4.0)  # standard deviation of the margins' noise

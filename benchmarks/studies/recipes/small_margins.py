@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
-from task import Claim, draw_pool, evaluate, gain, gaussian_judge, rng, stronger, train
 
 from fastpref.curate import Route, easy_to_hard, route_by_margin
+from studies.recipes.task import Claim, draw_pool, evaluate, gain, gaussian_judge, rng, stronger, train
 
 TITLE = "Pairs of small margin: kept, dropped, or trained by SFT"
 ERROR = 1.0  # σ of the judge that labels and rates

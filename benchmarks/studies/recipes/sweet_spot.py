@@ -1,8 +1,7 @@
 """Rejected = min against rejected = mean - 2 std as the pool grows (Xiao et al., arXiv 2502.16825)."""
 
-from task import Claim, draw_pool, evaluate, gain, gaussian_judge, heavy_tailed_judge, rng, train
-
 from fastpref.curate import select_pairs
+from studies.recipes.task import Claim, draw_pool, evaluate, gain, gaussian_judge, heavy_tailed_judge, rng, train
 
 TITLE = "Rejected response: the worst, or nearest to mean - 2 std, as the pool grows"
 SIZES = (5, 20, 50, 200)

@@ -9,7 +9,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from task import (
+
+from fastpref import losses
+from fastpref.curate import (
+    bees,
+    remove_length,
+    route_by_margin,
+    select_pairs,
+    select_top,
+)
+from fastpref.curate.clean import audit, denoise_scores, exclude
+from fastpref.curate.hygiene import hygiene
+from fastpref.preference_matrix import NothingToClean
+from studies.recipes.task import (
     BETA,
     LENGTH,
     NOTHING,
@@ -29,18 +41,6 @@ from task import (
     true_reward,
     warm_up,
 )
-
-from fastpref import losses
-from fastpref.curate import (
-    bees,
-    remove_length,
-    route_by_margin,
-    select_pairs,
-    select_top,
-)
-from fastpref.curate.clean import audit, denoise_scores, exclude
-from fastpref.curate.hygiene import hygiene
-from fastpref.preference_matrix import NothingToClean
 
 TITLE = "The whole pipeline, and each stage left out"
 PROMPTS, HONEST = 2048, 20  # sources that do not cheat
