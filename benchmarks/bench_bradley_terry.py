@@ -5,38 +5,31 @@ torch.linalg.svd), on the same matrices. Votes: against choix and evalica, which
 the number of items. Every round runs each competitor once, in the same process; errors are of the scores, relative.
 """
 
-import low_rank_peers as peers
 import pytest
 import torch
-from measure import FunctionCompetitor
-from problem import measured
 
 from fastpref import Edges, bradley_terry
-
-
-def judge_of(w):
-    def judge(found):
-        error = (found.double() - w).norm(dim=-1) / w.norm(dim=-1)
-        return {"error": float(error.median()), "recovered": float((error < 1e-3).double().mean())}
-
-    return judge
+from harness.measure import FunctionCompetitor
+from harness.problem import corrupted_scores, judge_by, measured
+from peers import low_rank
+from peers.token import import_reason
 
 
 @pytest.mark.parametrize(("items", "corrupted"), [(16, 0.2), (32, 0.2), (64, 0.1), (64, 0.2), (128, 0.2)])
 def test_logits(benchmark, items, corrupted):
     size = 16384 // items
-    made = [peers.corrupted_scores(items, corrupted, seed) for seed in range(size)]
+    made = [corrupted_scores(items, corrupted, seed) for seed in range(size)]
     w, _, data = (torch.stack(part) for part in zip(*made, strict=True))
 
     def by_ialm(m):
-        return peers.ialm(m, 1.2, 1e-6).mean(-1)
+        return low_rank.ialm(m, 1.2, 1e-6).mean(-1)
 
     competitors = [
         FunctionCompetitor("fastpref", "fastpref.bradley_terry", lambda m: bradley_terry(m).scores, data),
         FunctionCompetitor("ialm_svd", "IALM, torch.linalg.svd, row means", by_ialm, data),
     ]
     name = f"{size} logit matrices of {items} items, {100 * corrupted:.0f} % corrupted"
-    measured(benchmark, "bradley_terry", name, competitors, judge_of(w), notes=["Times are of the whole batch."])
+    measured(benchmark, "bradley_terry", name, competitors, judge_by(w, -1), notes=["Times are of the whole batch."])
 
 
 @pytest.mark.parametrize(("items", "votes", "inverted"), [(64, 50, 0.0), (64, 50, 0.2), (256, 20, 0.2), (256, 5, 0.2)])
@@ -52,14 +45,19 @@ def test_votes(benchmark, items, votes, inverted):
         "fastpref": ("fastpref.bradley_terry(wins=...)", lambda x: bradley_terry(wins=x).scores),
         "fastpref_mle": ("fastpref.bradley_terry(robust=False)", lambda x: bradley_terry(wins=x, robust=False).scores),
     }
-    if peers.absent("choix") is None:
-        entries["choix"] = ("choix ilsr_pairwise_dense", peers.by_choix)
-    if peers.absent("evalica") is None:
-        entries["evalica"] = ("evalica bradley_terry", peers.by_evalica(wins))
+    absent = {name: reason for name in ("choix", "evalica") if (reason := import_reason(name))}
+    if "choix" not in absent:
+        entries["choix"] = ("choix ilsr_pairwise_dense", low_rank.by_choix)
+    if "evalica" not in absent:
+        entries["evalica"] = ("evalica bradley_terry", low_rank.by_evalica(wins))
     competitors = [FunctionCompetitor(name, title, run, wins) for name, (title, run) in entries.items()]
     name = f"{items} items, {votes} votes a pair, {100 * inverted:.0f} % inverted"
-    judge = judge_of(w)
-    measured(benchmark, "bradley_terry", name, competitors, lambda found: judge(found - found.mean()), seconds=5)
+    near = judge_by(w, -1)
+
+    def judge(found):
+        return near(found - found.mean())
+
+    measured(benchmark, "bradley_terry", name, competitors, judge, seconds=5, absent=absent)
 
 
 @pytest.mark.parametrize("items", [10_000, 100_000, 1_000_000])

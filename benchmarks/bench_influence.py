@@ -14,11 +14,12 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from measure import FunctionCompetitor
-from problem import measured
 
 from fastpref._logps.causal_lm import completion_logps
 from fastpref.curate import pair_batches, pair_influence
+from harness.measure import FunctionCompetitor
+from harness.problem import measured
+from peers.token import eager
 
 BETA, VOCAB, TRAIN, VALIDATION = 0.1, 8000, 64, 16
 
@@ -34,10 +35,6 @@ class Case(NamedTuple):
 
 DEFAULT = [Case(False), Case(True)]
 FULL = [*DEFAULT, Case(True, torch.bfloat16)]
-
-
-def pytest_generate_tests(metafunc):
-    metafunc.parametrize("case", FULL if metafunc.config.getoption("full") else DEFAULT, ids=str)
 
 
 def llama():
@@ -108,8 +105,7 @@ def by_vmap(policy, reference, train, validation) -> np.ndarray:
     def loss(moved, ids, attention, completion, against):
         inputs = {"input_ids": ids, "attention_mask": attention, "use_cache": False}
         logits = torch.func.functional_call(policy, {**values, **moved}, (), inputs).logits[:, :-1]
-        logps = logits.log_softmax(-1).gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)
-        return dpo((logps * completion[:, 1:]).sum(1), against)[0]
+        return dpo((eager(logits, ids[:, 1:]) * completion[:, 1:]).sum(1), against)[0]
 
     per_pair = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0, 0))
 

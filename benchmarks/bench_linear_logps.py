@@ -7,14 +7,12 @@ run of each competitor, and the ratio is taken pair by pair. Rounds, gate and re
 --full adds a head of an 8B model's vocabulary.
 """
 
-import os
-
 import pytest
-import torch
-from bench_token_logps import play
-from contest import LinearCase, LinearContest
 
-CPU = torch.device("cpu")
+from bench_token_logps import play
+from harness.contest import LinearCase, LinearContest, too_large
+from harness.measure import CPU
+
 SECONDS = 12  # of rounds, per case
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' warnings are theirs
 
@@ -39,26 +37,12 @@ DEFAULT_IS_NATIVE = {
 }
 
 
-def pytest_generate_tests(metafunc):
-    if "case" in metafunc.fixturenames:
-        cases = FULL if metafunc.config.getoption("full") else DEFAULT
-        metafunc.parametrize("case", cases, ids=str)
-
-
-def too_large(case: LinearCase) -> str | None:
-    needed = case.largest_bytes()
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > free:
-        return f"{case} needs {needed / 2**30:.0f} GiB for its largest peer, {free / 2**30:.0f} GiB are free"
-    return None
-
-
 def test_linear_logps(benchmark, case):
     measure(benchmark, case)
 
 
 def measure(benchmark, case: LinearCase):
-    if reason := too_large(case):
+    if reason := too_large(case, CPU):
         pytest.skip(reason)
     contest = LinearContest(case, CPU, leave_out=DEFAULT_IS_NATIVE)
     play(benchmark, contest, contest.affordable_rounds(SECONDS))

@@ -7,8 +7,9 @@ without its gradient, inside the timing: one more pass over the head, and the on
 """
 
 import pytest
+
 from bench_linear_logps import DTYPES, LARGE, SMALL, measure
-from contest import LinearCase
+from harness.contest import LinearCase
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' warnings are theirs
 
@@ -29,12 +30,6 @@ GIVEN = [
 SCORED = [case._replace(reference="scored") for case in GIVEN]
 DEFAULT = GIVEN + [case for case in SCORED if case.masked]
 FULL = GIVEN + SCORED + [_step(LARGE, dtype, trained, 0.5, "given") for dtype in DTYPES for trained in (True, False)]
-
-
-def pytest_generate_tests(metafunc):
-    if "case" in metafunc.fixturenames:
-        cases = FULL if metafunc.config.getoption("full") else DEFAULT
-        metafunc.parametrize("case", cases, ids=str)
 
 
 def test_linear_preference_step(benchmark, case):

@@ -6,10 +6,10 @@ goal is at most two seconds for bees on 10,000,000 pairs on two cores; one is us
 """
 
 import numpy as np
-from measure import FunctionCompetitor
-from problem import measured
 
 from fastpref.curate import bees, select_top
+from harness.measure import FunctionCompetitor
+from harness.problem import measured
 
 DEFAULT = [1_000_000, 10_000_000]
 FULL = [1_000, 30_000, 100_000, *DEFAULT]

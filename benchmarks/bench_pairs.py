@@ -7,10 +7,10 @@ rewards are equally near the target, the bare rules take the first.
 
 import numpy as np
 import pytest
-from measure import FunctionCompetitor
-from problem import measured
 
 from fastpref.curate import DropReason, select_pairs
+from harness.measure import FunctionCompetitor
+from harness.problem import measured
 
 
 def fused(rewards):

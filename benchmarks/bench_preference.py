@@ -7,11 +7,11 @@ those of bench_token_logps.py. The tiny shape shows what a call costs beside the
 """
 
 import pytest
-import torch
-from bench_token_logps import DEFAULT_IS_NATIVE, SECONDS, bandwidth, play, too_large  # noqa: F401  (bandwidth is a fixture)
-from contest import Case, Contest
 
-CPU = torch.device("cpu")
+from bench_token_logps import DEFAULT_IS_NATIVE, SECONDS, bandwidth, play  # noqa: F401  (bandwidth is a fixture)
+from harness.contest import Case, Contest, too_large
+from harness.measure import CPU
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' warnings are theirs
 
 DEFAULT = [
@@ -28,14 +28,8 @@ FULL = [
 TINY = Case("preference", "step", 32, 64, "float32", 0.5, loss="rdpo")
 
 
-def pytest_generate_tests(metafunc):
-    if "case" in metafunc.fixturenames:
-        cases = FULL if metafunc.config.getoption("full") else DEFAULT
-        metafunc.parametrize("case", cases, ids=str)
-
-
 def test_preference_step(benchmark, case, bandwidth):  # noqa: F811
-    if reason := too_large(case):
+    if reason := too_large(case, CPU):
         pytest.skip(reason)
     contest = Contest(case, CPU, leave_out=DEFAULT_IS_NATIVE)
     play(benchmark, contest, contest.affordable_rounds(SECONDS))

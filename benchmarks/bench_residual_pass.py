@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from measure import FunctionCompetitor, read_gbps
-from problem import measured
 
 from fastpref._lowrank.residual_pass import residual_pass
+from harness.measure import FunctionCompetitor, read_gbps
+from harness.problem import measured
 
 ZETA = 3.0
 
@@ -29,10 +29,6 @@ class Case(NamedTuple):
 
 DEFAULT = [Case(2000, 10), Case(8000, 10), Case(8000, 1)]
 FULL = [*DEFAULT, Case(20000, 10), Case(2000, 64), Case(8000, 64)]
-
-
-def pytest_generate_tests(metafunc):
-    metafunc.parametrize("case", FULL if metafunc.config.getoption("full") else DEFAULT, ids=str)
 
 
 def composed(matrix, left, right):

@@ -2,18 +2,19 @@
 
 Half of each largest singular value is the threshold. Every round begins with one run of each competitor, so that all
 samples are taken in turn in the same process; an error is the largest of the batch, relative to the matrix, against a
-float64 SVD. The routes of svt itself are competitors too: JACOBI_SIZE and GRAM_SIZE of fastpref/svt.py are where they
-cross. OMP_NUM_THREADS=1 gives the figures of one core. --full adds sizes.
+float64 SVD. The routes of svt itself are competitors too: JACOBI_SIZE and GRAM_SIZE of fastpref/_lowrank/svt.py are
+where they cross. OMP_NUM_THREADS=1 gives the figures of one core. --full adds sizes.
 """
 
 from typing import NamedTuple
 
 import torch
-from measure import FunctionCompetitor
-from problem import measured
 
 import fastpref
 from fastpref._lowrank.svt import _by_gram, _by_jacobi, _by_svd, svt_ref
+from harness.measure import FunctionCompetitor
+from harness.problem import measured
+from peers.low_rank import svt_by_gram, svt_by_svd
 
 
 class Case(NamedTuple):
@@ -35,23 +36,6 @@ FULL = [
 ]
 
 
-def pytest_generate_tests(metafunc):
-    metafunc.parametrize("case", FULL if metafunc.config.getoption("full") else DEFAULT, ids=str)
-
-
-def composed(matrix, threshold):
-    """What a user writes."""
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return (u * (s - threshold[:, None]).clamp(min=0).unsqueeze(-2)) @ vh
-
-
-def gram(matrix, threshold):
-    """The same by the eigenvectors of the Gram matrix, in the matrix's dtype."""
-    squares, v = torch.linalg.eigh(matrix.mT @ matrix)
-    share = (1 - threshold[:, None] / squares.clamp(min=1e-30).sqrt()).clamp(min=0)
-    return ((matrix @ v) * share.unsqueeze(-2)) @ v.mT
-
-
 def truncated(matrix, threshold):
     """A randomised SVD of a quarter of the rank: exact only where no more is above the threshold."""
     u, s, v = torch.svd_lowrank(matrix, q=max(1, min(matrix.shape[1:]) // 4), niter=2)
@@ -63,8 +47,8 @@ def test_svt(benchmark, case):
     threshold = 0.5 * torch.linalg.matrix_norm(matrix, 2)
     competitors = [
         FunctionCompetitor("fastpref", "fastpref.svt", lambda m, t: fastpref.svt(m, t).low_rank, matrix, threshold),
-        FunctionCompetitor("svd", "torch.linalg.svd", composed, matrix, threshold),
-        FunctionCompetitor("gram", "Gram and eigh", gram, matrix, threshold),
+        FunctionCompetitor("svd", "torch.linalg.svd", svt_by_svd, matrix, threshold),
+        FunctionCompetitor("gram", "Gram and eigh", svt_by_gram, matrix, threshold),
         FunctionCompetitor("svd_lowrank", "torch.svd_lowrank", truncated, matrix, threshold),
         FunctionCompetitor("route_jacobi", "route: Jacobi", lambda m, t: _by_jacobi(m, t)[0], matrix, threshold),
         FunctionCompetitor("route_gram", "route: float64 Gram", lambda m, t: _by_gram(m, t)[0], matrix, threshold),

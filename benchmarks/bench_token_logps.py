@@ -2,7 +2,7 @@
 
 One test per case; its body is fastpref's call, and pytest-benchmark's own table shows that. Every round begins with one
 run of each competitor, so that all samples are taken in turn in the same process; `extra_info` holds all of them, and
-benchmarks/report.py makes tables of it. --full takes T up to 8192 and every vocabulary.
+benchmarks/harness/report.py makes tables of it. --full takes T up to 8192 and every vocabulary.
 
 "fastpref" takes huge pages for its gradient, as it does by default; "no huge-page advice" is the same with
 fastpref._native.HUGE_OUTPUT_BYTES out of reach. test_huge_page_allocator measures in a child process in which torch
@@ -16,11 +16,10 @@ import sys
 import tempfile
 
 import pytest
-import torch
-from contest import Case, Contest, measured
-from measure import copy_gbps, read_gbps
 
-CPU = torch.device("cpu")
+from harness.contest import Case, Contest, measured, too_large
+from harness.measure import CPU, copy_gbps, read_gbps
+
 SECONDS = 12  # of rounds, per case
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' warnings are theirs
 
@@ -49,28 +48,13 @@ MEASURED_ABOVE = dict.fromkeys(
 )
 
 
-def pytest_generate_tests(metafunc):
-    if "case" in metafunc.fixturenames:
-        cases = FULL if metafunc.config.getoption("full") else DEFAULT
-        metafunc.parametrize("case", cases, ids=str)
-
-
 @pytest.fixture(scope="module")
 def bandwidth():
     return {"read_gbps": read_gbps(), "copy_gbps": copy_gbps(CPU)}
 
 
-def too_large(case: Case) -> str | None:
-    """Inputs, their clean copy and log_softmax with its gradient are seven times the logits, in fp32 where upcast."""
-    needed = 7 * case.logits_bytes() * (2 if case.dtype != "float32" else 1)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > free:
-        return f"{case} needs {needed / 2**30:.0f} GiB for its largest peer, {free / 2**30:.0f} GiB are free"
-    return None
-
-
 def test_token_logps(benchmark, case, bandwidth):
-    if reason := too_large(case):
+    if reason := too_large(case, CPU):
         pytest.skip(reason)
     contest = Contest(case, CPU, leave_out=DEFAULT_IS_NATIVE)
     play(benchmark, contest, contest.affordable_rounds(SECONDS))

@@ -8,12 +8,18 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import machine
-import verify
+from harness import machine, verify
 
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="longer batches, every vocabulary, larger heads: hours")
+
+
+def pytest_generate_tests(metafunc):
+    """`case` is each of the module's DEFAULT, with --full each of its FULL."""
+    if "case" in metafunc.fixturenames:
+        cases = metafunc.module.FULL if metafunc.config.getoption("full") else metafunc.module.DEFAULT
+        metafunc.parametrize("case", cases, ids=str)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -22,7 +28,7 @@ def pytest_runtestloop(session):
         return
     # pytest-benchmark's warning at the end of a failed run would, as an error, bury why it failed
     warnings.filterwarnings("ignore", message="Not saving anything")
-    names = dict.fromkeys(item.path.stem for item in session.items if item.path.stem in verify._OPS)
+    names = dict.fromkeys(item.path.stem for item in session.items if item.path.stem in verify.GATES)
     if not names:
         return
     if failure := verify.red(verify.required(names)):

@@ -23,8 +23,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import report
-import verify
+from harness import report, verify
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -104,7 +103,7 @@ class Run:
     # ---- stages ----
 
     def describe(self) -> str:
-        ended = self.call("describe", [sys.executable, HERE / "machine.py"])
+        ended = self.call("describe", [sys.executable, HERE / "harness" / "machine.py"])
         if ended.status == "done":
             self.results["machine"] = json.loads(ended.output.splitlines()[-1])
         machine = self.results["machine"]
@@ -144,7 +143,8 @@ class Run:
     def numerics(self):
         """What the benchmarks are gated by."""
         keyword = "(test_one_row or test_leading_dimensions) and cpu" if self.dry_run else verify.LINEAR_NUMERICS
-        status = self.pytest("numerics", ["tests/test_token_logps.py", "tests/test_linear_logps.py"], keyword)
+        files = [path for op in ("logps/token_logps", "logps/linear_logps") for path in verify.tests_of(op)]
+        status = self.pytest("numerics", files, keyword)
         counts = self.results["tests"]["by_backend"]
         for backend in BACKENDS:
             count = counts.get(self.tested(backend), {"passed": 0, "failed": 0})
@@ -164,9 +164,9 @@ class Run:
     def tests(self):
         """All GPU tests that were not part of the numerics."""
         if self.dry_run:
-            self.pytest("tests", ["tests/test_token_logps.py"], "test_int32_labels")
+            self.pytest("tests", verify.tests_of("logps/token_logps"), "test_int32_labels")
         else:
-            self.pytest("tests", ["tests"], f"not ({verify.LINEAR_NUMERICS})")
+            self.pytest("tests", [verify.TESTS], f"not ({verify.LINEAR_NUMERICS})")
 
     def sanitizer(self):
         tool = shutil.which("compute-sanitizer")
@@ -188,15 +188,15 @@ class Run:
 
     def child(self, *arguments):
         dry = ["--dry-run"] if self.dry_run else []
-        return [sys.executable, HERE / "gpu_measure.py", *map(str, arguments), *dry]
+        return [sys.executable, HERE / "harness" / "gpu_measure.py", *map(str, arguments), *dry]
 
     def tested(self, backend: str) -> str:
         """How test ids name it; under the dry run the CPU stands in."""
         return f"{backend}-cpu" if self.dry_run else f"{backend}-cuda"
 
     def pytest(self, stage, files, keyword) -> str:
-        command = [sys.executable, "-m", "pytest", *[ROOT / file for file in files], "-q", "-k", keyword]
-        command += ["-p", "outcomes", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+        command = [sys.executable, "-m", "pytest", *files, "-q", "-k", keyword]
+        command += ["-p", "harness.outcomes", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
         if not self.dry_run:
             command += ["-m", "cuda"]
             if importlib.util.find_spec("xdist"):  # most of the time goes into Triton's compiler

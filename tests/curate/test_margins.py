@@ -34,7 +34,7 @@ from fastpref.curate.margins import RANKED_PAIRS
 NAN, INF = np.nan, np.inf
 EXTERNAL = [5, 1, -3, 10, 0.5]
 IMPLICIT = [8, -1, 2, 30, -40]
-SHRINKAGE = Path(__file__).resolve().parents[2] / "benchmarks" / "recipes" / "shrinkage.py"
+SHRINKAGE = Path(__file__).resolve().parents[2] / "benchmarks" / "studies" / "recipes" / "shrinkage.py"
 
 
 def quiet_bees(margins, **options):

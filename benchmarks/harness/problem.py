@@ -1,0 +1,96 @@
+"""One problem of linear algebra: what is put in, its competitors, and the record that report.py makes a table of."""
+
+import math
+import time
+
+import torch
+
+from harness.measure import CPU, Rounds
+
+# ---- what is put in ----
+
+
+def corrupted(
+    m, n, rank, share, seed=0, dtype=torch.float32, *, size=10.0, noise=0.0, observed=1.0, condition=1.0
+):  # fmt: skip
+    """L [m, n] float64 of this rank, and D: a share of the entries is off by up to size * mean |L|.
+
+    noise: standard deviation of a normal error of every entry, in units of mean |L|; observed: share of the entries
+    that are there, the others are NaN; condition: largest over smallest of L's singular values that are not 0.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(side, rank, generator=rng, dtype=torch.float64) for side in (m, n))
+    if condition > 1:
+        left = n * torch.linalg.qr(left).Q * torch.logspace(0, -math.log10(condition), rank, dtype=torch.float64)
+        right = torch.linalg.qr(right).Q
+    low = left @ right.t()
+    data = low + gross_errors(low, share, rng, size)
+    data += noise * low.abs().mean() * torch.randn(m, n, generator=rng, dtype=torch.float64)
+    return low, data.masked_fill(torch.rand(m, n, generator=rng) >= observed, torch.nan).to(dtype)
+
+
+def corrupted_scores(items, share, seed=0, dtype=torch.float32):
+    """w [items] float64, L = w 1^T - 1 w^T, and D with a share of the pairs off by up to 10 mean |L|."""
+    rng = torch.Generator().manual_seed(seed)
+    w = torch.randn(items, generator=rng, dtype=torch.float64)
+    w -= w.mean()
+    low = w.unsqueeze(1) - w
+    off = gross_errors(low, share, rng).triu(1)
+    return w, low, (low + off - off.t()).to(dtype)
+
+
+def gross_errors(low, share, rng, size=10.0):
+    """[m, n] float64: 0, but at a share of the entries uniform from -size to size times mean |L|."""
+    wrong = torch.rand(low.shape, generator=rng) < share
+    return wrong * size * low.abs().mean() * (2 * torch.rand(low.shape, generator=rng, dtype=torch.float64) - 1)
+
+
+# ---- how near the answers are ----
+
+
+def judge_by(truth, dims):
+    """A judge of answers in the shape of truth: relative error over dims, the median and the share below 1e-3."""
+
+    def judge(found):
+        error = (found.reshape(truth.shape).double() - truth).norm(dim=dims) / truth.norm(dim=dims)
+        return {"error": float(error.median()), "recovered": float((error < 1e-3).double().mean())}
+
+    return judge
+
+
+# ---- rounds ----
+
+
+def measured(
+    benchmark, op: str, name: str, competitors, judge, seconds: float = 20, notes=(), absent=None, **facts
+) -> dict:
+    """Rounds of all competitors, the first of which is fastpref; returns the rows of the table, by name.
+
+    judge(answer) -> dict of what the table says of an answer. Every competitor runs once before, for that; one that
+    takes longer than `seconds` has no further run, one that takes a tenth has two. absent: {peer: reason}.
+    """
+    first, verdicts = {}, {}
+    for competitor in competitors:
+        start = time.perf_counter()
+        answer = competitor.run()
+        first[competitor.name] = time.perf_counter() - start
+        verdicts[competitor.name] = judge(answer)
+    subject = competitors[0].name
+    playing = [c for c in competitors if first[c.name] <= seconds or c.name == subject]
+    few = [c.name for c in playing if first[c.name] > seconds / 10]
+    each = sum(first[c.name] for c in playing if c.name not in few or c.name == subject)
+    rounds = Rounds(playing, CPU, subject, few=few)
+    count = max(3, min(50, round(seconds / each)))
+    benchmark.pedantic(rounds.play_subject, setup=rounds.play_others, teardown=rounds.end_round, rounds=count)
+    summary = rounds.summary()
+    rows = {}
+    for c in competitors:
+        once = 1e3 * first[c.name]
+        alone = {"title": c.title, "rounds": 1, "median_ms": once, "min_ms": once, "max_ms": once}
+        rows[c.name] = summary.get(c.name) or alone | {"times_subject": once / summary[subject]["median_ms"]}
+        rows[c.name] |= verdicts[c.name]
+    benchmark.extra_info.update(
+        op=op, name=name, problem=True, rounds=count, competitors=rows, notes=list(notes), absent=absent or {},
+        threads=torch.get_num_threads(), **facts,
+    )  # fmt: skip
+    return rows
