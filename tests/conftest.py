@@ -13,8 +13,9 @@ import torch
 # Without a GPU the Triton kernels run under the interpreter, which must be chosen before Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU need it
 
-from cases import BACKENDS, SEED
+from cases import BACKENDS, SEED, Backend
 
 import fastpref
 
@@ -34,6 +35,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _fresh_inputs(request):
     torch.manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Thousands of tiny products: two threads that get one core between them would wait for each other at each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +78,18 @@ def backend(request):
     yield chosen
     if chosen.simd:
         fastpref.set_simd_level("auto")
+
+
+@pytest.fixture(
+    params=[
+        _param(Backend(*b)) for b in (("reference", "cpu"), ("native", "cpu"), ("native", "cuda"), ("triton", "cuda"))
+    ]
+)
+def place(request):
+    """Each backend once on each device, for ops that call kernels which are tested at every SIMD level by themselves."""
+    if reason := request.param.missing():
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
 
 
 SIMD = ["baseline", "avx2", "avx512"]
