@@ -6,6 +6,7 @@ Enough rows that PyTorch's own error shows its usual size.
 import math
 import os
 import time
+import warnings
 
 import torch
 
@@ -73,6 +74,20 @@ BACKENDS = [
     Backend("native", "cuda"),
     Backend("triton", "cuda"),
 ]
+
+
+# ---- preference matrices ----
+
+
+def quietly(function, *args, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return function(*args, **kwargs)
+
+
+def scores_of(prompts, items, seed=0, sd=1.0):
+    w = sd * torch.randn(prompts, items, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return w - w.mean(-1, keepdim=True)
 
 
 # ---- low rank ----

@@ -86,7 +86,7 @@ def backend(request):
     ]
 )
 def place(request):
-    """Each backend once on each device, for ops that call kernels which are tested at every SIMD level by themselves."""
+    """Each backend once on each device, for ops whose kernels are tested at every SIMD level by themselves."""
     if reason := request.param.missing():
         pytest.skip(f"{request.param}: {reason}")
     return request.param

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from tolerance import assert_no_worse
 
 import fastpref
-import fastpref._logps.linear_logps
 from fastpref._logps.token_logps import shifted, token_logps_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -1,88 +1,22 @@
 """curate.read_samples, read_scored_samples: every malformed row is reported with its line, none is lost or mended."""
 
-import gzip
 import json
 import os
-import random
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples_cases import GOOD, write_lines
 
 from fastpref.curate import (
     InputError,
     read_samples,
     read_scored_samples,
-    text_hashes,
     texts,
     to_logit,
 )
 from fastpref.curate.files import processes, reading
-
-GOOD = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 0.5]}
-
-
-USER = [{"role": "user", "content": "hello"}]
-CLEVER = [{"role": "assistant", "content": "naïve"}]
-
-
-def write_lines(path, rows):
-    lines = (row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
-    return path
-
-
-MALFORMED = [
-    (b"{", "not JSON: Expecting property name"),
-    (b'{"prompt": "\xff"}', "not UTF-8 at byte 12"),
-    (b"[" * 100_000, "not JSON"),
-    (b'{"x": 1' + b"0" * 5000 + b"}", "not JSON"),
-    ([1, 2], "a row must be an object, got list"),
-    (b"null", "a row must be an object, got null"),
-    ({"responses": [], "scores": []}, "no field 'prompt'"),
-    ({"prompt": "p", "scores": []}, "no field 'responses'"),
-    ({"prompt": "p", "responses": ["a"]}, "no field 'scores'"),
-    (GOOD | {"prompt": None}, "prompt must be a string, got NoneType"),
-    (GOOD | {"responses": "ab"}, "responses must be a list, got str"),
-    (GOOD | {"scores": 1.0}, "scores must be a list, got float"),
-    (GOOD | {"scores": [1.0]}, "scores must have one entry per response, got 1 for 2"),
-    (GOOD | {"responses": ["a", 3]}, "responses[1] must be a string, got int"),
-    (GOOD | {"responses": ["a", "\ud800"]}, "responses[1] holds a lone surrogate"),
-    (GOOD | {"scores": [1.0, "2"]}, "scores[1] must be a number, got str"),
-    (GOOD | {"scores": [1.0, True]}, "scores[1] must be a number, got bool"),
-    (GOOD | {"scores": [float("inf"), 1.0]}, "scores[0] must be finite, got inf"),
-    (GOOD | {"scores": [10**400, 1.0]}, "scores[0] must be finite, got an integer beyond float64"),
-    (GOOD | {"responses": ["a", USER]}, "responses must be all strings or all lists of messages, got both"),
-    (GOOD | {"responses": [USER, USER]}, "prompt must be a list of messages, as the responses are, got str"),
-    (GOOD | {"prompt": []}, "prompt must hold a message, got an empty list"),
-    (GOOD | {"prompt": ["x"]}, "prompt[0] must be a message, got str"),
-    (GOOD | {"prompt": [{"role": "user"}]}, "prompt[0] must have a content that is a string, got none"),
-    (GOOD | {"prompt": [USER[0] | {"tool_calls": [1]}]}, "prompt[0] must hold role and content alone, got also"),
-    (GOOD | {"prompt": [{"role": "user", "content": "\ud800"}]}, "prompt holds a lone surrogate"),
-    (GOOD | {"lengths": [1, -1]}, "lengths must lie in [0, 2^31), got -1"),
-    (GOOD | {"lengths": [1, 2.5]}, "lengths[1] must be an integer, got float"),
-    (GOOD | {"lengths": [1]}, "lengths must have one entry per response, got 1 for 2"),
-    (GOOD | {"sources": ["m", 7]}, "sources[1] must be a string, got int"),
-    (GOOD | {"truncated": ["yes", None]}, "truncated[0] must be true or false, got str"),
-    ({"instruction": "p", "completions": "r"}, "completions must be a list, got str"),
-    ({"instruction": "p", "completions": [{"text": "r"}]}, "completions[0] must be an object with a response"),
-    ({"completions": []}, "no field 'instruction'"),
-    ({"chosen": "abc", "rejected": "xyz", "scores_chosen": 1, "scores_rejected": 0}, "no field 'prompt', and chosen"),
-    ({"chosen": "abc", "rejected": "abc", "scores_chosen": 1, "scores_rejected": 0}, "no field 'prompt', and one"),
-    ({"chosen": "abc", "rejected": 3, "scores_chosen": 1, "scores_rejected": 0}, "rejected must be a string or"),
-]
-
-
-@pytest.mark.parametrize(("row", "reason"), MALFORMED)
-def test_a_malformed_row_is_reported_with_its_line(tmp_path, row, reason):
-    path = write_lines(tmp_path / "samples.jsonl", [GOOD, b"", row, GOOD])
-    samples = read_scored_samples(path)
-    assert samples.prompts == ["p", "p"] and samples.responses == [["a", "b"]] * 2
-    assert [problem.row for problem in samples.problems] == [3]
-    assert str(samples.problems[0]).startswith(f"{path}:3: {reason}")
-    columns = read_samples(path)
-    assert columns.row.tolist() == [1, 4] and columns.problems == samples.problems
 
 
 def test_a_text_needs_a_score_where_the_texts_are_held(tmp_path):
@@ -102,23 +36,6 @@ def test_ragged_pools_become_a_matrix_padded_with_nan(tmp_path):
     assert samples.problems == [] and samples.head(1).prompts == ["p"]
 
 
-def test_the_file_type_is_read_from_its_bytes(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
-    import pyarrow
-
-    rows = [GOOD, GOOD | {"scores": [1.0, None]}, GOOD | {"prompt": "q"}]
-    for name, write in {
-        "zipped": lambda path: path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode())),
-        "plain": lambda path: path.write_bytes(b"\xef\xbb\xbf" + "\n".join(map(json.dumps, rows)).encode()),
-        "table": lambda path: parquet.write_table(pyarrow.Table.from_pylist(rows), path),
-    }.items():
-        path = tmp_path / name
-        write(path)
-        samples = read_scored_samples(path)
-        assert samples.prompts == ["p", "q"], name
-        assert list(map(str, samples.problems)) == [f"{path}:2: scores[1] must be a number, got none"]
-
-
 def test_the_first_row_decides_which_field_holds_the_scores(tmp_path):
     probability = {"prompt": "p", "responses": ["a"], "win_prob": [0.5]}
     path = write_lines(tmp_path / "samples.jsonl", [probability, GOOD, probability | {"scores": [3.0]}])
@@ -126,24 +43,6 @@ def test_the_first_row_decides_which_field_holds_the_scores(tmp_path):
     assert samples.score_field == "win_prob" and [s.tolist() for s in samples.scores] == [[0.5], [0.5]]
     assert [problem.row for problem in samples.problems] == [2]
     assert read_scored_samples(path, "scores").scores[1].tolist() == [3.0]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [gzip.compress(json.dumps(GOOD).encode() * 1000)[:-12], b"\x1f\x8b but not gzip", b"PAR1 but not Parquet"],
-    ids=["cut gzip", "not gzip", "not Parquet"],
-)
-def test_an_unreadable_file_is_one_input_error(tmp_path, content):
-    path = tmp_path / "samples"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="cannot read") as caught:
-        read_scored_samples(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_file_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match=r"cannot read .*: No such file or directory"):
-        read_scored_samples(tmp_path / "nothing.jsonl")
 
 
 def test_to_logit():
@@ -155,19 +54,6 @@ def test_to_logit():
 
 
 # ---- columns
-
-
-def equal_samples(a, b, but=()):
-    for name, column in vars(a).items():
-        other = getattr(b, name)
-        if isinstance(column, np.ndarray) and name not in but:
-            np.testing.assert_array_equal(column, other, err_msg=name)
-            assert column.dtype == other.dtype, name
-    assert list(a.scores) == list(b.scores)
-    for name, scores in a.scores.items():
-        np.testing.assert_array_equal(scores, b.scores[name], err_msg=name)
-    assert (a.source_names, a.fields) == (b.source_names, b.fields)
-    assert [(p.row, p.reason) for p in a.problems] == [(p.row, p.reason) for p in b.problems]
 
 
 def test_the_columns_of_a_small_file(tmp_path):
@@ -207,193 +93,6 @@ def test_named_fields_must_be_in_every_row(tmp_path):
     assert read_samples(path, length_field="tokens").problems[0].reason == "no field 'tokens'"
     with pytest.raises(TypeError, match="score_fields must be a sequence of names"):
         read_samples(path, score_fields="help")
-
-
-def test_ultrafeedback(tmp_path):
-    completions = [
-        {"model": "m", "response": "a", "overall_score": 7.5, "fine-grained_score": 4, "custom_system_prompt": "x",
-         "annotations": {"helpfulness": {"Rating": "5", "Rationale": "."}, "honesty": {"Rating": "N/A"}}},
-        {"model": "n", "response": "bb", "overall_score": 6.0, "fine-grained_score": None,
-         "annotations": {"helpfulness": {"Rating": "2"}, "honesty": {"Rating": "3"}}},
-    ]  # fmt: skip
-    rows = [{"instruction": "p", "source": "evol", "completions": completions}]
-    path = write_lines(tmp_path / "samples.jsonl", rows)
-    samples = read_samples(path)
-    assert {name: scores.tolist() for name, scores in samples.scores.items()} == {
-        "overall_score": [7.5, 6.0],
-        "fine-grained_score": [4.0, pytest.approx(np.nan, nan_ok=True)],
-    }
-    assert samples.source_names == ["m", "n"] and samples.sources.tolist() == [0, 1]
-    samples = read_samples(path, score_fields=["helpfulness", "honesty"])
-    np.testing.assert_array_equal(samples.scores["helpfulness"], [5, 2])
-    np.testing.assert_array_equal(samples.scores["honesty"], [np.nan, 3])
-    assert list(texts(samples)) == [("p", ["a", "bb"])]
-    completions[1]["annotations"]["honesty"]["Rating"] = "good"
-    path = write_lines(tmp_path / "samples.jsonl", rows)
-    assert read_samples(path, score_fields=["honesty"]).problems[0].reason == "honesty[1] must be a number, got str"
-
-
-def test_preference_rows_are_pools_of_two(tmp_path):
-    both = {"score_chosen": 8, "score_rejected": None, "source_chosen": "m", "source_rejected": "n", "prompt_id": "77"}
-    rows = [
-        {"prompt": "p", "chosen": "a", "rejected": "bb"} | both,
-        {"chosen": "Say so: yes", "rejected": "Say so: no"} | both,
-        {"prompt": USER, "chosen": CLEVER, "rejected": CLEVER * 2} | both,
-        {"prompt": "hello", "chosen": USER + CLEVER, "rejected": USER + CLEVER * 2} | both,
-        {"chosen": USER + CLEVER, "rejected": [*USER, {"role": "assistant", "content": "x"}]} | both,
-    ]
-    samples = read_samples(write_lines(tmp_path / "pairs.jsonl", rows))
-    assert samples.problems == [] and samples.offsets.tolist() == [0, 2, 4, 6, 8, 10]
-    np.testing.assert_array_equal(samples.scores["score"], [8, np.nan] * 5)
-    assert samples.sources.tolist() == [0, 1] * 5
-    assert list(texts(samples)) == [
-        ("p", ["a", "bb"]),
-        ("Say so:", [" yes", " no"]),
-        (USER, [CLEVER, CLEVER * 2]),
-        (USER, [CLEVER, CLEVER * 2]),
-        (USER, [CLEVER, [{"role": "assistant", "content": "x"}]]),
-    ]
-
-
-def test_an_implicit_prompt_is_the_one_trl_finds(tmp_path):
-    data_utils = pytest.importorskip("trl.data_utils", reason="TRL is not installed (the extra [trl])")
-    draw = random.Random(0)
-
-    def text(least):
-        return "".join(draw.choice("ab ") for _ in range(draw.randint(least, 5)))
-
-    rows = []
-    for _ in range(200):
-        prompt = "a" + text(0)
-        chosen, rejected = prompt + "x" + text(0), prompt + "y" + text(0)
-        rows.append({"chosen": chosen, "rejected": rejected, "score_chosen": 1, "score_rejected": 0})
-    samples = read_samples(write_lines(tmp_path / "pairs.jsonl", rows))
-    found = [(row["prompt"], [row["chosen"], row["rejected"]]) for row in map(data_utils.extract_prompt, rows)]
-    assert samples.problems == [] and list(texts(samples)) == found
-
-
-@pytest.mark.parametrize("name", ["{}_rating", "{}-rating", "rating_{}"])
-def test_scores_of_pairs_by_other_names(tmp_path, name):
-    row = {"prompt": "p", "chosen": "a", "rejected": "b", name.format("chosen"): 2, name.format("rejected"): 1}
-    samples = read_samples(write_lines(tmp_path / "pairs.jsonl", [row]), score_fields=["rating"])
-    assert samples.scores["rating"].tolist() == [2, 1]
-
-
-def test_replies_in_plain_text_to_a_conversation_are_the_assistants(tmp_path):
-    rows = [{"prompt": USER, "responses": ["naïve", "b"], "scores": [1, 0]}]
-    rows += [{"prompt": USER, "responses": [CLEVER, [{"role": "assistant", "content": "c"}]], "scores": [1, 0]}]
-    samples = read_samples(write_lines(tmp_path / "samples.jsonl", rows))
-    assert samples.conversational.all() and samples.lengths.tolist() == [5, 1, 5, 1]
-    assert samples.text_hash[0] == samples.text_hash[2] and samples.text_hash[1] != samples.text_hash[3]
-    assert next(texts(samples)) == (USER, [CLEVER, [{"role": "assistant", "content": "b"}]])
-
-
-# ---- files in parts
-
-
-def many_rows(count=300, seed=0):
-    draw = random.Random(seed)
-    rows = []
-    for k in range(count):
-        responses = [
-            "".join(draw.choice("ab é\n") for _ in range(draw.randint(0, 9))) for _ in range(draw.randint(0, 5))
-        ]
-        row = {
-            "prompt": f"p{k % 97}",
-            "responses": responses,
-            "scores": [draw.choice([None, 0.5, 2]) for _ in responses],
-        }
-        if draw.random() < 0.5:
-            row["sources"] = [draw.choice("mnopq") for _ in responses]
-        if draw.random() < 0.2:
-            row["lengths"] = [7 for _ in responses]
-        rows.append(row if draw.random() < 0.9 else row | {"prompt": None})
-    return rows
-
-
-def write_parquet(path, rows, **options):
-    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
-    from pyarrow import parquet
-
-    names = dict.fromkeys(name for row in rows for name in row)
-    parquet.write_table(pyarrow.table({name: [row.get(name) for row in rows] for name in names}), path, **options)
-    return path
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("part", [1, 500, 1 << 23])
-def test_neither_the_kind_of_file_nor_its_parts_change_the_columns(tmp_path, monkeypatch, part, workers):
-    rows = many_rows()
-    one = read_samples(write_lines(tmp_path / "whole.jsonl", rows), workers=1)
-    assert one.problems and one.prompts + len(one.problems) == len(rows)
-    monkeypatch.setattr(reading, "PART", part)
-    plain = write_lines(tmp_path / "samples.jsonl", rows)
-    zipped = tmp_path / "samples.jsonl.gz"
-    zipped.write_bytes(gzip.compress(plain.read_bytes()))
-    table = write_parquet(tmp_path / "samples.parquet", rows, row_group_size=max(1, part // 50))
-    seen = []
-    for path in (plain, zipped, table):
-        samples = read_samples(path, workers=workers, progress=lambda *at: seen.append(at))
-        equal_samples(one, samples, but=() if path != table else ("position",))
-        assert seen[-1] == (reading.extent(path),) * 2 and seen == sorted(seen)
-        seen.clear()
-        for prompts in (np.arange(one.prompts), np.arange(3, one.prompts, 7), np.arange(0)):
-            chosen = [rows[k - 1] for k in samples.row[prompts].tolist()]
-            assert list(texts(samples, prompts)) == [(row["prompt"], row["responses"]) for row in chosen]
-
-
-def test_blank_lines_other_line_ends_and_a_byte_order_mark(tmp_path, monkeypatch):
-    good = json.dumps(GOOD).encode()
-    path = tmp_path / "samples.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n \r\n\n" + good + b"\n\n{\r\n" + good)
-    for part in (1, 1 << 20):
-        monkeypatch.setattr(reading, "PART", part)
-        samples = read_samples(path)
-        assert samples.row.tolist() == [1, 4, 7] and [problem.row for problem in samples.problems] == [6]
-        assert [prompt for prompt, _ in texts(samples)] == ["p"] * 3
-    path.write_bytes(b"\xef\xbb\xbf" + good + b"\n\xef\xbb\xbf" + good)
-    assert [(p.row, p.reason[:8]) for p in read_samples(path).problems] == [(2, "not JSON")]
-
-
-@pytest.mark.parametrize("rows", [[], [[]], [{"prompt": "p"}]])
-def test_a_file_without_a_usable_row(tmp_path, rows):
-    samples = read_samples(write_lines(tmp_path / "samples.jsonl", rows))
-    assert (samples.prompts, samples.responses, len(samples.problems)) == (0, 0, len(rows))
-    assert samples.offsets.tolist() == [0] and samples.text_hash.dtype == np.uint64
-    assert list(texts(samples)) == []
-
-
-def test_text_of_parquet_that_is_not_utf8(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
-    from pyarrow import parquet
-
-    binary = pyarrow.array([b"p", b"a\xff", b"q"])
-    prompt = pyarrow.StringArray.from_buffers(3, binary.buffers()[1], binary.buffers()[2])
-    path = tmp_path / "samples.parquet"
-    parquet.write_table(pyarrow.table({"prompt": prompt, "responses": [["a"]] * 3, "scores": [[1.0]] * 3}), path)
-    samples = read_samples(path)
-    assert samples.row.tolist() == [1, 3]
-    assert [(p.row, p.reason) for p in samples.problems] == [(2, "not UTF-8 at byte 1 of a string")]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        gzip.compress(json.dumps(GOOD).encode() * 1000)[:-12],
-        gzip.compress(json.dumps(GOOD).encode() * 1000)[:40] + b"\x00" * 40,
-        b"PAR1 but not Parquet",
-    ],
-    ids=["cut gzip", "broken gzip", "not Parquet"],
-)
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_unreadable_file_is_an_input_error_for_columns_too(tmp_path, content, workers):
-    path = tmp_path / "samples"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="cannot read") as caught:
-        read_samples(path, workers=workers)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="No such file"):
-        read_samples(tmp_path / "nothing")
 
 
 def test_a_file_that_changes_between_the_passes(tmp_path):
@@ -498,20 +197,3 @@ def test_a_script_without_a_main_guard_may_use_processes(tmp_path, python):
     script.write_text(code)
     done = python(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')")
     assert (done.stdout, done.stderr) == ("50\n", "")
-
-
-def test_hashes_of_what_is_held_out(tmp_path):
-    rows = [{"question": "p", "answers": ["x", "y"], "n": 3}, {"messages": USER + CLEVER}, "free text"]
-    held = text_hashes(write_lines(tmp_path / "held.jsonl", rows))
-    assert (np.diff(held) > 0).all() and held.dtype == np.uint64
-    pools = [
-        {"prompt": "p", "responses": ["x", "z", "hello", "free text"], "scores": [1, 2, 3, 4]},
-        {"prompt": USER, "responses": ["naïve", "p"], "scores": [1, 2]},
-        {"prompt": USER + CLEVER, "responses": ["q"], "scores": [1]},
-    ]
-    samples = read_samples(write_lines(tmp_path / "samples.jsonl", pools))
-    assert np.isin(samples.prompt_hash, held).tolist() == [True, True, True]
-    assert np.isin(samples.text_hash, held).tolist() == [True, False, True, True, True, True, False]
-    with pytest.raises(InputError, match=r"held.jsonl:2: not JSON"):
-        text_hashes(write_lines(tmp_path / "held.jsonl", [rows[0], b"{"]))
-    assert len(text_hashes(write_lines(tmp_path / "held.jsonl", []))) == 0

@@ -31,7 +31,6 @@ from linear_logps_cases import (
 from tolerance import assert_no_worse
 
 import fastpref
-import fastpref._logps.linear_logps
 from fastpref import _library, _native
 from fastpref._logps.token_logps import STATS, shifted, token_logps_ref
 
@@ -369,7 +368,7 @@ class TestProducts:
     def test_threads_and_repeats(self):
         tensors, labels = make((70,), 40, 5003, torch.bfloat16, bias=True, rank=2)
         grad, results = torch.randn(70), []
-        for threads in (1, 2, 2, 5):  # the fixture of this module puts the number back
+        for threads in (1, 2, 2, 5):  # a fixture puts the number back
             torch.set_num_threads(threads)
             for budget in (None, 40 * 5003 * 2):
                 results.append(run(fused, tensors, labels, grad, max_tile_bytes=budget))

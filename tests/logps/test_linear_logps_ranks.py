@@ -5,7 +5,6 @@ from cases import TRANSFORMS
 from linear_logps_cases import TRAINED, cast, close, exact, make, project, run
 
 import fastpref
-import fastpref._logps.linear_logps
 from fastpref._logps.token_logps import STATS
 
 # ---- several ranks ----
