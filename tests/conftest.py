@@ -92,6 +92,16 @@ def place(request):
     return request.param
 
 
+@pytest.fixture(params=[b for b in BACKENDS if b.device.type == "cpu" and b.name != "triton"], ids=repr)
+def cpu_backend(request):
+    """The name of the backend, for ops that have only reference and native CPU kernels."""
+    if reason := request.param.missing():
+        pytest.skip(reason)
+    fastpref.set_simd_level(request.param.simd or "auto")
+    yield request.param.name
+    fastpref.set_simd_level("auto")
+
+
 SIMD = ["baseline", "avx2", "avx512"]
 
 

@@ -3,22 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from cases import BACKENDS
 
 import fastpref
 from fastpref import _library
 from fastpref._lowrank.svt import JACOBI_LANES, _operator, jacobi_is_faster, svt_ref
 
 SHAPES = [(1, 1), (2, 2), (1, 7), (7, 1), (5, 5), (12, 7), (7, 12), (32, 32), (33, 33), (40, 64), (64, 40), (3, 100)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """LAPACK's threads get in each other's way on small matrices: seconds instead of milliseconds on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def of_rank(batch, m, n, rank, dtype=torch.float32):
@@ -49,16 +39,6 @@ def extended(matrix, threshold):
     return (x * np.maximum(1 - np.longdouble(threshold) / np.where(s > 0, s, 1), 0)) @ v.T
 
 
-@pytest.fixture(params=[b for b in BACKENDS if b.name != "triton" and b.device.type == "cpu"], ids=repr)
-def backend(request):
-    chosen = request.param
-    if reason := chosen.missing():
-        pytest.skip(reason)
-    fastpref.set_simd_level(chosen.simd or "auto")
-    yield chosen.name
-    fastpref.set_simd_level("auto")
-
-
 def thresholded(matrix, threshold):
     """In the dtype of the matrix, as a user writes it."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -66,7 +46,7 @@ def thresholded(matrix, threshold):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_float64(backend, shape):
+def test_matches_float64(cpu_backend, shape):
     matrix = torch.randn(19, *shape)  # neither whole vectors nor less than one
     matrix[4] = of_rank(1, *shape, 1)[0]
     matrix[5] = 0
@@ -76,7 +56,7 @@ def test_matches_float64(backend, shape):
     top = torch.linalg.matrix_norm(matrix, 2)
     for share in (0.0, 1e-3, 0.3, 0.9, 2.0):
         threshold = share * top
-        found = fastpref.svt(matrix, threshold, backend=backend)
+        found = fastpref.svt(matrix, threshold, backend=cpu_backend)
         low, rank = svt_ref(matrix, threshold)
         size = top.double().clamp(min=1e-300)
         own = torch.linalg.matrix_norm(found.low_rank - low) / size
@@ -90,12 +70,12 @@ def test_matches_float64(backend, shape):
 
 @pytest.mark.skipif(np.finfo(np.longdouble).eps > 1e-18, reason="long double is no longer than double here")
 @pytest.mark.parametrize("shape", [(1, 1), (5, 5), (12, 7), (7, 12), (16, 16)], ids=str)
-def test_float64_matches_extended_precision(backend, shape):
+def test_float64_matches_extended_precision(cpu_backend, shape):
     matrix = torch.randn(5, *shape, dtype=torch.float64)
     matrix[3] = of_rank(1, *shape, 1, torch.float64)[0]
     matrix[4] *= 1e-300
     threshold = 0.4 * torch.linalg.matrix_norm(matrix, 2)
-    found, same = fastpref.svt(matrix, threshold, backend=backend).low_rank, thresholded(matrix, threshold)
+    found, same = fastpref.svt(matrix, threshold, backend=cpu_backend).low_rank, thresholded(matrix, threshold)
     for i in range(5):
         truth, norm = extended(matrix[i], threshold[i].item()), matrix[i].abs().max().item()
         own, peer = (float(np.abs(t[i].numpy() - truth).max() / norm) for t in (found, same))
@@ -146,9 +126,9 @@ def test_half_precision_is_rounded_once():
 
 
 @pytest.mark.parametrize("items", [6, 15, 48])
-def test_skew_stays_skew(backend, items):
+def test_skew_stays_skew(cpu_backend, items):
     upper = torch.randn(4, items, items).triu(1)
-    found = fastpref.svt(upper - upper.mT, 1.0, backend=backend)
+    found = fastpref.svt(upper - upper.mT, 1.0, backend=cpu_backend)
     low = found.low_rank
     assert (low + low.mT).abs().max() < 1e-5 * low.abs().max() * items**0.5
     assert (found.rank % 2 == 0).all()
