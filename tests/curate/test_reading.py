@@ -186,3 +186,25 @@ def test_hashes_of_what_is_held_out(tmp_path):
     with pytest.raises(InputError, match=r"held.jsonl:2: not JSON"):
         text_hashes(write_lines(tmp_path / "held.jsonl", [rows[0], b"{"]))
     assert len(text_hashes(write_lines(tmp_path / "held.jsonl", []))) == 0
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+@pytest.mark.parametrize("part", [1, 100, 1 << 23])
+def test_parts_are_the_whole_file_in_order(tmp_path, monkeypatch, part, packed):
+    monkeypatch.setattr(reading, "PART", part)
+    rows = [GOOD | {"prompt": f"p{k}"} for k in range(20)]
+    path = write_lines(tmp_path / "samples", [*rows[:7], b"", *rows[7:], b"{"])
+    lines = path.read_bytes()
+    if packed:
+        path.write_bytes(gzip.compress(lines))
+    cut = list(reading.parts(path, None))
+    assert [p.begin for p in cut] == [0, *(p.end for p in cut[:-1])] and cut[-1].end == len(lines)
+    assert cut[-1].done == reading.extent(path)
+    assert all(lines[p.end - 1 : p.end] == b"\n" for p in cut)
+    found = [row for p in cut for row in reading.part_rows(path, p, None)]
+    assert [position for position, _ in found] == [0, *(k + 1 for k, c in enumerate(lines[:-1]) if c == ord("\n"))]
+    assert [row for _, row in found if isinstance(row, dict)] == rows
+    assert found[7][1] is None and isinstance(found[-1][1], ValueError)
+    assert [number for number, _ in reading.numbered_rows(path, None)] == [*range(1, 8), *range(9, 23)]
+    second = next(p for p in cut if p.end > found[1][0])
+    assert list(reading.part_rows(path, second, None, [found[1][0]])) == [found[1]]

@@ -11,6 +11,7 @@ from fastpref.curate import (
     read_scored_samples,
     texts,
 )
+from fastpref.curate.files.rows import Fields, parse_row, score_fields
 
 MALFORMED = [
     (b"{", "not JSON: Expecting property name"),
@@ -141,3 +142,33 @@ def test_replies_in_plain_text_to_a_conversation_are_the_assistants(tmp_path):
     assert samples.conversational.all() and samples.lengths.tolist() == [5, 1, 5, 1]
     assert samples.text_hash[0] == samples.text_hash[2] and samples.text_hash[1] != samples.text_hash[3]
     assert next(texts(samples)) == (USER, [CLEVER, [{"role": "assistant", "content": "b"}]])
+
+
+# ---- by themselves
+
+
+def test_a_row_by_itself():
+    row = {"prompt": "p", "responses": ["a", "b"], "scores": [1, None], "models": ["m", None], "prompt_id": 7}
+    found = parse_row(row | {"finish_reason": ["stop", "length"]}, Fields(("scores",), "models", None))
+    assert (found.prompt, found.responses) == ("p", ["a", "b"])
+    np.testing.assert_array_equal(found.scores["scores"], [1, np.nan])
+    assert (found.sources, found.lengths, found.truncated) == (["m", None], None, [False, True])
+    assert found.prompt_id == "7"
+    with pytest.raises(ValueError, match=r"no field 'scores' \(or name it: score_field\)"):
+        parse_row(row, Fields(None, None, None))
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        (GOOD, ("scores",)),
+        ({"prompt": "p", "responses": ["a"]}, None),
+        ({"instruction": "p", "completions": [{"response": "a", "overall_score": 3}]}, ("overall_score",)),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 0}, ("score",)),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, None),
+        ([1], None),
+    ],
+    ids=["pool", "pool without", "completions", "pair", "pair without", "no object"],
+)
+def test_the_score_fields_of_a_row(row, fields):
+    assert score_fields(row) == fields
