@@ -32,7 +32,7 @@ class OutlierCounts(NamedTuple):
     rest_squares: Tensor  # [] float64: sum of R^2 over the other observed entries
 
 
-class Outliers(NamedTuple):
+class OutlierList(NamedTuple):
     rows: Tensor  # [k] int64
     columns: Tensor  # [k] int64, sorted by row, then by column
     values: Tensor  # [k] of the factors' dtype: R
@@ -60,7 +60,7 @@ def _count_ref(matrix, left, right, threshold, scale) -> OutlierCounts:
     return OutlierCounts(rows, columns, row_observed, column_observed, rest)
 
 
-def _list_ref(matrix, left, right, threshold, scale) -> Outliers:
+def _list_ref(matrix, left, right, threshold, scale) -> OutlierList:
     found = [(torch.empty(0, 2, dtype=torch.int64, device=matrix.device), left.new_empty(0))]
     for block, residual in _residual_blocks(matrix, left, right, scale):
         where = (residual.abs() > threshold).nonzero()
@@ -68,7 +68,7 @@ def _list_ref(matrix, left, right, threshold, scale) -> Outliers:
         where[:, 0] += block.start
         found.append((where, values))
     where, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Outliers(where[:, 0].contiguous(), where[:, 1].contiguous(), values)
+    return OutlierList(where[:, 0].contiguous(), where[:, 1].contiguous(), values)
 
 
 # ---- native ----
@@ -111,7 +111,7 @@ def _native_count(matrix, left, right, threshold, scale) -> OutlierCounts:
     return OutlierCounts(rows, columns, observed, column_observed, rest.sum())
 
 
-def _native_list(matrix, left, right, threshold, scale) -> Outliers:
+def _native_list(matrix, left, right, threshold, scale) -> OutlierList:
     counts = _native_count(matrix, left, right, threshold, scale).rows
     args, _, _kept = _native_args(matrix, left, right, threshold, scale)
     first = torch.zeros(len(counts) + 1, dtype=torch.int64)
@@ -122,7 +122,7 @@ def _native_list(matrix, left, right, threshold, scale) -> Outliers:
     _native._core.outliers_list_cpu(
         args, first.data_ptr(), rows.data_ptr(), columns.data_ptr(), values.data_ptr(), torch.get_num_threads()
     )
-    return Outliers(rows, columns, values)
+    return OutlierList(rows, columns, values)
 
 
 _library.OPS["outliers"] = {"native": _library.native_cpu_reason, "reference": _library.reference_reason}
@@ -183,7 +183,7 @@ def outliers(
     *,
     scale: float = 1.0,
     backend: str | None = None,
-) -> Outliers:
+) -> OutlierList:
     """Where |R| > threshold, and R there: a list of (row, column, R), sorted by row, then by column.
 
     Args:
@@ -201,4 +201,4 @@ def outliers(
         return find(matrix, left, right, threshold, scale)
     columns, rows, values = find(matrix.t(), right, left, threshold, scale)
     order = (rows * matrix.shape[1] + columns).argsort()
-    return Outliers(rows[order], columns[order], values[order])
+    return OutlierList(rows[order], columns[order], values[order])

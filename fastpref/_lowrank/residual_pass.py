@@ -636,6 +636,16 @@ def residual_pass(
     return ResidualPass(*_residual_pass(matrix, left, right, *options))
 
 
+def histogram_mean(histogram: Tensor) -> float:
+    """The mean of what a ResidualPass.histogram counts, to a percent; 0 where it is empty."""
+    if histogram.sum() == 0:
+        return 0.0
+    counts = histogram.cpu()
+    edges = (torch.arange(len(counts) + 1, dtype=torch.int32) << _BIN_SHIFT).view(torch.float32).double()
+    middle = ((edges[:-1] + edges[1:]) / 2).where(counts > 0, 0.0)
+    return float((middle * counts).sum() / counts.sum())
+
+
 def histogram_median(histogram: Tensor) -> float:
     """The median of what a ResidualPass.histogram counts, to 1.6 % (half a bin); NaN where it is empty."""
     counts = histogram.cpu().cumsum(0)
