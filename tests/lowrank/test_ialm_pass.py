@@ -12,8 +12,8 @@ from fastpref import _library
 from fastpref._lowrank import ialm
 from fastpref._lowrank.ialm_pass import State, dual_product, dual_sums, ialm_product, ialm_update, new_state, set_dual
 from fastpref._lowrank.large_ialm import large_ialm
-from fastpref._lowrank.residual_pass import entries, factor_dtype
-from fastpref._lowrank.rpca import RPCAResult
+from fastpref._lowrank.result import RPCAResult
+from fastpref._lowrank.storage import entries, factor_dtype
 
 BACKENDS = ["reference", "baseline", "avx2", "avx512"]
 SHAPES = [(1, 1), (3, 5), (8, 32), (61, 77), (17, 33), (5, 1033), (131, 64)]

@@ -7,7 +7,7 @@ from cases import DTYPES, LAYOUTS, make, zeta_in_a_gap
 import fastpref
 from fastpref import _library
 from fastpref._lowrank.outliers import outlier_counts, outliers
-from fastpref._lowrank.residual_pass import entries
+from fastpref._lowrank.storage import entries
 
 BACKENDS = ["reference", "baseline", "avx2", "avx512"]
 SHAPES = [(61, 77), (1, 1), (3, 5), (17, 32), (5, 1033), (70, 33)]

@@ -10,7 +10,7 @@ from cases import SEED, corrupted, error, skew_corrupted
 
 import fastpref
 from fastpref._lowrank.ialm import GAP, spectral_norm_above
-from fastpref._lowrank.rpca import RPCAResult
+from fastpref._lowrank.result import RPCAResult
 
 QUIET = pytest.mark.filterwarnings("ignore:rank=:RuntimeWarning")
 
