@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from fastpref._logps.sequences import SequenceLogps, sequence_logps
     from fastpref._logps.token_logps import TokenStats, token_logps
     from fastpref._lowrank.bradley_terry import BradleyTerryInfo, BradleyTerryResult, Edges, bradley_terry
-    from fastpref._lowrank.rpca import RPCAInfo, RPCAProgress, RPCAResult, SparseCOO, rpca
+    from fastpref._lowrank.result import RPCAInfo, RPCAProgress, RPCAResult, SparseCOO
+    from fastpref._lowrank.rpca import rpca
     from fastpref._lowrank.svt import SVTResult, svt
     from fastpref._native import CudaError, set_simd_level
 
@@ -49,10 +50,10 @@ _PUBLIC = {
     "preference_loss": "fastpref._logps.preference",
     "sequence_logps": "fastpref._logps.sequences",
     "preference_matrix": "fastpref.preference_matrix",
-    "RPCAInfo": "fastpref._lowrank.rpca",
-    "RPCAProgress": "fastpref._lowrank.rpca",
-    "RPCAResult": "fastpref._lowrank.rpca",
-    "SparseCOO": "fastpref._lowrank.rpca",
+    "RPCAInfo": "fastpref._lowrank.result",
+    "RPCAProgress": "fastpref._lowrank.result",
+    "RPCAResult": "fastpref._lowrank.result",
+    "SparseCOO": "fastpref._lowrank.result",
     "rpca": "fastpref._lowrank.rpca",
     "SVTResult": "fastpref._lowrank.svt",
     "svt": "fastpref._lowrank.svt",

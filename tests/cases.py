@@ -12,7 +12,7 @@ import torch
 
 import fastpref
 from fastpref import _library
-from fastpref._lowrank import residual_pass as op
+from fastpref._lowrank import storage
 
 SEED = int(os.environ.get("FASTPREF_TEST_SEED", time.time_ns() % 2**31))
 
@@ -111,13 +111,13 @@ def make(m, n, r, dtype=torch.float32, device="cpu", missing=0.2):
         matrix = matrix.mul(8).round().clamp(-127, 127)
     matrix = matrix.to(dtype)
     matrix[torch.rand(m, n, device=device) < missing] = -128 if dtype == torch.int8 else torch.nan
-    factor_dtype = op.factor_dtype(matrix)
+    factor_dtype = storage.factor_dtype(matrix)
     near = [(f + 0.1 * torch.randn_like(f)).to(factor_dtype) for f in (left, right)]
     return matrix, *near
 
 
 def sizes(matrix, left, right, scale=1.0):
-    residual = scale * op.entries(matrix, torch.float64) - left.double() @ right.double().t()
+    residual = scale * storage.entries(matrix, torch.float64) - left.double() @ right.double().t()
     return residual[~residual.isnan()].abs()
 
 

@@ -32,27 +32,41 @@ class OutlierCounts(NamedTuple):
     rest_squares: Tensor  # [] float64: sum of R^2 over the other observed entries
 
 
-class Outliers(NamedTuple):
+class OutlierList(NamedTuple):
     rows: Tensor  # [k] int64
     columns: Tensor  # [k] int64, sorted by row, then by column
     values: Tensor  # [k] of the factors' dtype: R
 
 
+class _Search(NamedTuple):
+    """For |unit D - left right^T| > threshold."""
+
+    matrix: Tensor
+    left: Tensor
+    right: Tensor
+    threshold: float
+    unit: float  # of what is stored in the matrix
+
+    def transposed(self) -> "_Search":
+        return self._replace(matrix=self.matrix.t(), left=self.right, right=self.left)
+
+
 # ---- reference ----
 
 
-def _residual_blocks(matrix, left, right, scale):
+def _residual_blocks(search: _Search):
+    matrix, left, right = search.matrix, search.left, search.right
     for block in row_blocks(matrix):
-        yield block, entries(matrix[block], left.dtype).mul(scale).addmm_(left[block], right.t(), alpha=-1)
+        yield block, entries(matrix[block], left.dtype).mul(search.unit).addmm_(left[block], right.t(), alpha=-1)
 
 
-def _count_ref(matrix, left, right, threshold, scale) -> OutlierCounts:
-    m, n = matrix.shape
-    rows, row_observed = (torch.zeros(m, dtype=torch.int64, device=matrix.device) for _ in range(2))
-    columns, column_observed = (torch.zeros(n, dtype=torch.int64, device=matrix.device) for _ in range(2))
-    rest = torch.zeros((), dtype=torch.float64, device=matrix.device)
-    for block, residual in _residual_blocks(matrix, left, right, scale):
-        far, there = residual.abs() > threshold, ~residual.isnan()
+def _count_ref(search: _Search) -> OutlierCounts:
+    (m, n), device = search.matrix.shape, search.matrix.device
+    rows, row_observed = (torch.zeros(m, dtype=torch.int64, device=device) for _ in range(2))
+    columns, column_observed = (torch.zeros(n, dtype=torch.int64, device=device) for _ in range(2))
+    rest = torch.zeros((), dtype=torch.float64, device=device)
+    for block, residual in _residual_blocks(search):
+        far, there = residual.abs() > search.threshold, ~residual.isnan()
         rows[block], row_observed[block] = far.sum(1), there.sum(1)
         columns += far.sum(0)
         column_observed += there.sum(0)
@@ -60,27 +74,32 @@ def _count_ref(matrix, left, right, threshold, scale) -> OutlierCounts:
     return OutlierCounts(rows, columns, row_observed, column_observed, rest)
 
 
-def _list_ref(matrix, left, right, threshold, scale) -> Outliers:
-    found = [(torch.empty(0, 2, dtype=torch.int64, device=matrix.device), left.new_empty(0))]
-    for block, residual in _residual_blocks(matrix, left, right, scale):
-        where = (residual.abs() > threshold).nonzero()
+def _list_ref(search: _Search) -> OutlierList:
+    found = [(torch.empty(0, 2, dtype=torch.int64, device=search.matrix.device), search.left.new_empty(0))]
+    for block, residual in _residual_blocks(search):
+        where = (residual.abs() > search.threshold).nonzero()
         values = residual[where[:, 0], where[:, 1]]
         where[:, 0] += block.start
         found.append((where, values))
     where, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Outliers(where[:, 0].contiguous(), where[:, 1].contiguous(), values)
+    return OutlierList(where[:, 0].contiguous(), where[:, 1].contiguous(), values)
 
 
 # ---- native ----
 
 
-def _native_args(matrix, left, right, threshold, scale):
-    """The kernels' arguments, and the tensors they point to."""
-    (m, n), rank = matrix.shape, left.shape[1]
+class _NativeArgs(NamedTuple):
+    args: object  # the kernels'
+    padded: int  # columns of what is summed by column
+    kept: tuple[Tensor, Tensor]  # the factors that args points to
+
+
+def _native_args(search: _Search) -> _NativeArgs:
+    matrix, (m, n), rank = search.matrix, search.matrix.shape, search.left.shape[1]
     padding = _native._core.outliers_padding
     padded = (n + padding - 1) // padding * padding
-    left, across = left.contiguous(), left.new_zeros(rank, padded)
-    across[:, :n] = right.t()
+    left, across = search.left.contiguous(), search.left.new_zeros(rank, padded)
+    across[:, :n] = search.right.t()
     args = _native._core.Outliers(
         matrix.data_ptr(),
         DTYPE_CODES[matrix.dtype],
@@ -91,44 +110,44 @@ def _native_args(matrix, left, right, threshold, scale):
         across.data_ptr(),
         rank,
         padded,
-        scale,
-        threshold,
+        search.unit,
+        search.threshold,
     )
-    return args, padded, (left, across)
+    return _NativeArgs(args, padded, (left, across))
 
 
-def _native_count(matrix, left, right, threshold, scale) -> OutlierCounts:
-    args, padded, _kept = _native_args(matrix, left, right, threshold, scale)
-    threads, (m, n) = torch.get_num_threads(), matrix.shape
+def _native_count(search: _Search) -> OutlierCounts:
+    native = _native_args(search)
+    threads, (m, n) = torch.get_num_threads(), search.matrix.shape
     rows, observed = (torch.empty(m, dtype=torch.int64) for _ in range(2))
     rest = torch.empty(m, dtype=torch.float64)
-    wide = torch.int64 if left.dtype == torch.float64 else torch.int32
-    by_column = torch.zeros(threads, 2, padded, dtype=wide)
+    wide = torch.int64 if search.left.dtype == torch.float64 else torch.int32
+    by_column = torch.zeros(threads, 2, native.padded, dtype=wide)
     _native._core.outliers_count_cpu(
-        args, rows.data_ptr(), observed.data_ptr(), by_column.data_ptr(), rest.data_ptr(), threads
+        native.args, rows.data_ptr(), observed.data_ptr(), by_column.data_ptr(), rest.data_ptr(), threads
     )
     columns, column_observed = by_column.sum(0)[:, :n].long()
     return OutlierCounts(rows, columns, observed, column_observed, rest.sum())
 
 
-def _native_list(matrix, left, right, threshold, scale) -> Outliers:
-    counts = _native_count(matrix, left, right, threshold, scale).rows
-    args, _, _kept = _native_args(matrix, left, right, threshold, scale)
+def _native_list(search: _Search) -> OutlierList:
+    counts = _native_count(search).rows
+    native = _native_args(search)
     first = torch.zeros(len(counts) + 1, dtype=torch.int64)
     torch.cumsum(counts, 0, out=first[1:])
     total = int(first[-1])
     rows, columns = (torch.zeros(total, dtype=torch.int64) for _ in range(2))
-    values = left.new_zeros(total)
+    values = search.left.new_zeros(total)
     _native._core.outliers_list_cpu(
-        args, first.data_ptr(), rows.data_ptr(), columns.data_ptr(), values.data_ptr(), torch.get_num_threads()
+        native.args, first.data_ptr(), rows.data_ptr(), columns.data_ptr(), values.data_ptr(), torch.get_num_threads()
     )
-    return Outliers(rows, columns, values)
+    return OutlierList(rows, columns, values)
 
 
 _library.OPS["outliers"] = {"native": _library.native_cpu_reason, "reference": _library.reference_reason}
 
 
-def _checked(matrix, left, right, threshold, scale, backend):
+def _checked_search(matrix, left, right, threshold, scale) -> _Search:
     check_matrix(matrix)
     check_factors(matrix, left, right)
     for name, factor in (("left", left), ("right", right)):
@@ -138,10 +157,12 @@ def _checked(matrix, left, right, threshold, scale, backend):
     if not threshold >= 0:
         raise ValueError(f"threshold must not be negative, got {threshold}")
     check_scale(scale)
+    return _Search(matrix.detach(), left.detach(), right.detach(), float(threshold), float(scale))
+
+
+def _is_native(matrix: Tensor, backend: str | None) -> bool:
     _library.check_backend("outliers", backend)
-    backend = _library.choose_backend("outliers", backend or "", matrix.device.type)
-    tensors = (t.detach() for t in (matrix, left, right))
-    return *tensors, float(threshold), float(scale), backend == "native"
+    return _library.choose_backend("outliers", backend or "", matrix.device.type) == "native"
 
 
 # ---- public ----
@@ -167,12 +188,18 @@ def outlier_counts(
         TypeError, ValueError: for arguments of the wrong type, shape, dtype, device or memory layout.
         RuntimeError: for a backend that cannot serve, with the reason.
     """
-    matrix, left, right, threshold, scale, native = _checked(matrix, left, right, threshold, scale, backend)
-    count = _native_count if native else _count_ref
+    search = _checked_search(matrix, left, right, threshold, scale)
+    count = _native_count if _is_native(matrix, backend) else _count_ref
     if lies_by_rows(matrix):
-        return count(matrix, left, right, threshold, scale)
-    columns, rows, column_observed, row_observed, rest = count(matrix.t(), right, left, threshold, scale)
-    return OutlierCounts(rows, columns, row_observed, column_observed, rest)
+        return count(search)
+    found = count(search.transposed())
+    return OutlierCounts(
+        rows=found.columns,
+        columns=found.rows,
+        row_observed=found.column_observed,
+        column_observed=found.row_observed,
+        rest_squares=found.rest_squares,
+    )
 
 
 def outliers(
@@ -183,7 +210,7 @@ def outliers(
     *,
     scale: float = 1.0,
     backend: str | None = None,
-) -> Outliers:
+) -> OutlierList:
     """Where |R| > threshold, and R there: a list of (row, column, R), sorted by row, then by column.
 
     Args:
@@ -195,10 +222,10 @@ def outliers(
         TypeError, ValueError: for arguments of the wrong type, shape, dtype, device or memory layout.
         RuntimeError: for a backend that cannot serve, with the reason.
     """
-    matrix, left, right, threshold, scale, native = _checked(matrix, left, right, threshold, scale, backend)
-    find = _native_list if native else _list_ref
+    search = _checked_search(matrix, left, right, threshold, scale)
+    find = _native_list if _is_native(matrix, backend) else _list_ref
     if lies_by_rows(matrix):
-        return find(matrix, left, right, threshold, scale)
-    columns, rows, values = find(matrix.t(), right, left, threshold, scale)
-    order = (rows * matrix.shape[1] + columns).argsort()
-    return Outliers(rows[order], columns[order], values[order])
+        return find(search)
+    found = find(search.transposed())
+    order = (found.columns * matrix.shape[1] + found.rows).argsort()
+    return OutlierList(found.columns[order], found.rows[order], found.values[order])

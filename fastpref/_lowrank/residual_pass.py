@@ -34,7 +34,7 @@ from fastpref._lowrank.storage import (
 try:
     import triton
     import triton.language as tl
-except ImportError:  # _library.triton_reason tells whoever asks for it
+except ImportError:  # _library.triton_reason gives this as the reason
     triton = None
 
 PSI = ("hard", "soft", "cauchy", "identity")
@@ -58,6 +58,21 @@ class ResidualPass(NamedTuple):
     histogram: Tensor  # [BINS] int64: |R| of (a subset of) the observed entries
     row_squares: Tensor  # [m] float64: sum of R^2 over the row's observed entries; [0] unless squares=True
     column_squares: Tensor  # [n] float64: the same of the columns
+
+
+class _Terms(NamedTuple):
+    """What E is, given R: w_i w_j psi(R)."""
+
+    psi: str
+    zeta: float
+    unit: float  # of what is stored in the matrix
+    skew: bool  # the upper triangle of a skew-symmetric matrix is read
+    row_weights: Tensor | None
+    column_weights: Tensor | None
+    squares: bool  # also the sums of R^2 by row and by column
+
+    def transposed(self) -> "_Terms":
+        return self._replace(row_weights=self.column_weights, column_weights=self.row_weights)
 
 
 # ---- reference: the specification ----
@@ -90,12 +105,11 @@ def _psi(residual: Tensor, psi: str, zeta: float) -> Tensor:
     return residual
 
 
-def _reference(
-    matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares
-) -> tuple[ResidualPass, float]:
+def _reference(matrix: Tensor, left: Tensor, right: Tensor, terms: _Terms) -> tuple[ResidualPass, float]:
     """What residual_pass_ref returns, and the largest |R|."""
     m, n = matrix.shape
     device = matrix.device
+    skew, row_weights, column_weights = terms.skew, terms.row_weights, terms.column_weights
     left, right = left.double(), right.double()
     row_weights = torch.ones(m, device=device).double() if row_weights is None else row_weights.double()
     column_weights = torch.ones(n, device=device).double() if column_weights is None else column_weights.double()
@@ -114,11 +128,11 @@ def _reference(
         if skew:
             values = values.masked_fill(columns <= rows.unsqueeze(1), torch.nan)
         seen = ~values.isnan()
-        residual = values.mul(scale).addmm_(left[block], right.t(), alpha=-1)
-        e = _psi(residual, psi, zeta) * row_weights[block].unsqueeze(1) * column_weights
+        residual = values.mul(terms.unit).addmm_(left[block], right.t(), alpha=-1)
+        e = _psi(residual, terms.psi, terms.zeta) * row_weights[block].unsqueeze(1) * column_weights
         e = e.where(seen, 0.0)
         magnitude = residual.abs().where(seen, 0.0)
-        keeps = seen & (magnitude <= zeta)
+        keeps = seen & (magnitude <= terms.zeta)
         left_grad[block] += e @ right
         right_grad += e.t() @ left[block]
         if skew:  # E below the diagonal is -E^T
@@ -132,10 +146,10 @@ def _reference(
             top = torch.maximum(top, magnitude.amax())
         bits = magnitude[seen & _sampled(rows, columns, stride)].float().view(torch.int32)
         histogram += torch.bincount((bits >> _BIN_SHIFT).clamp_(max=BINS - 1), minlength=BINS)
-        if squares:
+        if terms.squares:
             row_squares[block] += magnitude.square().sum(1)
             column_squares += magnitude.square().sum(0)
-    if not squares:
+    if not terms.squares:
         row_squares, column_squares = row_squares[:0].clone(), column_squares[:0].clone()
     result = ResidualPass(
         left_grad, right_grad, sum_squares, observed, kept, max_kept, histogram, row_squares, column_squares
@@ -170,8 +184,8 @@ def residual_pass_ref(
     squares: bool = False,
 ) -> ResidualPass:
     """What residual_pass computes, in plain float64 PyTorch, in blocks of rows; float64 products whatever the input."""
-    skew = structure == "skew"
-    result, largest = _reference(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares)
+    terms = _Terms(psi, zeta, scale, structure == "skew", row_weights, column_weights, squares)
+    result, largest = _reference(matrix, left, right, terms)
     _check_largest(largest, matrix)
     return result
 
@@ -380,11 +394,12 @@ def _factor_block(columns: int) -> int:
     return min(32, max(16, 1 << max(columns - 1, 0).bit_length()))
 
 
-def _triton_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares):
+def _triton_pass(matrix: Tensor, left: Tensor, right: Tensor, terms: _Terms) -> tuple[ResidualPass, float]:
     m, n = matrix.shape
     rank = left.shape[1]
-    left, right = _product_factors(left, right, skew)
+    left, right = _product_factors(left, right, terms.skew)
     width = left.shape[1]
+    row_weights, column_weights = terms.row_weights, terms.column_weights
     weighted = row_weights is not None or column_weights is not None
     if weighted:
         row_weights = left.new_ones(m) if row_weights is None else row_weights.contiguous()
@@ -397,31 +412,31 @@ def _triton_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, colum
     square_sums, kept_top = left.new_zeros(2, blocks * groups)
     counts = torch.zeros(2, blocks * groups, dtype=torch.int32, device=left.device)
     histogram = torch.zeros(BINS, dtype=torch.int32, device=left.device)
-    row_squares = left.new_zeros(groups, m if squares else 0)
-    column_squares = left.new_zeros(blocks, n if squares else 0)
+    row_squares = left.new_zeros(groups, m if terms.squares else 0)
+    column_squares = left.new_zeros(blocks, n if terms.squares else 0)
     row_parts = left.new_empty(groups, m, block_q)
     column_parts = left.new_empty(min(blocks, _SLAB), n, block_q)
+    weights = (row_weights, column_weights) if weighted else (left, right)
+    sums = (square_sums, kept_top, counts, histogram, row_squares, column_squares)
+    numbers = (columns_per_group, _sample_stride(m, n) - 1, terms.unit, terms.zeta)
+    inverse_zeta = min(1 / terms.zeta, torch.finfo(torch.float32).max)
+    constants = {"PSI": _PSI[terms.psi], "UPPER": terms.skew, "WEIGHTED": weighted, "SQUARES": terms.squares}
+    constants |= {"BLOCK_M": _BLOCK_M, "BLOCK_N": _BLOCK_N, "BLOCK_K": _factor_block(rank), "BLOCK_Q": block_q}
     with torch.cuda.device_of(matrix):
         for first_q in range(0, max(width, 1) if m and n else 0, block_q):
             taken = slice(first_q, min(first_q + block_q, width))
             for first_block in range(0, blocks, _SLAB):
                 slab = min(_SLAB, blocks - first_block)
-                if skew:  # nothing is written below the diagonal
+                if terms.skew:  # nothing is written below the diagonal
                     column_parts.zero_()
                 _residual_pass_kernel[(slab, groups)](
                     matrix,
                     left,
                     right,
-                    row_weights if weighted else left,
-                    column_weights if weighted else right,
+                    *weights,
                     row_parts,
                     column_parts,
-                    square_sums,
-                    kept_top,
-                    counts,
-                    histogram,
-                    row_squares,
-                    column_squares,
+                    *sums,
                     first_block,
                     blocks,
                     m,
@@ -430,54 +445,44 @@ def _triton_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, colum
                     rank,
                     width,
                     first_q,
-                    columns_per_group,
-                    _sample_stride(m, n) - 1,
-                    scale,
-                    zeta,
-                    min(1 / zeta, torch.finfo(torch.float32).max),
-                    PSI=_PSI[psi],
-                    UPPER=skew,
-                    WEIGHTED=weighted,
-                    SQUARES=squares,
+                    *numbers,
+                    inverse_zeta,
                     STATS=first_q == 0,
-                    BLOCK_M=_BLOCK_M,
-                    BLOCK_N=_BLOCK_N,
-                    BLOCK_K=_factor_block(rank),
-                    BLOCK_Q=block_q,
+                    **constants,
                     **_LAUNCH,
                 )
                 by_column[:, taken] += column_parts[:slab].sum(0)[:, : taken.stop - taken.start]
             by_row[:, taken] = row_parts.sum(0)[:, : taken.stop - taken.start]
-    left_grad, right_grad = _from_products(by_row, by_column, rank, skew)
-    totals = counts.sum(1, dtype=torch.int64)
-    max_kept = kept_top.amax().double() if kept_top.numel() else left.new_zeros((), dtype=torch.float64)
+    left_grad, right_grad = _from_products(by_row, by_column, rank, terms.skew)
+    observed, kept = counts.sum(1, dtype=torch.int64)
     result = ResidualPass(
         left_grad,
         right_grad,
-        square_sums.sum(dtype=torch.float64),
-        totals[0].clone(),
-        totals[1].clone(),
-        max_kept,
-        histogram.long(),
-        row_squares.sum(0, dtype=torch.float64),
-        column_squares.sum(0, dtype=torch.float64),
+        sum_squares=square_sums.sum(dtype=torch.float64),
+        observed=observed.clone(),
+        kept=kept.clone(),
+        max_kept=kept_top.amax().double() if kept_top.numel() else left.new_zeros((), dtype=torch.float64),
+        histogram=histogram.long(),
+        row_squares=row_squares.sum(0, dtype=torch.float64),
+        column_squares=column_squares.sum(0, dtype=torch.float64),
     )
-    return _doubled(result, skew), 0.0  # E is NaN where R is not finite: to look would be to wait for the GPU
+    return _doubled(result, terms.skew), 0.0  # E is NaN where R is not finite: to look would be to wait for the GPU
 
 
 # ---- native ----
 
 
-def _native_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares):
+def _native_pass(matrix: Tensor, left: Tensor, right: Tensor, terms: _Terms) -> tuple[ResidualPass, float]:
     m, n = matrix.shape
     rank = left.shape[1]
-    left, right = _product_factors(left, right, skew)
-    row_weights, column_weights = (None if w is None else w.contiguous() for w in (row_weights, column_weights))
+    left, right = _product_factors(left, right, terms.skew)
+    weights = terms.row_weights, terms.column_weights
+    row_weights, column_weights = (None if w is None else w.contiguous() for w in weights)
     by_row, by_column = torch.empty_like(left), torch.empty_like(right)
-    row_squares = torch.empty(m if squares else 0, dtype=torch.float64)
-    column_squares = torch.empty(n if squares else 0, dtype=torch.float64)
-    sums = torch.empty(3, dtype=torch.float64)
-    counts = torch.empty(2 + BINS, dtype=torch.int64)
+    row_squares = torch.empty(m if terms.squares else 0, dtype=torch.float64)
+    column_squares = torch.empty(n if terms.squares else 0, dtype=torch.float64)
+    sums = torch.empty(3, dtype=torch.float64)  # of E^2, max_kept, the largest |R|
+    counts = torch.empty(2 + BINS, dtype=torch.int64)  # observed, kept, the histogram
     args = _native._core.ResidualPass(
         matrix.data_ptr(),
         DTYPE_CODES[matrix.dtype],
@@ -488,16 +493,16 @@ def _native_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, colum
         right.data_ptr(),
         rank,
         left.shape[1],
-        PSI.index(psi),
-        zeta,
-        scale,
-        skew,
+        PSI.index(terms.psi),
+        terms.zeta,
+        terms.unit,
+        terms.skew,
         _native.address(row_weights),
         _native.address(column_weights),
         _sample_stride(m, n),
         by_row.data_ptr(),
         by_column.data_ptr(),
-        squares,
+        terms.squares,
         row_squares.data_ptr(),
         column_squares.data_ptr(),
         sums.data_ptr(),
@@ -505,11 +510,19 @@ def _native_pass(matrix, left, right, psi, zeta, scale, skew, row_weights, colum
     )
     workspace = _native.empty(_native._core.residual_pass_workspace(args), torch.uint8, matrix.device)
     _native._core.residual_pass_cpu(args, workspace.data_ptr(), torch.get_num_threads())
-    left_grad, right_grad = _from_products(by_row, by_column, rank, skew)
-    # clones: outputs of an operator must not share memory
-    totals = (sums[0].clone(), counts[0].clone(), counts[1].clone(), sums[1].clone(), counts[2:].clone())
-    result = ResidualPass(left_grad, right_grad, *totals, row_squares, column_squares)
-    return _doubled(result, skew), float(sums[2])
+    left_grad, right_grad = _from_products(by_row, by_column, rank, terms.skew)
+    result = ResidualPass(
+        left_grad,
+        right_grad,
+        sum_squares=sums[0].clone(),  # clones: outputs of an operator must not share memory
+        observed=counts[0].clone(),
+        kept=counts[1].clone(),
+        max_kept=sums[1].clone(),
+        histogram=counts[2:].clone(),
+        row_squares=row_squares,
+        column_squares=column_squares,
+    )
+    return _doubled(result, terms.skew), float(sums[2])
 
 
 # ---- operator: the backend is chosen here, on real tensors ----
@@ -532,28 +545,41 @@ def _choose(matrix: Tensor, backend: str) -> str:
 
 def _pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares, backend):
     run = {"native": _native_pass, "triton": _triton_pass, "reference": _reference}[_choose(matrix, backend)]
+    terms = _Terms(psi, zeta, scale, skew, row_weights, column_weights, squares)
     if lies_by_rows(matrix):
-        result, largest = run(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares)
+        result, largest = run(matrix, left, right, terms)
     else:  # columns are what lies contiguous: the transpose is a view of which rows are
-        result, largest = run(matrix.t(), right, left, psi, zeta, scale, skew, column_weights, row_weights, squares)
-        left_grad, right_grad, *sums, row_squares, column_squares = result
-        result = ResidualPass(right_grad, left_grad, *sums, column_squares, row_squares)
+        found, largest = run(matrix.t(), right, left, terms.transposed())
+        result = found._replace(
+            left_grad=found.right_grad,
+            right_grad=found.left_grad,
+            row_squares=found.column_squares,
+            column_squares=found.row_squares,
+        )
     _check_largest(largest, matrix)
-    return result.left_grad.to(left.dtype), result.right_grad.to(right.dtype), *result[2:]
+    return tuple(
+        result._replace(left_grad=result.left_grad.to(left.dtype), right_grad=result.right_grad.to(right.dtype))
+    )
 
 
 def _pass_fake(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares, backend):
     m, n = matrix.shape
-    return (
-        left.new_empty(left.shape),
-        right.new_empty(right.shape),
-        left.new_empty((), dtype=torch.float64),
-        left.new_empty((), dtype=torch.int64),
-        left.new_empty((), dtype=torch.int64),
-        left.new_empty((), dtype=torch.float64),
-        left.new_empty((BINS,), dtype=torch.int64),
-        left.new_empty((m if squares else 0,), dtype=torch.float64),
-        left.new_empty((n if squares else 0,), dtype=torch.float64),
+
+    def number(dtype):
+        return left.new_empty((), dtype=dtype)
+
+    return tuple(
+        ResidualPass(
+            left_grad=left.new_empty(left.shape),
+            right_grad=right.new_empty(right.shape),
+            sum_squares=number(torch.float64),
+            observed=number(torch.int64),
+            kept=number(torch.int64),
+            max_kept=number(torch.float64),
+            histogram=left.new_empty((BINS,), dtype=torch.int64),
+            row_squares=left.new_empty((m if squares else 0,), dtype=torch.float64),
+            column_squares=left.new_empty((n if squares else 0,), dtype=torch.float64),
+        )
     )
 
 
@@ -630,10 +656,19 @@ def residual_pass(
             if weights.dtype != left.dtype:
                 raise TypeError(f"{name} must be {left.dtype} like left, got {weights.dtype}")
     _library.check_backend("residual_pass", backend)
-    tensors = (None if t is None else t.detach() for t in (matrix, left, right, row_weights, column_weights))
-    matrix, left, right, row_weights, column_weights = tensors
-    options = (psi, float(zeta), float(scale), structure == "skew", row_weights, column_weights, squares, backend or "")
-    return ResidualPass(*_residual_pass(matrix, left, right, *options))
+    row_weights, column_weights = (None if w is None else w.detach() for w in (row_weights, column_weights))
+    terms = _Terms(psi, float(zeta), float(scale), structure == "skew", row_weights, column_weights, squares)
+    return ResidualPass(*_residual_pass(matrix.detach(), left.detach(), right.detach(), *terms, backend or ""))
+
+
+def histogram_mean(histogram: Tensor) -> float:
+    """The mean of what a ResidualPass.histogram counts, to a percent; 0 where it is empty."""
+    if histogram.sum() == 0:
+        return 0.0
+    counts = histogram.cpu()
+    edges = (torch.arange(len(counts) + 1, dtype=torch.int32) << _BIN_SHIFT).view(torch.float32).double()
+    middle = ((edges[:-1] + edges[1:]) / 2).where(counts > 0, 0.0)
+    return float((middle * counts).sum() / counts.sum())
 
 
 def histogram_median(histogram: Tensor) -> float:

@@ -1,10 +1,10 @@
 """Singular-value thresholding of a batch of matrices: L = U diag(max(sigma - tau, 0)) V^T, and its derivative.
 
-The proximal operator of the nuclear norm (Cai, Candes, Shen 2010, arXiv:0810.3286). Nobody needs the singular vectors
-themselves: L = A V diag(max(1 - tau / sigma, 0)) V^T takes those of one side. On the CPU small matrices are solved by
-one-sided Jacobi rotations, one matrix per vector lane, all in cache (csrc/cpu/svt.cpp). In PyTorch small float32
-matrices go through the Gram matrix in float64, whose squared condition costs them nothing; the rest through an SVD, as
-does every derivative.
+The proximal operator of the nuclear norm (Cai, Candes, Shen 2010, arXiv:0810.3286). The singular vectors of one side
+suffice: L = A V diag(max(1 - tau / sigma, 0)) V^T. On the CPU small matrices are solved by one-sided Jacobi rotations,
+one matrix per vector lane, all in cache (csrc/cpu/svt.cpp): floor, one read and one write of the batch. In PyTorch
+small float32 matrices go through the Gram matrix in float64, whose squared condition costs them nothing; the rest
+through an SVD, as does every derivative.
 """
 
 import math
@@ -122,7 +122,7 @@ def _fake(matrix, threshold, backend):
 _operator = _library.define("svt(Tensor matrix, Tensor threshold, str backend) -> (Tensor, Tensor)", _svt, _fake)
 
 
-class _SVT(torch.autograd.Function):
+class _SVTFunction(torch.autograd.Function):
     """The derivative of a spectral function is a self-adjoint map: forward and backward are the same formula."""
 
     @staticmethod
@@ -210,7 +210,7 @@ def svt(matrix: Tensor, threshold: float | Tensor, *, backend: str | None = None
     flat = wide.reshape(count, *matrix.shape[-2:])
     thresholds = threshold.to(wide.dtype).expand(lead).reshape(count)
     if torch.is_grad_enabled() and (flat.requires_grad or thresholds.requires_grad):
-        low, rank = _SVT.apply(flat, thresholds, backend or "")
+        low, rank = _SVTFunction.apply(flat, thresholds, backend or "")
     else:
         low, rank = _operator(flat, thresholds, backend or "")
     return SVTResult(low.to(matrix.dtype).view(matrix.shape), rank.view(lead))

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from fastpref import _checks
 from fastpref._lowrank.bradley_terry import Edges, bradley_terry, pair_terms
-from fastpref._lowrank.ncrpca import ncrpca
+from fastpref._lowrank.curatron import ncrpca, optspace
 from fastpref._lowrank.noise import EXACT, MAD
-from fastpref._lowrank.optspace import optspace
 from fastpref._lowrank.rpca import rpca
 from fastpref.preference_matrix._comparisons import (
     CHANCE,

@@ -5,7 +5,7 @@ import torch
 from cases import DTYPES
 
 from fastpref._lowrank.ialm_pass import State, dual_product, dual_sums, ialm_product, ialm_update, new_state, set_dual
-from fastpref._lowrank.residual_pass import entries, factor_dtype
+from fastpref._lowrank.storage import entries, factor_dtype
 
 SHAPES = [(1, 1), (3, 5), (8, 32), (61, 77), (17, 33), (5, 1033), (131, 64)]
 LAM = 0.3

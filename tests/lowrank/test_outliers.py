@@ -5,7 +5,7 @@ import torch
 from cases import DTYPES, LAYOUTS, make, zeta_in_a_gap
 
 from fastpref._lowrank.outliers import outlier_counts, outliers
-from fastpref._lowrank.residual_pass import entries
+from fastpref._lowrank.storage import entries
 
 SHAPES = [(61, 77), (1, 1), (3, 5), (17, 32), (5, 1033), (70, 33)]
 

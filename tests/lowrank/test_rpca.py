@@ -9,7 +9,7 @@ import torch
 from cases import SEED, corrupted, error, skew_corrupted
 
 import fastpref
-from fastpref._lowrank.rpca import RPCAResult
+from fastpref._lowrank.result import RPCAResult
 
 QUIET = pytest.mark.filterwarnings("ignore:rank=:RuntimeWarning")
 

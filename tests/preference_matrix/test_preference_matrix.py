@@ -8,8 +8,7 @@ import torch
 from cases import quietly, scores_of
 
 from fastpref import preference_matrix
-from fastpref._lowrank.ncrpca import ncrpca
-from fastpref._lowrank.optspace import optspace
+from fastpref._lowrank.curatron import ncrpca, optspace
 from fastpref.preference_matrix import (
     NothingToClean,
     apply_link,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastpref._checks import as_tensor
-from fastpref._lowrank.rpca import RPCAInfo, RPCAResult, SparseCOO, rpca
+from fastpref._lowrank.result import RPCAInfo, RPCAResult, SparseCOO
+from fastpref._lowrank.rpca import rpca
 from fastpref._whole_file import format_of
 from fastpref.cli.denoise import files
 from fastpref.cli.denoise.options import DenoiseOptions, check_ending, numbers

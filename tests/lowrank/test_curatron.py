@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastpref._lowrank.ncrpca import ncrpca
-from fastpref._lowrank.optspace import _trimmed, optspace
+from fastpref._lowrank.curatron import _trimmed, ncrpca, optspace
 
 NAN = float("nan")
 
