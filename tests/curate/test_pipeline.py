@@ -75,7 +75,7 @@ def read_lines(path):
 def test_the_example_config_is_one(tmp_path):
     config = config_from_toml(EXAMPLE)
     assert config.construct.rejected == "quantile:0.10" and config.read.scores == ("win_prob:logit",)
-    assert config.order == tuple(STAGES)
+    assert config.order == STAGES
 
 
 def test_a_config_of_toml_is_that_of_the_dataclass(tmp_path):

@@ -37,6 +37,7 @@ __all__ = [
     "GOALS",
     "LENGTH_CONTROL",
     "STAGES",
+    "STAGE_FUNCTIONS",
     "CurateConfig",
     "config_from_table",
     "config_from_toml",
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 # What a stage does, in the usual order; its options are the field of its name.
-STAGES: dict[str, Callable[[State, "CurateConfig"], State]] = {
+STAGE_FUNCTIONS: dict[str, Callable[[State, "CurateConfig"], State]] = {
     "hygiene": check_texts,
     "audit": audit_sources,
     "clean": clean_scores,
@@ -53,6 +54,7 @@ STAGES: dict[str, Callable[[State, "CurateConfig"], State]] = {
     "select": select_by_margin,
     "route": route_pairs,
 }
+STAGES = tuple(STAGE_FUNCTIONS)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class CurateConfig:
     report: str | None = None  # folder
     work: str | None = None  # folder of the stages' files
     seed: int = 0
-    order: tuple[str, ...] = tuple(STAGES)
+    order: tuple[str, ...] = STAGES
     read: ReadOptions = field(default_factory=ReadOptions)
     hygiene: HygieneOptions = field(default_factory=HygieneOptions)
     audit: AuditOptions = field(default_factory=AuditOptions)

@@ -18,7 +18,7 @@ import numpy as np
 from fastpref._warnings import collected_warnings
 from fastpref.curate.diagnostics import resample
 from fastpref.curate.hygiene import Flag
-from fastpref.curate.pipeline.config import STAGES, CurateConfig
+from fastpref.curate.pipeline.config import STAGE_FUNCTIONS, CurateConfig
 from fastpref.curate.pipeline.report import report_of_run, write_report
 from fastpref.curate.pipeline.start import first_state, read_state
 from fastpref.curate.pipeline.state import (
@@ -76,7 +76,9 @@ def run(
     state = _resumed(config, names[place - 1]) if place else None
     for name in names[place : min(last, len(names) - 1)]:
         with collected_warnings() as messages, _refused_options(name):
-            state = read_state(config, progress_of("reading")) if name == "read" else STAGES[name](state, config)
+            state = (
+                read_state(config, progress_of("reading")) if name == "read" else STAGE_FUNCTIONS[name](state, config)
+            )
         state = replace(state, warnings=(*state.warnings, *messages))
         if config.work is not None:
             save_state(state, config.work, name, fingerprint(config, name))
