@@ -76,9 +76,10 @@ def run(
     state = _resumed(config, names[place - 1]) if place else None
     for name in names[place : min(last, len(names) - 1)]:
         with collected_warnings() as messages, _refused_options(name):
-            state = (
-                read_state(config, progress_of("reading")) if name == "read" else STAGE_FUNCTIONS[name](state, config)
-            )
+            if name == "read":
+                state = read_state(config, progress_of("reading"))
+            else:
+                state = STAGE_FUNCTIONS[name](state, config)
         state = replace(state, warnings=(*state.warnings, *messages))
         if config.work is not None:
             save_state(state, config.work, name, fingerprint(config, name))
@@ -110,7 +111,7 @@ def _resumed(config, name) -> State:
 
 @contextlib.contextmanager
 def _refused_options(stage) -> Iterator[None]:
-    """What a method refuses are the options it was given."""
+    """A ValueError of a method is about the options it was given."""
     try:
         yield
     except InputError:

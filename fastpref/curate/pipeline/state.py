@@ -87,7 +87,7 @@ class State:
         return column[self.place("chosen")] - column[self.place("rejected")]
 
     def length_report(self) -> LengthReport:
-        """What length says about the kept pairs."""
+        """How far length alone explains the kept pairs."""
         samples = self.samples
         return length_report(samples.lengths, self.kept_pairs, truncated=samples.truncated, offsets=samples.offsets)
 
