@@ -16,7 +16,7 @@ class RatingScale(NamedTuple):
 
 
 def of_gaps(gap, beta: float) -> RatingScale:
-    """`losses.rating_scale` of an array, which says what the numbers are."""
+    """The same as `losses.rating_scale`, where the numbers are explained, of an array."""
     gap = np.asarray(gap, dtype=np.float64).ravel()
     rated = gap[~np.isnan(gap)]
     nonzero = np.abs(rated[rated != 0])

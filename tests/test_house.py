@@ -21,6 +21,7 @@ GROUND = (
     "_progress",
     "_whole_file",
     "_rating_scale",
+    "_warnings",
 )
 # From the ground up: a room imports its own floor and those below. The two halves share a floor and no import.
 FLOORS = [

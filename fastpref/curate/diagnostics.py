@@ -533,9 +533,9 @@ def resample(
     estimator: of the gain E[max of 2n draws] - E[max of n draws], with n the number of rewards.
         "normal": rewards of a prompt are N(mean, std**2), so the gain is std * (m(2n) - m(n)), m(n) the expected
             maximum of n standard normals; the sample standard deviation is divided by its bias c4(n), which makes the
-            estimate unbiased. Where a reward has a ceiling it promises too much.
+            estimate unbiased. Where a reward has a ceiling it is too high.
         "empirical": draws with replacement from the pool itself, sum_i (x_(i+1) - x_(i)) * (p_i - p_i**2) with
-            p_i = (i / n)**n and x ascending. It knows of nothing above the pool's best, so it promises too little.
+            p_i = (i / n)**n and x ascending. Nothing above the pool's best enters it, so it is too low.
     """
     for name, value in (("floor", floor), ("judge_noise", judge_noise), ("least_gain", least_gain)):
         if value is not None and not math.isfinite(value):

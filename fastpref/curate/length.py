@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastpref.curate.pairs import PairSelection, gap_bound, parse_bounds, places_of
-from fastpref.curate.pools import Pools, as_mask, as_pools, per_prompt, same_size, table
+from fastpref.curate.pools import Pools, as_mask, as_pools, per_prompt, same_size, share_of, table
 from fastpref.curate.scale import rescale, sort_pools
 
 STEPS = 1000  # of conjugate gradients
@@ -35,12 +35,12 @@ class LengthReport(NamedTuple):
 
 
 def length_report(lengths, pairs, *, truncated=None, offsets=None) -> LengthReport:
-    """What length says about the pairs, whatever is done about it.
+    """How far length alone explains the pairs.
 
     lengths: [prompts, responses] numbers >= 0, or [responses] with offsets; NaN where there is no response.
     pairs: a PairSelection, or a mapping with equally long integer arrays "prompt", "chosen" and "rejected", the last
         two columns within the pool (what `PairSelection.table` gives).
-    truncated: bool like lengths, True where the response was cut off; None where nobody knows.
+    truncated: bool like lengths, True where the response was cut off; None where that is not known.
 
     Raises ValueError for negative lengths, wrong shapes, and pairs outside their pools or without lengths; TypeError
     for pairs that are not integers.
@@ -55,17 +55,14 @@ def length_report(lengths, pairs, *, truncated=None, offsets=None) -> LengthRepo
     if truncated is not None:
         cut = as_mask("truncated", truncated, "lengths", np.shape(lengths)).reshape(-1)
 
-    def share(flags) -> float:
-        return float(flags.mean()) if flags.size else math.nan
-
     return LengthReport(
         pairs=len(prompt),
-        longest_wins=share((of_chosen > of_rejected) + 0.5 * (of_chosen == of_rejected)),
+        longest_wins=share_of((of_chosen > of_rejected) + 0.5 * (of_chosen == of_rejected)),
         median_ratio=float(np.exp(np.median(of_chosen - of_rejected))) if len(prompt) else math.nan,
-        chosen_in_top_decile=share(_in_top_decile(log_length, pools.offsets, prompt, of_chosen)),
-        truncated_share=math.nan if cut is None else share(cut[~np.isnan(pools.values)]),
-        truncated_chosen=math.nan if cut is None else share(cut[chosen]),
-        truncated_rejected=math.nan if cut is None else share(cut[rejected]),
+        chosen_in_top_decile=share_of(_in_top_decile(log_length, pools.offsets, prompt, of_chosen)),
+        truncated_share=math.nan if cut is None else share_of(cut[~np.isnan(pools.values)]),
+        truncated_chosen=math.nan if cut is None else share_of(cut[chosen]),
+        truncated_rejected=math.nan if cut is None else share_of(cut[rejected]),
     )
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.pools import as_pools, blocks
+from fastpref.curate.pools import as_pools, blocks, share_of
 
 START = {"external": 1.5, "implicit": 2.0}  # the search for the upper bound begins at the largest margin over this
 COMBINATIONS = ("mul", "add", "add_normalized", "max", "min")
@@ -55,7 +55,7 @@ class MarginScores:
     @property
     def share_at_one(self) -> float:
         """Share of the pairs with P == 1, which P alone cannot rank; NaN without pairs or without p."""
-        return _share(self.p == 1) if self.p is not None else math.nan
+        return share_of(self.p == 1) if self.p is not None else math.nan
 
 
 def external_margins(score_chosen, score_rejected) -> np.ndarray:
@@ -123,7 +123,7 @@ def bees(margins, *, how="mul", kinds=None, lower=-2.0, upper=None, require_posi
         if name in uppers and not top > lowers[name]:
             raise ValueError(f"upper of {name!r} must be above lower {lowers[name]:g}, got {top:g}")
         described[name] = MarginSource(
-            kind, lowers[name], top, _share(value < lowers[name]), _share(value > top), missing, smallest, largest
+            kind, lowers[name], top, share_of(value < lowers[name]), share_of(value > top), missing, smallest, largest
         )
     del rated
     _warn_of_margins(values, described)
@@ -188,7 +188,7 @@ def select_top(scores, *, k=None, fraction=None, tie_break=None) -> TopSelection
         chosen,
         float(threshold),
         taken / k if taken < len(tied) else 0.0,
-        _share(p[chosen] == 1) if p is not None else math.nan,
+        share_of(p[chosen] == 1) if p is not None else math.nan,
     )
 
 
@@ -535,7 +535,3 @@ def _at(values, indices):
 def _order(scores, tie_break) -> np.ndarray:
     """Positions by score, then tie_break, both descending, then position."""
     return np.lexsort((-scores,) if tie_break is None else (-tie_break, -scores))
-
-
-def _share(flags) -> float:
-    return float(np.mean(flags)) if np.size(flags) else math.nan

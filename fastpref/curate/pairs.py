@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastpref.curate.files.processes import available_cpus
-from fastpref.curate.pools import as_mask, flat, same_size, table, usable
+from fastpref.curate.pools import as_mask, flat, same_size, share_of, table, usable
 from fastpref.curate.scale import SortedPools, check_scale, quantile, sort_pools, tied_runs
 
 DEGENERATE_SHARE = 0.2  # of targets below the minimum of their pool, beyond which on_degenerate acts
@@ -85,7 +85,7 @@ class PairSelection:
     @property
     def share_rejected_min(self) -> float:
         """Share of the pairs whose rejected response has the lowest reward of its pool; NaN if there are none."""
-        return _share(self.rank_rejected[self.keep] == 0)
+        return share_of(self.rank_rejected[self.keep] == 0)
 
     @property
     def median_percentile(self) -> float:
@@ -434,7 +434,7 @@ def _select(data, pairings, bounds, slots, seed) -> list[PairSelection]:
     for (chosen, rejected), columns in zip(pairings, selected, strict=True):
         target, reason = columns["target"], columns["reason"]
         spread_out = ~np.isin(reason[:, 0], (DropReason.TOO_FEW, DropReason.NO_SPREAD))
-        below = math.nan if rejected.kind == "min_of" else _share((target < shared["minimum"])[spread_out])
+        below = math.nan if rejected.kind == "min_of" else share_of((target < shared["minimum"])[spread_out])
         pairs = columns | {"keep": reason == DropReason.KEPT}
         del pairs["target"]
         if slots == 1:
@@ -674,7 +674,3 @@ def gap_bound(pools, bound):
         count = pools.count[rows]
         result[rows] = quantile(gaps.T, count * (count - 1) // 2, bound.number)
     return result
-
-
-def _share(flags) -> float:
-    return float(flags.mean()) if flags.size else math.nan

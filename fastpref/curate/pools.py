@@ -5,6 +5,7 @@ with offsets; here both become the same thing. A padded pool keeps its padding, 
 so that an index within the pool is the caller's column.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -87,6 +88,11 @@ def as_mask(name, mask, beside, shape) -> np.ndarray:
             f"{name} must be bool with shape {list(shape)} to match {beside}, got {mask.dtype} {list(mask.shape)}"
         )
     return mask
+
+
+def share_of(flags) -> float:
+    """The mean of an array of bools, or of ones, zeros and halves; NaN of none."""
+    return float(np.mean(flags)) if np.size(flags) else math.nan
 
 
 def per_prompt(offsets) -> np.ndarray:

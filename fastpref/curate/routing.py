@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.margins import _share, as_vector
+from fastpref.curate.margins import as_vector
+from fastpref.curate.pools import share_of
 
 JUDGE_TAU = 0.5  # of scores from 1 to 10; 12 % of the authors' pairs lie below it
 DEFAULT_TAU = "quantile:0.12"  # the same share on any scale
@@ -56,7 +57,7 @@ def route_by_margin(margin, tau=DEFAULT_TAU, *, inclusive=False) -> Routes:
     threshold = float(tau) if share is None else _threshold(margin[rated], share, inclusive)
     small = margin <= threshold if inclusive else margin < threshold
     at_tau = int(np.count_nonzero(margin == threshold))
-    routed = _share(small[rated])
+    routed = share_of(small[rated])
     if share is not None and abs(routed - share) > ROUTED_OFF and at_tau > 1:
         warnings.warn(
             f"tau={tau!r} routes {100 * routed:.1f} % of the pairs to SFT, since {at_tau} of {len(margin)} margins are "
@@ -67,7 +68,7 @@ def route_by_margin(margin, tau=DEFAULT_TAU, *, inclusive=False) -> Routes:
     return Routes(
         np.where(small, Route.SFT, Route.PREF).astype(np.int8),
         threshold,
-        _share(small),
+        share_of(small),
         bool(inclusive),
         at_tau,
         int(np.count_nonzero(~rated)),

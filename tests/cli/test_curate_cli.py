@@ -11,8 +11,8 @@ import pytest
 
 from fastpref.cli.main import main
 from fastpref.curate import read_metadata
-from fastpref.curate.pipeline import run as pipeline
-from fastpref.curate.pipeline import stages
+from fastpref.curate.files import writing
+from fastpref.curate.pipeline.config import STAGES
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "curate.toml"
 SOURCES = 10
@@ -209,7 +209,7 @@ def test_a_report(samples):
 
 def test_stages_one_by_one(samples, capsys):
     assert curate("-o", "whole.jsonl", "--work", "work", "--rejected", "min_of_3") == 0
-    assert sorted(os.listdir("work")) == sorted(f"{name}.npz" for name in ("read", *stages.STAGES))
+    assert sorted(os.listdir("work")) == sorted(f"{name}.npz" for name in ("read", *STAGES))
     again = ("--work", "work", "--rejected", "min_of_3")
     assert curate("-o", "again.jsonl", *again, "--from", "select") == 0
     assert Path("again.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
@@ -302,6 +302,6 @@ def test_an_interrupted_run_leaves_nothing(samples, monkeypatch, capsys, error, 
     def failing(*_, **__):
         raise error
 
-    monkeypatch.setattr(pipeline.files, "pair_rows_of", failing)
+    monkeypatch.setattr(writing, "pair_rows_of", failing)
     assert curate("-o", "pairs.jsonl", "--workers", "1") == code
     assert os.listdir() == ["samples.jsonl"]

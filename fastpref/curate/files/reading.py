@@ -163,7 +163,7 @@ def _json_row(line, first: bool):
 
 def _json_or_reason(line, first: bool):
     try:
-        # What orjson refuses: NaN, and the byte-order mark of files from Windows. And it words its reasons worse.
+        # For NaN and the byte-order mark of files from Windows, which orjson does not read, and for clearer reasons.
         return json.loads(line.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
         return ValueError(f"not UTF-8 at byte {error.start}")

@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 def score_fields(row) -> tuple[str, ...] | None:
-    """The score fields of a row where nobody named any; None where it has none."""
+    """The score fields of a row where the caller named none; None where it has none."""
     if not isinstance(row, dict):
         return None
     if _is_completions(row):
@@ -191,7 +191,8 @@ def _pair_keys(name) -> list[list[str]]:
 def _implicit_prompt(chosen, rejected) -> tuple:
     """What both begin with, and the rest of each: TRL's rule, which leaves a space at the end to the responses.
 
-    A conversation that the other goes on from ends in a response. Of strings nobody can say where it begins.
+    Where one conversation goes on from the other, the shorter one ends in a response. A string has no turns that would
+    tell where its response begins.
     """
     for side, value in zip(SIDES, (chosen, rejected), strict=True):
         if not isinstance(value, type(chosen)) or not isinstance(value, str | list):

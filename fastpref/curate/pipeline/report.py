@@ -8,22 +8,30 @@ whose data is None or empty is left out.
 import base64
 import html
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fastpref._whole_file import whole_file
 from fastpref.curate.diagnostics import diagnose, pool_z
+from fastpref.curate.files.samples import texts
 from fastpref.curate.length import LengthReport, length_report
 from fastpref.curate.pipeline import report_plots
+from fastpref.curate.pipeline.scores import primary_field
+from fastpref.curate.pipeline.state import State
 from fastpref.curate.pools import as_pools
 from fastpref.errors import InputError
 
+if TYPE_CHECKING:
+    from fastpref.curate.pipeline.config import CurateConfig
+
 SOURCES_SHOWN = 30
+EXAMPLES_SHOWN = 3  # of a run
 EXAMPLE_CHARACTERS = 700
 
 
@@ -108,6 +116,73 @@ def write_report(folder, data: ReportData) -> Path:
         with whole_file(folder / name) as temporary:
             temporary.write_bytes(content)
     return folder / "report.html"
+
+
+# ---- the page of a run
+
+
+def report_of_run(state: State, config: "CurateConfig", summary: dict) -> ReportData:
+    """What a run says of its pairs; summary: as in its result."""
+    samples, kept = state.samples, state.kept
+    pairs, field = state.kept_pairs, primary_field(samples, config)
+    audited = summary["stages"].get("audit", {}).get("sources")
+    sources = audited and SourceTable(
+        names=[row["source"] for row in audited],
+        **{key: np.array([row[key] for row in audited], np.float64) for key in ("unexplained", "low", "high")},
+        flagged=np.array([row["flagged"] for row in audited], bool),
+        chosen=np.array([row["would_supply_chosen"] for row in audited]),
+    )
+    implicit = state.pairs.get("margin_implicit")
+    return ReportData(
+        title=f"Pairs of {os.path.basename(config.input)}",
+        summary=_headlines(summary),
+        warnings=summary["warnings"],
+        scores=PickedScores(
+            np.where(state.valid, state.score, np.nan),
+            pairs,
+            samples.offsets,
+            field.name if field.scale == "raw" else f"{field.scale} of {field.name}",
+        ),
+        sources=sources,
+        margins=None if implicit is None else MarginPairs(state.margin(state.score), implicit, kept),
+        counts={
+            "responses": {"kept": int(state.valid.sum())} | summary["responses_left_out"],
+            "pairs": {"kept": summary["pairs"]} | summary["dropped"],
+        },
+        lengths=PairLengths(
+            *(samples.lengths[state.place(side)[kept]] for side in ("chosen", "rejected")),
+            unit=config.read.lengths or "characters",
+            found=state.length_report(),
+        ),
+        rating_scale=summary.get("rating_scale"),
+        examples=_examples(state, pairs),
+    )
+
+
+def _headlines(summary) -> dict:
+    made = summary["stages"]["construct"]
+    found = {name.replace("_", " "): summary[name] for name in ("input", "prompts", "responses", "bad_rows", "pairs")}
+    routed = summary["stages"].get("route", {})
+    if "sft" in routed:
+        found["of them to SFT"] = routed["sft"]
+    return found | {"rule": made["rule"]}
+
+
+def _examples(state, pairs) -> list[Example]:
+    """Three pairs from all over the file."""
+    prompts, first = np.unique(pairs["prompt"], return_index=True)
+    shown = np.unique(np.linspace(0, max(len(prompts) - 1, 0), EXAMPLES_SHOWN).astype(np.int64))[: len(prompts)]
+    found = []
+    for pair, (prompt, responses) in zip(first[shown], texts(state.samples, prompts[shown]), strict=True):
+        begin = state.samples.offsets[pairs["prompt"][pair]]
+        sides = [pairs[side][pair] for side in ("chosen", "rejected")]
+        shown_texts = [_conversation(responses[k]) for k in sides]
+        found.append(Example(_conversation(prompt), *shown_texts, *(float(state.score[begin + k]) for k in sides)))
+    return found
+
+
+def _conversation(text) -> str:
+    return text if isinstance(text, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in text)
 
 
 # ---- what the page says

@@ -8,8 +8,9 @@ import enum
 import json
 import math
 import os
+import warnings
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastpref import __version__
 from fastpref._whole_file import whole_file
 from fastpref.curate.files.rows import Fields
 from fastpref.curate.files.table import RowProblem, Samples
+from fastpref.curate.length import LengthReport, length_report
 from fastpref.errors import InputError
 
 
@@ -61,9 +63,20 @@ class State:
         return self.left_out == LeftOut.KEPT
 
     @property
+    def usable(self) -> np.ndarray:
+        """bool [responses], the valid ones of the prompts that were not left out."""
+        return self.valid & np.repeat(self.taken, np.diff(self.samples.offsets))
+
+    @property
     def kept(self) -> np.ndarray:
         """bool [pairs]."""
         return self.pairs["reason"] == PairReason.KEPT
+
+    @property
+    def kept_pairs(self) -> dict[str, np.ndarray]:
+        """Prompt, chosen and rejected, the columns in the pool, of the pairs that are written."""
+        kept = self.kept
+        return {name: self.pairs[name][kept] for name in ("prompt", "chosen", "rejected")}
 
     def place(self, side) -> np.ndarray:
         """int64 [pairs], index among all responses of each pair's "chosen" or "rejected"."""
@@ -72,6 +85,46 @@ class State:
     def margin(self, column) -> np.ndarray:
         """float64 [pairs], a number per response of the chosen minus that of the rejected one."""
         return column[self.place("chosen")] - column[self.place("rejected")]
+
+    def length_report(self) -> LengthReport:
+        """How far length alone explains the kept pairs."""
+        samples = self.samples
+        return length_report(samples.lengths, self.kept_pairs, truncated=samples.truncated, offsets=samples.offsets)
+
+    # ---- what a stage makes of it
+
+    def leave_out(self, which, reason: LeftOut) -> "State":
+        """Without some responses from here on, and the pairs made with them; a response keeps its first reason."""
+        left_out = np.where(which & self.valid, reason, self.left_out).astype(np.uint8)
+        return replace(self, left_out=left_out)._with_checked_pairs()
+
+    def rescored(self, scores) -> "State":
+        """With other scores; NaN leaves a response out."""
+        left_out = np.where(np.isnan(scores) & self.valid, LeftOut.NO_SCORE, self.left_out).astype(np.uint8)
+        return replace(self, score=scores, left_out=left_out)._with_checked_pairs()
+
+    def _with_checked_pairs(self) -> "State":
+        """After construction the pairs stay, but those that would not be made any more are dropped."""
+        if self.pairs is None:
+            return self
+        kept, valid = self.kept, self.valid
+        missing = kept & ~((valid & self.choosable)[self.place("chosen")] & valid[self.place("rejected")])
+        worse = kept & ~missing & ~(self.margin(self.score) > 0)
+        reason = np.where(missing, PairReason.LEFT_OUT, np.where(worse, PairReason.NOT_BETTER, self.pairs["reason"]))
+        return replace(self, pairs=self.pairs | {"reason": reason.astype(np.int8)})
+
+    def with_summary(self, stage: str, summary: dict) -> "State":
+        return replace(self, summaries=self.summaries | {stage: as_json(summary)})
+
+    def skipped(self, stage: str, why: str) -> "State":
+        """Nothing done by the stage."""
+        return self.with_summary(stage, {"skipped": why})
+
+    def refused(self, stage: str, error: ValueError, *, asked: bool) -> "State":
+        """Nothing done, because the method refused the data; warns if the stage was asked for."""
+        if asked:
+            warnings.warn(f"{stage} did nothing: {error}", UserWarning, stacklevel=3)
+        return self.skipped(stage, str(error))
 
 
 def as_json(value):
@@ -90,18 +143,18 @@ def fingerprint(config, stage) -> dict:
     stages = () if stage == "read" else config.order[: config.order.index(stage) + 1]
     found = {
         "version": __version__,
-        "input": _file(config.input),
+        "input": _file_facts(config.input),
         "read": asdict(config.read) | {"workers": None},  # which change nothing
     }
     if stages:
         implicit = config.read.implicit
         files = [implicit] * (implicit is not None and os.path.exists(implicit)) + list(config.hygiene.decontaminate)
-        found |= {"seed": config.seed, "order": stages, "files": [_file(path) for path in files]}
+        found |= {"seed": config.seed, "order": stages, "files": [_file_facts(path) for path in files]}
         found |= {name: asdict(getattr(config, name)) for name in stages}
     return json.loads(json.dumps(found))
 
 
-def _file(path) -> dict:
+def _file_facts(path) -> dict:
     try:
         status = os.stat(path)
     except OSError as error:
@@ -113,7 +166,7 @@ _COLUMNS = ("score", "left_out", "choosable", "flags", "taken")
 _SAMPLES_FACTS = ("path", "source_names", "fields", "stamp", "problems")
 
 
-def save(state: State, work, stage: str, made_of: dict) -> None:
+def save_state(state: State, work, stage: str, made_of: dict) -> None:
     """Writes work/<stage>.npz: the samples after "read", else what the stages made of them."""
     if stage == "read":
         known = vars(state.samples)
@@ -125,7 +178,7 @@ def save(state: State, work, stage: str, made_of: dict) -> None:
         facts = {"summaries": state.summaries, "warnings": state.warnings, "paired": state.pairs is not None}
         arrays = {name: getattr(state, name) for name in _COLUMNS}
         arrays |= {f"pairs.{name}": column for name, column in (state.pairs or {}).items()}
-    path = _path(work, stage)
+    path = _stage_path(work, stage)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -135,8 +188,8 @@ def save(state: State, work, stage: str, made_of: dict) -> None:
 
 
 def load_samples(work, made_of: dict) -> Samples:
-    """From work/read.npz. Raises InputError as `load` does."""
-    arrays, facts = _read(work, "read", made_of)
+    """From work/read.npz. Raises InputError as `load_state` does."""
+    arrays, facts = _read_stage(work, "read", made_of)
     scores = {name.removeprefix("scores."): arrays.pop(name) for name in list(arrays) if name.startswith("scores.")}
     named = {name: facts[name] for name in _SAMPLES_FACTS}
     named["problems"] = [RowProblem(**problem) for problem in facts["problems"]]
@@ -145,9 +198,9 @@ def load_samples(work, made_of: dict) -> Samples:
     return Samples(**(dict.fromkeys(("truncated", "sources")) | arrays | named), scores=scores)
 
 
-def load(samples: Samples, work, stage: str, made_of: dict) -> State:
+def load_state(samples: Samples, work, stage: str, made_of: dict) -> State:
     """From work/<stage>.npz. Raises InputError where it is not there, is no such file or was made of others."""
-    arrays, facts = _read(work, stage, made_of)
+    arrays, facts = _read_stage(work, stage, made_of)
     pairs = {name.removeprefix("pairs."): arrays[name] for name in arrays if name.startswith("pairs.")}
     return State(
         samples,
@@ -158,12 +211,12 @@ def load(samples: Samples, work, stage: str, made_of: dict) -> State:
     )
 
 
-def _path(work, stage) -> Path:
+def _stage_path(work, stage) -> Path:
     return Path(work) / f"{stage}.npz"
 
 
-def _read(work, stage, made_of):
-    path = _path(work, stage)
+def _read_stage(work, stage, made_of):
+    path = _stage_path(work, stage)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

@@ -1,0 +1,84 @@
+"""Score columns of the samples: which were declared, on which scale, and which vote when pairs are selected."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from fastpref.curate.files.table import Samples
+from fastpref.curate.scale import to_logit
+from fastpref.errors import InputError
+
+if TYPE_CHECKING:
+    from fastpref.curate.pipeline.config import CurateConfig
+    from fastpref.curate.pipeline.start import ReadOptions
+    from fastpref.curate.pipeline.state import State
+
+
+class ScoreField(NamedTuple):
+    name: str
+    scale: str  # "raw" or "logit"
+
+    @property
+    def declaration(self) -> str:
+        """As in the config: "field" or "field:logit"."""
+        return self.name if self.scale == "raw" else f"{self.name}:{self.scale}"
+
+
+def declared_fields(read: "ReadOptions") -> list[ScoreField]:
+    found = []
+    for text in read.scores:
+        name, _, scale = text.partition(":")
+        if not name or scale not in ("", "raw", "logit"):
+            raise InputError(f"scores must be FIELD or FIELD:logit, got {text!r}")
+        if name in (known.name for known in found):
+            raise InputError(f"scores must name a field once, got {name!r} twice")
+        found.append(ScoreField(name, scale or "raw"))
+    return found
+
+
+def primary_field(samples: Samples, config: "CurateConfig") -> ScoreField:
+    """The field that pairs are made by."""
+    return (declared_fields(config.read) or [ScoreField(next(iter(samples.scores)), "raw")])[0]
+
+
+def linear_scores(samples: Samples, field: ScoreField) -> np.ndarray:
+    """float64 [responses], as the file has them, on the declared scale."""
+    column = samples.scores[field.name]
+    try:
+        return to_logit(column) if field.scale == "logit" else column
+    except ValueError as error:
+        raise InputError(f"{field.name}:logit: {error}") from error
+
+
+def primary_scores(samples: Samples, config: "CurateConfig") -> np.ndarray:
+    """float64 [responses], the scores that pairs are made by, before any stage."""
+    return linear_scores(samples, primary_field(samples, config))
+
+
+def clamped_scores(samples: Samples, config: "CurateConfig") -> int:
+    """How many probabilities of exactly 0 or 1 became the logit of the clamp."""
+    field = primary_field(samples, config)
+    return int(np.isin(samples.scores[field.name], (0.0, 1.0)).sum()) if field.scale == "logit" else 0
+
+
+def votes(state: "State", config: "CurateConfig") -> dict[str, np.ndarray]:
+    """Score columns by which pairs are selected: the working score, the others declared, and implicit rewards."""
+    samples, read = state.samples, config.read
+    found = {primary_field(samples, config).name: state.score}
+    found |= {field.name: linear_scores(samples, field) for field in declared_fields(read)[1:]}
+    if read.implicit is not None:
+        found["implicit"] = samples.scores.get(read.implicit)
+        if found["implicit"] is None:
+            found["implicit"] = _implicit_rewards(read.implicit, samples.responses)
+    return found
+
+
+def _implicit_rewards(path, responses) -> np.ndarray:
+    try:
+        column = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"cannot read {path}: {str(error).partition(chr(10))[0]}") from error
+    if not isinstance(column, np.ndarray) or column.shape != (responses,) or column.dtype.kind != "f":
+        found = f"{column.dtype} {list(column.shape)}" if isinstance(column, np.ndarray) else "an archive"
+        raise InputError(f"{path} must hold floating-point [{responses}], one per response of the file, got {found}")
+    return column.astype(np.float64)
