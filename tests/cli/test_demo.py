@@ -155,7 +155,7 @@ def test_unusable_input_is_one_message_and_exit_code_2(tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("module", ["tokenizers", "tqdm"])
 def test_a_missing_extra_says_what_to_install(python, module):
-    code = f"import sys; sys.modules[{module!r}] = None; from fastpref.cli import main; sys.exit(main(['demo']))"
+    code = f"import sys; sys.modules[{module!r}] = None; from fastpref.cli.main import main; sys.exit(main(['demo']))"
     done = python(code)
     assert done.returncode == 2
     assert done.stderr == f'fastpref: fastpref demo needs {module}: pip install "fastpref[demo]"\n'
