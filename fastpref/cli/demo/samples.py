@@ -7,7 +7,7 @@ wins" is a coin flip here, which real data does not grant.
 
 import numpy as np
 
-from fastpref.curate.files.samples import ScoredSamples
+from fastpref.curate import ScoredSamples
 
 _ITEMS = {
     "fruits": ["apple", "banana", "cherry", "grape", "lemon", "mango", "orange", "pear", "plum", "quince"],

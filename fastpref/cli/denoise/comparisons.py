@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastpref._lowrank.bradley_terry import BradleyTerryInfo, Edges, bradley_terry
+from fastpref import BradleyTerryInfo, Edges, bradley_terry
 from fastpref._whole_file import format_of
 from fastpref.cli.denoise import tables
 from fastpref.cli.denoise.options import DenoiseOptions, check_ending, spread_of

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpref import RPCAInfo, RPCAResult, SparseCOO, rpca
 from fastpref._checks import as_tensor
-from fastpref._lowrank.rpca import RPCAInfo, RPCAResult, SparseCOO, rpca
 from fastpref._whole_file import format_of
 from fastpref.cli.denoise import files
 from fastpref.cli.denoise.options import DenoiseOptions, check_ending, spread_of
