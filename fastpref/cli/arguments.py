@@ -1,4 +1,4 @@
-"""Types of arguments, and the options that a parser found."""
+"""Types of arguments that several commands share, and the options that their parsers found."""
 
 import argparse
 
@@ -18,5 +18,5 @@ def positive_integer(text) -> int:
 
 
 def options_of(arguments) -> dict:
-    """What the flags of a command gave, by the names of their destinations."""
+    """Returns what the flags of a command gave, by the names of their destinations."""
     return {name: value for name, value in vars(arguments).items() if name not in ("handler", "name")}

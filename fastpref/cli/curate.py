@@ -1,4 +1,4 @@
-"""`fastpref curate`: its flags, which go over the config file, and what the user reads at the end."""
+"""`fastpref curate`: its flags, which override the config file, and the summary that it prints."""
 
 import argparse
 import json
@@ -72,7 +72,7 @@ def add_parser(commands) -> None:
     _add_writing_flags(curate.add_argument_group("writing"))
 
 
-# In the names of their destinations "stage.field" is a field of the config.
+# A destination "stage.field" is a field of the config.
 
 
 def _add_run_flags(curate) -> None:
@@ -84,7 +84,7 @@ def _add_run_flags(curate) -> None:
     add("--json", action="store_true", help="print the summary as JSON")
     add("--strict", action="store_true", help="exit with 1 after warnings: degenerate rules, correlated scores, ...")
     add("--seed", type=int, metavar="N", help="of everything random (0)")
-    add("--order", type=_listed, metavar="STAGE,...", help="of the stages; those not named are left out")
+    add("--order", type=_comma_separated, metavar="STAGE,...", help="of the stages; those not named are left out")
     add("--work", metavar="DIR", help="keep what every stage makes, one .npz each")
     add("--from", dest="begin", metavar="STAGE", help='begin there, with what --work kept; also "write"')
     add("--stage", metavar="STAGE", help="run this one alone on what --work kept, and keep its result; no OUT")
@@ -95,7 +95,7 @@ def _add_reading_flags(group) -> None:
     add(
         "--scores",
         dest="read.scores",
-        type=_listed,
+        type=_comma_separated,
         metavar="FIELD[:logit],...",
         help=":logit for probabilities; the first constructs the pairs (default: scores, else win_prob)",
     )
@@ -126,7 +126,13 @@ def _add_cleaning_flags(group) -> None:
         default=None,
         help="also leave out repeated texts and contaminated prompts",
     )
-    add("--decontaminate", dest="hygiene.decontaminate", type=_listed, metavar="FILE,...", help="not to train on")
+    add(
+        "--decontaminate",
+        dest="hygiene.decontaminate",
+        type=_comma_separated,
+        metavar="FILE,...",
+        help="not to train on",
+    )
     add("--exclude", dest="audit.exclude", choices=EXCLUDE, help="flagged sources: from what (both)")
     add("--clean", dest="clean.action", choices=CLEAN, help="single corrupted scores (mask)")
     add(
@@ -199,7 +205,7 @@ def _add_writing_flags(group) -> None:
     add("--bad-rows", dest="write.bad_rows", metavar="FILE", help="rows that could not be read, and why, as .jsonl")
 
 
-def _listed(text) -> list[str]:
+def _comma_separated(text) -> list[str]:
     return text.split(",")
 
 
@@ -242,7 +248,7 @@ def run_command(arguments) -> int:
 
 
 def parse_options(options: dict) -> tuple[CurateConfig, dict]:
-    """The config that file and flags give together, and the arguments of `run` beside it."""
+    """Returns the config that file and flags give together, and the arguments of `run` beside it."""
     table = {} if options["config"] is None else toml_table(options["config"])
     given = {name: value for name, value in options.items() if value is not None}
     for name in ("input", "output", "report", "work", "seed", "order"):
@@ -268,7 +274,7 @@ def _table_of(table, name) -> dict:
 
 
 def _run_pipeline(config, options, progress) -> "CurateResult":
-    """A disk that is full as an InputError."""
+    """Runs the pipeline; raises InputError where an output cannot be written."""
     from fastpref.curate.pipeline.run import run
 
     try:
@@ -281,7 +287,7 @@ def _run_pipeline(config, options, progress) -> "CurateResult":
 
 
 def summary_lines(result: "CurateResult") -> list[str]:
-    """The summary of a run, a line for each thing that happened."""
+    """Returns the summary of a run, a line for each thing that happened."""
     summary = result.summary
     stages = summary["stages"]
     of = "" if summary["sources"] is None else f" of {summary['sources']} sources"
@@ -290,8 +296,8 @@ def summary_lines(result: "CurateResult") -> list[str]:
         found.append(("", f"{summary['bad_rows']} bad rows"))
     found += [(name, _SAID[name](stages[name])) for name in stages]
     if "pairs" in summary:
-        found.append(("left out", _listed(summary["responses_left_out"], "responses")))
-        found.append(("dropped", _listed(summary["dropped"], "pairs")))
+        found.append(("left out", _counted(summary["responses_left_out"], "responses")))
+        found.append(("dropped", _counted(summary["dropped"], "pairs")))
         found.append(("length", _length(summary["length"])))
         found.append(("resample", _resample(summary["resample"])))
     if summary.get("rating_scale"):
@@ -400,7 +406,7 @@ _SAID = {
 }
 
 
-def _listed(counts, what) -> str:
+def _counted(counts, what) -> str:
     return f"{sum(counts.values())} {what}: {', '.join(f'{name} {n}' for name, n in counts.items())}" if counts else ""
 
 

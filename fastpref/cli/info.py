@@ -1,4 +1,4 @@
-"""`fastpref info`: what build_info() says, as lines or as JSON."""
+"""`fastpref info`: prints build_info() as lines or as JSON."""
 
 import json
 
@@ -20,7 +20,7 @@ def run_command(arguments) -> int:
 
 
 def _indented(info, depth=0) -> list[str]:
-    """A nested dict as lines, one level of indent per level of nesting."""
+    """Returns a nested dict as lines, one level of indent per level of nesting."""
     width = max(map(len, info), default=0)
     lines = []
     for name, value in info.items():

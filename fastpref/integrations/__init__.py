@@ -1,1 +1,7 @@
-"""Hosts that fastpref works inside; each module imports its host, and is the only one that knows it."""
+"""Hosts that fastpref works inside.
+
+trl  TRL's DPOTrainer on fastpref's kernels and losses: FastPrefDPOTrainer, FastPrefDPOConfig
+ray  pairs from samples in a Ray dataset: pair_rows
+
+A module is the only one that knows its host, and imports it; this package imports neither.
+"""

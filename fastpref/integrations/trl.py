@@ -65,10 +65,11 @@ _STATS = ("entropy", "mean_logit", "top1")
 
 @dataclass
 class FastPrefDPOConfig(DPOConfig):
-    """DPOConfig whose `loss_type` may name any loss of `fastpref.losses.LOSSES`.
+    """A DPOConfig whose `loss_type` may name any loss of `fastpref.losses.LOSSES`.
 
-    loss_options: keyword options of the loss, {"beta_rating": 0.5} for "rdpo"; for several losses a list of such
-    mappings (or None), one per entry of loss_type. They override TRL's own fields (beta, label_smoothing, ...).
+    Args:
+        loss_options: keyword options of the loss, {"beta_rating": 0.5} for "rdpo"; for several losses a list of such
+            mappings (or None), one per entry of loss_type. They override TRL's own fields (beta, label_smoothing, ...).
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DPOConfig._VALID_DICT_FIELDS, "loss_options"]
@@ -87,10 +88,10 @@ class FastPrefDPOConfig(DPOConfig):
 
 @dataclass
 class DataCollatorForRatedPreference(DataCollatorForPreference):
-    """TRL's collator, which also carries ratings.
+    """TRL's collator, which also puts ratings into the batch.
 
-    `margin` [B]: the column of that name, or score_chosen - score_rejected where it is absent or None; NaN = not rated.
-    `scores` [2B]: score_chosen and then score_rejected, where both columns are there.
+    `margin` [B] is the column of that name, or score_chosen - score_rejected where it is absent or None; NaN = not
+    rated. `scores` [2B] is score_chosen and then score_rejected, where both columns are there.
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -135,11 +136,18 @@ def _check_model(model) -> None:
 
 
 def add_preference_head(model, outputs: tuple[str, ...] = ("log_probs",)) -> None:
-    """Let `model(..., labels=labels, fused_lm_head=True)` stop before the logits.
+    """Lets `model(..., labels=labels, fused_lm_head=True)` stop before the logits.
 
     Without more it is TRL's call, with TRL's FusedCausalLMOutput: log-probs [B, T - 1] and the other `outputs`. With
     `objective=f` the forward calls f(hidden, weight, labels, bias=, scale=, softcap=), labels not shifted, and returns
     its value as `loss`. Any other call is the model's own.
+
+    Args:
+        model: a decoder-only text model of transformers on one device, with a plain LM head; its forward is replaced.
+        outputs: what TRL's call returns: "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
+
+    Raises:
+        ValueError: for another model or head.
     """
     _check_model(model)
     original = model.forward
@@ -169,8 +177,11 @@ def add_preference_head(model, outputs: tuple[str, ...] = ("log_probs",)) -> Non
 
 @contextlib.contextmanager
 def _instead_of_trls_head():
-    """DPOTrainer's constructor adds its head after PEFT has wrapped the model, and before the reference is wrapped,
-    sharded or used: nowhere else can a subclass reach both models at that moment."""
+    """Replaces the head that DPOTrainer's constructor adds.
+
+    That is after PEFT has wrapped the model, and before the reference is wrapped, sharded or used: a subclass reaches
+    both models at that moment in no other way.
+    """
     theirs = dpo_trainer.add_fused_lm_head
     dpo_trainer.add_fused_lm_head = add_preference_head
     try:
@@ -183,7 +194,7 @@ def _instead_of_trls_head():
 
 
 def _own_options(args) -> list[dict[str, Any]]:
-    """loss_options, one mapping per loss."""
+    """Returns loss_options, one mapping per loss."""
     options = getattr(args, "loss_options", None)
     if isinstance(options, list):
         if len(options) != len(args.loss_type):
@@ -197,9 +208,9 @@ def _own_options(args) -> list[dict[str, Any]]:
 
 
 def _loss_terms(args, beta: float, chosen_tokens: float | Tensor = 1.0) -> tuple[list, list]:
-    """The losses of the config and their options, as linear_preference_loss takes them.
+    """Returns the losses of the config and their options, as linear_preference_loss takes them.
 
-    chosen_tokens: per pair of the batch, on average.
+    chosen_tokens: tokens of the chosen completions per pair of the batch.
     """
     found = []
     for name, own in zip(args.loss_type, _own_options(args), strict=True):
@@ -231,7 +242,7 @@ def _nll_over(chosen_tokens):
 
 
 def _over_completions(loss):
-    """`loss` by the tokens of the completions, which travel as scores: a first token that nothing predicts is one."""
+    """Divides `loss` by all tokens of the completions, a first one that nothing predicts too; they travel as scores."""
 
     @losses.pair_separable
     def over_completions(pairs, **options):
@@ -248,13 +259,13 @@ def _needs_trls_epilogue(args) -> bool:
 
 
 def _ratings_needed(args) -> dict[str, str]:
-    """What the losses need of the ratings -> the key of a batch that holds it."""
+    """Returns what the losses need of the ratings -> the key of a batch that holds it."""
     needs = losses.traits(args.loss_type, _own_options(args)).needs
     return {need: key for need, key in (("rating_gap", "margin"), ("score", "scores")) if need in needs}
 
 
 def _reads_reference(args) -> bool:
-    """TRL's losses always do: the metrics of its trainer need it."""
+    """Tells whether a loss has a reference. TRL's always do: the metrics of its trainer need it."""
     needs = losses.traits(args.loss_type, _own_options(args)).needs
     return "reference" in needs or any(name in TRL_LOSSES for name in args.loss_type)
 
@@ -263,7 +274,7 @@ def _reads_reference(args) -> bool:
 
 
 def _check_args(args) -> None:
-    """Raise for an option or a combination that would be ignored, or that nothing here has been tested with."""
+    """Raises ValueError for an option or a combination that would be ignored, or that is untested."""
     plugin, parallel = args.deepspeed_plugin, args.parallelism_config
     sizes = {name: getattr(parallel, name, 1) for name in ("tp_size", "cp_size", "sp_size")}
     refused = (
@@ -327,17 +338,24 @@ def _check_columns(args, example) -> None:
 
 
 class FastPrefDPOTrainer(DPOTrainer):
-    """DPOTrainer of TRL 1.16, with its arguments, on fastpref's fused head and losses.
+    """The DPOTrainer of TRL 1.16, with its arguments, on fastpref's fused head and losses.
 
-    args may be a DPOConfig or a FastPrefDPOConfig. A loss that uses ratings takes them from the column `margin`
-    (rating of the chosen minus rating of the rejected response; None or NaN = not rated), or from `score_chosen` and
-    `score_rejected`; a data_collator of your own must put `margin` [B] (and `scores` [2B]) into the batch, as
-    DataCollatorForRatedPreference does. A loss without a reference runs none, and drops the reference model.
+    A loss that uses ratings takes them from the column `margin` (rating of the chosen minus rating of the rejected
+    response; None or NaN = not rated), or from `score_chosen` and `score_rejected`. A loss without a reference runs
+    none, and drops the reference model.
 
-    Raises ValueError at construction, naming the option: vision-language and encoder-decoder models, the auxiliary loss
-    of a mixture of experts, an LM head that is not a plain nn.Linear (PEFT's modules_to_save is), models on several
-    devices, ZeRO-3, tensor, context and sequence parallelism, padding_free, use_liger_kernel, activation_offloading,
-    torch_compile, losses and options that do not fit together, and ratings that the data do not have.
+    Args:
+        args: a DPOConfig or a FastPrefDPOConfig.
+        data_collator: one of your own must put `margin` [B] (and `scores` [2B]) into the batch, as
+            DataCollatorForRatedPreference does.
+        model, ref_model, train_dataset, and any other: as of DPOTrainer.
+
+    Raises:
+        ValueError: at construction, naming the option: vision-language and encoder-decoder models, the auxiliary loss
+            of a mixture of experts, an LM head that is not a plain nn.Linear (PEFT's modules_to_save is), models on
+            several devices, ZeRO-3, tensor, context and sequence parallelism, padding_free, use_liger_kernel,
+            activation_offloading, torch_compile, losses and options that do not fit together, and ratings that the
+            data do not have.
     """
 
     def __init__(self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, *rest, **kwargs):
@@ -418,7 +436,7 @@ class FastPrefDPOTrainer(DPOTrainer):
             return loss, model(**model_inputs)
 
     def _step(self, inputs) -> dict[str, Any]:
-        """What linear_preference_loss is told about the loss and the pairs of this batch."""
+        """Returns the arguments of linear_preference_loss about the loss and the pairs of this batch."""
         counts = inputs["completion_mask"].sum(1)  # tokens per completion
         pairs = counts.shape[0] // 2
         scored = inputs["completion_mask"][:pairs, 1:].sum()
@@ -438,7 +456,7 @@ class FastPrefDPOTrainer(DPOTrainer):
         return step
 
     def _reference(self, model_inputs, labels, inputs) -> dict[str, Tensor]:
-        """Precomputed sums, or log-probs per token from the reference model or the policy without its adapter."""
+        """Returns precomputed sums, or log-probs per token of the reference model or the policy without its adapter."""
         if self.precompute_ref_logps:
             return {"ref_logps": torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])}
         model, adapter = self.ref_model, contextlib.nullcontext()
@@ -457,7 +475,7 @@ class FastPrefDPOTrainer(DPOTrainer):
         return {"ref_token_logps": kept[0][:, -labels.shape[1] :]}
 
     def _record(self, inputs, out) -> None:
-        """TRL's metrics with TRL's reductions, in two collectives and two reads instead of one each per metric."""
+        """Records TRL's metrics with TRL's reductions, in two collectives and reads instead of one each per metric."""
         mode, stats = "train" if self.model.training else "eval", out.stats
         chosen, rejected = stats.chosen_lengths.sum(), stats.rejected_lengths.sum()
         totals = (

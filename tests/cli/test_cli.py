@@ -16,7 +16,7 @@ from fastpref.cli.main import main
 )
 def test_help_and_version_do_not_import_torch(python, arguments):
     code = (
-        "import sys; from fastpref.cli import main\n"
+        "import sys; from fastpref.cli.main import main\n"
         f"try: main({arguments!r})\n"
         "finally: print('torch' in sys.modules, file=sys.stderr)"
     )
@@ -44,7 +44,10 @@ def test_info_prints_every_entry_of_the_build_info(capsys):
 
     def expected(info):
         for name, value in info.items():
-            yield from ([[name], *expected(value)] if isinstance(value, dict) else [[name, str(value)]])
+            if isinstance(value, dict):
+                yield from ([name], *expected(value))
+            else:
+                yield f"{name} {value}".split(maxsplit=1)  # a value may be empty, such as a product that the CPU lacks
 
     assert lines == list(expected(fastpref.build_info()))
 

@@ -222,7 +222,7 @@ def test_stages_one_by_one(samples, capsys):
 
 def test_without_sources_torch_is_not_imported(samples, python, tmp_path):
     code = (
-        "import sys; from fastpref.cli import main\n"
+        "import sys; from fastpref.cli.main import main\n"
         "arguments = ['samples.jsonl', '-o', 'pairs.jsonl', '--scores', 'win_prob:logit', '--select', '0.5']\n"
         "code = main(['curate', *arguments])\n"
         "sys.exit(10 if 'torch' in sys.modules else code)"

@@ -155,7 +155,7 @@ def test_unusable_input_is_one_message_and_exit_code_2(tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("module", ["tokenizers", "tqdm"])
 def test_a_missing_extra_says_what_to_install(python, module):
-    code = f"import sys; sys.modules[{module!r}] = None; from fastpref.cli import main; sys.exit(main(['demo']))"
+    code = f"import sys; sys.modules[{module!r}] = None; from fastpref.cli.main import main; sys.exit(main(['demo']))"
     done = python(code)
     assert done.returncode == 2
     assert done.stderr == f'fastpref: fastpref demo needs {module}: pip install "fastpref[demo]"\n'
@@ -202,7 +202,7 @@ def test_scores_in_the_unit_interval_become_logits():
 
 def test_labels_cover_the_response_and_its_end_only():
     long, short = demo.join_tokens([5, 6], [7, 8, 9]), demo.join_tokens([5], [])
-    ids, labels = demo.pad([long, short])
+    ids, labels = demo.pad_sequences([long, short])
     assert ids.tolist() == [[5, 6, demo.ANSWER, 7, 8, 9, demo.END], [5, demo.ANSWER, demo.END, *[demo.PADDING] * 4]]
     assert labels.tolist() == [[-100] * 3 + [7, 8, 9, demo.END], [-100, -100, demo.END, *[-100] * 4]]
     cut = demo.join_tokens([5], range(3, 3 + demo.MAX_TOKENS))
@@ -236,7 +236,7 @@ def test_training_and_evaluation_form_no_logits(monkeypatch):
     monkeypatch.setattr(demo.TinyTransformer, "forward", refuse)
     monkeypatch.setattr(fastpref, "token_logps", refuse)
     monkeypatch.setattr(fastpref, "preference_loss", refuse)
-    task, _ = demo.prepare(embedded_samples(24, 6), "raw")
+    task, _ = demo.make_task(embedded_samples(24, 6), "raw")
     with demo.Progress(100) as progress:
         training, model, batches = demo.train_and_evaluate(task, demo.DemoOptions(steps=2, seeds=1), progress)
     assert training["held_out_accuracy"]["n"] == len(task.held_out) and len(batches) == demo.COST_STEPS
@@ -247,7 +247,7 @@ def test_training_and_evaluation_form_no_logits(monkeypatch):
 def test_log_probs_are_those_of_the_logits():
     torch.manual_seed(0)
     model = demo.TinyTransformer()
-    ids, labels = demo.pad([demo.join_tokens([5, 6], [7, 8, 9]), demo.join_tokens([5], [])])
+    ids, labels = demo.pad_sequences([demo.join_tokens([5, 6], [7, 8, 9]), demo.join_tokens([5], [])])
     with torch.no_grad():
         expected = torch.zeros(ids.shape)
         logps = model(ids)[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]

@@ -522,7 +522,7 @@ def test_a_missing_package_is_named(tmp_path, python, package, flags):
     (tmp_path / "in.csv").write_text(VOTES)
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        f"from fastpref.cli import main; sys.exit(main(['denoise', *{source + flags!r}]))"
+        f"from fastpref.cli.main import main; sys.exit(main(['denoise', *{source + flags!r}]))"
     )
     done = python(code)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -660,7 +660,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, python):
     np.save(tmp_path / "in.npy", np.ones((500, 400)))
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "from fastpref.cli import main; sys.exit(main(['denoise', 'in.npy', 'out.npy', '--rank', '1']))"
+        "from fastpref.cli.main import main; sys.exit(main(['denoise', 'in.npy', 'out.npy', '--rank', '1']))"
     )
     done = python(code)
     assert (done.returncode, done.stderr) == (2, "fastpref denoise: cannot write: File too large\n")

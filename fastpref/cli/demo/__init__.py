@@ -1,1 +1,1 @@
-"""`fastpref demo`: the first real run, from scored samples to a trained model. run.py is where to start reading."""
+"""`fastpref demo`: a first run, from scored samples to a trained model. Reading starts at run.py."""

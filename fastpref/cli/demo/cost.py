@@ -28,17 +28,19 @@ class Batch:
 
 
 def linear_loss(hidden, weight, batch, beta, beta_rating) -> fastpref.PreferenceOutput:
-    """RDPO by fastpref from hidden states [2B, T, H] and the head [V, H]; the logits are never stored."""
-    return fastpref.linear_preference_loss(hidden, weight, batch.labels, **rdpo(batch, beta, beta_rating))
+    """Computes RDPO by fastpref from hidden states [2B, T, H] and the head [V, H]; the logits are never stored."""
+    return fastpref.linear_preference_loss(hidden, weight, batch.labels, **rdpo_options(batch, beta, beta_rating))
 
 
 def fused_loss(logits, batch, beta, beta_rating) -> fastpref.PreferenceOutput:
-    """RDPO by fastpref. The gradient replaces the logits [2B, T, V] in place: nothing else reads them."""
-    return fastpref.preference_loss(logits, batch.labels, inplace_backward=True, **rdpo(batch, beta, beta_rating))
+    """Computes RDPO by fastpref. The gradient replaces the logits [2B, T, V] in place: nothing else reads them."""
+    return fastpref.preference_loss(
+        logits, batch.labels, inplace_backward=True, **rdpo_options(batch, beta, beta_rating)
+    )
 
 
-def rdpo(batch, beta, beta_rating) -> dict:
-    """What both forms of the loss are told."""
+def rdpo_options(batch, beta, beta_rating) -> dict:
+    """Returns the arguments that both forms of the loss share."""
     return {
         "ref_token_logps": batch.ref_token_logps,
         "loss": "rdpo",
@@ -50,7 +52,7 @@ def rdpo(batch, beta, beta_rating) -> dict:
 
 
 def plain_loss(logits, batch, beta, beta_rating) -> tuple[Tensor, Tensor]:
-    """(loss, margins [B]): RDPO as one writes it in PyTorch, in the dtype of the logits."""
+    """Returns (loss, margins [B]): RDPO as one writes it in PyTorch, in the dtype of the logits."""
     targets = batch.labels[:, 1:]
     logps = logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     log_ratios = ((logps - batch.ref_token_logps[:, :-1]) * (targets != -100)).sum(-1)
@@ -60,7 +62,7 @@ def plain_loss(logits, batch, beta, beta_rating) -> tuple[Tensor, Tensor]:
 
 
 def measure_cost(model, batches, beta, beta_rating, advance) -> dict:
-    """Forward, loss and backward of every batch, by all three, interleaved; the weights stay as they are.
+    """Runs forward, loss and backward of every batch by all three, interleaved; the weights stay as they are.
 
     "plain" and "fastpref" take the model's logits, "linear" its hidden states and its head. Times are medians over the
     batches, a ratio is the median of the ratios per batch to plain. Peak memory is the growth of the resident set
@@ -89,9 +91,11 @@ def measure_cost(model, batches, beta, beta_rating, advance) -> dict:
             seconds[name].append(elapsed)
         errors = margin_errors(model, batch, beta, beta_rating)
         for name in names:
-            apart = relative(losses[name] - losses["plain"], losses["plain"])
+            apart = relative_size(losses[name] - losses["plain"], losses["plain"])
             loss_difference[name] = max(loss_difference[name], apart)
-            apart = relative(*map(torch.linalg.vector_norm, (gradients[name] - gradients["plain"], gradients["plain"])))
+            apart = relative_size(
+                *map(torch.linalg.vector_norm, (gradients[name] - gradients["plain"], gradients["plain"]))
+            )
             gradient_difference[name] = max(gradient_difference[name], apart)
             margin_error[name] = max(margin_error[name], errors[name])
         advance()
@@ -127,7 +131,7 @@ def against_plain(prefix, name, ratios, loss_difference, gradient_difference) ->
 
 
 def run_step(model, batch, loss) -> tuple[Tensor, Tensor, float]:
-    """(loss, gradient of the embedding table, seconds); no gradient is left behind."""
+    """Returns (loss, gradient of the embedding table, seconds); no gradient is left behind."""
     started = time.perf_counter()
     value = loss(batch)
     value.backward()
@@ -137,18 +141,18 @@ def run_step(model, batch, loss) -> tuple[Tensor, Tensor, float]:
     return value.detach(), gradient, elapsed
 
 
-def relative(difference, size) -> float:
-    """|difference| / |size|; NaN counts as infinitely different."""
+def relative_size(difference, size) -> float:
+    """Returns |difference| / |size|; NaN counts as infinitely different."""
     ratio = (difference.abs() / size.abs()).item()
     return ratio if ratio == ratio else float("inf")
 
 
 @torch.no_grad()
 def margin_errors(model, batch, beta, beta_rating) -> dict[str, float]:
-    """Largest |margin - float64 margin| of each, all from one set of fp32 hidden states and one head.
+    """Returns the largest |margin - float64 margin| of each, all from one set of fp32 hidden states and one head.
 
-    The product of the two is in everyone's error: plain and fastpref share one set of fp32 logits, linear forms its
-    own, the truth is float64 from the product on.
+    Every error includes that of the product of the two: plain and fastpref share one set of fp32 logits, linear forms
+    its own, and the truth is float64 from the product on.
     """
     hidden, weight = model.hidden_states(batch.ids), model.embedding.weight
     logits = hidden @ weight.T
@@ -162,7 +166,7 @@ def margin_errors(model, batch, beta, beta_rating) -> dict[str, float]:
 
 
 def exact_margins(hidden, weight, batch, beta) -> Tensor:
-    """[B] float64. One sequence at a time: all logits in float64 would not fit where the step itself does."""
+    """Returns [B] float64. It takes one sequence at a time: all logits in float64 may not fit where the step does."""
     log_ratios, weight = [], weight.double()
     for row, labels, ref_logps in zip(hidden, batch.labels, batch.ref_token_logps, strict=True):
         scored = labels[1:] != -100

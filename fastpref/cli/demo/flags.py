@@ -1,4 +1,4 @@
-"""The flags of `fastpref demo`, and what it prints. Without torch, for --help."""
+"""The flags of `fastpref demo`, and what it prints. It imports torch only for a run, not for --help."""
 
 import json
 

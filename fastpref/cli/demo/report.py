@@ -1,4 +1,4 @@
-"""From the demo's measurements to estimates with intervals, and from those to one screen of text."""
+"""Turns the demo's measurements into estimates with intervals, and those into one screen of text."""
 
 import math
 
@@ -12,10 +12,10 @@ COLUMNS = 100
 
 
 def accuracy(margins, generator) -> dict:
-    """Share of margins > 0, a tie counting half. margins: [seeds, pairs].
+    """Returns the share of margins > 0; a tie counts half. margins: [seeds, pairs].
 
-    95 % interval: the wider of Wilson's over the pairs and a bootstrap over pairs and seeds. The first is not fooled by
-    few pairs that all agree, the second sees seeds that disagree.
+    The 95 % interval is the wider of Wilson's over the pairs and a bootstrap over pairs and seeds. The first stays wide
+    for few pairs that all agree, the second covers seeds that disagree.
     """
     wins = (margins > 0) + 0.5 * (margins == 0)
     if not margins.size:
@@ -27,7 +27,7 @@ def accuracy(margins, generator) -> dict:
 
 
 def spearman(margins, gap, generator) -> dict:
-    """Rank correlation of the margins [seeds, pairs] with gap [pairs], mean over seeds; bootstrap 95 % interval."""
+    """Returns the rank correlation of margins [seeds, pairs] with gap [pairs], mean over seeds, bootstrap interval."""
 
     def mean_correlation(seeds, pairs):
         return np.mean([rank_correlation(margins[seed, pairs], gap[pairs]) for seed in seeds])
@@ -48,7 +48,7 @@ def estimate(value, interval, margins) -> dict:
 
 
 def bootstrap(statistic, shape, generator) -> np.ndarray:
-    """[BOOTSTRAP_DRAWS] of statistic(seeds, pairs), both drawn with replacement."""
+    """Returns [BOOTSTRAP_DRAWS] values of statistic(seeds, pairs), both drawn with replacement."""
     seeds, pairs = shape
     return np.array(
         [
@@ -59,7 +59,7 @@ def bootstrap(statistic, shape, generator) -> np.ndarray:
 
 
 def wilson(share, n) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion."""
+    """Returns Wilson's 95 % interval of a proportion."""
     z = 1.959964  # 97.5 % point of the normal
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -67,7 +67,7 @@ def wilson(share, n) -> tuple[float, float]:
 
 
 def rank_correlation(x, y) -> float:
-    """Spearman's, ties at their average rank; NaN where one side is constant."""
+    """Returns Spearman's rank correlation, ties at their average rank; NaN where one side is constant."""
     x, y = average_ranks(x), average_ranks(y)
     x, y = x - x.mean(), y - y.mean()
     size = math.sqrt((x @ x) * (y @ y))
@@ -80,7 +80,7 @@ def average_ranks(values) -> np.ndarray:
 
 
 def verdict(trained, other) -> str:
-    """What two estimates say about each other; intervals that overlap say nothing."""
+    """Compares two estimates; intervals that overlap count as no difference."""
     if trained["value"] is None or other["value"] is None:
         return "no data"
     if trained["interval"][0] > other["interval"][1]:
@@ -94,7 +94,7 @@ def verdict(trained, other) -> str:
 
 
 def screen(results) -> str:
-    """Two blocks, at most 24 lines of at most 100 columns."""
+    """Returns two blocks of text, at most 24 lines of at most 100 columns."""
     blocks = [heading(results), training_block(results["training"]), cost_block(results["cost"])]
     return "\n\n".join("\n".join(line[:COLUMNS] for line in block) for block in blocks)
 
@@ -107,7 +107,7 @@ def heading(results) -> list[str]:
     return [
         f"fastpref {versions['fastpref']}, torch {versions['torch']}, {count(results['threads'], 'CPU thread')}, "
         f"{results['seconds']:.0f} s in all",
-        f"Data    {shorten(data['source'], 30)}: {data['prompts']}{read} prompts, {data['responses']} responses, "
+        f"Data    {shorten_path(data['source'], 30)}: {data['prompts']}{read} prompts, {data['responses']} responses, "
         f"{count(data['malformed_rows'], 'malformed row')}",
         f"        {pairs['cut_share']:.0%} of the responses cut at {pairs['max_tokens']} tokens; "
         f"{pairs['score_scale']} scores{clamped}",
@@ -147,7 +147,7 @@ def row(name, estimate, remark="") -> str:
 
 
 def cost_block(cost) -> list[str]:
-    """Plain PyTorch, fastpref from logits and fastpref from hidden states; ratios and differences are to the first."""
+    """Compares plain PyTorch, fastpref from logits and from hidden states; ratios and differences are to the first."""
     plain, methods = cost["plain"], {"": cost["fastpref"], "linear_": cost["linear"]}
     times, peaks, margins, differences = [], [], [], []
     for prefix, own in methods.items():
@@ -182,6 +182,6 @@ def count(number, thing) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def shorten(text, width) -> str:
-    """The end of a long path says which file it is."""
+def shorten_path(text, width) -> str:
+    """Cuts a long path at its start: its end says which file it is."""
     return text if len(text) <= width else "..." + text[3 - width :]

@@ -61,14 +61,14 @@ class DemoOptions:
 
 
 def run_demo(options: DemoOptions) -> dict:
-    """The numbers of the whole run, ready for JSON. Raises InputError when the input holds too little to learn from."""
+    """Returns the numbers of the whole run, ready for JSON. Raises InputError for an input with too little to learn."""
     started = time.perf_counter()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     samples, data = load_samples(options)
     with Progress(1 + options.seeds * 2 * options.steps + COST_STEPS) as progress:
         progress.describe("tokenizer")
-        task, pairs = prepare(samples, options.score_scale)
+        task, pairs = make_task(samples, options.score_scale)
         progress.advance()
         training, model, batches = train_and_evaluate(task, options, progress)
         progress.describe("cost")
@@ -153,7 +153,7 @@ class Task:
     matched: Pairs  # held-out prompts, the same chosen, rejected from the responses of about its length
 
 
-def prepare(samples, score_scale) -> tuple[Task, dict]:
+def make_task(samples, score_scale) -> tuple[Task, dict]:
     rewards, scale, clamped = scale_scores(samples, score_scale)
     selection = select_pairs(rewards, on_degenerate="ignore")  # the report says how often it is
     held_out = held_out_prompts(samples.prompts)
@@ -193,7 +193,7 @@ def prepare(samples, score_scale) -> tuple[Task, dict]:
 
 
 def like_chosen_in_length(samples, selection, shape) -> np.ndarray:
-    """[prompts, responses] bool: longer / shorter is at most MATCHED_LENGTH_RATIO against the chosen response."""
+    """Returns [prompts, responses] bool: at most MATCHED_LENGTH_RATIO times as long or short as the chosen response."""
     log_length = np.full(shape, np.nan)
     for row, pool in zip(log_length, samples.responses, strict=True):
         row[: len(pool)] = np.log([max(len(response), 1) for response in pool])
@@ -202,7 +202,7 @@ def like_chosen_in_length(samples, selection, shape) -> np.ndarray:
 
 
 def scale_scores(samples, score_scale) -> tuple[np.ndarray, str, int]:
-    """([prompts, responses] ratings, "raw" or "logit", number of scores of exactly 0 or 1 that were moved inside)."""
+    """Returns ([prompts, responses] ratings, "raw" or "logit", number of scores of 0 or 1 that were moved inside)."""
     scores = samples.score_matrix()
     outside = int(((scores < 0) | (scores > 1)).sum())
     if score_scale == "auto":
@@ -215,18 +215,18 @@ def scale_scores(samples, score_scale) -> tuple[np.ndarray, str, int]:
 
 
 def held_out_prompts(prompts) -> np.ndarray:
-    """[prompts] bool: the prompts whose hash is among the lowest HELD_OUT_SHARE, so equal prompts stay together."""
+    """Returns [prompts] bool: whose hash is among the lowest HELD_OUT_SHARE, so that equal prompts stay together."""
     hashes = np.array([int.from_bytes(hashlib.sha256(p.encode()).digest()[:8], "big") for p in prompts], np.uint64)
     distinct = np.unique(hashes)
     return hashes < distinct[int(HELD_OUT_SHARE * len(distinct))]
 
 
 def pick_pairs(samples, selection: PairSelection, prompts, tokenizer) -> Pairs:
-    """The kept pairs of the prompts that are True in `prompts` [prompts]."""
+    """Returns the kept pairs of the prompts that are True in `prompts` [prompts]."""
     rows = np.flatnonzero(selection.keep & prompts)
     chosen = [samples.responses[row][selection.chosen[row]] for row in rows]
     rejected = [samples.responses[row][selection.rejected[row]] for row in rows]
-    tokens = encode(tokenizer, [samples.prompts[row] for row in rows] * 2, chosen + rejected)
+    tokens = encode_texts(tokenizer, [samples.prompts[row] for row in rows] * 2, chosen + rejected)
     return Pairs(chosen, rejected, selection.gap[rows], tokens)
 
 
@@ -244,7 +244,7 @@ PADDING, ANSWER, END = range(3)
 
 
 def train_tokenizer(pools) -> Tokenizer:
-    """Byte-level BPE learnt from the training prompts' texts; every pool gives its share of TOKENIZER_CHARACTERS."""
+    """Learns byte-level BPE from the training prompts' texts; every pool gives its share of TOKENIZER_CHARACTERS."""
     pools = list(pools)
     share = TOKENIZER_CHARACTERS // len(pools)
     tokenizer = Tokenizer(models.BPE())
@@ -259,7 +259,7 @@ def train_tokenizer(pools) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer, prompts, responses) -> list[Tokens]:
+def encode_texts(tokenizer, prompts, responses) -> list[Tokens]:
     encoded = zip(tokenizer.encode_batch(prompts), tokenizer.encode_batch(responses), strict=True)
     return [join_tokens(prompt.ids[: MAX_TOKENS // 2], response.ids) for prompt, response in encoded]
 
@@ -269,8 +269,8 @@ def join_tokens(prompt, response) -> Tokens:
     return Tokens(ids[:MAX_TOKENS], len(prompt) + 1, cut=len(ids) > MAX_TOKENS)
 
 
-def pad(sequences) -> tuple[Tensor, Tensor]:
-    """ids and labels, both [sequences, longest] int64; labels are IGNORE on the prompt and the padding."""
+def pad_sequences(sequences) -> tuple[Tensor, Tensor]:
+    """Returns ids and labels, both [sequences, longest] int64; labels are IGNORE on the prompt and the padding."""
     ids = torch.full((len(sequences), max(len(s.ids) for s in sequences)), PADDING)
     labels = torch.full_like(ids, IGNORE)
     for row, sequence in enumerate(sequences):
@@ -319,7 +319,7 @@ class TinyTransformer(nn.Module):
 
 
 def train_and_evaluate(task, options, progress) -> tuple[dict, nn.Module, list[Batch]]:
-    """Every seed draws its own weights, warm-up, reference and order of pairs.
+    """Trains one model per seed, which draws its own weights, warm-up, reference and order of pairs.
 
     Returns the Training numbers, and the last model with COST_STEPS batches to measure the cost on.
     """
@@ -343,18 +343,18 @@ def train_and_evaluate(task, options, progress) -> tuple[dict, nn.Module, list[B
 
 
 def pair_order(pairs, steps, generator) -> Tensor:
-    """[steps, PAIRS_PER_STEP] indices of training pairs: one shuffled epoch after the other."""
+    """Returns [steps, PAIRS_PER_STEP] indices of training pairs: one shuffled epoch after the other."""
     epochs = math.ceil(steps * PAIRS_PER_STEP / pairs)
     order = torch.cat([torch.randperm(pairs, generator=generator) for _ in range(epochs)])
     return order[: steps * PAIRS_PER_STEP].view(steps, PAIRS_PER_STEP)
 
 
 def warm_up(model, pairs, steps, generator, progress) -> None:
-    """Supervised steps on chosen responses, without which the reference model would be noise."""
+    """Takes supervised steps on chosen responses, without which the reference model would be noise."""
     optimizer = torch.optim.AdamW(model.parameters(), WARMUP_LEARNING_RATE, weight_decay=0.0)
     for indices in pair_order(len(pairs), steps, generator):
-        ids, labels = pad([pairs.tokens[i] for i in indices])
-        update(model, optimizer, -label_logps(model, ids, labels).sum() / (labels != IGNORE).sum())
+        ids, labels = pad_sequences([pairs.tokens[i] for i in indices])
+        update_weights(model, optimizer, -label_logps(model, ids, labels).sum() / (labels != IGNORE).sum())
         progress.advance()
 
 
@@ -363,16 +363,16 @@ def train_rdpo(policy, reference, pairs, steps, generator, beta_rating, progress
     for indices in pair_order(len(pairs), steps, generator):
         batch = reference_batch(reference, pairs, indices)
         hidden = policy.hidden_states(batch.ids)
-        update(policy, optimizer, linear_loss(hidden, policy.embedding.weight, batch, BETA, beta_rating).loss)
+        update_weights(policy, optimizer, linear_loss(hidden, policy.embedding.weight, batch, BETA, beta_rating).loss)
         progress.advance()
 
 
 def label_logps(model, ids, labels) -> Tensor:
-    """[sequences, tokens] fp32, entry t for the label at t + 1, 0 where that is IGNORE; no logits are stored."""
+    """Returns [sequences, tokens] fp32, entry t for the label at t + 1, 0 where it is IGNORE; stores no logits."""
     return fastpref.linear_token_logps(model.hidden_states(ids), model.embedding.weight, labels, shift=True)
 
 
-def update(model, optimizer, loss) -> None:
+def update_weights(model, optimizer, loss) -> None:
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -381,8 +381,8 @@ def update(model, optimizer, loss) -> None:
 
 @torch.no_grad()
 def reference_batch(reference, pairs, indices) -> Batch:
-    """The pairs at `indices`, chosen first, with the reference's log-probs."""
-    ids, labels = pad([pairs.tokens[i] for i in [*indices, *(len(pairs) + indices)]])
+    """Returns the pairs at `indices`, chosen first, with the reference's log-probs."""
+    ids, labels = pad_sequences([pairs.tokens[i] for i in [*indices, *(len(pairs) + indices)]])
     gap = torch.tensor(pairs.gap[indices], dtype=torch.float32)
     return Batch(ids, labels, label_logps(reference, ids, labels), gap)
 
@@ -391,7 +391,7 @@ def reference_batch(reference, pairs, indices) -> Batch:
 
 
 def held_out_margins(policy, reference, task) -> list[np.ndarray]:
-    """Three times [pairs] float64: the untouched model on the held-out pairs; the trained one on those and the matched.
+    """Returns margins [pairs] float64: untouched model, held-out pairs; trained model, held-out and matched pairs.
 
     Trained: the implicit margin (without its factor beta) of the policy against its reference. Untouched: log-prob of
     chosen minus log-prob of rejected under the reference itself, whose margin against itself is 0 by definition.
@@ -410,19 +410,19 @@ def held_out_margins(policy, reference, task) -> list[np.ndarray]:
 
 @torch.no_grad()
 def summed_logps(model, tokens) -> np.ndarray:
-    """[sequences] float64, log-prob of each response. Equal ones are scored once, those of like length together."""
+    """Returns [sequences] float64, log-probs. Equal responses are scored once, those of like length together."""
     distinct = sorted(set(tokens), key=lambda t: len(t.ids))
     sums = {}
     for start in range(0, len(distinct), 2 * PAIRS_PER_STEP):
         group = distinct[start : start + 2 * PAIRS_PER_STEP]
-        ids, labels = pad(group)
+        ids, labels = pad_sequences(group)
         logps = label_logps(model, ids, labels).double().sum(-1).tolist()
         sums.update(zip(group, logps, strict=True))
     return np.array([sums[t] for t in tokens])
 
 
 def training_numbers(task, untouched, held_out, matched, seed) -> dict:
-    """The rows of the Training block. untouched, held_out, matched: [seeds, pairs] margins."""
+    """Returns the rows of the Training block. untouched, held_out, matched: [seeds, pairs] margins."""
     generator = np.random.default_rng(seed)
     longer = longer_wins(task.held_out)
     return {
@@ -437,5 +437,5 @@ def training_numbers(task, untouched, held_out, matched, seed) -> dict:
 
 
 def longer_wins(pairs) -> np.ndarray:
-    """[1, pairs] characters of chosen minus characters of rejected: a rule, so one "seed"."""
+    """Returns [1, pairs], characters of chosen minus characters of rejected: a rule, so one "seed"."""
     return np.array([[len(c) - len(r) for c, r in zip(pairs.chosen, pairs.rejected, strict=True)]], dtype=float)

@@ -7,7 +7,7 @@ wins" is a coin flip here, which real data does not grant.
 
 import numpy as np
 
-from fastpref.curate.files.samples import ScoredSamples
+from fastpref.curate import ScoredSamples
 
 _ITEMS = {
     "fruits": ["apple", "banana", "cherry", "grape", "lemon", "mango", "orange", "pear", "plum", "quince"],
@@ -41,7 +41,7 @@ _NOISE_STD = 0.5  # in constraints
 
 
 def embedded_samples(prompts=480, responses=16) -> ScoredSamples:
-    """`prompts` x `responses` samples, the same ones on every call; scores in constraints, about 0 to 6."""
+    """Makes `prompts` x `responses` samples, the same ones on every call; scores in constraints, about 0 to 6."""
     generator = np.random.default_rng(20_250_216)
     tasks = [_Task(generator, number) for number in range(1, prompts + 1)]
     pools = [[task.answer(generator) for _ in range(responses)] for task in tasks]
@@ -65,7 +65,7 @@ class _Task:
         self.prompt = f'Task {number}: name {count} {self.category} {order} and close with "{self.closing}"'
 
     def answer(self, generator) -> tuple[str, float]:
-        """One answer and its score. A hidden quality sets how likely each constraint is satisfied."""
+        """Makes one answer and its score. A hidden quality sets how likely each constraint is satisfied."""
         satisfied = generator.random(6) < generator.beta(1.2, 1.2)
         friendly, on_topic, right_count, ordered, confident, closed = satisfied
         category = self.category if on_topic else str(generator.choice([c for c in _ITEMS if c != self.category]))

@@ -1,4 +1,4 @@
-"""Comparisons through bradley_terry: one graph, or one for every prompt, of which small ones are solved as batches."""
+"""Solves comparisons by bradley_terry: one graph, or one for every prompt, small ones of one size as a batch."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastpref._lowrank.bradley_terry import BradleyTerryInfo, Edges, bradley_terry
+from fastpref import BradleyTerryInfo, Edges, bradley_terry
 from fastpref._whole_file import format_of
 from fastpref.cli.denoise import tables
-from fastpref.cli.denoise.options import DenoiseOptions, check_ending, numbers
+from fastpref.cli.denoise.options import DenoiseOptions, check_ending, spread_of
 from fastpref.errors import InputError
 
 SMALL = 64  # items: up to here graphs of one size are solved as dense batches
@@ -17,7 +17,7 @@ BATCH_ENTRIES = 1 << 22  # of such a batch
 
 
 class _Comparisons(NamedTuple):
-    """Sorted by graph. Items are numbered from 0 in each graph, nodes through all of them."""
+    """Comparisons, sorted by graph. Items are numbered from 0 in each graph, nodes through all of them."""
 
     graph: np.ndarray  # [E] int64, graphs by size
     i: np.ndarray  # [E] int64
@@ -30,7 +30,7 @@ class _Comparisons(NamedTuple):
 
 
 class _Fit(NamedTuple):
-    """Of a few graphs in a row."""
+    """What was found of consecutive graphs."""
 
     scores: torch.Tensor  # [nodes]
     stderr: torch.Tensor | None
@@ -42,8 +42,8 @@ class _Fit(NamedTuple):
     info: BradleyTerryInfo
 
 
-def prepare(table: dict, layout: str, options: DenoiseOptions) -> Callable:
-    """-> function(temporary, progress) -> summary."""
+def prepare_comparisons(table: dict, layout: str, options: DenoiseOptions) -> Callable:
+    """Checks the input; returns function(temporary, progress) -> summary, which solves and writes."""
     check_ending("OUT", options.output_file, tables.FORMATS, " for comparisons")
     if options.flagged is not None:
         check_ending("--flagged", options.flagged, tables.FORMATS)
@@ -59,7 +59,7 @@ def prepare(table: dict, layout: str, options: DenoiseOptions) -> Callable:
     elif layout == "votes":
         value, back = (_votes(table[role], role, options) for role in ("wins_i", "wins_j"))
     else:
-        value = tables.numbers(table["value"]).astype(np.float64)
+        value = tables.as_numbers(table["value"]).astype(np.float64)
         if (row := tables.first_row(np.isinf(value))) is not None:
             raise InputError(f"{options.input} has the value {value[row - 1]} in row {row}: must be finite or missing")
         known = value[~np.isnan(value)]
@@ -74,13 +74,13 @@ def prepare(table: dict, layout: str, options: DenoiseOptions) -> Callable:
     comparisons = _by_graph(prompt, i, j, value, back, len(names))
 
     def run(temporary, progress):
-        return _denoise(comparisons, prompts, names, options, temporary, progress)
+        return _denoise_graphs(comparisons, prompts, names, options, temporary, progress)
 
     return run
 
 
 def _votes(column, role, options) -> np.ndarray:
-    votes = tables.numbers(column).astype(np.float64)
+    votes = tables.as_numbers(column).astype(np.float64)
     if (row := tables.first_row(~((votes >= 0) & (votes < np.inf)))) is not None:
         name = options.columns.get(role, role)
         raise InputError(f"{name} of {options.input} must be finite counts >= 0, got {votes[row - 1]:g} in row {row}")
@@ -110,46 +110,72 @@ def _by_graph(prompt, i, j, value, back, names: int) -> _Comparisons:
     )
 
 
-def _denoise(data: _Comparisons, prompts, names, options: DenoiseOptions, temporary, progress) -> dict:
+def _denoise_graphs(data: _Comparisons, prompts, names, options: DenoiseOptions, temporary, progress) -> dict:
     progress.begin_stage("graphs", len(data.sizes))
     fits = []
     for fit in _fits(data, options):
         fits.append(fit)
         progress.advance(len(fit.info.converged))
-    scores, components, rejected = (torch.cat([fit[k] for fit in fits]) for k in (0, 2, 3))
-    stderr = torch.cat([fit.stderr for fit in fits]) if options.stderr else None
-    graph, pairs, residuals = (torch.cat(parts) for parts in zip(*(fit[4:7] for fit in fits), strict=True))
-    info = BradleyTerryInfo(*(torch.cat(parts) for parts in zip(*(fit.info for fit in fits), strict=True)))
+    progress.begin_stage("writing")
+    fit = _joined(fits)
     starts = np.cumsum(data.sizes) - data.sizes
+    _write_scores(temporary[options.output_file], data, fit, prompts, names, options)
+    if options.flagged is not None:
+        _write_flagged(temporary[options.flagged], data, fit, starts, prompts, names, options)
+    if options.plot is not None:
+        _plot_largest(temporary[options.plot], data, fit, starts, options)
+    return _summary(data, fit.info, fit.components, starts, len(fit.residuals), prompts is None)
 
+
+def _joined(fits: list[_Fit]) -> _Fit:
+    """Joins the fits of consecutive graphs."""
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([getattr(fit, name) for fit in fits])
+
+    return _Fit(
+        scores=joined("scores"),
+        stderr=None if fits[0].stderr is None else joined("stderr"),
+        components=joined("components"),
+        rejected=joined("rejected"),
+        graph=joined("graph"),
+        pairs=joined("pairs"),
+        residuals=joined("residuals"),
+        info=BradleyTerryInfo(*(torch.cat(parts) for parts in zip(*(fit.info for fit in fits), strict=True))),
+    )
+
+
+def _write_scores(path, data: _Comparisons, fit: _Fit, prompts, names, options: DenoiseOptions) -> None:
     order = np.lexsort((data.name, data.prompt))  # prompts and items as they appear in the input
     columns = {"prompt": prompts.take(data.prompt[order])} if prompts is not None else {}
-    columns |= {"item": names.take(data.name[order]), "score": scores[order]}
-    if options.stderr:
-        columns["stderr"] = stderr[order]
-    columns |= {"component": components[order], "rejected": rejected[order]}
-    progress.begin_stage("writing")
-    tables.write_table(temporary[options.output_file], format_of(options.output_file), [tables.to_table(columns)])
-    if options.flagged is not None:
-        i, j = (starts[graph] + pairs[:, side].numpy() for side in (0, 1))
-        order = np.lexsort((data.name[j], data.name[i], data.prompt[i]))
-        columns = {"prompt": prompts.take(data.prompt[i][order])} if prompts is not None else {}
-        columns |= {side: names.take(data.name[node][order]) for side, node in (("i", i), ("j", j))}
-        columns["residual"] = residuals[order]
-        tables.write_table(temporary[options.flagged], format_of(options.flagged), [tables.to_table(columns)])
-    if options.plot is not None:  # of the largest graph
-        from fastpref.cli.denoise.plots import plot_scores
+    columns |= {"item": names.take(data.name[order]), "score": fit.scores[order]}
+    if fit.stderr is not None:
+        columns["stderr"] = fit.stderr[order]
+    columns |= {"component": fit.components[order], "rejected": fit.rejected[order]}
+    tables.write_table(path, format_of(options.output_file), [tables.to_table(columns)])
 
-        mine = graph == len(data.sizes) - 1
-        last = slice(int(starts[-1]), None)
-        bars = None if stderr is None else stderr[last]
-        format = format_of(options.plot)[1:]
-        plot_scores(temporary[options.plot], scores[last], bars, pairs[mine], residuals[mine], format)
-    return _summary(data, info, components, starts, len(residuals), prompts is None)
+
+def _write_flagged(path, data: _Comparisons, fit: _Fit, starts, prompts, names, options: DenoiseOptions) -> None:
+    i, j = (starts[fit.graph] + fit.pairs[:, side].numpy() for side in (0, 1))
+    order = np.lexsort((data.name[j], data.name[i], data.prompt[i]))
+    columns = {"prompt": prompts.take(data.prompt[i][order])} if prompts is not None else {}
+    columns |= {side: names.take(data.name[node][order]) for side, node in (("i", i), ("j", j))}
+    columns["residual"] = fit.residuals[order]
+    tables.write_table(path, format_of(options.flagged), [tables.to_table(columns)])
+
+
+def _plot_largest(path, data: _Comparisons, fit: _Fit, starts, options: DenoiseOptions) -> None:
+    from fastpref.cli.denoise.plots import plot_scores
+
+    flagged = fit.graph == len(data.sizes) - 1
+    nodes = slice(int(starts[-1]), None)
+    stderr = None if fit.stderr is None else fit.stderr[nodes]
+    format = format_of(options.plot)[1:]
+    plot_scores(path, fit.scores[nodes], stderr, fit.pairs[flagged], fit.residuals[flagged], format)
 
 
 def _fits(data: _Comparisons, options: DenoiseOptions) -> Iterator[_Fit]:
-    """All graphs in order: small ones of one size together, the others one by one."""
+    """Solves all graphs in order: small ones of one size together, the others one by one."""
     keywords = options.given("robust", "stderr", "tol", "max_iter") | {"outliers": "pairs"}
     alone = data.sizes > SMALL
     if data.back is None:  # of one pair a matrix has one logit
@@ -221,9 +247,9 @@ def _summary(data: _Comparisons, info, components, starts, flagged: int, single:
         "components": int(parts.sum()),
         "converged": bool(info.converged.all()),
         "not_converged": int((~info.converged).sum()),
-        "iterations": numbers(shown.iterations),
-        "outlier_rate": numbers(shown.outlier_rate),
-        "noise_scale": numbers(shown.scale),
+        "iterations": spread_of(shown.iterations),
+        "outlier_rate": spread_of(shown.outlier_rate),
+        "noise_scale": spread_of(shown.scale),
         "flagged": flagged,
         "warnings": messages,
     }

@@ -1,4 +1,4 @@
-"""Arrays where they lie on disk."""
+"""Reads and writes arrays on disk without holding them in memory."""
 
 import os
 import zipfile
@@ -11,7 +11,7 @@ from fastpref.errors import InputError
 
 
 def write_npy(path, shape, dtype: np.dtype, blocks: Iterable[np.ndarray], fortran_order=False) -> None:
-    """An array, block by block in the order of the file; not mapped, since a full disk would kill the process then."""
+    """Writes an array block by block in the order of the file; a mapping would kill the process on a full disk."""
     with open(path, "wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": fortran_order, "shape": tuple(shape)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -20,14 +20,14 @@ def write_npy(path, shape, dtype: np.dtype, blocks: Iterable[np.ndarray], fortra
 
 
 def check_memory(needed: int, max_dense: float | None, what: str) -> None:
-    """needed: bytes; max_dense: GiB, None: half of the machine's memory."""
+    """Raises InputError for more than `max_dense` GiB; None: half of the machine's memory. needed: bytes."""
     most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 if max_dense is None else max_dense * 2**30
     if needed > most:
         raise InputError(f"{what} {needed / 2**30:.3g} GiB, more than --max-dense {most / 2**30:.3g}")
 
 
 def read_array(path, name: str | None, max_dense: float | None) -> np.ndarray:
-    """A .npy memory-mapped, or one array of an .npz; [m, n] or [batch, m, n], of real numbers."""
+    """Maps a .npy, or reads one array of an .npz; [m, n] or [batch, m, n], of real numbers."""
     try:
         if format_of(path) == ".npz":
             array = _npz_member(path, name, max_dense)

@@ -1,4 +1,4 @@
-"""The flags of `fastpref denoise`, and what it prints. Without torch, for --help."""
+"""The flags of `fastpref denoise`, and what it prints. It imports torch only for a run, not for --help."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Matrices through rpca: one where it lies on disk, batches and triples in memory."""
+"""Solves matrices by rpca: a single one is read from disk as it goes, batches and triples are held in memory."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpref import RPCAInfo, RPCAResult, SparseCOO, rpca
 from fastpref._checks import as_tensor
-from fastpref._lowrank.result import RPCAInfo, RPCAResult, SparseCOO
-from fastpref._lowrank.rpca import rpca
 from fastpref._whole_file import format_of
 from fastpref.cli.denoise import files
-from fastpref.cli.denoise.options import DenoiseOptions, check_ending, numbers
+from fastpref.cli.denoise.options import DenoiseOptions, check_ending, spread_of
 from fastpref.errors import InputError
 
 AS_IT_LIES = (np.float16, np.float32, np.float64, np.int8)  # what is read from the file as it is
@@ -23,7 +22,7 @@ BATCH_ENTRIES = 1 << 24  # of a batch that are solved at a time
 
 
 class _Names(NamedTuple):
-    """Of rows and columns of triples, and where the triples lie in the matrix."""
+    """Names of the rows and columns of triples, and the triples' places in the matrix."""
 
     rows: object  # pyarrow.Array
     columns: object
@@ -31,8 +30,8 @@ class _Names(NamedTuple):
     column: np.ndarray
 
 
-def prepare(array: np.ndarray, options: DenoiseOptions) -> Callable:
-    """-> function(temporary, progress) -> summary."""
+def prepare_array(array: np.ndarray, options: DenoiseOptions) -> Callable:
+    """Checks the input; returns function(temporary, progress) -> summary, which solves and writes."""
     wanted = options.output or "low-rank"
     check_ending("OUT", options.output_file, (".npz",) if wanted == "factors" else (".npy",), f" for --output {wanted}")
     if array.size == 0:
@@ -51,7 +50,7 @@ def prepare(array: np.ndarray, options: DenoiseOptions) -> Callable:
 
 
 def prepare_triples(table: dict, options: DenoiseOptions) -> Callable:
-    """The same for columns row, column and value; cells without a triple are missing."""
+    """Does the same for columns row, column and value; cells without a triple are missing."""
     from fastpref.cli.denoise import tables
 
     wanted = options.output or "low-rank"
@@ -64,7 +63,7 @@ def prepare_triples(table: dict, options: DenoiseOptions) -> Callable:
     else:
         rows, (row,) = tables.index_names(table["row"])
         columns, (column,) = tables.index_names(table["column"])
-    values = tables.numbers(table["value"])
+    values = tables.as_numbers(table["value"])
     size = len(rows) * len(columns) * values.itemsize
     files.check_memory(size, options.max_dense, f"{len(rows)} rows by {len(columns)} columns, dense, take")
     _, first, count = np.unique(row * len(columns) + column, return_index=True, return_counts=True)
@@ -110,7 +109,7 @@ def _denoise_one(matrix, names, options, wanted, temporary, progress) -> dict:
         shape = matrix.shape[::-1] if by_columns else matrix.shape
         files.write_npy(out, shape, dtype, blocks, fortran_order=by_columns)
     if options.plot is not None:
-        _plot(_transposed(result) if by_columns else result, options, temporary)
+        _plot_result(_transposed(result) if by_columns else result, options, temporary)
     shape = list(matrix.shape[::-1] if by_columns else matrix.shape)
     return _summary(result.info, shape, matrix.dtype)
 
@@ -153,7 +152,7 @@ def _low_rank_blocks(result: RPCAResult) -> Iterator[np.ndarray]:
 
 
 def _masked_blocks(matrix: np.ndarray, indices: Tensor) -> Iterator[np.ndarray]:
-    """The matrix, missing (NaN, int8: -128) at indices [K, 2], which are sorted by row."""
+    """Yields blocks of the matrix, missing (NaN, int8: -128) at indices [K, 2], which are sorted by row."""
     rows, columns = indices.numpy().T
     missing = -128 if matrix.dtype == np.int8 else np.nan
     for block in _row_blocks(*matrix.shape[:1], matrix.shape[1] * matrix.itemsize):
@@ -198,7 +197,7 @@ def _write_triples(path, matrix, result, names: _Names, options, wanted) -> None
     tables.write_table(path, format_of(options.output_file), parts)
 
 
-def _plot(result: RPCAResult, options, temporary) -> None:
+def _plot_result(result: RPCAResult, options, temporary) -> None:
     from fastpref.cli.denoise.plots import plot_low_rank
 
     plot_low_rank(temporary[options.plot], result, format_of(options.plot)[1:])
@@ -224,7 +223,7 @@ def _denoise_batch(array, options, wanted, temporary, progress) -> dict:
                 data = data.masked_fill(data == -128, torch.nan)
             result = rpca(data * scale if scale != 1.0 else data, **keywords, sparse=sparse)
             if begin == 0 and options.plot is not None:
-                _plot(_first(result), options, temporary)
+                _plot_result(_first(result), options, temporary)
             infos.append(result.info)
             if wanted == "factors":
                 results.append(result)
@@ -261,7 +260,7 @@ def _first(result: RPCAResult) -> RPCAResult:
 
 
 def _joined(results: list[RPCAResult], step: int) -> RPCAResult:
-    """One result of consecutive parts of a batch, `step` matrices each; ranks are padded with zeros to the largest."""
+    """Joins consecutive parts of a batch, `step` matrices each; ranks are padded with zeros to the largest."""
     most = max(result.S.shape[-1] for result in results)
 
     def padded(tensor: Tensor, *sides) -> Tensor:
@@ -285,7 +284,7 @@ def _count(which: Tensor, text: str) -> str:
 
 
 def _summary(info: RPCAInfo, shape: list[int], dtype: np.dtype) -> dict:
-    """For JSON; what a batch has many of is its smallest, median and largest."""
+    """Returns the summary for JSON; of a batch's numbers the smallest, median and largest."""
     converged = info.converged
     empty = ~converged & (info.iterations == 0)
     messages = []
@@ -302,12 +301,12 @@ def _summary(info: RPCAInfo, shape: list[int], dtype: np.dtype) -> dict:
         "dtype": str(dtype),
         "converged": bool(converged.all()),
         "not_converged": int((~converged).sum()),
-        "rank": numbers(info.rank),
-        "iterations": numbers(info.iterations),
-        "residual": numbers(info.residual),
-        "gap": numbers(info.gap),
-        "outlier_rate": numbers(info.outlier_rate.masked_fill(empty, torch.nan)),
-        "noise_scale": numbers(info.scale),
-        "condition": numbers(info.condition),
+        "rank": spread_of(info.rank),
+        "iterations": spread_of(info.iterations),
+        "residual": spread_of(info.residual),
+        "gap": spread_of(info.gap),
+        "outlier_rate": spread_of(info.outlier_rate.masked_fill(empty, torch.nan)),
+        "noise_scale": spread_of(info.scale),
+        "condition": spread_of(info.condition),
         "warnings": messages,
     }

@@ -1,4 +1,4 @@
-"""The flags of `fastpref denoise`, and what every kind of input does with them."""
+"""The options of `fastpref denoise`, and which of them a kind of input takes."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from fastpref.errors import InputError
 
 @dataclass(frozen=True)
 class DenoiseOptions:
-    """The flags of `fastpref denoise`, which its --help explains. None: not given."""
+    """What the flags of `fastpref denoise` gave; its --help explains them. None: not given."""
 
     input: str
     output_file: str
@@ -35,7 +35,7 @@ class DenoiseOptions:
     plot: str | None = None
 
     def given(self, *names) -> dict:
-        """Of these options, those that were given: keywords of the function behind them."""
+        """Returns those of these options that were given, as keywords of the function behind them."""
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def refuse(self, names, what: str) -> None:
@@ -53,8 +53,8 @@ def check_ending(name: str, path, formats, what: str = "") -> None:
         raise InputError(f"{name} must end in {', '.join(formats)}{what}, got {path}")
 
 
-def numbers(values: Tensor):
-    """For JSON: a number, or of several their smallest, median and largest; None for what is not finite."""
+def spread_of(values: Tensor):
+    """Returns for JSON a number, or of several their smallest, median and largest; None for what is not finite."""
     if values.dim() == 0:
         number = values.item()
         return number if math.isfinite(number) else None

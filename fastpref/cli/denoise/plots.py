@@ -1,4 +1,4 @@
-"""Pictures of what was found."""
+"""Draws what was found."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ PIXELS = 600  # of a side of a matrix; beyond, L is sampled and of S the largest
 
 
 def plot_low_rank(path, result, format: str | None = None) -> None:
-    """L, S and the singular values of one matrix, from an RPCAResult with sparse="coo". format: "png", "pdf", "svg"."""
+    """Draws L, S and singular values of one matrix, an RPCAResult with sparse="coo". format: "png", "pdf", "svg"."""
     drawn, (low, sparse, values) = _figure(3)
     m, n = result.U.shape[0], result.Vh.shape[1]
     rows, columns = _sample(m), _sample(n)
@@ -32,7 +32,7 @@ def plot_low_rank(path, result, format: str | None = None) -> None:
 
 
 def plot_scores(path, scores: Tensor, stderr: Tensor | None, indices: Tensor, residuals: Tensor, format=None) -> None:
-    """Bradley-Terry scores [N] by rank, and the flagged pairs: indices [K, 2], residuals [K]."""
+    """Draws Bradley-Terry scores [N] by rank, and the flagged pairs: indices [K, 2], residuals [K]."""
     drawn, (curve, pairs) = _figure(2)
     order = scores.argsort(descending=True)
     order = order[~scores[order].isnan()]
@@ -59,7 +59,7 @@ def _sample(size: int) -> Tensor:
 
 
 def _largest(indices: Tensor, values: Tensor, shape) -> np.ndarray:
-    """The entries as an image of at most PIXELS by PIXELS: of those that fall into a pixel, the largest in size."""
+    """Returns the entries as at most PIXELS by PIXELS: of those that fall into a pixel, the largest in size."""
     size = [min(side, PIXELS) for side in shape]
     row, column = (indices[:, axis] * size[axis] // max(shape[axis], 1) for axis in (0, 1))
     image = np.zeros(size, np.float64)

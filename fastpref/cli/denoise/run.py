@@ -34,7 +34,7 @@ def denoise_file(options: DenoiseOptions) -> dict:
     with _library_errors(), contextlib.ExitStack() as stack:
         progress = stack.enter_context(StageBars())
         progress.begin_stage("reading")
-        run = _prepare(options)
+        run = _prepared(options)
         temporary = {path: stack.enter_context(whole_file(path)) for path in outputs}
         with _recorded_warnings() as messages:
             summary = run(temporary, progress)
@@ -48,7 +48,7 @@ def denoise_file(options: DenoiseOptions) -> dict:
 
 
 def sentence(summary: dict) -> str:
-    """The summary in a line."""
+    """Returns the summary in a line."""
 
     def typical(name):
         number = summary[name]
@@ -64,14 +64,14 @@ def sentence(summary: dict) -> str:
     return f"{summary['output']}: {found}, {corrupted}, {iterations:g} iterations, {summary['seconds']:.1f} s"
 
 
-def _prepare(options: DenoiseOptions):
-    """Reads the input and checks flags and endings against it -> function(temporary, progress) -> summary."""
+def _prepared(options: DenoiseOptions):
+    """Reads the input and checks flags and endings against it; returns function(temporary, progress) -> summary."""
     format = format_of(options.input)
     if format in (".npy", ".npz"):
         options.refuse((*COMPARISON_OPTIONS, "layout"), "a matrix")
         if options.columns:
             raise InputError("--columns is not for a matrix")
-        return matrices.prepare(files.read_array(options.input, options.array, options.max_dense), options)
+        return matrices.prepare_array(files.read_array(options.input, options.array, options.max_dense), options)
     from fastpref.cli.denoise import comparisons, tables  # need pyarrow
 
     if format not in tables.FORMATS:
@@ -82,12 +82,12 @@ def _prepare(options: DenoiseOptions):
         options.refuse(COMPARISON_OPTIONS, "triples, which are a matrix")
         return matrices.prepare_triples(table, options)
     options.refuse(MATRIX_OPTIONS, f"comparisons, which {options.input} holds ({layout})")
-    return comparisons.prepare(table, layout, options)
+    return comparisons.prepare_comparisons(table, layout, options)
 
 
 @contextlib.contextmanager
 def _recorded_warnings() -> Iterator[list[str]]:
-    """The messages of the library's RuntimeWarnings, filled in at the end."""
+    """Gives a list that holds the messages of the library's RuntimeWarnings at the end."""
     messages = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
@@ -97,7 +97,7 @@ def _recorded_warnings() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _library_errors() -> Iterator[None]:
-    """What the library refuses, and memory that is not there, as an InputError."""
+    """Turns errors of the library's arguments, of files and of memory into InputError."""
     try:
         yield
     except InputError:

@@ -1,4 +1,4 @@
-"""Tables through Arrow: Parquet, CSV and JSON Lines of comparisons or of (row, column, value) triples."""
+"""Reads and writes tables by Arrow: Parquet, CSV and JSON Lines of comparisons or (row, column, value) triples."""
 
 import json
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ NAMES = ("row", "column", "i", "j", "winner", "loser", "prompt")  # of items: ke
 
 
 def read_table(path, layout: str | None, columns: dict[str, str]) -> tuple[dict, str]:
-    """The columns of a layout, role -> pyarrow.ChunkedArray, and the layout.
+    """Returns the columns of a layout, role -> pyarrow.ChunkedArray, and the layout.
 
     layout: None for the only one whose columns are all there. columns: role -> name of the column in the file.
     """
@@ -116,19 +116,19 @@ def _check_column(what: str, values: pyarrow.ChunkedArray, role: str) -> None:
 
 
 def first_row(condition: np.ndarray) -> int | None:
-    """The first row, counted from 1, in which it holds."""
+    """Returns the first row, counted from 1, in which the condition holds."""
     rows = np.flatnonzero(condition)
     return int(rows[0]) + 1 if len(rows) else None
 
 
-def numbers(values: pyarrow.ChunkedArray) -> np.ndarray:
-    """As float64, or float32 where they are; NaN for null."""
+def as_numbers(values: pyarrow.ChunkedArray) -> np.ndarray:
+    """Returns the column as float64, or float32 where it is; NaN for null."""
     dtype = values.type if values.type == pyarrow.float32() else pyarrow.float64()
     return values.cast(dtype).to_numpy()
 
 
 def index_names(*columns: pyarrow.ChunkedArray) -> tuple[pyarrow.Array, list[np.ndarray]]:
-    """The distinct names in these columns in order of appearance, and every column as int64 indices into them."""
+    """Returns the distinct names in order of appearance, and every column as int64 indices into them."""
     if len({values.type for values in columns}) > 1:
         columns = [values.cast(pyarrow.string()) for values in columns]
     chunks = [chunk for values in columns for chunk in values.chunks]
@@ -137,7 +137,7 @@ def index_names(*columns: pyarrow.ChunkedArray) -> tuple[pyarrow.Array, list[np.
 
 
 def to_table(columns: dict) -> pyarrow.Table:
-    """Of Arrow columns and of numbers, whose NaN becomes null."""
+    """Makes a table of Arrow columns and of numbers, whose NaN becomes null."""
     arrays = [
         column if isinstance(column, pyarrow.Array) else pyarrow.array(np.ascontiguousarray(column), from_pandas=True)
         for column in columns.values()
@@ -146,7 +146,7 @@ def to_table(columns: dict) -> pyarrow.Table:
 
 
 def write_table(path, format: str, tables: Iterable[pyarrow.Table]) -> None:
-    """Tables of one schema, one after the other, at least one, in one file."""
+    """Writes tables of one schema, at least one, one after the other into one file."""
     tables = iter(tables)
     first = next(tables)
     if format == ".jsonl":
