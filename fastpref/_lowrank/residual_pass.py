@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import _checks, _library, _native
+from fastpref import _checks, _library, _native, operators
 from fastpref._lowrank.storage import (
     DTYPE_CODES,
     check_factors,
@@ -557,15 +557,6 @@ def _pass_fake(matrix, left, right, psi, zeta, scale, skew, row_weights, column_
     )
 
 
-_residual_pass = _library.define(
-    "residual_pass(Tensor matrix, Tensor left, Tensor right, str psi, float zeta, float scale, bool skew, "
-    "Tensor? row_weights, Tensor? column_weights, bool squares, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _pass,
-    _pass_fake,
-)
-
-
 # ---- public ----
 
 
@@ -633,7 +624,7 @@ def residual_pass(
     tensors = (None if t is None else t.detach() for t in (matrix, left, right, row_weights, column_weights))
     matrix, left, right, row_weights, column_weights = tensors
     options = (psi, float(zeta), float(scale), structure == "skew", row_weights, column_weights, squares, backend or "")
-    return ResidualPass(*_residual_pass(matrix, left, right, *options))
+    return ResidualPass(*operators.residual_pass(matrix, left, right, *options))
 
 
 def histogram_median(histogram: Tensor) -> float:
