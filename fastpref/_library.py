@@ -1,6 +1,5 @@
-"""Operators of the `fastpref` namespace: schema, implementation, fake, and the choice of a backend on real tensors."""
+"""Which backends serve an op on a device, and the choice of one on real tensors."""
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -9,27 +8,11 @@ import torch
 
 from fastpref import _native
 
-_LIBRARY = torch.library.Library("fastpref", "DEF")
-
 # op -> backend -> (device type -> reason why it cannot serve there, or None)
 OPS: dict[str, dict[str, Callable[[str], str | None]]] = {}
 
 # Fastest first. On CUDA the order of the first two is not measured yet.
 _PREFERENCE = {"cpu": ("native", "triton", "reference"), "cuda": ("triton", "native", "reference")}
-
-
-def define(schema: str, implementation: Callable, fake: Callable):
-    """Registers an operator that picks its backend itself, and returns it for direct calls."""
-    name = schema[: schema.index("(")]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastpref::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.fastpref, name).default
-
-
-def cache_signature(function: type[torch.autograd.Function]) -> None:
-    """Saves apply() from inspecting forward's signature at every call, half of the op's overhead on small inputs."""
-    function.forward.__signature__ = inspect.signature(function.forward)
 
 
 def choose_backend(op: str, backend: str, device: str) -> str:

@@ -13,23 +13,36 @@ float32 accumulators, where the processor has one (csrc/cpu/linear_logps.cpp), o
 float32, elsewhere from a float32 product of the upcast weight, a block at a time.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref import _checks, _library
-from fastpref._autograd import differentiable_once, once
+from fastpref import _autograd, _checks, _library, operators
 from fastpref._logps.plan import check_tile, choose_kind, even_chunks
-from fastpref._logps.tile import Gradients, Head, Rows, Shard, active_rows, fwd_outputs, no_autocast, take
+from fastpref._logps.tile import (
+    Budget,
+    Gradients,
+    Head,
+    Projection,
+    Rows,
+    Shard,
+    active_rows,
+    fwd_outputs,
+    no_autocast,
+    take_rows,
+)
 from fastpref._logps.token_logps import (
-    SCHEMA_OPTIONS,
     STATS,
     TokenStats,
-    check_options,
+    check_call,
     shifted,
     token_logps_ref,
+    token_stats,
     valid_labels,
 )
+from fastpref._logps.transform import Transform, checked_transform
 
 
 def linear_token_logps_ref(hidden, weight, labels, *, bias=None, adapter=None, **options) -> Tensor:
@@ -45,19 +58,42 @@ def linear_token_logps_ref(hidden, weight, labels, *, bias=None, adapter=None, *
 # ---- operators ----
 
 
+class Tokens(NamedTuple):
+    """Which rows of hidden count, what they predict, and what is scored beside them. No gradient flows into it."""
+
+    labels: Tensor  # [tokens]
+    cu_seqlens: Tensor | None = None  # [sequences + 1]
+    spans: Tensor | None = None  # [sequences, 2] begins and ends, on the host
+    ref_hidden: Tensor | None = None  # [tokens, H_ref]
+    ref_weight: Tensor | None = None
+    ref_bias: Tensor | None = None
+
+
+class LinearLogps(NamedTuple):
+    logps: Tensor  # [tokens]
+    lse: Tensor  # [2, tokens]
+    values: Tensor  # [4 or 0, tokens]
+    unit_grad: Tensor  # of hidden, per unit coefficient; or empty
+    ref_logps: Tensor  # [tokens] or empty
+    index: Tensor  # [tokens], of which the leading ones count
+    bounds: Tensor  # on the host
+
+
 def _fwd(
     hidden, weight, bias, adapter_a, adapter_b, labels, cu_seqlens, spans, ref_hidden, ref_weight, ref_bias,
     temperature, softcap, scale, ignore_index, stats, unit, max_active_tokens, max_tile_bytes, logits_dtype, group,
     backend,
 ):  # fmt: skip
-    options = (temperature, softcap, scale, ignore_index)
+    projection = Projection(hidden, weight, bias, adapter_a, adapter_b)
+    transform = Transform(temperature, softcap, scale, ignore_index)
+    budget = Budget(max_active_tokens, max_tile_bytes, logits_dtype, group, backend)
     with no_autocast(hidden.device):
         shard = Shard.of(group, weight)
         valid_labels(labels, weight.shape[0] if shard is None else sum(shard.sizes), ignore_index)
         index, bounds, _ = active_rows(labels, ignore_index, cu_seqlens, spans, max_active_tokens)
         rows = Rows(index, bounds, labels, ignore_index, max_active_tokens, spans is not None)
-        head = Head(weight, bias, adapter_a, adapter_b, options, stats, logits_dtype, shard, backend)
-        chunks = even_chunks(rows.count, head.tile_rows(max_tile_bytes))
+        head = Head(projection, transform, stats, budget, shard)
+        chunks = even_chunks(rows.count, head.tile_rows())
         gradients = Gradients(head, hidden, [unit, False, False, False, False], rows, len(chunks))
         logps, lse, values = fwd_outputs(hidden, labels, stats)
         for begin, end in chunks:
@@ -71,7 +107,7 @@ def _fwd(
             rows.put(values, where, row_values, 1)
         ref_logps = _ref_zeros(ref_hidden, labels)
         if ref_hidden is not None:
-            ref = head.like(ref_weight, ref_bias)
+            ref = head.like(ref_hidden, ref_weight, ref_bias)
             for begin, end in chunks:
                 where = rows.where(begin, end)
                 y = rows.labels[begin:end]
@@ -79,7 +115,7 @@ def _fwd(
         if rows.padded:
             for out in (logps, ref_logps):
                 out.masked_fill_(rows.overflow, torch.nan)
-        return logps, lse, values, gradients.finish()[0], ref_logps, index, bounds
+        return LinearLogps(logps, lse, values, gradients.finish()[0], ref_logps, index, bounds)
 
 
 def _ref_zeros(ref_hidden: Tensor | None, labels: Tensor) -> Tensor:
@@ -90,100 +126,94 @@ def _ref_zeros(ref_hidden: Tensor | None, labels: Tensor) -> Tensor:
 
 def _fwd_fake(
     hidden, weight, bias, adapter_a, adapter_b, labels, cu_seqlens, spans, ref_hidden, ref_weight, ref_bias,
-    temperature, softcap, scale, ignore_index, stats, unit, max_active_tokens, *rest,
+    temperature, softcap, scale, ignore_index, stats, unit, max_active_tokens, max_tile_bytes, logits_dtype, group,
+    backend,
 ):  # fmt: skip
-    logps, lse, values = fwd_outputs(hidden, labels, stats)
     bounds = 1 if cu_seqlens is None else cu_seqlens.shape[0]
-    return (
-        logps,
-        lse,
-        values,
-        hidden.new_empty(hidden.shape if unit else 0),
-        _ref_zeros(ref_hidden, labels),
-        labels.new_empty(labels.shape),
-        torch.empty(0 if max_active_tokens >= 0 else bounds, dtype=torch.int64, device="cpu"),
+    return LinearLogps(
+        *fwd_outputs(hidden, labels, stats),
+        unit_grad=hidden.new_empty(hidden.shape if unit else 0),
+        ref_logps=_ref_zeros(ref_hidden, labels),
+        index=labels.new_empty(labels.shape),
+        bounds=torch.empty(0 if max_active_tokens >= 0 else bounds, dtype=torch.int64, device="cpu"),
     )
 
 
 def _bwd(
-    grad, hidden, weight, bias, adapter_a, adapter_b, labels, logps, lse, index, bounds,
-    temperature, softcap, scale, ignore_index, needs, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
+    grad, hidden, weight, bias, adapter_a, adapter_b, labels, logps, lse, index, bounds, temperature, softcap, scale,
+    ignore_index, needs, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
 ):  # fmt: skip
-    options = (temperature, softcap, scale, ignore_index)
+    projection = Projection(hidden, weight, bias, adapter_a, adapter_b)
+    transform = Transform(temperature, softcap, scale, ignore_index)
+    budget = Budget(max_active_tokens, max_tile_bytes, logits_dtype, group, backend)
     with no_autocast(hidden.device):
         rows = Rows(index, bounds, labels, ignore_index, max_active_tokens, True)
-        shard = Shard.of(group, weight)
-        head = Head(weight, bias, adapter_a, adapter_b, options, False, logits_dtype, shard, backend)
-        chunks = even_chunks(rows.count, head.tile_rows(max_tile_bytes))
+        head = Head(projection, transform, False, budget, Shard.of(group, weight))
+        chunks = even_chunks(rows.count, head.tile_rows())
         gradients = Gradients(head, hidden, needs, rows, len(chunks))
         for begin, end in chunks:
             where, y = rows.where(begin, end), rows.labels[begin:end]
             x = rows.take(hidden, where, y)
-            saved = head.form(x, y, take(logps, where), take(lse.t(), where).t())
-            gradients.add(head.turn(take(grad, where), y, *saved), x, where)
+            saved = head.form(x, y, take_rows(logps, where), take_rows(lse.t(), where).t())
+            gradients.add(head.turn(take_rows(grad, where), y, *saved), x, where)
         return gradients.finish()
 
 
-def _bwd_fake(grad, hidden, weight, bias, adapter_a, adapter_b, labels, logps, lse, index, bounds, *rest):
-    needs = rest[4]
-    inputs = (hidden, weight, bias, adapter_a, adapter_b)
-    return tuple(hidden.new_empty(tensor.shape if needed else 0) for tensor, needed in zip(inputs, needs, strict=True))
+def _bwd_fake(
+    grad, hidden, weight, bias, adapter_a, adapter_b, labels, logps, lse, index, bounds, temperature, softcap, scale,
+    ignore_index, needs, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
+):  # fmt: skip
+    return empty_gradients(Projection(hidden, weight, bias, adapter_a, adapter_b), needs)
 
 
-HEAD = "Tensor weight, Tensor? bias, Tensor? adapter_a, Tensor? adapter_b, Tensor labels"
-ROWS = "Tensor? cu_seqlens, Tensor? spans, Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias"
-BUDGET = "int max_active_tokens, int max_tile_bytes, ScalarType? logits_dtype, str group, str backend"
-linear_logps_fwd = _library.define(
-    f"linear_logps_fwd(Tensor hidden, {HEAD}, {ROWS}, {SCHEMA_OPTIONS}, bool stats, bool unit, {BUDGET}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fwd,
-    _fwd_fake,
-)
-linear_logps_bwd = _library.define(
-    f"linear_logps_bwd(Tensor grad, Tensor hidden, {HEAD}, Tensor logps, Tensor lse, Tensor index, Tensor bounds, "
-    f"{SCHEMA_OPTIONS}, bool[] needs, {BUDGET}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _bwd,
-    _bwd_fake,
-)
+def empty_gradients(projection: Projection, needs: list[bool]) -> tuple[Tensor, ...]:
+    """Of what a linear operator returns for each part, the shapes."""
+    shapes = (tensor.shape if needed else 0 for tensor, needed in zip(projection, needs, strict=True))
+    return tuple(projection.hidden.new_empty(shape) for shape in shapes)
+
+
+linear_logps_fwd, linear_logps_bwd = operators.linear_logps_fwd, operators.linear_logps_bwd
 
 
 # ---- autograd ----
 
 
+@_autograd.cache_signature
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(*args):
-        return linear_logps_fwd(*args)
+    def forward(hidden, weight, bias, adapter_a, adapter_b, tokens, transform, stats, unit, budget):
+        head = weight, bias, adapter_a, adapter_b
+        return linear_logps_fwd(hidden, *head, *tokens, *transform, stats, unit, *budget)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        hidden, *head, labels = inputs[:6]
-        *options, _stats, unit = inputs[11:17]
-        logps, lse, _, unit_grad, _, index, bounds = output
-        ctx.mark_non_differentiable(*output[1:])
+        *projection, tokens, ctx.transform, _stats, ctx.unit, ctx.budget = inputs
+        outputs = LinearLogps(*output)
+        _logps, *others = output
+        ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
-        ctx.unit, ctx.options, ctx.budget, ctx.done = unit, options, inputs[17:], False
-        if unit:
-            ctx.save_for_backward(unit_grad, labels)
+        ctx.done = False
+        if ctx.unit:
+            ctx.save_for_backward(outputs.unit_grad, tokens.labels)
         else:
-            ctx.save_for_backward(hidden, *head, labels, logps, lse, index, bounds)
+            found = outputs.logps, outputs.lse, outputs.index, outputs.bounds
+            ctx.save_for_backward(*projection, tokens.labels, *found)
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 22
-        once(ctx)
+            return _autograd.pad_gradients(ctx)
+        _autograd.refuse_second_backward(ctx)
         if ctx.unit:
             unit_grad, labels = ctx.saved_tensors
-            grad = grad.masked_fill(labels == ctx.options[-1], 0)  # whatever an ignored token is handed
-            gradients = [scaled(unit_grad, grad.unsqueeze(-1)), None, None, None, None]
+            grad = grad.masked_fill(labels == ctx.transform.ignore_index, 0)  # whatever an ignored token is handed
+            gradients = [scaled(unit_grad, grad.unsqueeze(-1))]
         else:
-            needs = list(ctx.needs_input_grad[:5])
+            needs = list(ctx.needs_input_grad[: len(Projection._fields)])
             with torch.no_grad():
-                gradients = linear_logps_bwd(grad, *ctx.saved_tensors, *ctx.options, needs, *ctx.budget)
+                gradients = linear_logps_bwd(grad, *ctx.saved_tensors, *ctx.transform, needs, *ctx.budget)
             gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
-        gradients = differentiable_once(gradients)
-        return *gradients, *(None,) * 17
+        return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients))
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -193,9 +223,6 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     if factor.dim() == 0 and factor.device.type == "cpu" and factor == 1:
         return gradient.detach()  # a tensor of its own, which .grad can take over without a copy
     return gradient.detach().mul_(factor)
-
-
-_library.cache_signature(_LinearLogps)
 
 
 # ---- public ----
@@ -211,7 +238,7 @@ def cast_for_autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor | 
     return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
-def whole(weight):
+def whole_weight(weight):
     """A sharded parameter as one tensor; its gradient is averaged over the mesh, as FSDP averages all others."""
     if type(weight).__name__ != "DTensor":
         return weight
@@ -251,19 +278,18 @@ def check_head(hidden, weight, bias, adapter, name="weight", hidden_name="hidden
         _checks.same_device(what, value, hidden_name, hidden)
 
 
-def check_budget(weight, max_active_tokens, max_tile_bytes, logits_dtype, group, backend, dtype) -> str:
-    """Checks what both linear calls take; returns the group's name, or ""."""
+def checked_budget(weight, max_active_tokens, max_tile_bytes, logits_dtype, group, backend, dtype) -> Budget:
+    """From the arguments that both linear calls take."""
     check_tile(max_tile_bytes, logits_dtype, dtype)
     _library.check_backend("linear_token_logps", backend)
     if max_active_tokens is not None:
         _checks.positive_int("max_active_tokens", max_active_tokens)
-    if group is None:
-        if weight.shape[0] == 0:
-            raise ValueError(f"weight must have at least one row, got shape {list(weight.shape)}")
-        return ""
-    if not isinstance(group, dist.ProcessGroup):
+    if group is None and weight.shape[0] == 0:
+        raise ValueError(f"weight must have at least one row, got shape {list(weight.shape)}")
+    if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed process group, got {type(group).__name__}")
-    return group.group_name
+    capacity = -1 if max_active_tokens is None else max_active_tokens
+    return Budget(capacity, max_tile_bytes or 0, logits_dtype, "" if group is None else group.group_name, backend or "")
 
 
 def linear_token_logps(
@@ -319,48 +345,42 @@ def linear_token_logps(
             a GPU its log-prob is NaN).
         RuntimeError: for a backend that cannot serve, and for a second backward.
     """
-    weight, bias = whole(weight), whole(bias)
+    weight, bias = whole_weight(weight), whole_weight(bias)
     _checks.logits("hidden", hidden)
     _checks.labels(labels, hidden, "hidden")
     a, b = (None, None) if adapter is None or len(adapter) != 2 else adapter
     hidden, weight, bias, a, b = cast_for_autocast(hidden, weight, bias, a, b)
     check_head(hidden, weight, bias, adapter if a is None else (a, b))
-    check_options(hidden, temperature, softcap, scale, ignore_index, False, stats, backend)
-    name = check_budget(weight, max_active_tokens, max_tile_bytes, logits_dtype, group, backend, hidden.dtype)
+    transform = checked_transform(temperature, softcap, scale, ignore_index)
+    check_call(hidden, False, stats, backend)
+    budget = checked_budget(weight, max_active_tokens, max_tile_bytes, logits_dtype, group, backend, hidden.dtype)
+    _autograd.refuse_transforms("linear_token_logps", hidden, weight, bias, a, b)
     targets = labels.long()
     if shift:
         if labels.dim() == 0:
             raise ValueError("shift=True needs labels of shape [..., tokens], got a scalar")
         targets = shifted(targets, ignore_index)
-    options = (float(temperature), None if softcap is None else float(softcap), float(scale), ignore_index)
-    budget = budget_of(max_active_tokens, max_tile_bytes, logits_dtype, name, backend)
-    logps, values, _ = gather(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, a, b, targets.reshape(-1), options, bool(stats), budget
-    )
+    projection = Projection(hidden.reshape(-1, hidden.shape[-1]), weight, bias, a, b)
+    logps, values, _ = gather_logps(projection, Tokens(targets.reshape(-1)), transform, bool(stats), budget)
     logps = logps.view(labels.shape)
     if not stats:
         return logps
-    values = values.view(len(STATS), *labels.shape)
-    return logps, TokenStats(**{name: values[i] for i, name in enumerate(STATS) if name in stats})
+    return logps, token_stats(values.view(len(STATS), *labels.shape), stats)
 
 
-def budget_of(max_active_tokens, max_tile_bytes, logits_dtype, group_name, backend) -> tuple:
-    """The operators' last arguments; their schema has no optional int and str that fakes like."""
-    capacity = -1 if max_active_tokens is None else max_active_tokens
-    return capacity, max_tile_bytes or 0, logits_dtype, group_name, backend or ""
-
-
-def gather(
-    hidden, weight, bias, adapter_a, adapter_b, labels, options, stats, budget,
-    cu_seqlens=None, spans=None, ref_hidden=None, ref_weight=None, ref_bias=None,
-):  # fmt: skip
-    """hidden [tokens, H], labels [tokens] -> logps [tokens], stats [4 or 0, tokens], the reference's logps or None."""
-    head_grad = any(t is not None and t.requires_grad for t in (weight, bias, adapter_a, adapter_b))
-    kind = choose_kind(hidden.requires_grad, head_grad, False, hidden.dtype) if torch.is_grad_enabled() else "score"
-    # without a gradient too, as in token_logps; but torch.compile cannot trace a function that has none
-    run = linear_logps_fwd if kind == "score" and torch.compiler.is_compiling() else _LinearLogps.apply
-    logps, _, values, _, ref_logps, _, _ = run(
-        hidden, weight, bias, adapter_a, adapter_b, labels, cu_seqlens, spans, ref_hidden, ref_weight, ref_bias,
-        *options, stats, kind == "unit", *budget,
-    )  # fmt: skip
-    return logps, values, ref_logps if ref_hidden is not None else None
+def gather_logps(
+    projection: Projection, tokens: Tokens, transform: Transform, stats: bool, budget: Budget
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """logps [tokens], stats [4 or 0, tokens], and the reference's logps or None."""
+    kind = "score"
+    if torch.is_grad_enabled():
+        hidden, *head = projection
+        head_grad = any(t is not None and t.requires_grad for t in head)
+        kind = choose_kind(hidden.requires_grad, head_grad, False, hidden.dtype)
+    unit = kind == "unit"
+    if kind == "score":
+        found = linear_logps_fwd(*projection, *tokens, *transform, stats, unit, *budget)
+    else:
+        found = _LinearLogps.apply(*projection, tokens, transform, stats, unit, budget)
+    found = LinearLogps(*found)
+    return found.logps, found.values, found.ref_logps if tokens.ref_hidden is not None else None

@@ -8,8 +8,6 @@ and losses that couple the batch (4) go through linear_logps' two passes instead
 which.
 """
 
-import contextlib
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,73 +15,50 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref import _checks, _library, losses
-from fastpref._autograd import differentiable_once, once
+from fastpref import _autograd, _checks, _library, operators
 from fastpref._logps.linear_logps import (
-    BUDGET,
-    HEAD,
-    ROWS,
-    budget_of,
+    Tokens,
     cast_for_autocast,
-    check_budget,
     check_head,
-    gather,
+    checked_budget,
+    empty_gradients,
+    gather_logps,
     scaled,
-    whole,
+    whole_weight,
 )
 from fastpref._logps.pairs import (
+    EncodedLoss,
     Gathered,
+    Loss,
+    PairData,
     PreferenceOutput,
+    Reduction,
     check_pairs,
     check_reference,
-    output,
+    decode_loss,
+    encode_loss,
     pair_losses,
-    pair_scale,
-    reduce,
+    preference_output,
     wanted_stats,
 )
 from fastpref._logps.plan import choose_kind, even_chunks, is_resident, pair_groups
 from fastpref._logps.sequences import Sequences, check_layout, targets
-from fastpref._logps.tile import Gradients, Head, Rows, Shard, active_rows, joined, no_autocast, take
-from fastpref._logps.token_logps import SCHEMA_OPTIONS, check_options, valid_labels
-
-
-class _Spec(NamedTuple):
-    """A loss on its way into an operator, whose schema has no room for callables and mappings."""
-
-    loss: str | Callable[..., Tensor] | Sequence
-    weights: Sequence[float] | None
-    options: Mapping[str, Any] | Sequence | None
-    beta: float
-
-
-_SPECS: dict[str, _Spec] = {}
-_numbers = itertools.count()
-
-
-@torch.compiler.assume_constant_result
-def _constant_spec(loss, weights, options, beta) -> str:
-    """The key of a spec that stays, for compiled graphs: names and numbers only."""
-    spec = _Spec(loss, weights, options, beta)
-    _SPECS[repr(spec)] = spec
-    return repr(spec)
-
-
-def _is_constant(loss, options) -> bool:
-    if isinstance(loss, (list, tuple)):
-        return all(_is_constant(*part) for part in zip(loss, options or [None] * len(loss), strict=False))
-    plain = (str, int, float, bool, type(None))
-    return isinstance(loss, str) and all(isinstance(value, plain) for value in (options or {}).values())
-
+from fastpref._logps.tile import (
+    Budget,
+    Gradients,
+    Head,
+    Projection,
+    Rows,
+    Shard,
+    active_rows,
+    join_folds,
+    no_autocast,
+    take_rows,
+)
+from fastpref._logps.token_logps import check_call, valid_labels
+from fastpref._logps.transform import Transform, checked_transform
 
 # ---- the operator: whole pairs, forward and backward, in one tile ----
-
-
-@contextlib.contextmanager
-def _autograd():
-    """Autograd for the epilogue, inside an operator that a compiled graph calls below autograd."""
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
-        yield
 
 
 class _Group(NamedTuple):
@@ -118,67 +93,12 @@ def _halves_of(vector: Tensor | None, begin: int, end: int) -> Tensor | None:
     return torch.cat([vector[begin:end], vector[pairs + begin : pairs + end]])
 
 
-def _fwd(
-    hidden, weight, bias, adapter_a, adapter_b, labels, cu_seqlens, spans, ref_hidden, ref_weight, ref_bias,
-    ref_token_logps, ref_logps, rating_gap, scores, scale_of_pair, temperature, softcap, scale, ignore_index, stats,
-    needs, spec, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
-):  # fmt: skip
-    options = (temperature, softcap, scale, ignore_index)
-    loss, loss_weights, loss_options, beta = _SPECS[spec]
-    pairs = scale_of_pair.shape[0]
-    with no_autocast(hidden.device):
-        shard = Shard.of(group, weight)
-        valid_labels(labels, weight.shape[0] if shard is None else sum(shard.sizes), ignore_index)
-        index, bounds, ends = active_rows(labels, ignore_index, cu_seqlens, spans, max_active_tokens)
-        rows = Rows(index, bounds, labels, ignore_index, max_active_tokens, spans is not None)
-        head = Head(weight, bias, adapter_a, adapter_b, options, stats, logits_dtype, shard, backend)
-        ref = None if ref_hidden is None else head.like(ref_weight, ref_bias)
-        tile_rows = head.tile_rows(max_tile_bytes)
-        groups = _groups(rows, ends, pairs, tile_rows)
-        pieces = [even_chunks(group.labels.shape[0], tile_rows) for group in groups]
-        gradients = Gradients(head, hidden, needs, rows, sum(map(len, pieces)))
-        out = _outputs(hidden, labels, scale_of_pair, stats)
-
-        def project(group: _Group, parts: list[tuple[int, int]]) -> None:
-            begin, end, where, y, bounds = group
-            x = rows.take(hidden, where, y)
-            ref_tokens = None if ref_token_logps is None else take(ref_token_logps, where)
-            if ref is not None:  # before the policy, whose tile must stay
-                ref_x = rows.take(ref_hidden, where, y)
-                ref_tokens = joined([ref.fold(ref_x[i:j], y[i:j], keep=False) for i, j in parts], ref_x, y)[0]
-            resident = len(parts) == 1
-            folded = [head.fold(x[i:j], y[i:j], keep=resident) for i, j in parts]
-            logps, lse, values = joined(folded, x, y, stats)
-            with _autograd():
-                tokens = logps.detach().requires_grad_()
-                gathered = pair_losses(
-                    tokens, values, Sequences(y, ignore_index, bounds), ref_tokens,
-                    _halves_of(ref_logps, begin, end), None if rating_gap is None else rating_gap[begin:end],
-                    _halves_of(scores, begin, end), loss, loss_weights, loss_options, beta,
-                )  # fmt: skip
-                total = (gathered.losses * scale_of_pair[begin:end]).sum()
-                coefficients = torch.zeros_like(tokens)  # of a loss that does not depend on them
-                if total.requires_grad:
-                    (coefficients,) = torch.autograd.grad(total, tokens)
-            if rows.padded:
-                coefficients.masked_fill_(rows.overflow, torch.nan)
-            for i, j in parts:
-                fit = logps[i:j], lse[:, i:j]
-                if not resident:
-                    fit = head.form(x[i:j], y[i:j], *fit)
-                dz = head.turn(coefficients[i:j], y[i:j], *fit)
-                part = slice(where.start + i, where.start + j) if isinstance(where, slice) else where[i:j]
-                gradients.add(dz, x[i:j], part)
-            out.put(rows, group, total, gathered)
-
-        for group, parts in zip(groups, pieces, strict=True):
-            project(group, parts)
-        if rows.padded:
-            out.loss.masked_fill_(rows.overflow, torch.nan)
-        return *out, *gradients.finish()
+class Wanted(NamedTuple):
+    stats: bool
+    gradients: list[bool]  # of which parts of the projection
 
 
-class _Outputs(NamedTuple):
+class LinearPreference(NamedTuple):
     loss: Tensor  # []
     losses: Tensor  # [B]
     logps: Tensor  # [2B]
@@ -200,56 +120,142 @@ class _Outputs(NamedTuple):
             out[begin:end], out[pairs + begin : pairs + end] = own.detach().chunk(2)
 
 
-def _outputs(hidden, labels, scale_of_pair, stats) -> _Outputs:
-    """Zeros: what a batch without pairs gives."""
+def _zeros(hidden: Tensor, labels: Tensor, scale_of_pair: Tensor, stats: bool) -> LinearPreference:
+    """What a batch without pairs gives."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     pairs = scale_of_pair.shape[0]
     vectors = [hidden.new_zeros(shape, dtype=dtype) for shape in ((), pairs, 2 * pairs, 2 * pairs)]
     values = hidden.new_zeros((4 if stats else 0, labels.shape[0]), dtype=torch.float32)
-    return _Outputs(*vectors, labels.new_zeros(2 * pairs), values)
+    return LinearPreference(*vectors, labels.new_zeros(2 * pairs), values)
 
 
-def _fwd_fake(hidden, weight, bias, adapter_a, adapter_b, labels, *rest):
-    scale_of_pair, stats, needs = rest[9], rest[14], rest[15]
-    inputs = (hidden, weight, bias, adapter_a, adapter_b)
-    gradients = [hidden.new_empty(t.shape if needed else 0) for t, needed in zip(inputs, needs, strict=True)]
-    return *_outputs(hidden, labels, scale_of_pair, stats), *gradients
+def _pair_resident(
+    projection: Projection,
+    tokens: Tokens,
+    data: PairData,
+    scale_of_pair: Tensor,
+    transform: Transform,
+    wanted: Wanted,
+    loss: Loss,
+    budget: Budget,
+) -> tuple[Tensor, ...]:
+    """LinearPreference, and the gradients of its loss by the parts of the projection that want one."""
+    hidden, labels = projection.hidden, tokens.labels
+    pairs, capacity, ignore_index = scale_of_pair.shape[0], budget.max_active_tokens, transform.ignore_index
+    with no_autocast(hidden.device):
+        shard = Shard.of(budget.group, projection.weight)
+        valid_labels(labels, projection.weight.shape[0] if shard is None else sum(shard.sizes), ignore_index)
+        index, bounds, ends = active_rows(labels, ignore_index, tokens.cu_seqlens, tokens.spans, capacity)
+        rows = Rows(index, bounds, labels, ignore_index, capacity, tokens.spans is not None)
+        head = Head(projection, transform, wanted.stats, budget, shard)
+        ref = None
+        if tokens.ref_hidden is not None:
+            ref = head.like(tokens.ref_hidden, tokens.ref_weight, tokens.ref_bias)
+        tile_rows = head.tile_rows()
+        groups = _groups(rows, ends, pairs, tile_rows)
+        pieces = [even_chunks(group.labels.shape[0], tile_rows) for group in groups]
+        gradients = Gradients(head, hidden, wanted.gradients, rows, sum(map(len, pieces)))
+        out = _zeros(hidden, labels, scale_of_pair, wanted.stats)
+
+        def project(group: _Group, parts: list[tuple[int, int]]) -> None:
+            begin, end, where, y, bounds = group
+            x = rows.take(hidden, where, y)
+            ref_tokens = None if data.ref_token_logps is None else take_rows(data.ref_token_logps, where)
+            if ref is not None:  # before the policy, whose tile must stay
+                ref_x = rows.take(tokens.ref_hidden, where, y)
+                ref_tokens = join_folds([ref.fold(ref_x[i:j], y[i:j], keep=False) for i, j in parts], ref_x, y)[0]
+            resident = len(parts) == 1
+            folded = [head.fold(x[i:j], y[i:j], keep=resident) for i, j in parts]
+            logps, lse, values = join_folds(folded, x, y, wanted.stats)
+            with _autograd.grad_inside_an_operator():
+                row_logps = logps.detach().requires_grad_()
+                own = PairData(
+                    ref_tokens,
+                    _halves_of(data.ref_logps, begin, end),
+                    None if data.rating_gap is None else data.rating_gap[begin:end],
+                    _halves_of(data.scores, begin, end),
+                )
+                gathered = pair_losses(row_logps, values, Sequences(y, ignore_index, bounds), own, loss)
+                total = (gathered.losses * scale_of_pair[begin:end]).sum()
+                coefficients = torch.zeros_like(row_logps)  # of a loss that does not depend on them
+                if total.requires_grad:
+                    (coefficients,) = torch.autograd.grad(total, row_logps)
+            if rows.padded:
+                coefficients.masked_fill_(rows.overflow, torch.nan)
+            for i, j in parts:
+                fit = logps[i:j], lse[:, i:j]
+                if not resident:
+                    fit = head.form(x[i:j], y[i:j], *fit)
+                dz = head.turn(coefficients[i:j], y[i:j], *fit)
+                part = slice(where.start + i, where.start + j) if isinstance(where, slice) else where[i:j]
+                gradients.add(dz, x[i:j], part)
+            out.put(rows, group, total, gathered)
+
+        for group, parts in zip(groups, pieces, strict=True):
+            project(group, parts)
+        if rows.padded:
+            out.loss.masked_fill_(rows.overflow, torch.nan)
+        return *out, *gradients.finish()
 
 
-linear_preference_fwd = _library.define(
-    f"linear_preference_fwd(Tensor hidden, {HEAD}, {ROWS}, Tensor? ref_token_logps, Tensor? ref_logps, "
-    f"Tensor? rating_gap, Tensor? scores, Tensor scale_of_pair, {SCHEMA_OPTIONS}, bool stats, bool[] needs, str spec, "
-    f"{BUDGET}) -> ({', '.join(['Tensor'] * 11)})",
-    _fwd,
-    _fwd_fake,
-)
+def _fwd(
+    hidden, weight, bias, adapter_a, adapter_b, labels, cu_seqlens, spans, ref_hidden, ref_weight, ref_bias,
+    ref_token_logps, ref_logps, rating_gap, scores, scale_of_pair, temperature, softcap, scale, ignore_index, stats,
+    needs, losses, loss_options, numbers, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
+):  # fmt: skip
+    return _pair_resident(
+        Projection(hidden, weight, bias, adapter_a, adapter_b),
+        Tokens(labels, cu_seqlens, spans, ref_hidden, ref_weight, ref_bias),
+        PairData(ref_token_logps, ref_logps, rating_gap, scores),
+        scale_of_pair,
+        Transform(temperature, softcap, scale, ignore_index),
+        Wanted(stats, needs),
+        decode_loss(EncodedLoss(losses, loss_options, numbers)),
+        Budget(max_active_tokens, max_tile_bytes, logits_dtype, group, backend),
+    )
+
+
+def _fwd_fake(
+    hidden, weight, bias, adapter_a, adapter_b, labels, cu_seqlens, spans, ref_hidden, ref_weight, ref_bias,
+    ref_token_logps, ref_logps, rating_gap, scores, scale_of_pair, temperature, softcap, scale, ignore_index, stats,
+    needs, losses, loss_options, numbers, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
+):  # fmt: skip
+    gradients = empty_gradients(Projection(hidden, weight, bias, adapter_a, adapter_b), needs)
+    return *_zeros(hidden, labels, scale_of_pair, stats), *gradients
+
+
+linear_preference_fwd = operators.linear_preference_fwd
 _library.OPS["linear_preference_loss"] = _library.OPS["linear_token_logps"]
 
 
+@_autograd.cache_signature
 class _LinearPreference(torch.autograd.Function):
     @staticmethod
-    def forward(*args):
-        return linear_preference_fwd(*args)
+    def forward(
+        hidden, weight, bias, adapter_a, adapter_b, tokens, data, scale_of_pair, transform, wanted, loss, budget
+    ):
+        projection = Projection(hidden, weight, bias, adapter_a, adapter_b)
+        if isinstance(loss, Loss):
+            return _pair_resident(projection, tokens, data, scale_of_pair, transform, wanted, loss, budget)
+        options = *transform, *wanted, *loss, *budget
+        return linear_preference_fwd(*projection, *tokens, *data, scale_of_pair, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(*output[1:])
+        _loss, *others = output
+        ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[6:])
+        ctx.save_for_backward(*others[len(LinearPreference._fields) - 1 :])
         ctx.done = False
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 28
-        once(ctx)
-        needed = ctx.needs_input_grad[:5]
-        gradients = [scaled(g, grad) if n else None for g, n in zip(ctx.saved_tensors, needed, strict=True)]
-        gradients = differentiable_once(gradients)
-        return *gradients, *(None,) * 23
-
-
-_library.cache_signature(_LinearPreference)
+            return _autograd.pad_gradients(ctx)
+        _autograd.refuse_second_backward(ctx)
+        found = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        gradients = [scaled(gradient, grad) if needed else None for gradient, needed in found]
+        return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients))
 
 
 # ---- public ----
@@ -323,106 +329,100 @@ def linear_preference_loss(
             than the difference of the two log-ratios, or on labels that differ (on CPU).
         RuntimeError: for a backend that cannot serve, and for a second backward.
     """
-    weight, bias, ref_weight, ref_bias = whole(weight), whole(bias), whole(ref_weight), whole(ref_bias)
+    weight, bias, ref_weight, ref_bias = (whole_weight(t) for t in (weight, bias, ref_weight, ref_bias))
     _checks.logits("hidden", hidden)
     _checks.labels(labels, hidden, "hidden")
     a, b = (None, None) if adapter is None or len(adapter) != 2 else adapter
     hidden, weight, bias, a, b = cast_for_autocast(hidden, weight, bias, a, b)
     check_head(hidden, weight, bias, adapter if a is None else (a, b))
-    check_options(hidden, temperature, softcap, scale, ignore_index, False, stats, backend)
-    name = check_budget(weight, max_active_tokens, max_tile_bytes, logits_dtype, group, backend, hidden.dtype)
+    transform = checked_transform(temperature, softcap, scale, ignore_index)
+    check_call(hidden, False, stats, backend)
+    budget = checked_budget(weight, max_active_tokens, max_tile_bytes, logits_dtype, group, backend, hidden.dtype)
     check_layout(labels, cu_seqlens, "hidden")
-    vectors = {"rating_gap": rating_gap, "pair_weights": pair_weights, "scores": scores}
-    sequences = check_pairs(
-        "hidden", hidden, labels, loss, loss_weights, loss_options, beta, reduction, num_items, cu_seqlens, lengths,
-        vectors,
-    )  # fmt: skip
-    references = {"ref_hidden": ref_hidden, "ref_token_logps": ref_token_logps, "ref_logps": ref_logps}
-    check_reference("hidden", labels, sequences, references)
+    objective = Loss(loss, loss_weights, loss_options, beta)
+    reducing = Reduction(reduction, pair_weights, num_items)
+    data = PairData(ref_token_logps, ref_logps, rating_gap, scores)
+    sequences = check_pairs("hidden", hidden, labels, objective, reducing, data, cu_seqlens, lengths)
+    check_reference("hidden", labels, sequences, data, "ref_hidden", ref_hidden)
     ref_hidden, ref_weight, ref_bias = _reference(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    if sequence_group is not None and not isinstance(sequence_group, dist.ProcessGroup):
-        raise TypeError(
-            f"sequence_group must be a torch.distributed process group, got {type(sequence_group).__name__}"
-        )
-    if sequence_group is not None and shift:
-        raise ValueError("shift must be False with sequence_group: the label after a rank's last token is on the next")
+    _check_sequence_group(sequence_group, shift)
+    _autograd.refuse_transforms("linear_preference_loss", hidden, weight, bias, a, b)
 
     spans = _spans(labels, cu_seqlens, lengths, hidden.device)
     cu_seqlens, lengths = (None if t is None else t.to(hidden.device).long() for t in (cu_seqlens, lengths))
     if shared_prefix is not None:
-        labels = _without_prefix(labels, shared_prefix, cu_seqlens, sequences, loss, loss_options, ignore_index)
+        labels = _without_prefix(labels, shared_prefix, cu_seqlens, sequences, objective, ignore_index)
     labels = targets(labels, cu_seqlens, lengths, ignore_index, shift)
-    options = (float(temperature), None if softcap is None else float(softcap), float(scale), ignore_index)
-    budget = budget_of(max_active_tokens, max_tile_bytes, logits_dtype, name, backend)
-    flat, flat_hidden = labels.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
+    layout = Sequences(labels, ignore_index, cu_seqlens, sequence_group)
     if cu_seqlens is None:
-        tokens = labels.shape[1]
-        cu_seqlens_flat = torch.arange(sequences + 1, device=hidden.device) * tokens
-    else:
-        cu_seqlens_flat = cu_seqlens
+        cu_seqlens = torch.arange(sequences + 1, device=hidden.device) * labels.shape[1]
     if ref_hidden is not None:
         ref_hidden = ref_hidden.reshape(-1, ref_hidden.shape[-1])
-    wanted = wanted_stats(stats, loss, loss_options)
-    rows = (cu_seqlens_flat, spans, ref_hidden, ref_weight, ref_bias)
-    layout = Sequences(labels, ignore_index, cu_seqlens, sequence_group)
+    projection = Projection(hidden.reshape(-1, hidden.shape[-1]), weight, bias, a, b)
+    tokens = Tokens(labels.reshape(-1), cu_seqlens, spans, ref_hidden, ref_weight, ref_bias)
+    values_wanted = bool(wanted_stats(stats, objective))
 
-    head_grad = any(t is not None and t.requires_grad for t in (weight, bias, a, b))
-    resident = is_resident(loss, loss_options, reduction) and sequence_group is None
-    if torch.compiler.is_compiling():
-        resident = resident and _is_constant(loss, loss_options)
-    kind = choose_kind(hidden.requires_grad, head_grad, resident, hidden.dtype)
-    if torch.is_grad_enabled() and kind == "pair_resident":
-        like = torch.empty(sequences // 2, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        weights = pair_scale(like, pair_weights, reduction, num_items)
-        data = [None if t is None else t.detach() for t in (ref_token_logps, ref_logps, rating_gap, scores)]
-        data[0] = None if data[0] is None else data[0].reshape(-1)
-        needs = [t is not None and t.requires_grad for t in (flat_hidden, weight, bias, a, b)]
-        spec = (
-            _constant_spec(loss, loss_weights, loss_options, beta)
-            if torch.compiler.is_compiling()
-            else _lend(_Spec(loss, loss_weights, loss_options, beta))
+    if sequence_group is None and _is_pair_resident(projection, objective, reduction):
+        reduced, gathered = _in_one_pass(
+            projection, tokens, data, transform, values_wanted, objective, reducing, budget
         )
-        try:
-            found = _LinearPreference.apply(
-                flat_hidden,
-                weight,
-                bias,
-                a,
-                b,
-                flat,
-                *rows,
-                *data,
-                weights,
-                *options,
-                bool(wanted),
-                needs,
-                spec,
-                *budget,
-            )
-        finally:
-            if not torch.compiler.is_compiling():
-                del _SPECS[spec]
-        reduced, *found = found[:6]
-        gathered = Gathered(*found[:4], found[4].view(found[4].shape[0], *labels.shape))
+        per_pair, logps, logratios, lengths, values = gathered
+        gathered = Gathered(per_pair, logps, logratios, lengths, values.view(values.shape[0], *labels.shape))
     else:
-        tokens, values, ref_tokens = gather(flat_hidden, weight, bias, a, b, flat, options, bool(wanted), budget, *rows)
-        values = values.view(values.shape[0], *labels.shape)
+        logps, values, ref_tokens = gather_logps(projection, tokens, transform, values_wanted, budget)
         if ref_tokens is not None:
-            ref_token_logps = ref_tokens.view(labels.shape)
-        gathered = pair_losses(
-            tokens.view(labels.shape), values, layout, ref_token_logps, ref_logps, rating_gap,
-            scores, loss, loss_weights, loss_options, beta,
-        )  # fmt: skip
-        reduced = reduce(gathered, pair_weights, reduction, num_items)
-    if loss_options and not isinstance(loss, (list, tuple)):
-        beta = loss_options.get("beta", beta)  # the rewards are those of the loss
-    return output(reduced, gathered, layout, rating_gap, beta, stats)
+            data = PairData(ref_tokens.view(labels.shape), ref_logps, rating_gap, scores)
+        values = values.view(values.shape[0], *labels.shape)
+        gathered = pair_losses(logps.view(labels.shape), values, layout, data, objective)
+        reduced = reducing.reduce(gathered.losses)
+    return preference_output(reduced, gathered, layout, rating_gap, objective.reward_scale(), stats)
 
 
-def _lend(spec: _Spec) -> str:
-    key = str(next(_numbers))
-    _SPECS[key] = spec
-    return key
+def _is_pair_resident(projection: Projection, loss: Loss, reduction: str) -> bool:
+    """Whether the loss is computed with the tile. A compiled graph has room for named losses there; others, traced as
+    torch on vectors, take the two passes."""
+    hidden, *head = projection
+    head_grad = any(t is not None and t.requires_grad for t in head)
+    resident = is_resident(loss.loss, loss.options, reduction)
+    if torch.compiler.is_compiling():
+        resident = resident and encode_loss(loss) is not None
+    kind = choose_kind(hidden.requires_grad, head_grad, resident, hidden.dtype)
+    return torch.is_grad_enabled() and kind == "pair_resident"
+
+
+def _in_one_pass(
+    projection: Projection,
+    tokens: Tokens,
+    data: PairData,
+    transform: Transform,
+    stats: bool,
+    loss: Loss,
+    reduction: Reduction,
+    budget: Budget,
+) -> tuple[Tensor, Gathered]:
+    """The reduced loss, whose gradients are formed already, and what it is made of, detached."""
+    hidden, pairs = projection.hidden, (tokens.cu_seqlens.shape[0] - 1) // 2
+    like = torch.empty(pairs, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    ref_token_logps, *others = (None if t is None else t.detach() for t in data)
+    data = PairData(None if ref_token_logps is None else ref_token_logps.reshape(-1), *others)
+    wanted = Wanted(stats, [t is not None and t.requires_grad for t in projection])
+    loss = encode_loss(loss) or loss  # a callable is called, and cannot be in a graph
+    found = _LinearPreference.apply(
+        *projection, tokens, data, reduction.scale_of_pair(like), transform, wanted, loss, budget
+    )
+    reduced, *rest = found[: len(LinearPreference._fields)]
+    return reduced, Gathered(*rest)
+
+
+def _check_sequence_group(sequence_group, shift: bool) -> None:
+    if sequence_group is None:
+        return
+    if not isinstance(sequence_group, dist.ProcessGroup):
+        raise TypeError(
+            f"sequence_group must be a torch.distributed process group, got {type(sequence_group).__name__}"
+        )
+    if shift:
+        raise ValueError("shift must be False with sequence_group: the label after a rank's last token is on the next")
 
 
 def _reference(hidden, weight, bias, ref_hidden, ref_weight, ref_bias):
@@ -461,11 +461,12 @@ def _spans(labels, cu_seqlens, lengths, device) -> Tensor | None:
     return None
 
 
-def _without_prefix(labels, shared_prefix, cu_seqlens, sequences, loss, loss_options, ignore_index) -> Tensor:
+def _without_prefix(labels, shared_prefix, cu_seqlens, sequences, loss: Loss, ignore_index) -> Tensor:
     """Labels with the first shared_prefix[pair] of both its sequences ignored."""
-    if not losses.traits(loss, loss_options).delta_only:
+    if not loss.traits().delta_only:
         raise ValueError(
-            f"shared_prefix must be None for loss={loss!r}, which depends on more than the difference of the log-ratios"
+            f"shared_prefix must be None for loss={loss.loss!r}, "
+            "which depends on more than the difference of the log-ratios"
         )
     _checks.integers("shared_prefix", shared_prefix)
     if list(shared_prefix.shape) != [sequences // 2]:

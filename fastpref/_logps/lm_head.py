@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastpref._logps.linear_logps import linear_token_logps
 from fastpref._logps.linear_preference import linear_preference_loss
-from fastpref._logps.preference import PreferenceOutput
+from fastpref._logps.pairs import PreferenceOutput
 from fastpref._logps.token_logps import TokenStats
 
 
@@ -16,6 +16,8 @@ class FusedLMHead(torch.nn.Linear):
     embedding. Because forward itself reads the weight, the hooks of DistributedDataParallel, FSDP and ZeRO fire as for
     any other layer: nothing reaches around the module for `lm_head.weight`.
     """
+
+    __module__ = "fastpref"
 
     @classmethod
     def from_linear(cls, linear: torch.nn.Linear) -> "FusedLMHead":

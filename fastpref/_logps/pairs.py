@@ -1,8 +1,9 @@
 """What both preference losses share: checks of a batch of pairs, losses as torch on vectors, reduction, output."""
 
-from collections.abc import Mapping
+import ast
+from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class PreferenceStats(NamedTuple):
 
 class PreferenceOutput(NamedTuple):
     """All but `loss` is detached."""
+
+    __module__ = "fastpref"
 
     loss: Tensor  # scalar, or [B] with reduction="none"
     chosen_logps: Tensor  # [B] sums of log-probs
@@ -63,22 +66,130 @@ def _mean(vector: Tensor) -> Tensor:
     return vector.sum() / max(vector.shape[0], 1)
 
 
+# ---- options that travel together ----
+
+
+class Loss(NamedTuple):
+    """`loss`, `loss_weights`, `loss_options` and `beta` of a preference loss."""
+
+    loss: str | Callable[..., Tensor] | Sequence  # of losses.LOSSES, or callables of losses.Pairs
+    weights: Sequence[float] | None
+    options: Mapping[str, Any] | Sequence | None
+    beta: float
+
+    def is_list(self) -> bool:
+        return isinstance(self.loss, (list, tuple))
+
+    def traits(self) -> losses.Traits:
+        return losses.traits(self.loss, self.options)
+
+    def per_pair(self, pairs: losses.Pairs) -> Tensor:
+        if self.is_list():
+            return losses.mixture(pairs, self.loss, self.weights, self.options, self.beta)
+        return losses.pair_loss(pairs, self.loss, beta=self.beta, options=self.options)
+
+    def reward_scale(self) -> float:
+        """The rewards are those of the loss, whose options may override beta."""
+        return self.options.get("beta", self.beta) if self.options and not self.is_list() else self.beta
+
+
+class EncodedLoss(NamedTuple):
+    """A Loss in an operator's schema, which has no room for mappings, and takes a float for a constant of the graph."""
+
+    losses: list[str]
+    loss_options: list[str]  # "0.max_weight=None": of the first loss; "1.label_smoothing": the next of the numbers
+    numbers: Tensor  # float64 on the host: beta, a weight per loss, and the options that are numbers
+
+
+def encode_loss(loss: Loss) -> EncodedLoss | None:
+    """None unless its losses are names, and their options numbers, strings, booleans or None."""
+    names = list(loss.loss) if loss.is_list() else [loss.loss]
+    options = losses._per_loss("loss_options", loss.options if loss.is_list() else [loss.options], names, None)
+    weights = losses._per_loss("loss_weights", loss.weights, names, 1.0)
+    numbers, words = [loss.beta, *weights], []
+    for index, own in enumerate(options):
+        for key, value in (own or {}).items():
+            if value is None or isinstance(value, (bool, str)):
+                words.append(f"{index}.{key}={value!r}")
+            else:
+                words.append(f"{index}.{key}")
+                numbers.append(value)
+    if all(isinstance(name, str) for name in names) and all(isinstance(value, (int, float)) for value in numbers):
+        return EncodedLoss(names, words, host_numbers(numbers))
+    return None
+
+
+def decode_loss(encoded: EncodedLoss) -> Loss:
+    names = encoded.losses
+    beta, *numbers = encoded.numbers.tolist()
+    weights, numbers = numbers[: len(names)], iter(numbers[len(names) :])
+    options = [{} for _ in names]
+    for word in encoded.loss_options:
+        index, _, option = word.partition(".")
+        key, is_literal, literal = option.partition("=")
+        options[int(index)][key] = ast.literal_eval(literal) if is_literal else next(numbers)
+    return Loss(names, weights, options, beta)
+
+
+def host_numbers(values: Sequence[float]) -> Tensor:
+    """Float64 on the host.
+
+    torch.compile makes an input of the graph of a number that is multiplied, and a constant of one in torch.tensor,
+    where every new value would compile anew.
+    """
+    if not torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([one * value for value in values])
+
+
+class Reduction(NamedTuple):
+    """`reduction`, `pair_weights` and `num_items` of a preference loss."""
+
+    kind: str
+    pair_weights: Tensor | None
+    num_items: float | Tensor | None
+
+    def scale_of_pair(self, like: Tensor) -> Tensor:
+        """What each pair's loss is multiplied by before they are added up: [B] of like's shape, dtype and device."""
+        scale = torch.ones_like(like) if self.pair_weights is None else self.pair_weights.detach().to(like.dtype)
+        if self.kind != "mean":
+            return scale
+        if self.num_items is not None:
+            return scale / self.num_items
+        total = scale.sum()
+        return scale / torch.where(total == 0, 1.0, total)
+
+    def reduce(self, per_pair: Tensor) -> Tensor:
+        weighted = per_pair * self.scale_of_pair(per_pair)
+        return weighted if self.kind == "none" else weighted.sum()
+
+
+class PairData(NamedTuple):
+    """What a loss may read beside the policy's log-probs. No gradient flows into it."""
+
+    ref_token_logps: Tensor | None  # of labels' shape
+    ref_logps: Tensor | None  # [2B]
+    rating_gap: Tensor | None  # [B]
+    scores: Tensor | None  # [2B]
+
+
 # ---- checks ----
 
 
 def check_pairs(
-    like_name, like, labels, loss, loss_weights, loss_options, beta, reduction, num_items, cu_seqlens, lengths, vectors
+    like_name: str, like: Tensor, labels: Tensor, loss: Loss, reduction: Reduction, data: PairData, cu_seqlens, lengths
 ) -> int:
     """What every call on pairs takes, beside its tensors of tokens; returns the number of sequences."""
-    _checks.positive("beta", beta)
-    losses.check_reduction(reduction)
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f"num_items replaces the divisor of reduction='mean', got reduction={reduction!r}")
-    single = not isinstance(loss, (list, tuple))
-    if single and loss_weights is not None:
-        raise ValueError(f"loss_weights needs a list of losses, got loss={loss!r}")
-    if single and not isinstance(loss_options, (Mapping, NoneType)):
-        raise TypeError(f"loss_options must be a mapping for a single loss, got {type(loss_options).__name__}")
+    _checks.positive("beta", loss.beta)
+    losses.check_reduction(reduction.kind)
+    num_items = reduction.num_items
+    if num_items is not None and reduction.kind != "mean":
+        raise ValueError(f"num_items replaces the divisor of reduction='mean', got reduction={reduction.kind!r}")
+    if not loss.is_list() and loss.weights is not None:
+        raise ValueError(f"loss_weights needs a list of losses, got loss={loss.loss!r}")
+    if not loss.is_list() and not isinstance(loss.options, (Mapping, NoneType)):
+        raise TypeError(f"loss_options must be a mapping for a single loss, got {type(loss.options).__name__}")
     if isinstance(num_items, Tensor):
         if num_items.dim():
             raise ValueError(f"num_items must be a number or a scalar tensor, got shape {list(num_items.shape)}")
@@ -89,11 +200,13 @@ def check_pairs(
         raise ValueError(
             f"the batch must hold B chosen and then B rejected sequences, an even number, got {sequences} sequences"
         )
-    for name, value in vectors.items():
-        if value is None:
-            continue
-        length, what = (sequences, "one per sequence") if name == "scores" else (sequences // 2, "one per pair")
-        _checks.vector(name, value, length, what, like_name, like)
+    for name, value, length, what in (
+        ("rating_gap", data.rating_gap, sequences // 2, "one per pair"),
+        ("pair_weights", reduction.pair_weights, sequences // 2, "one per pair"),
+        ("scores", data.scores, sequences, "one per sequence"),
+    ):
+        if value is not None:
+            _checks.vector(name, value, length, what, like_name, like)
     if lengths is not None:
         if cu_seqlens is not None:
             raise ValueError("lengths belongs to padded batches; packed ones have cu_seqlens, got both")
@@ -103,19 +216,23 @@ def check_pairs(
     return sequences
 
 
-def check_reference(like_name, labels, sequences, given: dict) -> None:
-    """At most one form of the reference; per token it has labels' shape, as sums [2B]."""
-    present = [name for name, value in given.items() if value is not None]
+def check_reference(like_name: str, labels: Tensor, sequences: int, data: PairData, name: str, value) -> None:
+    """At most one form of the reference; per token it has labels' shape, as sums [2B].
+
+    name, value: the third form, the reference's logits or hidden states.
+    """
+    given = {name: value, "ref_token_logps": data.ref_token_logps, "ref_logps": data.ref_logps}
+    present = [form for form, value in given.items() if value is not None]
     if len(present) > 1:
         raise ValueError(f"the reference must be given in one form, got {' and '.join(present)}")
-    if (per_token := given["ref_token_logps"]) is not None:
-        _checks.floats("ref_token_logps", per_token)
-        _checks.shaped_like("ref_token_logps", per_token, "labels", labels)
-    if given["ref_logps"] is not None:
-        _checks.vector("ref_logps", given["ref_logps"], sequences, "one per sequence", like_name, labels)
+    if data.ref_token_logps is not None:
+        _checks.floats("ref_token_logps", data.ref_token_logps)
+        _checks.shaped_like("ref_token_logps", data.ref_token_logps, "labels", labels)
+    if data.ref_logps is not None:
+        _checks.vector("ref_logps", data.ref_logps, sequences, "one per sequence", like_name, labels)
 
 
-# ---- losses, reduction, output ----
+# ---- losses and output ----
 
 
 class Gathered(NamedTuple):
@@ -126,28 +243,26 @@ class Gathered(NamedTuple):
     values: Tensor  # [4, *labels.shape] or empty
 
 
-def wanted_stats(stats, loss, loss_options) -> tuple[str, ...]:
+def wanted_stats(stats: tuple[str, ...], loss: Loss) -> tuple[str, ...]:
     """The by-products to ask the gather for: the caller's, and those the loss is made of."""
-    wpo = "wpo" in losses.traits(loss, loss_options).needs
+    wpo = "wpo" in loss.traits().needs
     return tuple(name for name in STATS if name in stats or (wpo and name == "log_sum_p2"))
 
 
-def pair_losses(
-    tokens, values, sequences, ref_tokens, ref_logps, rating_gap, scores, loss, loss_weights, loss_options, beta
-) -> Gathered:
+def pair_losses(tokens: Tensor, values: Tensor, sequences: Sequences, data: PairData, loss: Loss) -> Gathered:
     """Any loss as torch on vectors, differentiable in `tokens`, the log-probs of labels' shape.
 
-    values: [4, *labels.shape], STATS; ref_tokens: labels' shape, ref_logps: [2B], or None.
+    values: [4, *labels.shape], STATS.
     """
-    needs = losses.traits(loss, loss_options).needs
+    needs = loss.traits().needs
     sums = sequences.sum(tokens)
     token_ratios, logratios = tokens.double(), None
-    if ref_tokens is not None:
-        token_ratios = token_ratios - ref_tokens.detach().double()
+    if data.ref_token_logps is not None:
+        token_ratios = token_ratios - data.ref_token_logps.detach().double()
         logratios = sequences.sum(token_ratios)
-    elif ref_logps is not None:
+    elif data.ref_logps is not None:
         token_ratios = None  # only their sums are known
-        logratios = sums - ref_logps.detach().double()
+        logratios = sums - data.ref_logps.detach().double()
 
     def halves(vector):
         if vector is None:
@@ -172,37 +287,19 @@ def pair_losses(
         *halves(sums),
         *halves(ref_sums),
         *halves(lengths),
-        None if rating_gap is None else rating_gap.detach().to(tokens.dtype),
+        None if data.rating_gap is None else data.rating_gap.detach().to(tokens.dtype),
         *halves(logratios),
         *halves(tail),
         *halves(weights),
-        *halves(None if scores is None else scores.detach()),
+        *halves(None if data.scores is None else data.scores.detach()),
     )
-    if isinstance(loss, (list, tuple)):
-        per_pair = losses.mixture(pairs, loss, loss_weights, loss_options, beta)
-    else:
-        per_pair = losses.pair_loss(pairs, loss, beta=beta, options=loss_options)
     ratios = sums if logratios is None else logratios
-    return Gathered(per_pair, sums.to(tokens.dtype), ratios.to(tokens.dtype), lengths, values)
+    return Gathered(loss.per_pair(pairs), sums.to(tokens.dtype), ratios.to(tokens.dtype), lengths, values)
 
 
-def pair_scale(like: Tensor, pair_weights, reduction, num_items) -> Tensor:
-    """What each pair's loss is multiplied by before they are added up: [B] of like's shape, dtype and device."""
-    scale = torch.ones_like(like) if pair_weights is None else pair_weights.detach().to(like.dtype)
-    if reduction != "mean":
-        return scale
-    if num_items is not None:
-        return scale / num_items
-    total = scale.sum()
-    return scale / torch.where(total == 0, 1.0, total)
-
-
-def reduce(gathered: Gathered, pair_weights, reduction, num_items) -> Tensor:
-    weighted = gathered.losses * pair_scale(gathered.losses, pair_weights, reduction, num_items)
-    return weighted if reduction == "none" else weighted.sum()
-
-
-def output(loss: Tensor, gathered: Gathered, sequences: Sequences, rating_gap, beta, stats) -> PreferenceOutput:
+def preference_output(
+    loss: Tensor, gathered: Gathered, sequences: Sequences, rating_gap, beta: float, stats
+) -> PreferenceOutput:
     logps, lengths = gathered.logps.detach(), gathered.lengths
     pairs = gathered.losses.shape[0]
     rewards = beta * gathered.logratios.detach()

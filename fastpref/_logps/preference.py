@@ -10,32 +10,35 @@ other loss, a user's own included, runs as torch on vectors between the same two
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpref import _checks, _library, _native, losses
+from fastpref import _autograd, _checks, _library, _native, losses, operators
 from fastpref._logps.pairs import (
     Gathered,
+    Loss,
+    PairData,
     PreferenceOutput,
+    Reduction,
     check_pairs,
     check_reference,
-    output,
+    host_numbers,
     pair_losses,
-    reduce,
+    preference_output,
     wanted_stats,
 )
 from fastpref._logps.sequences import Sequences, check_layout, targets
 from fastpref._logps.token_logps import (
-    SCHEMA_OPTIONS,
-    _native_bwd_args,
-    _native_fwd_args,
     as_rows,
-    check_options,
+    check_call,
     logits_gradient,
+    native_backward,
+    native_forward,
     token_logps,
 )
+from fastpref._logps.transform import Transform, checked_transform
 
 # ---- the fused family: one native call forward, one backward ----
 
@@ -45,15 +48,15 @@ def _fwd(
     ignore_index, stats, family, drop_square,
 ):  # fmt: skip
     core = _native._core
-    options = (temperature, softcap, scale, ignore_index)
+    transform = Transform(temperature, softcap, scale, ignore_index)
     rows = as_rows(logits)
     shape = rows.shape[:2]
     flat = labels.reshape(shape).contiguous()
-    (token_logps, lse, values), policy = _native_fwd_args(rows, flat, *options, stats)
+    (token_logps, lse, values), policy = native_forward(rows, flat, transform, stats)
     reference = ref_rows = _ref_outputs = None  # named: the call below only holds their addresses
     if ref_logits is not None:
         ref_rows = as_rows(ref_logits)
-        _ref_outputs, reference = _native_fwd_args(ref_rows, flat, *options, False)
+        _ref_outputs, reference = native_forward(ref_rows, flat, transform, False)
     inputs = [None if t is None else t.contiguous() for t in (ref_token_logps, ref_logps, cu_seqlens, rating_gap)]
     sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     logps, logratios, coefficients = (torch.empty(sequences, dtype=torch.float32) for _ in range(3))
@@ -68,7 +71,7 @@ def _fwd(
         sequences // 2,
         labels.shape[-1],
         _native.address(inputs[3]),
-        core.LogisticFamily(*family, drop_square),
+        core.LogisticFamily(*family.tolist(), drop_square),
         logps.data_ptr(),
         logratios.data_ptr(),
         lengths.data_ptr(),
@@ -99,15 +102,14 @@ def _fwd_fake(
     )
 
 
-def _bwd_into(out, grad_losses, coefficients, logits, labels, cu_seqlens, token_logps, lse, *options):
+def _write_gradient(out, grad_losses, coefficients, logits, labels, cu_seqlens, token_logps, lse, transform):
     rows = as_rows(logits)
     shape = rows.shape[:2]
     flat = labels.reshape(shape).contiguous()
     token_grad = torch.empty(shape, dtype=torch.float32)
     grad_losses, cu_seqlens = grad_losses.contiguous(), None if cu_seqlens is None else cu_seqlens.contiguous()
-    tokens = _native_bwd_args(
-        token_grad, rows, flat, token_logps.reshape(shape), lse.reshape(2, *shape), *options, as_rows(out)
-    )
+    saved = token_logps.reshape(shape), lse.reshape(2, *shape)
+    tokens = native_backward(token_grad, rows, flat, *saved, transform, as_rows(out))
     _native._core.preference_bwd_cpu(
         tokens,
         token_grad.data_ptr(),
@@ -120,36 +122,30 @@ def _bwd_into(out, grad_losses, coefficients, logits, labels, cu_seqlens, token_
     )
 
 
-def _bwd(grad_losses, coefficients, logits, *args):
+def _bwd(
+    grad_losses, coefficients, logits, labels, cu_seqlens, token_logps, lse, temperature, softcap, scale, ignore_index
+):
     out = _native.empty(logits.shape, logits.dtype, logits.device)
-    _bwd_into(out, grad_losses, coefficients, logits, *args)
+    transform = Transform(temperature, softcap, scale, ignore_index)
+    _write_gradient(out, grad_losses, coefficients, logits, labels, cu_seqlens, token_logps, lse, transform)
     return out
 
 
-def _bwd_fake(grad_losses, coefficients, logits, *args):
+def _bwd_fake(
+    grad_losses, coefficients, logits, labels, cu_seqlens, token_logps, lse, temperature, softcap, scale, ignore_index
+):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _bwd_inplace(grad_losses, coefficients, logits, *args):
-    _bwd_into(logits, grad_losses, coefficients, logits, *args)
+def _bwd_inplace(
+    grad_losses, coefficients, logits, labels, cu_seqlens, token_logps, lse, temperature, softcap, scale, ignore_index
+):
+    transform = Transform(temperature, softcap, scale, ignore_index)
+    _write_gradient(logits, grad_losses, coefficients, logits, labels, cu_seqlens, token_logps, lse, transform)
 
 
-_SAVED = f"Tensor labels, Tensor? cu_seqlens, Tensor token_logps, Tensor lse, {SCHEMA_OPTIONS}"
-preference_fwd = _library.define(
-    "preference_fwd(Tensor logits, Tensor labels, Tensor? ref_logits, Tensor? ref_token_logps, Tensor? ref_logps, "
-    f"Tensor? cu_seqlens, Tensor? rating_gap, {SCHEMA_OPTIONS}, bool stats, float[] family, bool drop_square) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fwd,
-    _fwd_fake,
-)
-preference_bwd = _library.define(
-    f"preference_bwd(Tensor grad_losses, Tensor coefficients, Tensor logits, {_SAVED}) -> Tensor", _bwd, _bwd_fake
-)
-preference_bwd_ = _library.define(
-    f"preference_bwd_(Tensor grad_losses, Tensor coefficients, Tensor(a!) logits, {_SAVED}) -> ()",
-    _bwd_inplace,
-    lambda *args: None,
-)
+preference_fwd, preference_bwd = operators.preference_fwd, operators.preference_bwd
+preference_bwd_ = operators.preference_bwd_
 
 
 def _epilogue_reason(device: str) -> str | None:
@@ -161,47 +157,51 @@ def _epilogue_reason(device: str) -> str | None:
 _library.OPS["preference_loss"] = {"native": _epilogue_reason, "torch": _library.reference_reason}
 
 
+@_autograd.cache_signature
 class _Preference(torch.autograd.Function):
     @staticmethod
-    def forward(*args):
-        return preference_fwd(*args[:-1])
+    def forward(
+        logits, labels, ref_logits, ref_token_logps, ref_logps, cu_seqlens, rating_gap, transform, stats, family,
+        drop_square, inplace,
+    ):  # fmt: skip
+        references = ref_logits, ref_token_logps, ref_logps
+        return preference_fwd(
+            logits, labels, *references, cu_seqlens, rating_gap, *transform, stats, family, drop_square
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, labels, _, _, _, cu_seqlens, _, *options, _stats, _family, _drop, ctx.inplace = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        logits, labels, _, _, _, cu_seqlens, _, ctx.transform, _stats, _family, _drop_square, ctx.inplace = inputs
+        _losses, *others = output
+        _logps, _logratios, _lengths, coefficients, tokens, lse, _values = others
+        ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
-        coefficients, tokens, lse = output[4:7]
         ctx.save_for_backward(logits, labels, cu_seqlens, tokens, lse, coefficients)
-        ctx.args = options
 
     @staticmethod
     def backward(ctx, grad_losses, *_):
         if grad_losses is None:
-            return (None,) * 15
+            return _autograd.pad_gradients(ctx)
 
-        def run(op, logits, *saved):
-            return op(grad_losses, saved[-1], logits, *saved[:-1], *ctx.args)
+        def run(op, logits, labels, cu_seqlens, tokens, lse, coefficients):
+            return op(grad_losses, coefficients, logits, labels, cu_seqlens, tokens, lse, *ctx.transform)
 
-        return logits_gradient(ctx, preference_bwd, preference_bwd_, run), *(None,) * 14
-
-
-_library.cache_signature(_Preference)
+        return _autograd.pad_gradients(ctx, logits_gradient(ctx, preference_bwd, preference_bwd_, run))
 
 
-def _family(loss, beta, loss_options, has_reference: bool) -> tuple[list[float], bool] | None:
+def _family(loss: Loss, has_reference: bool) -> tuple[list[float], bool] | None:
     """Coefficients for the native epilogue, or None for a loss (or reference) it does not know."""
-    if isinstance(loss, (list, tuple)):
+    if loss.is_list():
         return None
-    options = dict(loss_options or {})
+    options = dict(loss.options or {})
     if bool(options.get("reference_free")) == has_reference:
         return None
-    logistic = getattr(losses.get_loss(loss), "logistic", None)
-    record = logistic(**{"beta": beta, **options}) if logistic else None
+    logistic = getattr(losses.get_loss(loss.loss), "logistic", None)
+    record = logistic(**{"beta": loss.beta, **options}) if logistic else None
     if record is None:
         return None
     *coefficients, drop_square = record
-    return [float(options.get("beta", beta)), *map(float, coefficients)], drop_square
+    return [loss.reward_scale(), *coefficients], drop_square
 
 
 # ---- public ----
@@ -245,8 +245,9 @@ def preference_loss(
             subtracted per token, which keeps the digits that a difference of two long sums loses.
         loss: a name in losses.LOSSES, a callable(losses.Pairs) -> [B], or a list of these, summed with loss_weights.
         loss_options: keyword options of the loss; for a list, a list of mappings (or None), one per loss.
-        beta: the scale of the implicit reward, beta * (policy - reference). Under torch.compile it is a constant, as
-            the transform is: a new value compiles anew.
+        beta: the scale of the implicit reward, beta * (policy - reference). Under torch.compile(dynamic=True) it is an
+            input of the graph, as loss_weights and the numbers among loss_options are: new values do not compile anew.
+            Without dynamic=True the second value compiles once more. The transform is a constant of the graph.
         rating_gap: [B], rating of the chosen minus rating of the rejected response; NaN = not rated.
         scores: [2B], absolute scores or win probabilities, for the losses that need both.
         pair_weights: [B]; the mean is normalised by their sum. Like ratings and scores they are data: no gradient.
@@ -266,54 +267,35 @@ def preference_loss(
     """
     _checks.logits("logits", logits)
     _checks.labels(labels, logits)
-    check_options(logits, temperature, softcap, scale, ignore_index, inplace_backward, stats, backend)
+    transform = checked_transform(temperature, softcap, scale, ignore_index)
+    check_call(logits, inplace_backward, stats, backend)
     check_layout(labels, cu_seqlens, "logits")
-    sequences = check_pairs(
-        "logits", logits, labels, loss, loss_weights, loss_options, beta, reduction, num_items, cu_seqlens, lengths,
-        {"rating_gap": rating_gap, "pair_weights": pair_weights, "scores": scores},
-    )  # fmt: skip
-    check_reference(
-        "logits",
-        labels,
-        sequences,
-        {"ref_logits": ref_logits, "ref_token_logps": ref_token_logps, "ref_logps": ref_logps},
-    )
+    objective = Loss(loss, loss_weights, loss_options, beta)
+    reducing = Reduction(reduction, pair_weights, num_items)
+    data = PairData(ref_token_logps, ref_logps, rating_gap, scores)
+    count = check_pairs("logits", logits, labels, objective, reducing, data, cu_seqlens, lengths)
+    check_reference("logits", labels, count, data, "ref_logits", ref_logits)
     if ref_logits is not None:
         _checks.logits("ref_logits", ref_logits)
         _checks.shaped_like("ref_logits", ref_logits, "logits", logits)
+    _autograd.refuse_transforms("preference_loss", logits)
 
     if lengths is not None:
         _checks.same_device("lengths", lengths, "logits", logits)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.long()
     labels = targets(labels, cu_seqlens, lengths, ignore_index, shift)
-    transform = {"temperature": float(temperature), "softcap": softcap, "scale": float(scale)}
-    step = _Step(logits, labels, ref_logits, ref_token_logps, ref_logps, cu_seqlens, rating_gap, scores)
     has_reference = not (ref_logits is None and ref_token_logps is None and ref_logps is None)
-    family = _family(loss, beta, loss_options, has_reference) if _can_fuse(logits, ref_logits, backend) else None
+    family = _family(objective, has_reference) if _can_fuse(logits, ref_logits, backend) else None
     if family is not None and not (rating_gap is None and "rating_gap" in losses.get_loss(loss).needs):
-        gathered = _fused(step, family, transform, ignore_index, inplace_backward, bool(stats))
+        options = family, transform, inplace_backward, bool(stats)
+        gathered = _fused(logits, labels, ref_logits, cu_seqlens, data, *options)
     else:
         gathered = _vectors(
-            step, loss, loss_weights, loss_options, beta, transform, ignore_index, inplace_backward, stats, backend
+            logits, labels, ref_logits, cu_seqlens, data, objective, transform, inplace_backward, stats, backend
         )
-    if loss_options and not isinstance(loss, (list, tuple)):
-        beta = loss_options.get("beta", beta)  # the rewards are those of the loss
     sequences = Sequences(labels, ignore_index, cu_seqlens)
-    reduced = reduce(gathered, pair_weights, reduction, num_items)
-    return output(reduced, gathered, sequences, rating_gap, beta, stats)
-
-
-class _Step(NamedTuple):
-    """The tensors of a step, checked, with labels aligned to the logits."""
-
-    logits: Tensor
-    labels: Tensor
-    ref_logits: Tensor | None
-    ref_token_logps: Tensor | None
-    ref_logps: Tensor | None
-    cu_seqlens: Tensor | None
-    rating_gap: Tensor | None
-    scores: Tensor | None
+    reduced = reducing.reduce(gathered.losses)
+    return preference_output(reduced, gathered, sequences, rating_gap, objective.reward_scale(), stats)
 
 
 def _can_fuse(logits: Tensor, ref_logits: Tensor | None, backend: str | None) -> bool:
@@ -325,35 +307,34 @@ def _can_fuse(logits: Tensor, ref_logits: Tensor | None, backend: str | None) ->
     )
 
 
-def _fused(step: _Step, family, transform, ignore_index, inplace, stats) -> Gathered:
-    vectors = [None if v is None else v.detach().float() for v in (step.ref_token_logps, step.ref_logps)]
-    gap = None if step.rating_gap is None else step.rating_gap.detach().float()
-    ref_logits = None if step.ref_logits is None else step.ref_logits.detach()
-    args = (
-        step.logits, step.labels, ref_logits, *vectors, step.cu_seqlens, gap, *transform.values(), ignore_index, stats,
-        *family,
+def _fused(logits, labels, ref_logits, cu_seqlens, data: PairData, family, transform, inplace, stats) -> Gathered:
+    ref_token_logps, ref_logps, rating_gap = (
+        None if v is None else v.detach().float() for v in (data.ref_token_logps, data.ref_logps, data.rating_gap)
+    )
+    ref_logits = None if ref_logits is None else ref_logits.detach()
+    numbers, drop_square = family
+    pair_losses, logps, logratios, lengths, _coefficients, _tokens, _lse, values = _Preference.apply(
+        logits, labels, ref_logits, ref_token_logps, ref_logps, cu_seqlens, rating_gap, transform, stats,
+        host_numbers(numbers), drop_square, inplace,
     )  # fmt: skip
-    pair_losses, logps, logratios, lengths, _, _, _, values = _Preference.apply(*args, inplace)
     return Gathered(pair_losses, logps, logratios, lengths, values)
 
 
 def _vectors(
-    step: _Step, loss, loss_weights, loss_options, beta, transform, ignore_index, inplace, stats, backend
+    logits, labels, ref_logits, cu_seqlens, data: PairData, loss: Loss, transform: Transform, inplace, stats, backend
 ) -> Gathered:
-    options = {**transform, "ignore_index": ignore_index, "backend": backend}
-    wanted = wanted_stats(stats, loss, loss_options)
-    tokens = token_logps(step.logits, step.labels, inplace_backward=inplace, stats=wanted, **options)
+    temperature, softcap, scale, ignore_index = transform
+    options = {"temperature": temperature, "softcap": softcap, "scale": scale, "ignore_index": ignore_index}
+    wanted = wanted_stats(stats, loss)
+    tokens = token_logps(logits, labels, inplace_backward=inplace, stats=wanted, backend=backend, **options)
     tokens, token_stats = tokens if wanted else (tokens, None)
-    ref_tokens = step.ref_token_logps
-    if step.ref_logits is not None:
+    ref_tokens = data.ref_token_logps
+    if ref_logits is not None:
         with torch.no_grad():
-            ref_tokens = token_logps(step.ref_logits, step.labels, **options)
+            ref_tokens = token_logps(ref_logits, labels, backend=backend, **options)
     values = tokens.new_empty((0, *tokens.shape), dtype=torch.float32)
     if token_stats is not None:
         missing = torch.zeros_like(tokens, dtype=torch.float32)
         values = torch.stack([missing if value is None else value for value in token_stats])
-    sequences = Sequences(step.labels, ignore_index, step.cu_seqlens)
-    return pair_losses(
-        tokens, values, sequences, ref_tokens, step.ref_logps, step.rating_gap, step.scores,
-        loss, loss_weights, loss_options, beta,
-    )  # fmt: skip
+    data = PairData(ref_tokens, data.ref_logps, data.rating_gap, data.scores)
+    return pair_losses(tokens, values, Sequences(labels, ignore_index, cu_seqlens), data, loss)

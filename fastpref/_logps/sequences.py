@@ -10,6 +10,8 @@ from fastpref._logps.token_logps import shifted
 
 
 class SequenceLogps(NamedTuple):
+    __module__ = "fastpref"
+
     sums: Tensor  # [sequences] sum of the log-probs of the tokens that count
     lengths: Tensor  # [sequences] int64, how many they are
 

@@ -6,9 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref import _native
+from fastpref import _autograd, _native
 from fastpref._logps.plan import UPCAST_BYTES, logit_bytes, narrows_in_place, product_of, rows_of_tile
-from fastpref._logps.token_logps import _bwd_into, _multiplier_and_tanh_scale, token_logps_fwd
+from fastpref._logps.token_logps import token_logps_fwd, write_gradient
+from fastpref._logps.transform import Transform
 
 # ---- which rows ----
 
@@ -39,7 +40,7 @@ class Rows:
 
     def take(self, hidden: Tensor, where: slice | Tensor, labels: Tensor) -> Tensor:
         """Rows of hidden; those kept without counting are zero, whatever they hold."""
-        x = take(hidden, where)
+        x = take_rows(hidden, where)
         return x.masked_fill((labels == self.ignore_index).unsqueeze(1), 0) if self.unchecked else x
 
     def where(self, begin: int, end: int) -> slice | Tensor:
@@ -54,7 +55,7 @@ class Rows:
             out.index_copy_(dim, where, values)
 
 
-def take(tensor: Tensor, where: slice | Tensor) -> Tensor:
+def take_rows(tensor: Tensor, where: slice | Tensor) -> Tensor:
     return tensor[where] if isinstance(where, slice) else tensor.index_select(0, where)
 
 
@@ -96,7 +97,7 @@ class Shard(NamedTuple):
     def of(cls, group_name: str, weight: Tensor) -> "Shard | None":
         if not group_name:
             return None
-        group = dist.distributed_c10d._resolve_process_group(group_name)
+        group = _autograd.process_group(group_name)
         own = torch.tensor([weight.shape[0]], device=weight.device)
         sizes = [torch.empty_like(own) for _ in range(group.size())]
         dist.all_gather(sizes, own, group=group)
@@ -107,33 +108,53 @@ class Shard(NamedTuple):
 # ---- one tile ----
 
 
+class Budget(NamedTuple):
+    """How a linear op may work, as the operators take it: their fakes want no optional int or str."""
+
+    max_active_tokens: int  # -1: as many as count
+    max_tile_bytes: int  # 0: the default
+    logits_dtype: torch.dtype | None
+    group: str  # a process group's name, or ""
+    backend: str  # or ""
+
+
+class Projection(NamedTuple):
+    """Hidden states and the head that makes logits of them: what a linear op is differentiated by."""
+
+    hidden: Tensor  # [tokens, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    adapter_a: Tensor | None  # [r, H]
+    adapter_b: Tensor | None  # [V, r]
+
+
 class Head:
     """The logits of some rows in one tile, their log-probs, and their gradient in the tile's place."""
 
-    def __init__(self, weight, bias, adapter_a, adapter_b, options, stats, logits_dtype, shard, backend):
-        self.weight, self.bias, self.adapter_a, self.adapter_b = weight, bias, adapter_a, adapter_b
-        self.options, self.stats, self.shard, self.backend = options, stats, shard, backend
-        self.ignore_index = options[-1]
-        self.multiplier, self.tanh_scale = _multiplier_and_tanh_scale(*options[:3])
+    def __init__(self, projection: Projection, transform: Transform, stats: bool, budget: Budget, shard: Shard | None):
+        _, self.weight, self.bias, self.adapter_a, self.adapter_b = projection
+        self.transform, self.stats, self.budget, self.shard = transform, stats, budget, shard
+        self.ignore_index, self.backend, self.logits_dtype = transform.ignore_index, budget.backend, budget.logits_dtype
+        self.multiplier, self.tanh_scale = transform.multiplier_and_tanh_scale()
+        weight = self.weight
         self.dtype, self.device, self.vocab = weight.dtype, weight.device, weight.shape[0]
-        self.logits_dtype = logits_dtype
-        self.product = product_of(self.dtype, self.device.type, logits_dtype, backend, shard is not None)
+        self.product = product_of(self.dtype, self.device.type, self.logits_dtype, self.backend, shard is not None)
         self.tile_memory = []  # of the largest tile so far; a list, for `like` to share
         if self.product == "native":
             self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
 
-    def like(self, weight: Tensor, bias: Tensor | None) -> "Head":
+    def like(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> "Head":
         """Another head with the same options and tile, to score with."""
-        logits_dtype = self.logits_dtype if weight.dtype == self.dtype else None
-        other = Head(weight, bias, None, None, self.options, False, logits_dtype, self.shard, self.backend)
+        budget = self.budget if weight.dtype == self.dtype else self.budget._replace(logits_dtype=None)
+        other = Head(Projection(hidden, weight, bias, None, None), self.transform, False, budget, self.shard)
         other.tile_memory = self.tile_memory
         return other
 
-    def tile_rows(self, max_tile_bytes: int) -> int:
+    def tile_rows(self) -> int:
         """Rows that fit the budget; agreed between ranks, for the largest shard."""
         widest = self.vocab if self.shard is None else max(self.shard.sizes)
         per_logit = logit_bytes(self.product, self.dtype, self.device.type, self.backend)
-        rows = rows_of_tile(widest, per_logit, self.device.type, max_tile_bytes or None)
+        rows = rows_of_tile(widest, per_logit, self.device.type, self.budget.max_tile_bytes or None)
         return rows if self.shard is None else _agreed(rows, self.shard.group, self.device)
 
     def _place(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -161,7 +182,7 @@ class Head:
         self._multiply(x)
         if self.shard is not None:
             return self._fold_shard(labels)
-        return token_logps_fwd(self.tile, labels, *self.options, self.stats, self.backend)
+        return token_logps_fwd(self.tile, labels, *self.transform, self.stats, self.backend)
 
     def turn(self, grad: Tensor, labels: Tensor, logps: Tensor, lse: Tensor) -> Tensor:
         """The tile as the gradient of the logits before their transform, [rows, V] in the inputs' dtype."""
@@ -178,7 +199,7 @@ class Head:
         if self.shard is not None:
             self._turn_shard(out, grad, labels, logps, lse)
         else:
-            _bwd_into(out, grad, tile, labels, logps, lse, *self.options, self.backend)
+            write_gradient(out, grad, tile, labels, logps, lse, self.transform, self.backend)
         if behind is not None:
             # oneDNN multiplies up to a block of what lies behind a row by zero, and half a float32 may be a NaN
             behind.zero_()
@@ -246,7 +267,7 @@ class Head:
             zero = torch.zeros_like(none)
             return torch.stack([none, none] + [none, zero, none, zero, none, none] * self.stats)
         local, owned = self._local(labels)
-        logps, lse, values = token_logps_fwd(self.tile, local, *self.options, self.stats, self.backend)
+        logps, lse, values = token_logps_fwd(self.tile, local, *self.transform, self.stats, self.backend)
         logps, total = logps.double(), self.multiplier * lse[0].double() + lse[1].double()
         # log(e^-logp - 1) is the distance of the two, as exact as logp
         others = torch.where(owned & (logps > -torch.inf), total + logps + torch.expm1(-logps).log(), total)
@@ -266,7 +287,7 @@ class Head:
             v = torch.tanh(v * self.tanh_scale)
             slope *= self.tanh_scale * (1 - v * v)
         p = torch.exp(self.multiplier * (v - lse[0].double()) - lse[1].double())
-        _bwd_into(out, grad, self.tile, local, logps, lse, *self.options, self.backend)
+        write_gradient(out, grad, self.tile, local, logps, lse, self.transform, self.backend)
         elsewhere = ~owned & (labels != self.ignore_index)  # column 0 is not their target after all
         out[:, 0] = torch.where(elsewhere, (-grad.double() * slope * p).to(out.dtype), out[:, 0])
 
@@ -465,7 +486,7 @@ def no_autocast(device: torch.device):
     return torch.autocast(device.type, enabled=False)
 
 
-def joined(folded: list, hidden, labels, stats=False) -> tuple[Tensor, Tensor, Tensor]:
+def join_folds(folded: list, hidden, labels, stats=False) -> tuple[Tensor, Tensor, Tensor]:
     """What Head.fold gave for consecutive rows, as if for all of them."""
     if len(folded) == 1:
         return folded[0]

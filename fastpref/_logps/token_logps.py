@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import _autograd, _checks, _library, _native
+from fastpref import _autograd, _checks, _library, _native, operators
+from fastpref._logps.transform import Transform, checked_transform
 
 try:
     import triton
@@ -34,6 +35,8 @@ class TokenStats(NamedTuple):
     no other column is larger than the label's (a tie is a hit).
     """
 
+    __module__ = "fastpref"
+
     entropy: Tensor | None = None
     log_sum_p2: Tensor | None = None
     mean_logit: Tensor | None = None
@@ -41,22 +44,6 @@ class TokenStats(NamedTuple):
 
 
 # ---- reference: the specification ----
-
-
-def _multiplier_and_tanh_scale(temperature, softcap, scale) -> tuple[float, float]:
-    """z = multiplier * v with v = x, or tanh(x * tanh_scale): the transform as the kernels take it."""
-    if softcap is None:
-        return scale / temperature, 0.0
-    return softcap / temperature, scale / softcap
-
-
-def _transformed(logits: Tensor, temperature: float, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
-    """z = softcap * tanh(scale * x / softcap) / temperature, and dz/dx; both float64."""
-    x = logits.double()
-    if softcap is None:
-        return x * (scale / temperature), torch.full((), scale / temperature, dtype=x.dtype, device=x.device)
-    capped = torch.tanh(x * (scale / softcap))
-    return capped * (softcap / temperature), (1 - capped * capped) * (scale / temperature)
 
 
 def token_logps_ref(
@@ -69,7 +56,7 @@ def token_logps_ref(
     ignore_index: int = -100,
 ) -> Tensor:
     """What token_logps computes, in plain float64 PyTorch: [..., V] and [...] -> [...], 0 where ignored."""
-    z, _ = _transformed(logits, temperature, softcap, scale)
+    z, _ = Transform(temperature, softcap, scale).values_and_slopes(logits)
     ignored = labels == ignore_index
     target = labels.masked_fill(ignored, 0).unsqueeze(-1)
     others = z.scatter(-1, target, -torch.inf).logsumexp(-1)
@@ -99,19 +86,18 @@ def valid_labels(labels: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor,
     return labels.masked_fill(invalid, 0), invalid
 
 
-def _reference_fwd(rows, labels, temperature, softcap, scale, ignore_index, stats):
-    labels, invalid = valid_labels(labels, rows.shape[-1], ignore_index)
+def _reference_fwd(rows, labels, transform: Transform, stats):
+    labels, invalid = valid_labels(labels, rows.shape[-1], transform.ignore_index)
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     logps = torch.empty(labels.shape, dtype=dtype, device=rows.device)
     lse = torch.empty(2, *labels.shape, dtype=dtype, device=rows.device)
     values = torch.empty(4 if stats else 0, *labels.shape, dtype=torch.float32, device=rows.device)
-    options = {"temperature": temperature, "softcap": softcap, "scale": scale}
-    multiplier, _ = _multiplier_and_tanh_scale(temperature, softcap, scale)
+    multiplier, _ = transform.multiplier_and_tanh_scale()
     for block in _reference_blocks(rows):
         y = labels[block]
-        skip = y == ignore_index
-        logps[block] = token_logps_ref(rows[block], y, ignore_index=ignore_index, **options).to(dtype)
-        z, _ = _transformed(rows[block], **options)
+        skip = y == transform.ignore_index
+        logps[block] = token_logps_ref(rows[block], y, **transform._asdict()).to(dtype)
+        z, _ = transform.values_and_slopes(rows[block])
         total = z.logsumexp(-1)
         hi = (total / multiplier).to(dtype)
         hi = torch.where(logps[block].isnan(), torch.nan, hi)  # as the kernels have it: no column has a gradient
@@ -131,13 +117,13 @@ def _reference_fwd(rows, labels, temperature, softcap, scale, ignore_index, stat
     return logps, lse, values
 
 
-def _reference_bwd(grad, rows, labels, logps, lse, temperature, softcap, scale, ignore_index, out):
-    labels, _ = valid_labels(labels, rows.shape[-1], ignore_index)
-    multiplier, _ = _multiplier_and_tanh_scale(temperature, softcap, scale)
+def _reference_bwd(grad, rows, labels, logps, lse, transform: Transform, out):
+    labels, _ = valid_labels(labels, rows.shape[-1], transform.ignore_index)
+    multiplier, _ = transform.multiplier_and_tanh_scale()
     for block in _reference_blocks(rows):
         y = labels[block]
-        skip = (y == ignore_index).unsqueeze(-1)
-        z, slope = _transformed(rows[block], temperature, softcap, scale)
+        skip = (y == transform.ignore_index).unsqueeze(-1)
+        z, slope = transform.values_and_slopes(rows[block])
         total = multiplier * lse[(0, *block)].double() + lse[(1, *block)].double()
         unit = -torch.exp(z - total.unsqueeze(-1))
         unit.scatter_(-1, y.unsqueeze(-1).masked_fill(skip, 0), -torch.expm1(logps[block].double()).unsqueeze(-1))
@@ -459,12 +445,12 @@ def _warp_size(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).warp_size if torch.version.hip else 32
 
 
-def _triton_fwd(rows, labels, temperature, softcap, scale, ignore_index, stats):
+def _triton_fwd(rows, labels, transform: Transform, stats):
     outputs = _fwd_outputs(rows, labels, stats)
     logps, lse, values = outputs
     if rows.numel() == 0:
         return outputs
-    multiplier, tanh_scale = _multiplier_and_tanh_scale(temperature, softcap, scale)
+    multiplier, tanh_scale = transform.multiplier_and_tanh_scale()
     with torch.cuda.device_of(rows):
         _token_logps_fwd_kernel[(labels.numel(),)](
             rows,
@@ -476,7 +462,7 @@ def _triton_fwd(rows, labels, temperature, softcap, scale, ignore_index, stats):
             rows.stride(0),
             rows.stride(1),
             rows.shape[2],
-            ignore_index,
+            transform.ignore_index,
             multiplier,
             tanh_scale,
             HAS_SOFTCAP=tanh_scale != 0,
@@ -486,10 +472,10 @@ def _triton_fwd(rows, labels, temperature, softcap, scale, ignore_index, stats):
     return outputs
 
 
-def _triton_bwd(grad, rows, labels, logps, lse, temperature, softcap, scale, ignore_index, out):
+def _triton_bwd(grad, rows, labels, logps, lse, transform: Transform, out):
     if rows.numel() == 0:
         return
-    multiplier, tanh_scale = _multiplier_and_tanh_scale(temperature, softcap, scale)
+    multiplier, tanh_scale = transform.multiplier_and_tanh_scale()
     item_bytes = rows.element_size()
     strided = [i for i in (0, 1) if rows.shape[i] > 1]
     if out.dtype == rows.dtype:
@@ -512,7 +498,7 @@ def _triton_bwd(grad, rows, labels, logps, lse, temperature, softcap, scale, ign
             out.stride(0),
             out.stride(1),
             rows.shape[2],
-            ignore_index,
+            transform.ignore_index,
             multiplier,
             tanh_scale,
             HAS_SOFTCAP=tanh_scale != 0,
@@ -532,11 +518,6 @@ def _fwd_outputs(rows, labels, stats) -> tuple[Tensor, Tensor, Tensor]:
 # ---- native ----
 
 
-def _native_args(rows, labels, temperature, softcap, scale):
-    transform = _native._core.LogitTransform(*_multiplier_and_tanh_scale(temperature, softcap, scale))
-    return _native_rows(rows), transform, labels.data_ptr()
-
-
 def _native_rows(rows: Tensor):
     outer, inner, vocab = rows.shape
     return _native._core.LogitRows(
@@ -544,12 +525,14 @@ def _native_rows(rows: Tensor):
     )
 
 
-def _native_fwd_args(rows, labels, temperature, softcap, scale, ignore_index, stats):
-    """Outputs, and the call that fills them."""
+def native_forward(rows, labels, transform: Transform, stats):
+    """Outputs, and the arguments of the call that fills them."""
     logps, lse, values = outputs = _fwd_outputs(rows, labels, stats)
     args = _native._core.TokenLogpsForward(
-        *_native_args(rows, labels, temperature, softcap, scale),
-        ignore_index,
+        _native_rows(rows),
+        _native._core.LogitTransform(*transform.multiplier_and_tanh_scale()),
+        labels.data_ptr(),
+        transform.ignore_index,
         logps.data_ptr(),
         lse.data_ptr(),
         values.data_ptr() if stats else 0,
@@ -557,8 +540,8 @@ def _native_fwd_args(rows, labels, temperature, softcap, scale, ignore_index, st
     return outputs, args
 
 
-def _native_fwd(rows, labels, temperature, softcap, scale, ignore_index, stats):
-    outputs, args = _native_fwd_args(rows, labels, temperature, softcap, scale, ignore_index, stats)
+def _native_fwd(rows, labels, transform: Transform, stats):
+    outputs, args = native_forward(rows, labels, transform, stats)
     if rows.device.type == "cuda":
         with torch.cuda.device_of(rows):
             _native._core.token_logps_fwd_cuda(args, _stream(rows))
@@ -567,10 +550,13 @@ def _native_fwd(rows, labels, temperature, softcap, scale, ignore_index, stats):
     return outputs
 
 
-def _native_bwd_args(grad, rows, labels, logps, lse, temperature, softcap, scale, ignore_index, out):
+def native_backward(grad, rows, labels, logps, lse, transform: Transform, out):
+    """The arguments of the call that fills `out`. They hold addresses: every tensor must have a name until then."""
     return _native._core.TokenLogpsBackward(
-        *_native_args(rows, labels, temperature, softcap, scale),
-        ignore_index,
+        _native_rows(rows),
+        _native._core.LogitTransform(*transform.multiplier_and_tanh_scale()),
+        labels.data_ptr(),
+        transform.ignore_index,
         logps.data_ptr(),
         lse.data_ptr(),
         grad.data_ptr(),
@@ -578,14 +564,13 @@ def _native_bwd_args(grad, rows, labels, logps, lse, temperature, softcap, scale
     )
 
 
-# Every tensor has a name here: `args` holds addresses only, and a temporary would be gone before the call.
-def _native_bwd(grad, rows, labels, logps, lse, temperature, softcap, scale, ignore_index, out):
+def _native_bwd(grad, rows, labels, logps, lse, transform: Transform, out):
     if rows.device.type == "cuda" and out.dtype != rows.dtype:  # the CUDA kernels keep the dtype
         gradient = torch.empty_like(rows)
-        _native_bwd(grad, rows, labels, logps, lse, temperature, softcap, scale, ignore_index, gradient)
+        _native_bwd(grad, rows, labels, logps, lse, transform, gradient)
         out.copy_(gradient)
         return
-    args = _native_bwd_args(grad, rows, labels, logps, lse, temperature, softcap, scale, ignore_index, out)
+    args = native_backward(grad, rows, labels, logps, lse, transform, out)
     if rows.device.type == "cuda":
         with torch.cuda.device_of(rows):
             _native._core.token_logps_bwd_cuda(args, _stream(rows))
@@ -598,6 +583,9 @@ def _stream(tensor: Tensor) -> int:
 
 
 # ---- operators: the backend is chosen here, on real tensors ----
+
+token_logps_fwd, token_logps_bwd = operators.token_logps_fwd, operators.token_logps_bwd
+token_logps_bwd_ = operators.token_logps_bwd_
 
 _library.OPS["token_logps"] = {
     "native": _library.native_reason,
@@ -628,7 +616,7 @@ def _fwd(logits, labels, temperature, softcap, scale, ignore_index, stats, backe
     rows = as_rows(logits)
     flat = labels.reshape(rows.shape[:2]).contiguous()
     run = {"reference": _reference_fwd, "native": _native_fwd, "triton": _triton_fwd}[chosen]
-    logps, lse, values = run(rows, flat, temperature, softcap, scale, ignore_index, stats)
+    logps, lse, values = run(rows, flat, Transform(temperature, softcap, scale, ignore_index), stats)
     shape = labels.shape
     return logps.view(shape), lse.view(2, *shape), values.view(values.shape[0], *shape)
 
@@ -643,7 +631,8 @@ def _fwd_fake(logits, labels, temperature, softcap, scale, ignore_index, stats, 
     )
 
 
-def _bwd_into(out, grad, logits, labels, logps, lse, temperature, softcap, scale, ignore_index, backend):
+def write_gradient(out, grad, logits, labels, logps, lse, transform: Transform, backend):
+    """The logits' gradient, [..., V], into `out`, which may be the logits."""
     rows = as_rows(logits)
     shape = rows.shape[:2]
     run = {"reference": _reference_bwd, "native": _native_bwd, "triton": _triton_bwd}[_choose(logits, backend)]
@@ -653,72 +642,53 @@ def _bwd_into(out, grad, logits, labels, logps, lse, temperature, softcap, scale
         labels.reshape(shape).contiguous(),
         logps.reshape(shape),
         lse.reshape(2, *shape),
-        temperature,
-        softcap,
-        scale,
-        ignore_index,
+        transform,
         as_rows(out),
     )
 
 
-def _bwd(grad, logits, *args):
+def _bwd(grad, logits, labels, logps, lse, temperature, softcap, scale, ignore_index, backend):
     out = _native.empty(logits.shape, logits.dtype, logits.device)
-    _bwd_into(out, grad, logits, *args)
+    transform = Transform(temperature, softcap, scale, ignore_index)
+    write_gradient(out, grad, logits, labels, logps, lse, transform, backend)
     return out
 
 
-def _bwd_fake(grad, logits, *args):
+def _bwd_fake(grad, logits, labels, logps, lse, temperature, softcap, scale, ignore_index, backend):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _bwd_inplace(grad, logits, *args):
-    _bwd_into(logits, grad, logits, *args)
-
-
-SCHEMA_OPTIONS = "float temperature, float? softcap, float scale, int ignore_index"
-_SAVED = f"Tensor labels, Tensor logps, Tensor lse, {SCHEMA_OPTIONS}, str backend"
-token_logps_fwd = _library.define(
-    f"token_logps_fwd(Tensor logits, Tensor labels, {SCHEMA_OPTIONS}, bool stats, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-    _fwd,
-    _fwd_fake,
-)
-token_logps_bwd = _library.define(f"token_logps_bwd(Tensor grad, Tensor logits, {_SAVED}) -> Tensor", _bwd, _bwd_fake)
-token_logps_bwd_ = _library.define(
-    f"token_logps_bwd_(Tensor grad, Tensor(a!) logits, {_SAVED}) -> ()", _bwd_inplace, lambda *args: None
-)
+def _bwd_inplace(grad, logits, labels, logps, lse, temperature, softcap, scale, ignore_index, backend):
+    transform = Transform(temperature, softcap, scale, ignore_index)
+    write_gradient(logits, grad, logits, labels, logps, lse, transform, backend)
 
 
 # ---- autograd ----
 
 
+@_autograd.cache_signature
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(logits, labels, temperature, softcap, scale, ignore_index, stats, inplace, backend):
-        return token_logps_fwd(logits, labels, temperature, softcap, scale, ignore_index, stats, backend)
+    def forward(logits, labels, transform, stats, inplace, backend):
+        return token_logps_fwd(logits, labels, *transform, stats, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, labels, *options, _stats, inplace, backend = inputs
+        logits, labels, ctx.transform, _stats, ctx.inplace, ctx.backend = inputs
         logps, lse, values = output
         ctx.mark_non_differentiable(lse, values)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, labels, logps, lse)
-        ctx.args = (*options, backend)
-        ctx.inplace = inplace
 
     @staticmethod
     def backward(ctx, grad, grad_lse, grad_values):
         if grad is None:
-            return (None,) * 9
+            return _autograd.pad_gradients(ctx)
 
         def run(op, logits, *saved):
-            return op(grad, logits, *saved, *ctx.args)
+            return op(grad, logits, *saved, *ctx.transform, ctx.backend)
 
-        return logits_gradient(ctx, token_logps_bwd, token_logps_bwd_, run), *(None,) * 8
-
-
-_library.cache_signature(_TokenLogps)
+        return _autograd.pad_gradients(ctx, logits_gradient(ctx, token_logps_bwd, token_logps_bwd_, run))
 
 
 def logits_gradient(ctx, bwd, bwd_, run) -> Tensor:
@@ -776,9 +746,8 @@ def check_inplace(logits: Tensor) -> None:
         )
 
 
-def check_options(logits, temperature, softcap, scale, ignore_index, inplace_backward, stats, backend) -> None:
-    _checks.transform(temperature, softcap, scale)
-    _checks.ignore_index(ignore_index)
+def check_call(logits, inplace_backward, stats, backend) -> None:
+    """What every call takes beside its tensors and the transform."""
     _library.check_backend("token_logps", backend)
     if not isinstance(stats, (tuple, list)) or not set(stats) <= set(STATS):
         raise ValueError(f"stats must be a tuple of names out of {STATS}, got {stats!r}")
@@ -826,15 +795,20 @@ def token_logps(
     """
     _checks.logits("logits", logits)
     _checks.labels(labels, logits)
-    check_options(logits, temperature, softcap, scale, ignore_index, inplace_backward, stats, backend)
+    transform = checked_transform(temperature, softcap, scale, ignore_index)
+    check_call(logits, inplace_backward, stats, backend)
+    _autograd.refuse_transforms("token_logps", logits)
     labels = labels.long()
     if shift:
         if labels.dim() == 0:
             raise ValueError("shift=True needs labels of shape [..., tokens], got a scalar")
         labels = shifted(labels, ignore_index)
-    args = (float(temperature), None if softcap is None else float(softcap), float(scale), ignore_index, bool(stats))
-    # without a gradient too: forward-mode differentiation is refused there, and would be dropped by the bare operator
-    logps, _, values = _TokenLogps.apply(logits, labels, *args, inplace_backward, backend or "")
+    logps, _, values = _TokenLogps.apply(logits, labels, transform, bool(stats), inplace_backward, backend or "")
     if not stats:
         return logps
-    return logps, TokenStats(**{name: values[i] for i, name in enumerate(STATS) if name in stats})
+    return logps, token_stats(values, stats)
+
+
+def token_stats(values: Tensor, stats: tuple[str, ...]) -> TokenStats:
+    """values: [4, ...], in the order of STATS."""
+    return TokenStats(**{name: values[i] for i, name in enumerate(STATS) if name in stats})

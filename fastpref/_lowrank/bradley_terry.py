@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import _checks, _library, _native
+from fastpref import _checks, _library, _native, operators
 from fastpref._lowrank.noise import MAD, OUTLIER
 
 LARGEST_DENSE = 512  # items; above, a matrix's observed pairs are solved as edges
@@ -359,11 +359,7 @@ def _edges_fake(offsets, columns, values, votes, data, tol, max_iter, backend):
     return scores, torch.empty_like(scores, dtype=torch.int64), torch.empty_like(scores), stats
 
 
-_OPTIONS = "str data, float tol, int max_iter, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
-bradley_terry_dense = _library.define(f"bradley_terry_dense(Tensor matrix, {_OPTIONS}", _dense, _dense_fake)
-bradley_terry_edges = _library.define(
-    f"bradley_terry_edges(Tensor offsets, Tensor columns, Tensor values, Tensor votes, {_OPTIONS}", _edges, _edges_fake
-)
+bradley_terry_dense, bradley_terry_edges = operators.bradley_terry_dense, operators.bradley_terry_edges
 
 
 # ---- public ----

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import _checks, _library, _native
+from fastpref import _checks, _library, _native, operators
 from fastpref._lowrank.storage import (
     DTYPE_CODES,
     check_factors,
@@ -583,15 +583,6 @@ def _pass_fake(matrix, left, right, psi, zeta, scale, skew, row_weights, column_
     )
 
 
-_residual_pass = _library.define(
-    "residual_pass(Tensor matrix, Tensor left, Tensor right, str psi, float zeta, float scale, bool skew, "
-    "Tensor? row_weights, Tensor? column_weights, bool squares, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _pass,
-    _pass_fake,
-)
-
-
 # ---- public ----
 
 
@@ -658,7 +649,7 @@ def residual_pass(
     _library.check_backend("residual_pass", backend)
     row_weights, column_weights = (None if w is None else w.detach() for w in (row_weights, column_weights))
     terms = _Terms(psi, float(zeta), float(scale), structure == "skew", row_weights, column_weights, squares)
-    return ResidualPass(*_residual_pass(matrix.detach(), left.detach(), right.detach(), *terms, backend or ""))
+    return ResidualPass(*operators.residual_pass(matrix.detach(), left.detach(), right.detach(), *terms, backend or ""))
 
 
 def histogram_mean(histogram: Tensor) -> float:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import _autograd, _checks, _library, _native
+from fastpref import _autograd, _checks, _library, _native, operators
 
 # Crossovers, measured on one core with AVX-512 by benchmarks/bench_svt.py. Jacobi is faster than the others by about
 # SIZE / sqrt(M N) when its vectors, of 64 bytes with a matrix per lane, are full, and pays for empty lanes.
@@ -112,14 +112,11 @@ def _svt(matrix: Tensor, threshold: Tensor, backend: str):
     return (_by_jacobi if chosen == "native" else _by_torch)(matrix, threshold)
 
 
-def _fake(matrix, threshold, backend):
+def _svt_fake(matrix, threshold, backend):
     return (
         torch.empty_like(matrix, memory_format=torch.contiguous_format),
         matrix.new_empty(len(matrix), dtype=torch.int64),
     )
-
-
-_operator = _library.define("svt(Tensor matrix, Tensor threshold, str backend) -> (Tensor, Tensor)", _svt, _fake)
 
 
 class _SVTFunction(torch.autograd.Function):
@@ -127,7 +124,7 @@ class _SVTFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(matrix, threshold, backend):
-        return _operator(matrix, threshold, backend)
+        return operators.svt(matrix, threshold, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -212,5 +209,5 @@ def svt(matrix: Tensor, threshold: float | Tensor, *, backend: str | None = None
     if torch.is_grad_enabled() and (flat.requires_grad or thresholds.requires_grad):
         low, rank = _SVTFunction.apply(flat, thresholds, backend or "")
     else:
-        low, rank = _operator(flat, thresholds, backend or "")
+        low, rank = operators.svt(flat, thresholds, backend or "")
     return SVTResult(low.to(matrix.dtype).view(matrix.shape), rank.view(lead))
