@@ -224,7 +224,7 @@ def teacher(world: World) -> Callable[[Tensor], Tensor]:
 
 
 @functools.lru_cache(maxsize=16)
-def setting(seed: int, size: Size) -> Setting:
+def made_setting(seed: int, size: Size) -> Setting:
     draw = rng(seed, "world")
     utility = torch.from_numpy(draw.normal(0, 1 / math.sqrt(FEATURES), (VOCAB, FEATURES)).astype(np.float32))
     forbidden = torch.from_numpy(draw.random((VOCAB, VOCAB)) < FORBIDDEN) | torch.eye(VOCAB, dtype=torch.bool)
@@ -362,7 +362,7 @@ def stronger(setting: Setting, by: float) -> Callable[[Tensor], Tensor]:
 
 @functools.lru_cache(maxsize=16)
 def _trained_on_truth(seed: int, size: Size) -> Policy:
-    made = setting(seed, size)
+    made = made_setting(seed, size)
     pool = draw_pool(made, size.prompts, 16, "true preferences")
     return train(made, pool.pairs(pool.reward.argmax(1), pool.reward.argmin(1)))
 
