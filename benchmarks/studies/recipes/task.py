@@ -430,6 +430,7 @@ def interval(values) -> tuple[float, float, float]:
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
+@functools.cache
 def student_t(freedom: int) -> float:
     """The 97.5 % quantile of Student's t, by bisection on its distribution function."""
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
