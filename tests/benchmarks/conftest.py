@@ -37,7 +37,7 @@ def run():
             env=os.environ | environment,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1500,
         )
 
     return run
