@@ -243,11 +243,11 @@ def too_large(case: Case | LinearCase, device: torch.device) -> str | None:
     return None
 
 
-def measured(case, device: torch.device, bandwidth: dict, seconds: float, **options) -> dict:
-    """The record of one case, in about this many seconds of rounds."""
+def measured(case, device: torch.device, bandwidth: dict, seconds: float, least=5, **options) -> dict:
+    """The record of one case, in about this many seconds of rounds, of which there are at least so many."""
     start = time.perf_counter()
     made = (LinearContest if isinstance(case, LinearCase) else Contest)(case, device, **options)
-    made.rounds.play(made.affordable_rounds(seconds))
+    made.rounds.play(made.affordable_rounds(seconds, least))
     return made.record(bandwidth) | {"seconds": round(time.perf_counter() - start, 1)}
 
 

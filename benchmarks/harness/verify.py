@@ -39,7 +39,7 @@ GATES = {
         ),
     ],
     "bench_bradley_terry": [("lowrank/bradley_terry", "recovers or maximum_likelihood")],
-    "bench_rpca": [("lowrank/rpca", "recovers or convex"), ("lowrank/batched_rpca", "agrees")],
+    "bench_rpca": [("lowrank/rpca", "recovers"), ("lowrank/ialm", "convex"), ("lowrank/batched_rpca", "agrees")],
     "bench_svt": [("lowrank/svt", "not cuda")],
     "bench_residual_pass": [
         ("lowrank/residual_pass", "(matches_float64 or ranks or threads) and not triton and not cuda"),

@@ -14,6 +14,12 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
+def full(request):
+    """Whether --full asks for what is left out otherwise."""
+    return request.config.getoption("full", False)
+
+
+@pytest.fixture
 def load(monkeypatch):
     """Imports a module of the benchmarks by its name there, "harness.contest"."""
     monkeypatch.syspath_prepend(BENCHMARKS)
@@ -31,7 +37,7 @@ def run():
             env=os.environ | environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1500,
         )
 
     return run

@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @pytest.mark.slow
 def test_gpu_rehearsal(run, tmp_path):
-    done = run(BENCHMARKS / "gpu.py", "--dry-run", "--installed", "--out", tmp_path)
+    done = run(BENCHMARKS / "gpu.py", "--dry-run", "--installed", "--limit-s", "1500", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*-dry-run.json")
     results = json.loads(path.read_text())

@@ -1,5 +1,7 @@
 """Rounds, memory and truth that a number rests on, and the gate before it."""
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -96,10 +98,21 @@ def test_the_gate_cannot_be_emptied(load, monkeypatch, tmp_path):
     assert "exit code 5" in nothing
 
 
-def test_the_gate_finds_its_tests(load, run):
+def test_the_gate_finds_its_tests(load, run, full):
     verify = load("harness.verify")
     assert {path.stem for path in BENCHMARKS.glob("bench_*.py")} == set(verify.GATES)
-    tests = [[*map(str, paths), "-k", keyword] for paths, keyword in verify.required(verify.GATES)]
+    gates = verify.required(verify.GATES)
+    chosen, words = set(), set()
+    for paths, keyword in gates:
+        names = " ".join(re.findall(r"(?:def|class) [tT]est\w+", "".join(path.read_text() for path in paths)))
+        own = set(re.findall(r"(?<!not )\b(?!and\b|or\b|not\b)\w+", keyword))
+        found = {word for word in own if word in names}
+        assert found or not own, f"-k {keyword!r} chooses nothing of {paths}"
+        chosen, words = chosen | found, words | own
+    assert chosen == words  # each names a test of some op
+    if not full:
+        return
+    tests = [[*map(str, paths), "-k", keyword] for paths, keyword in gates]
     # one process for all: most of the time is its imports
     collect = f"""
 import pytest
@@ -108,3 +121,55 @@ for test in {tests!r}:
 """
     done = run("-c", collect)
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+
+
+def test_what_benchmarks_import_is_there(load, run, full):
+    """From fastpref and from each other; with --full every benchmark is collected, its peers' packages included."""
+    own = ("fastpref", "harness", "peers", "studies", "bench_token_logps", "bench_linear_logps")
+    for path in BENCHMARKS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in own:
+                module = load(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name) or load(f"{node.module}.{alias.name}"), path
+    if not full:
+        return
+    benchmarks = sorted(BENCHMARKS.glob("bench_*.py"))
+    done = run("-m", "pytest", *benchmarks, "--collect-only", "-qq", "-p", "no:cacheprovider")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    assert all(f"{path.name}: " in done.stdout for path in benchmarks)
+
+
+def test_a_missing_op_has_no_gate(load):
+    with pytest.raises(FileNotFoundError, match=r"there is no tests/logps/test_nothing\.py"):
+        load("harness.verify").tests_of("logps/nothing")
+
+
+@pytest.mark.parametrize("case", ["entries", "missing", "conditioned", "noisy"])
+def test_corrupted_matrices(load, case):
+    options = {
+        "entries": {},
+        "missing": {"observed": 0.25},
+        "conditioned": {"condition": 20.0},
+        "noisy": {"noise": 0.5},
+    }[case]
+    low, data = load("harness.problem").corrupted(60, 40, 3, 0.2, dtype=torch.float64, size=5.0, **options)
+    singular = torch.linalg.svdvals(low)
+    assert singular[2] > 1e-10 * singular[0] > singular[3]
+    seen = ~data.isnan()
+    assert seen.double().mean().item() == pytest.approx(options.get("observed", 1.0), abs=0.05)
+    error = (data - low)[seen].abs() / low.abs().mean()
+    if case == "noisy":
+        assert 0.5 < error.square().mean().sqrt() < 2
+    else:
+        assert (error > 0).double().mean().item() == pytest.approx(0.2, abs=0.05)
+        assert 4 < error.max() <= 5
+    if case == "conditioned":
+        assert singular[0] / singular[2] == pytest.approx(20, rel=1e-6)
+
+
+def test_corrupted_scores(load):
+    w, low, data = load("harness.problem").corrupted_scores(50, 0.2, dtype=torch.float64)
+    torch.testing.assert_close(low, w[:, None] - w)
+    torch.testing.assert_close(data, -data.t())
+    assert (data != low).double().mean().item() == pytest.approx(0.2, abs=0.05)

@@ -19,12 +19,12 @@ from studies.recipes.task import (
 TITLE = "A selected tenth of the pairs against all"
 PROMPTS, SHARE = 20480, 0.1
 ERROR = 0.7  # σ of the reward model of the external margins
-FLIPPED = (0.0, 0.2)  # share of the labels
+FLIP_RATES = (0.0, 0.2)  # share of the labels
 SELECTIONS = ("mul", "external", "implicit", "add", "random")
 SOURCE = "Deng et al. 2025"
 
 
-def claims(rate) -> list[Claim]:
+def claims_at(rate) -> list[Claim]:
     noise = f"{100 * rate:.0f} % of the labels flipped"
     at = f"{100 * rate:.0f} % "
     return [
@@ -36,7 +36,7 @@ def claims(rate) -> list[Claim]:
     ]
 
 
-CLAIMS = [claim for rate in FLIPPED[::-1] for claim in claims(rate)]
+CLAIMS = [claim for rate in FLIP_RATES[::-1] for claim in claims_at(rate)]
 
 
 def arms(setting) -> dict:
@@ -45,7 +45,7 @@ def arms(setting) -> dict:
     rated = gaussian_judge(pool.reward, ERROR, rng(setting.seed, "reward model"))
     rows = np.arange(len(first))
     found = {}
-    for rate in FLIPPED:
+    for rate in FLIP_RATES:
         label = flipped(first, rate, rng(setting.seed, "flips"))
         chosen, rejected = (~label).astype(int), label.astype(int)
         pairs = pool.pairs(chosen, rejected)

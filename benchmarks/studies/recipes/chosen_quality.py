@@ -8,15 +8,15 @@ PROMPTS, POOL, ERROR = 1024, 20, 0.25
 SOURCE = "Pan et al. 2025"
 
 
-def claim(text, better, worse, above=0.0) -> Claim:
+def compared(text, better, worse, above=0.0) -> Claim:
     return Claim(f"{text}: {better} against {worse}", SOURCE, gain(better, worse), above)
 
 
 CLAIMS = [
-    claim("a better chosen response helps", "best-vs-worst", "low-vs-worst"),
-    claim("a wider gap helps at one chosen quality", "best-vs-worst", "best-vs-high"),
-    claim("a better chosen response helps more than a wider gap", "best-vs-high", "low-vs-worst"),
-    claim("the rejected side hardly matters (not worse by 0.1 σ)", "best-vs-low", "best-vs-worst", -0.1),
+    compared("a better chosen response helps", "best-vs-worst", "low-vs-worst"),
+    compared("a wider gap helps at one chosen quality", "best-vs-worst", "best-vs-high"),
+    compared("a better chosen response helps more than a wider gap", "best-vs-high", "low-vs-worst"),
+    compared("the rejected side hardly matters (not worse by 0.1 σ)", "best-vs-low", "best-vs-worst", -0.1),
 ]
 
 

@@ -7,7 +7,7 @@ from fastpref.curate import select_pairs
 from studies.recipes.task import Claim, draw_pool, evaluate, gain, rng, train
 
 TITLE = "Flipped judgements, cleaned or not"
-PROMPTS, FLIPPED = 512, 0.2
+PROMPTS, FLIP_RATE = 512, 0.2
 SIZES = (8, 24)
 METHODS = {"none": None, "Bradley-Terry": "bradley_terry", "RPCA": "rpca"}
 SOURCE = "Nguyen et al. 2024"
@@ -53,7 +53,7 @@ def judgements(reward, generator) -> np.ndarray:
     """[prompts, n, n] of P(i beats j), the true Bradley-Terry one but for the flipped pairs."""
     prompts, n = reward.shape
     logit = reward[:, :, None] - reward[:, None, :]
-    wrong = np.triu(generator.random((prompts, n, n)) < FLIPPED, 1)
+    wrong = np.triu(generator.random((prompts, n, n)) < FLIP_RATE, 1)
     return 1 / (1 + np.exp(-np.where(wrong | wrong.transpose(0, 2, 1), -logit, logit)))
 
 

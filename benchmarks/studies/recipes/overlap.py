@@ -7,7 +7,7 @@ from studies.recipes.task import Claim, clone, draw_pool, flipped, gaussian_judg
 
 TITLE = "Pairs that models of two sizes select"
 PROMPTS, SHARE = 4096, 0.1
-FLIPPED, ERROR = 0.2, 0.7
+FLIP_RATE, ERROR = 0.2, 0.7
 WIDTHS = (8, 64)  # hidden units
 SOURCE = "Deng et al. 2025"
 
@@ -38,7 +38,7 @@ CLAIMS = [
 
 def arms(setting) -> dict:
     pool = draw_pool(setting, setting.size.scaled(PROMPTS), 2)
-    label = flipped(pool.reward[:, 0] > pool.reward[:, 1], FLIPPED, rng(setting.seed, "flips"))
+    label = flipped(pool.reward[:, 0] > pool.reward[:, 1], FLIP_RATE, rng(setting.seed, "flips"))
     chosen, rejected = (~label).astype(int), label.astype(int)
     rated = gaussian_judge(pool.reward, ERROR, rng(setting.seed, "reward model"))
     pairs = pool.pairs(chosen, rejected, rated)

@@ -72,7 +72,7 @@ def measured(name, seeds, size) -> dict:
     for seed in seeds:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of rules that degenerate and methods out of their range: what is measured
-            arms.append(recipe.arms(task.setting(seed, size)))
+            arms.append(recipe.arms(task.made_setting(seed, size)))
         print(f"{name}, seed {seed}: {time.process_time() - begin:.0f} s", file=sys.stderr, flush=True)
     effects = [task.judge_claim(claim, arms) for claim in recipe.CLAIMS]
     return {

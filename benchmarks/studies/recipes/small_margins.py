@@ -13,7 +13,7 @@ SOURCE = "Pang et al. 2026"
 WRITERS = {"own responses": 0.0, "responses of a stronger model": 0.2}  # see task.stronger
 
 
-def claims(whose) -> list[Claim]:
+def claims_of(whose) -> list[Claim]:
     def claim(text, better, worse):
         return Claim(f"{text}, {whose}", SOURCE, gain(f"{better}, {whose}", f"{worse}, {whose}"))
 
@@ -26,7 +26,7 @@ def claims(whose) -> list[Claim]:
     ]
 
 
-CLAIMS = [claim for whose in WRITERS for claim in claims(whose)]
+CLAIMS = [claim for whose in WRITERS for claim in claims_of(whose)]
 
 
 def arms(setting) -> dict:

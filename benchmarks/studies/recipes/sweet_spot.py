@@ -11,7 +11,7 @@ ERROR = 0.5  # of the judges, in σ
 JUDGES = {"Gaussian": gaussian_judge, "heavy-tailed": heavy_tailed_judge}
 
 
-def claims(judge) -> list[Claim]:
+def claims_under(judge) -> list[Claim]:
     source, worst, spot = "Xiao et al. 2025", f"{judge} n={SIZES[-1]} min", f"{judge} n={SIZES[-1]} mean-2std"
     first = f"{judge} n={SIZES[0]} min"
     return [
@@ -22,7 +22,7 @@ def claims(judge) -> list[Claim]:
     ]
 
 
-CLAIMS = [claim for judge in JUDGES for claim in claims(judge)]
+CLAIMS = [claim for judge in JUDGES for claim in claims_under(judge)]
 
 
 def arms(setting) -> dict:

@@ -224,7 +224,7 @@ def teacher(world: World) -> Callable[[Tensor], Tensor]:
 
 
 @functools.lru_cache(maxsize=16)
-def setting(seed: int, size: Size) -> Setting:
+def made_setting(seed: int, size: Size) -> Setting:
     draw = rng(seed, "world")
     utility = torch.from_numpy(draw.normal(0, 1 / math.sqrt(FEATURES), (VOCAB, FEATURES)).astype(np.float32))
     forbidden = torch.from_numpy(draw.random((VOCAB, VOCAB)) < FORBIDDEN) | torch.eye(VOCAB, dtype=torch.bool)
@@ -362,7 +362,7 @@ def stronger(setting: Setting, by: float) -> Callable[[Tensor], Tensor]:
 
 @functools.lru_cache(maxsize=16)
 def _trained_on_truth(seed: int, size: Size) -> Policy:
-    made = setting(seed, size)
+    made = made_setting(seed, size)
     pool = draw_pool(made, size.prompts, 16, "true preferences")
     return train(made, pool.pairs(pool.reward.argmax(1), pool.reward.argmin(1)))
 
@@ -430,6 +430,7 @@ def interval(values) -> tuple[float, float, float]:
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
+@functools.cache
 def student_t(freedom: int) -> float:
     """The 97.5 % quantile of Student's t, by bisection on its distribution function."""
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
