@@ -1,8 +1,7 @@
 """Fixed-rank robust PCA of many small matrices at once: annealed M-estimation, each matrix stopping on its own.
 
-Cauchy's weights with a cutoff that shrinks geometrically, from the largest entry down to the noise (three times the
-normalised median residual), around scaled gradient steps on the factors of L = left right^T (Tong, Ma, Chi 2021, for
-the steps): an entry that L cannot explain loses its say, however large it is. A missing entry is NaN.
+The solver is `annealing`'s. The native kernel (csrc/cpu/batched_rpca.cpp) solves a matrix whole, in cache: floor, one
+read of the batch and one write of its factors. A missing entry is NaN.
 """
 
 import math
@@ -20,6 +19,7 @@ from fastpref._lowrank.annealing import (
     CUTOFF,
     FINEST,
     TRIES,
+    Schedule,
     inverse_gram,
     schedules,
 )
@@ -40,7 +40,7 @@ def _directions(matrix: Tensor, rank: int) -> Tensor:
     return torch.randn(matrix.shape[-1], rank, generator=generator, dtype=torch.float64).to(matrix)
 
 
-def start(matrix: Tensor, observed: Tensor, rank: int, skew: bool) -> tuple[Tensor, Tensor]:
+def start_factors(matrix: Tensor, observed: Tensor, rank: int, skew: bool) -> tuple[Tensor, Tensor]:
     """Factors of the clipped matrix, missing entries 0 and the rest scaled up for them, by three block power steps."""
     count = observed.sum((-2, -1)).clamp(min=1)
     clean = torch.where(observed, matrix, 0)
@@ -63,10 +63,10 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, attempt: int, to
     share = (count / max(matrix.shape[-2] * matrix.shape[-1], 1)).to(matrix.dtype).clamp(min=1e-30)
     full_rank = rank == min(matrix.shape[1:])
     chosen = [schedules(little_missing, full_rank)[-1 if full_rank else attempt] for little_missing in (False, True)]
-    decay, first, step, *_ = matrix.new_tensor(chosen)[(share >= COMPLETE).long()].unbind(-1)
+    schedule = Schedule(*matrix.new_tensor(chosen)[(share >= COMPLETE).long()].unbind(-1))  # of tensors, [B] each
     mean = clean.abs().sum((-2, -1)) / count.clamp(min=1)
     norm = torch.linalg.vector_norm(clean, dim=(-2, -1))
-    left, right = start(matrix, observed, rank, skew)
+    left, right = start_factors(matrix, observed, rank, skew)
     if warm is not None:  # unless that is nothing, from which no step leads away
         something = (warm[0].abs().amax((-2, -1)) > 0)[:, None, None]
         left, right = (torch.where(something, own, cold) for own, cold in zip(warm, (left, right), strict=True))
@@ -76,7 +76,9 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, attempt: int, to
         right = left @ core
     residual = torch.where(observed, clean - left @ right.mT, 0)
     if warm is None:
-        cutoff = torch.minimum(clean.abs().amax((-2, -1)), first * residual.abs().sum((-2, -1)) / count.clamp(min=1))
+        cutoff = torch.minimum(
+            clean.abs().amax((-2, -1)), schedule.first * residual.abs().sum((-2, -1)) / count.clamp(min=1)
+        )
     elif chosen[0].again:
         cutoff = residual.abs().amax((-2, -1))
     else:
@@ -92,7 +94,7 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, attempt: int, to
             break
         residual = torch.where(observed, clean - left @ right.mT, 0)
         e = residual / (1 + (residual / cutoff[:, None, None].clamp(min=torch.finfo(matrix.dtype).tiny)) ** 2)
-        size = (step / share * running)[:, None, None]
+        size = (schedule.step / share * running)[:, None, None]
         left_step = size * (e @ right @ inverse_gram(right))
         change = torch.linalg.vector_norm(left_step, dim=(-2, -1)) / _norm(left)
         if skew:
@@ -103,7 +105,7 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, attempt: int, to
             change = torch.maximum(change, torch.linalg.vector_norm(right_step, dim=(-2, -1)) / _norm(right))
             left, right = left + left_step, right + right_step
         iterations += running
-        following = torch.maximum(decay * cutoff, FINEST * mean)
+        following = torch.maximum(schedule.decay * cutoff, FINEST * mean)
         if iteration >= BLIND:
             following = torch.maximum(following, CUTOFF * MAD * median_of(residual, observed))
         cutoff = torch.where(running, following, cutoff)
@@ -171,7 +173,7 @@ _library.OPS["batched_rpca"] = {
 }
 
 
-def _solve(matrix: Tensor, rank: int, skew: bool, attempt: int, tol: float, max_iter: int, warm, backend: str):
+def _solve_attempt(matrix: Tensor, rank: int, skew: bool, attempt: int, tol: float, max_iter: int, warm, backend: str):
     backend = _library.choose_backend("batched_rpca", backend, matrix.device.type)
     if backend == "native" and matrix.numel() and rank:
         return _native_solve(matrix, rank, skew, attempt, tol, max_iter, warm)
@@ -194,7 +196,7 @@ def batched_annealed(
     full_rank = rank == min(matrix.shape[1:])
 
     def tried(matrix, attempt, budget, warm=None):
-        fit = _solve(matrix, rank, skew, attempt, tol, budget, warm, backend)
+        fit = _solve_attempt(matrix, rank, skew, attempt, tol, budget, warm, backend)
         return fit, batched_verdict(matrix, fit.left, fit.right, fit.median, backend)
 
     tries = 1 if full_rank or warm is not None else TRIES
@@ -204,9 +206,9 @@ def batched_annealed(
         return 1.0 if attempt == tries - 1 else max(order[attempt].most for order in orders)
 
     fit, verdict = tried(matrix, 0, math.ceil(share(0) * max_iter), warm)
-    open_ = ~explains(fit.median, verdict.mean, tol) | (verdict.worst > MISFIT)
+    unexplained = ~explains(fit.median, verdict.mean, tol) | (verdict.worst > MISFIT)
     for attempt in range(1, tries):
-        again = (open_ & (fit.iterations < max_iter)).nonzero().flatten()
+        again = (unexplained & (fit.iterations < max_iter)).nonzero().flatten()
         if not len(again):
             break
         budget = math.ceil(share(attempt) * (max_iter - int(fit.iterations[again].max())))
@@ -215,7 +217,7 @@ def batched_annealed(
         new = Fit(retry.median, second.rate, explains(retry.median, second.mean, tol))
         old = Fit(fit.median[again], verdict.rate[again], explains(fit.median[again], second.mean, tol))
         better, same = is_better(new, old)
-        open_[again] = ~(new.explained | same & retry.converged) | (second.worst > MISFIT)
+        unexplained[again] = ~(new.explained | same & retry.converged) | (second.worst > MISFIT)
         for kept, other in zip((*fit, *verdict), (*retry, *second), strict=True):
             if kept is not fit.iterations:
                 kept[again[better]] = other[better]

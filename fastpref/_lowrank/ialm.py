@@ -30,7 +30,7 @@ _EXACT_NORM = 512  # up to this size the spectral norm comes from an SVD
 
 class IALMSolve(NamedTuple):
     U: Tensor  # [B, m, q], q the largest rank of the batch
-    S: Tensor  # [B, q], zero beyond a matrix's own rank
+    S: Tensor  # [B, q], descending, zero beyond a matrix's own rank
     Vh: Tensor  # [B, q, n]
     rank: Tensor  # [B] int64
     iterations: Tensor  # [B] int64
@@ -38,6 +38,7 @@ class IALMSolve(NamedTuple):
     gap: Tensor  # [B] float64
     converged: Tensor  # [B] bool: residual below tol, and the gap closed
     dense_share: Tensor  # [B] float64, entries of S that are not zero: near 1 where there is noise
+    median: Tensor | None = None  # [B] of |M - L| over the observed entries, from batched_ialm
 
 
 def default_lambda(observed: Tensor, corruption: str) -> Tensor:
@@ -55,7 +56,8 @@ def entries_lambda(count: Tensor, m: int, n: int) -> Tensor:
     return 1 / (share.clamp(min=1e-30) * max(m, n)).sqrt()
 
 
-def _column(values: Tensor) -> Tensor:
+def _over_entries(values: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1]."""
     return values[:, None, None]
 
 
@@ -69,7 +71,7 @@ class _Penalty:
         return w.abs() if self.dim is None else torch.linalg.vector_norm(w, dim=self.dim, keepdim=True)
 
     def shrink(self, w: Tensor, mu: Tensor) -> Tensor:
-        threshold = _column((self.lam / mu).to(w.dtype))
+        threshold = _over_entries((self.lam / mu).to(w.dtype))
         if self.dim is None:
             return w - w.clamp(-threshold, threshold)
         return w * (1 - threshold / self._sizes(w).clamp(min=1e-30)).clamp(min=0)
@@ -81,7 +83,7 @@ class _Penalty:
         return self._sizes(y).double().amax((-2, -1)) / self.lam
 
 
-class Schedule:
+class PenaltySchedule:
     """The penalties mu of a batch [B], the subspace steps per iteration, and when the gap is looked at."""
 
     def __init__(self, spectral: Tensor, complete: Tensor):
@@ -137,7 +139,7 @@ def thresholded(p: Tensor, q: Tensor, r: Tensor, threshold: Tensor) -> tuple[Ten
     return p @ left.to(p), (s - threshold).clamp(min=0), right.to(q) @ q.mT
 
 
-def significant(sigma: Tensor, rank: Tensor, tol: float) -> Tensor:
+def significant_rank(sigma: Tensor, rank: Tensor, tol: float) -> Tensor:
     """The rank without singular values [..., k] of rounding's size."""
     return torch.minimum(rank, (sigma > _FAINT * tol * sigma[..., :1]).sum(-1)) if sigma.shape[-1] else rank
 
@@ -201,8 +203,8 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
     norm = torch.linalg.vector_norm(data.double(), dim=(-2, -1))
     running = norm > 0
     spectral = torch.where(running, norm_below(lambda x: data @ x, lambda x: data.mT @ x, data), 1.0)
-    y = data / _column(torch.maximum(spectral, penalty.dual(data)).to(data.dtype))
-    schedule = Schedule(spectral, count == m * n)
+    y = data / _over_entries(torch.maximum(spectral, penalty.dual(data)).to(data.dtype))
+    schedule = PenaltySchedule(spectral, count == m * n)
     iterations = torch.zeros(batch, dtype=torch.int64, device=device)
     rank = torch.zeros_like(iterations)
     residual = torch.zeros(batch, dtype=torch.float64, device=device)
@@ -216,7 +218,7 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
         if not running.any():
             break
         mu = schedule.mu
-        inverse_mu = _column((1 / mu).to(data.dtype))
+        inverse_mu = _over_entries((1 / mu).to(data.dtype))
         a = data - sparse + y * inverse_mu
         if not complete:
             a = torch.where(observed, a, low)
@@ -229,11 +231,11 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
         w = data - low_new + y * inverse_mu
         w = torch.where(observed, w, 0)
         sparse_new = penalty.shrink(w, mu)
-        y_new = (w - sparse_new) * _column(mu.to(data.dtype))
+        y_new = (w - sparse_new) * _over_entries(mu.to(data.dtype))
         left_over = torch.linalg.vector_norm((y_new - y) * inverse_mu, dim=(-2, -1)).double() / norm.clamp(min=1e-300)
-        dual_change = torch.where(observed, sparse_new - sparse, low_new - low) * _column(mu.to(data.dtype))
+        dual_change = torch.where(observed, sparse_new - sparse, low_new - low) * _over_entries(mu.to(data.dtype))
         change = torch.linalg.vector_norm(dual_change, dim=(-2, -1)) / torch.linalg.vector_norm(y_new, dim=(-2, -1))
-        go = _column(running)
+        go = _over_entries(running)
         y, sparse, low = torch.where(go, y_new, y), torch.where(go, sparse_new, sparse), torch.where(go, low_new, low)
         residual = torch.where(running, left_over, residual)
         rank = torch.where(running, above, rank)
@@ -241,8 +243,8 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
             u, vh = torch.where(go, u_new, u), torch.where(go, vh_new, vh)
             sigma = torch.where(running.unsqueeze(-1), excess.to(data.dtype), sigma)
         else:
-            u, vh = _merge(go, u_new, u, -1), _merge(go, vh_new, vh, -2)
-            sigma = _merge(running.unsqueeze(-1), excess.to(data.dtype), sigma, -1)
+            u, vh = _merge_where(go, u_new, u, -1), _merge_where(go, vh_new, vh, -2)
+            sigma = _merge_where(running.unsqueeze(-1), excess.to(data.dtype), sigma, -1)
         iterations += running
         change = change.double()
         done = schedule.done(running, iteration, residual, change, tol)
@@ -256,13 +258,21 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
         if report is not None and report(iteration, float(residual.max()), int(rank.max())):
             running = torch.zeros_like(running)
             converged = torch.zeros_like(converged)
-    rank = significant(sigma, rank, tol)
+    rank = significant_rank(sigma, rank, tol)
     most = int(rank.max()) if batch else 0
     share = (sparse != 0).sum((-2, -1)).double() / count.clamp(min=1)
     sigma = sigma[..., :most] * (torch.arange(most, device=device) < rank.unsqueeze(-1))
     return IALMSolve(
-        u[..., :most], sigma, vh[..., :most, :], rank, iterations, residual, gap, converged, share
-    )  # fmt: skip
+        U=u[..., :most],
+        S=sigma,
+        Vh=vh[..., :most, :],
+        rank=rank,
+        iterations=iterations,
+        residual=residual,
+        gap=gap,
+        converged=converged,
+        dense_share=share,
+    )
 
 
 def rank_by_gap(sigma: Tensor) -> int:
@@ -276,7 +286,7 @@ def rank_by_gap(sigma: Tensor) -> int:
     return int(ratios.argmax()) + 1 if ratios.max() > FALL else len(sigma)
 
 
-def _merge(mask: Tensor, new: Tensor, old: Tensor, dim: int) -> Tensor:
+def _merge_where(mask: Tensor, new: Tensor, old: Tensor, dim: int) -> Tensor:
     """new where mask, both widened to the longer of the two along dim."""
     size = max(new.shape[dim], old.shape[dim])
     wide = []

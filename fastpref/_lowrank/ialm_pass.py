@@ -24,7 +24,7 @@ class State(NamedTuple):
     """T beside the matrix it belongs to."""
 
     matrix: Tensor  # [m, n], its rows contiguous
-    scale: float  # of what is stored in it
+    unit: float  # of what is stored in it
     t: Tensor  # [at least m, at least n] of the factors' dtype
     lam: float
     complete: bool = False  # nothing is missing
@@ -68,7 +68,7 @@ def _blocks(state: State):
     """Rows of D, where it is observed, and of T."""
     n = state.matrix.shape[1]
     for block in row_blocks(state.matrix):
-        data = entries(state.matrix[block], state.t.dtype) * state.scale
+        data = entries(state.matrix[block], state.t.dtype) * state.unit
         yield block, data, ~data.isnan(), state.t[block, :n]
 
 
@@ -128,14 +128,14 @@ def _native_args(state: State, reads_data: bool = True):
         n,
         matrix.stride(0),
         reads_data and not state.complete,
-        state.scale,
+        state.unit,
         t.data_ptr(),
         t.stride(0),
         state.lam,
     )
 
 
-def _run(kernel, args, products, sums: Tensor | None, by_columns: bool) -> None:
+def _run_kernel(kernel, args, products, sums: Tensor | None, by_columns: bool) -> None:
     workspace = _native.empty(_native._core.ialm_workspace(args, by_columns), torch.uint8, products.device)
     kernel(args, products.data_ptr(), _native.address(sums), workspace.data_ptr(), torch.get_num_threads())
 
@@ -146,7 +146,7 @@ def _native_update(state: State, left, right, mu, mu_before, mu_next) -> tuple[T
     args.set_penalty(mu, mu_before)
     args.set_value(*_target(mu, mu_next))
     products, sums = left.new_empty(len(left), right.shape[1]), torch.empty(4, dtype=torch.float64)
-    _run(_native._core.ialm_update_cpu, args, products, sums, False)
+    _run_kernel(_native._core.ialm_update_cpu, args, products, sums, False)
     return products, sums
 
 
@@ -155,7 +155,7 @@ def _native_rows(state: State, right, value: _Value, sums: Tensor | None) -> Ten
     args.set_factors(0, right.data_ptr(), 0, right.shape[1])
     args.set_value(*value)
     products = right.new_empty(len(state.matrix), right.shape[1])
-    _run(_native._core.ialm_rows_cpu, args, products, sums, False)
+    _run_kernel(_native._core.ialm_rows_cpu, args, products, sums, False)
     return products
 
 
@@ -164,7 +164,7 @@ def _native_columns(state: State, left, value: _Value) -> Tensor:
     args.set_factors(left.data_ptr(), 0, left.shape[1], left.shape[1])
     args.set_value(*value)
     products = left.new_empty(state.matrix.shape[1], left.shape[1])
-    _run(_native._core.ialm_columns_cpu, args, products, None, True)
+    _run_kernel(_native._core.ialm_columns_cpu, args, products, None, True)
     return products
 
 
@@ -182,18 +182,18 @@ def _native_serves(state: State, backend: str | None) -> bool:
 # ---- what the solver calls ----
 
 
-def new_state(matrix: Tensor, scale: float, lam: float, complete: bool) -> State:
+def new_state(matrix: Tensor, unit: float, lam: float, complete: bool) -> State:
     """T = 0 for a matrix [m, n] with contiguous rows, of any dtype residual_pass reads; T is padded to whole tiles."""
     m, n = (-(-side // tile) * tile for side, tile in zip(matrix.shape, (8, 32), strict=True))
     t = _native.empty((m, n), factor_dtype(matrix), matrix.device)
-    return State(matrix, scale, t.zero_(), lam, complete)
+    return State(matrix, unit, t.zero_(), lam, complete)
 
 
 def set_dual(state: State, factor: float) -> None:
     """T = Y = factor D, S = 0, 0 where D is missing."""
     for block in row_blocks(state.matrix):
         t = state.t[block, : state.matrix.shape[1]]
-        torch.mul(entries(state.matrix[block], t.dtype), factor * state.scale, out=t).nan_to_num_(0.0)
+        torch.mul(entries(state.matrix[block], t.dtype), factor * state.unit, out=t).nan_to_num_(0.0)
 
 
 def ialm_update(

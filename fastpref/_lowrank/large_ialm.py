@@ -4,12 +4,40 @@ The matrix is read where it lies, by `ialm_pass`; everything else is thin factor
 with L of rank q and k directions: 20 bytes and 2 q + 4 k flops per entry.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastpref._lowrank import ialm, ialm_pass
 from fastpref._lowrank.residual_pass import residual_pass
 from fastpref._lowrank.storage import factor_dtype, lies_by_rows
+
+
+def _times(state: ialm_pass.State, product: Callable, backend: str | None, **penalties) -> tuple[Callable, Callable]:
+    """x -> A x and x -> A^T x, or with dual_product those of Y."""
+    return tuple(
+        lambda x, transposed=side: product(state, x, transposed=transposed, backend=backend, **penalties)
+        for side in (False, True)
+    )
+
+
+def _start_dual(state: ialm_pass.State, largest: float, backend: str | None) -> Tensor:
+    """T = Y = D over the larger of its norms, of which largest is |D|_max / lam; |D|_2, [1]."""
+    like = state.t.new_empty(state.matrix.shape[1])
+    ialm_pass.set_dual(state, 1 / largest)  # 0 where D is missing: D need not be read for Y
+    times = _times(state._replace(complete=True), ialm_pass.dual_product, backend)
+    spectral = largest * ialm.norm_below(*times, like).reshape(1)
+    state.t.mul_(min(1.0, largest / float(spectral)))
+    return spectral
+
+
+def _gap_of(state: ialm_pass.State, nuclear: Tensor, mu: float, backend: str | None) -> Tensor:
+    sums = ialm_pass.dual_sums(state, mu=mu, backend=backend)
+    like = state.t.new_empty(state.matrix.shape[1])
+    spectral = ialm.norm_above(*_times(state, ialm_pass.dual_product, backend), like)
+    largest = torch.tensor(sums.largest / state.lam, dtype=torch.float64)
+    return ialm.relative_gap(sums.inner, spectral, largest, nuclear, state.lam * sums.sparse)
 
 
 def large_ialm(
@@ -47,20 +75,8 @@ def large_ialm(
     if running:
         complete = count == m * n
         state = ialm_pass.new_state(matrix, scale, lam, bool(complete))
-
-        def times(product, state=state, **penalties):
-            """x -> A x and x -> A^T x."""
-            return tuple(
-                lambda x, transposed=side: product(state, x, transposed=transposed, backend=backend, **penalties)
-                for side in (False, True)
-            )
-
-        largest = float(data.max_kept) / lam
-        ialm_pass.set_dual(state, 1 / largest)  # 0 where D is missing: D need not be read for Y
-        y_of = times(ialm_pass.dual_product, state._replace(complete=True))
-        spectral = largest * ialm.norm_below(*y_of, torch.empty(n, dtype=dtype)).reshape(1)
-        state.t.mul_(min(1.0, largest / float(spectral)))
-        schedule = ialm.Schedule(spectral, complete)
+        spectral = _start_dual(state, float(data.max_kept) / lam, backend)
+        schedule = ialm.PenaltySchedule(spectral, complete)
         mu = formed_at = float(schedule.mu)
         generator = torch.Generator().manual_seed(0)
         q = ialm.start_directions(n, d, generator, u)
@@ -68,7 +84,7 @@ def large_ialm(
     for iteration in range(1, max_iter + 1):
         if not running:
             break
-        forward, backward = times(ialm_pass.ialm_product, mu=formed_at, mu_next=mu)
+        forward, backward = _times(state, ialm_pass.ialm_product, backend, mu=formed_at, mu_next=mu)
         for again in range(2 if iteration == 1 else int(schedule.steps)):
             p = ialm.orthonormal(forward(q) if again or product is None else product)[0]
             q, r = ialm.orthonormal(backward(p))
@@ -84,10 +100,7 @@ def large_ialm(
         change = step.change / step.dual
         done = schedule.done(running, iteration, residual, change, tol)
         if done:
-            sums = ialm_pass.dual_sums(state, mu=formed_at, backend=backend)
-            spectral = ialm.norm_above(*times(ialm_pass.dual_product), torch.empty(n, dtype=dtype))
-            largest = torch.tensor(sums.largest / lam, dtype=torch.float64)
-            gap[0] = ialm.relative_gap(sums.inner, spectral, largest, sigma.sum(), lam * sums.sparse)
+            gap[0] = _gap_of(state, sigma.sum(), formed_at, backend)
         converged = done & (gap <= ialm.GAP)
         schedule.advance(running, iteration, residual, change, done & ~converged)
         running = running & ~converged
@@ -97,16 +110,16 @@ def large_ialm(
             running, converged = torch.zeros_like(running), torch.zeros_like(converged)
     if iterations:
         share = ialm_pass.dual_sums(state, mu=formed_at, backend=backend).nonzero / count.double()
-    rank = ialm.significant(sigma, rank, tol)
+    rank = ialm.significant_rank(sigma, rank, tol)
     most = int(rank)
     return ialm.IALMSolve(
-        u[None, :, :most],
-        sigma[None, :most].to(dtype),
-        vh[None, :most],
-        rank,
-        iterations,
-        residual,
-        gap,
-        converged,
-        share,
+        U=u[None, :, :most],
+        S=sigma[None, :most].to(dtype),
+        Vh=vh[None, :most],
+        rank=rank,
+        iterations=iterations,
+        residual=residual,
+        gap=gap,
+        converged=converged,
+        dense_share=share,
     )

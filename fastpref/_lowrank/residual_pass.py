@@ -394,6 +394,33 @@ def _factor_block(columns: int) -> int:
     return min(32, max(16, 1 << max(columns - 1, 0).bit_length()))
 
 
+class _Parts(NamedTuple):
+    """What the programs write, each its own part."""
+
+    row: Tensor  # [groups, M, BLOCK_Q]
+    column: Tensor  # [blocks of a slab, N, BLOCK_Q]
+    squares: Tensor  # [blocks * groups]
+    kept_top: Tensor  # [blocks * groups]
+    counts: Tensor  # [2, blocks * groups] int32
+    histogram: Tensor  # [BINS] int32
+    row_squares: Tensor  # [groups, M], or [groups, 0]
+    column_squares: Tensor  # [blocks, N], or [blocks, 0]
+
+
+def _new_parts(m: int, n: int, blocks: int, groups: int, block_q: int, squares: bool, like: Tensor) -> _Parts:
+    square_sums, kept_top = like.new_zeros(2, blocks * groups)
+    return _Parts(
+        row=like.new_empty(groups, m, block_q),
+        column=like.new_empty(min(blocks, _SLAB), n, block_q),
+        squares=square_sums,
+        kept_top=kept_top,
+        counts=torch.zeros(2, blocks * groups, dtype=torch.int32, device=like.device),
+        histogram=torch.zeros(BINS, dtype=torch.int32, device=like.device),
+        row_squares=like.new_zeros(groups, m if squares else 0),
+        column_squares=like.new_zeros(blocks, n if squares else 0),
+    )
+
+
 def _triton_pass(matrix: Tensor, left: Tensor, right: Tensor, terms: _Terms) -> tuple[ResidualPass, float]:
     m, n = matrix.shape
     rank = left.shape[1]
@@ -409,34 +436,21 @@ def _triton_pass(matrix: Tensor, left: Tensor, right: Tensor, terms: _Terms) -> 
     columns_per_group = -(-column_blocks // groups) * _BLOCK_N
     block_q = _factor_block(width)
     by_row, by_column = torch.zeros_like(left), torch.zeros_like(right)
-    square_sums, kept_top = left.new_zeros(2, blocks * groups)
-    counts = torch.zeros(2, blocks * groups, dtype=torch.int32, device=left.device)
-    histogram = torch.zeros(BINS, dtype=torch.int32, device=left.device)
-    row_squares = left.new_zeros(groups, m if terms.squares else 0)
-    column_squares = left.new_zeros(blocks, n if terms.squares else 0)
-    row_parts = left.new_empty(groups, m, block_q)
-    column_parts = left.new_empty(min(blocks, _SLAB), n, block_q)
-    weights = (row_weights, column_weights) if weighted else (left, right)
-    sums = (square_sums, kept_top, counts, histogram, row_squares, column_squares)
-    numbers = (columns_per_group, _sample_stride(m, n) - 1, terms.unit, terms.zeta)
-    inverse_zeta = min(1 / terms.zeta, torch.finfo(torch.float32).max)
-    constants = {"PSI": _PSI[terms.psi], "UPPER": terms.skew, "WEIGHTED": weighted, "SQUARES": terms.squares}
-    constants |= {"BLOCK_M": _BLOCK_M, "BLOCK_N": _BLOCK_N, "BLOCK_K": _factor_block(rank), "BLOCK_Q": block_q}
+    parts = _new_parts(m, n, blocks, groups, block_q, terms.squares, left)
     with torch.cuda.device_of(matrix):
         for first_q in range(0, max(width, 1) if m and n else 0, block_q):
             taken = slice(first_q, min(first_q + block_q, width))
             for first_block in range(0, blocks, _SLAB):
                 slab = min(_SLAB, blocks - first_block)
                 if terms.skew:  # nothing is written below the diagonal
-                    column_parts.zero_()
+                    parts.column.zero_()
                 _residual_pass_kernel[(slab, groups)](
                     matrix,
                     left,
                     right,
-                    *weights,
-                    row_parts,
-                    column_parts,
-                    *sums,
+                    row_weights if weighted else left,
+                    column_weights if weighted else right,
+                    *parts,
                     first_block,
                     blocks,
                     m,
@@ -445,26 +459,37 @@ def _triton_pass(matrix: Tensor, left: Tensor, right: Tensor, terms: _Terms) -> 
                     rank,
                     width,
                     first_q,
-                    *numbers,
-                    inverse_zeta,
+                    columns_per_group,
+                    _sample_stride(m, n) - 1,
+                    terms.unit,
+                    terms.zeta,
+                    min(1 / terms.zeta, torch.finfo(torch.float32).max),
+                    PSI=_PSI[terms.psi],
+                    UPPER=terms.skew,
+                    WEIGHTED=weighted,
+                    SQUARES=terms.squares,
                     STATS=first_q == 0,
-                    **constants,
+                    BLOCK_M=_BLOCK_M,
+                    BLOCK_N=_BLOCK_N,
+                    BLOCK_K=_factor_block(rank),
+                    BLOCK_Q=block_q,
                     **_LAUNCH,
                 )
-                by_column[:, taken] += column_parts[:slab].sum(0)[:, : taken.stop - taken.start]
-            by_row[:, taken] = row_parts.sum(0)[:, : taken.stop - taken.start]
+                by_column[:, taken] += parts.column[:slab].sum(0)[:, : taken.stop - taken.start]
+            by_row[:, taken] = parts.row.sum(0)[:, : taken.stop - taken.start]
     left_grad, right_grad = _from_products(by_row, by_column, rank, terms.skew)
-    observed, kept = counts.sum(1, dtype=torch.int64)
+    totals = parts.counts.sum(1, dtype=torch.int64)
+    kept_top = parts.kept_top
     result = ResidualPass(
         left_grad,
         right_grad,
-        sum_squares=square_sums.sum(dtype=torch.float64),
-        observed=observed.clone(),
-        kept=kept.clone(),
+        sum_squares=parts.squares.sum(dtype=torch.float64),
+        observed=totals[0].clone(),
+        kept=totals[1].clone(),
         max_kept=kept_top.amax().double() if kept_top.numel() else left.new_zeros((), dtype=torch.float64),
-        histogram=histogram.long(),
-        row_squares=row_squares.sum(0, dtype=torch.float64),
-        column_squares=column_squares.sum(0, dtype=torch.float64),
+        histogram=parts.histogram.long(),
+        row_squares=parts.row_squares.sum(0, dtype=torch.float64),
+        column_squares=parts.column_squares.sum(0, dtype=torch.float64),
     )
     return _doubled(result, terms.skew), 0.0  # E is NaN where R is not finite: to look would be to wait for the GPU
 
