@@ -14,7 +14,8 @@ import fastpref
 from fastpref import _library
 from fastpref._lowrank import storage
 
-SEED = int(os.environ.get("FASTPREF_TEST_SEED", time.time_ns() % 2**31))
+# in the environment, so that the workers of pytest-xdist and the processes that tests start draw from the same
+SEED = int(os.environ.setdefault("FASTPREF_TEST_SEED", str(time.time_ns() % 2**31)))
 
 SHAPES = {
     "one-column": (64, 1),  # V = 1: the target is the whole vocabulary

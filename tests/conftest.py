@@ -1,10 +1,18 @@
-"""Seeds, poisoned memory, and the backends every kernel test runs on."""
+"""Seeds, poisoned memory, and the backends every kernel test runs on.
+
+Several files run on one worker per core, where pytest-xdist is there; -n0 runs them here, and --full every case of the
+grids that are thinned otherwise. Tests get one thread unless FASTPREF_TEST_THREADS says how many; those of threads set
+their own.
+"""
 
 import os
 import subprocess
 import sys
 import textwrap
 import zlib
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 
 import numpy as np
 import pytest
@@ -19,6 +27,21 @@ from cases import BACKENDS, SEED, Backend
 
 import fastpref
 
+THREADS = int(os.environ.get("FASTPREF_TEST_THREADS", "1"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="every case of the grids that are thinned otherwise")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """One file, or one test, is not worth the seconds that workers take to start."""
+    here = "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist")
+    one = len(config.args) == 1 and os.path.isfile(config.args[0].partition("::")[0])
+    if not here and not one and config.option.numprocesses is None and config.option.dist == "no":
+        config.option.numprocesses, config.option.dist = "auto", "worksteal"
+
 
 def pytest_report_header(config):
     native = fastpref.build_info()["native"]
@@ -28,7 +51,7 @@ def pytest_report_header(config):
 def pytest_collection_modifyitems(items):
     no_gpu = pytest.mark.skip(reason="no GPU is visible to torch")
     for item in items:
-        if "cuda" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
 
 
@@ -38,10 +61,10 @@ def _fresh_inputs(request):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _threads():
     """Thousands of tiny products: two threads that get one core between them would wait for each other at each."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(threads)
 

@@ -54,7 +54,7 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.parametrize(("row", "reason"), MALFORMED)
+@pytest.mark.parametrize(("row", "reason"), MALFORMED, ids=[reason for _, reason in MALFORMED])
 def test_a_malformed_row_is_reported_with_its_line(tmp_path, row, reason):
     path = write_lines(tmp_path / "samples.jsonl", [GOOD, b"", row, GOOD])
     samples = read_scored_samples(path)

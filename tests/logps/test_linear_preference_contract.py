@@ -417,7 +417,7 @@ COMPILED = ("sigmoid", "rdpo", "ml_rdpo", "ipo", "kto", "aot", "wpo", "ld_dpo", 
     ("loss", "which"),
     # the plan is chosen behind the operator: for the others the losses need not be repeated
     [(loss, "pair_resident") for loss in COMPILED] + [("sigmoid", "unit"), ("aot", "unit"), ("sigmoid", "recompute")],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_compiles_without_graph_breaks(loss, which):
     torch._dynamo.reset()

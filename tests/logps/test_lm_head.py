@@ -100,8 +100,11 @@ def test_from_linear_shares_the_parameters(bias):
     assert meta.weight.is_meta
 
 
-@pytest.mark.parametrize("other", [nn.Embedding(VOCAB, WIDTH), torch.randn(VOCAB, WIDTH), None, nn.Identity()])
-def test_from_linear_takes_linear_layers(other):
+@pytest.mark.parametrize(
+    "made", [nn.Embedding, torch.randn, lambda *_: None, nn.Identity], ids=["embedding", "tensor", "none", "identity"]
+)
+def test_from_linear_takes_linear_layers(made):
+    other = made(VOCAB, WIDTH)
     with pytest.raises(TypeError, match=f"linear must be a torch.nn.Linear, got {type(other).__name__}"):
         fastpref.FusedLMHead.from_linear(other)
 
