@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import fastpref
-from fastpref import _library
-from fastpref._lowrank.svt import JACOBI_LANES, _operator, jacobi_is_faster, svt_ref
+from fastpref import _library, operators
+from fastpref._lowrank.svt import JACOBI_LANES, jacobi_is_faster, svt_ref
 
 SHAPES = [(1, 1), (2, 2), (1, 7), (7, 1), (5, 5), (12, 7), (7, 12), (32, 32), (33, 33), (40, 64), (64, 40), (3, 100)]
 
@@ -172,8 +172,8 @@ def test_without_a_threshold_the_gradient_passes_through():
 
 def test_citizenship():
     matrix = torch.randn(2, 5, 4, requires_grad=True)
-    torch.library.opcheck(_operator, (matrix.detach(), torch.tensor([0.5, 0.1]), ""))
-    torch.library.opcheck(_operator, (matrix.detach(), torch.tensor([0.5, 0.1]), "native"))
+    torch.library.opcheck(operators.svt, (matrix.detach(), torch.tensor([0.5, 0.1]), ""))
+    torch.library.opcheck(operators.svt, (matrix.detach(), torch.tensor([0.5, 0.1]), "native"))
     compiled = torch.compile(
         lambda m: fastpref.svt(m, 0.5).low_rank.square().sum(), fullgraph=True, backend="aot_eager"
     )
