@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastpref
 from fastpref import losses
-from fastpref._logps.preference import PreferenceOutput, PreferenceStats
+from fastpref._logps.pairs import PreferenceOutput, PreferenceStats
 
 
 class Batch(NamedTuple):

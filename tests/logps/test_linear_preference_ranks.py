@@ -3,7 +3,7 @@
 import torch
 from linear_preference_cases import HEAD, assert_same, make, plain
 
-from fastpref._logps.preference import PreferenceOutput, PreferenceStats
+from fastpref._logps.pairs import PreferenceOutput, PreferenceStats
 from fastpref._logps.token_logps import STATS
 
 # ---- two ranks ----
