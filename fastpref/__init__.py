@@ -1,5 +1,47 @@
-"""Fused kernels for preference optimisation of language models, and for the preference data that goes into it."""
+"""Fused kernels for preference optimisation of language models, and for the preference data that goes into it.
 
+Log-probabilities
+    token_logps             log-prob of each label, from logits
+    linear_token_logps      the same from hidden states and the LM head; the logits are never stored
+    sequence_logps          their sums over sequences
+    TokenStats              entropy and other by-products of the same read
+    SequenceLogps           sums and lengths
+
+Preference losses
+    preference_loss         a whole step from logits
+    linear_preference_loss  a whole step from hidden states and the LM head
+    FusedLMHead             an LM head whose forward computes log-probs or the loss
+    losses                  every loss as a function on vectors, by name in losses.LOSSES
+    PreferenceOutput        the loss, and the metrics of the step
+    plan                    which passes a linear call makes, and the memory it takes
+    Plan                    what it says
+
+Ratings and preference matrices
+    bradley_terry           scores from comparisons, some of them corrupted
+    BradleyTerryResult      scores, outliers, standard errors
+    BradleyTerryInfo        how the fit went
+    Edges                   comparisons as a list
+    preference_matrix       comparisons to a matrix; denoise it, order it, audit its sources
+
+Low rank
+    rpca                    a matrix as low rank plus sparse
+    RPCAResult              the two parts
+    RPCAInfo                how the solve went
+    RPCAProgress            what a callback gets
+    SparseCOO               a sparse part
+    svt                     singular values lowered by a threshold
+    SVTResult               the matrix and its rank
+
+Data
+    curate                  cleaning, pairing, weighing and routing of preference data
+
+This installation
+    build_info              what was built, and which backend serves which op
+    set_simd_level          the instruction set of the CPU kernels
+    CudaError               a CUDA call failed
+"""
+
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -69,7 +111,17 @@ def __getattr__(name):
     module = import_module(_PUBLIC[name])
     value = module if module.__name__ == f"fastpref.{name}" else getattr(module, name)
     globals()[name] = value
+    _register_operators()
     return value
+
+
+def _register_operators():
+    """Where torch is imported, torch.ops.fastpref is there: a saved program names operators and nothing else."""
+    if "torch" in sys.modules:
+        import_module("fastpref.operators")
+
+
+_register_operators()
 
 
 def __dir__():

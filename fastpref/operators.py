@@ -130,7 +130,7 @@ linear_preference_fwd = _define(
 # matrix [batch, M, N], threshold [batch] -> low_rank [batch, M, N], rank [batch]
 svt = _define(
     "svt(Tensor matrix, Tensor threshold, str backend) -> (Tensor, Tensor)",
-    "fastpref._lowrank.svt:_svt",
+    "fastpref._lowrank.svt:_fwd",
 )
 # matrix [m, n], left [m, r], right [n, r] -> the fields of residual_pass.ResidualPass
 residual_pass = _define(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tolerance import assert_no_worse
 
 import fastpref
+from fastpref._logps.linear_logps import linear_token_logps_ref
 from fastpref._logps.token_logps import shifted, token_logps_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -98,10 +99,11 @@ def project(tensors):
 
 
 def exact(tensors, labels, shift=False, ignore_index=-100, **transform):
-    """The logits path in float64."""
+    """The specification, in float64."""
     if shift:
         labels = shifted(labels, ignore_index)
-    return token_logps_ref(project(cast(tensors, torch.float64)), labels, ignore_index=ignore_index, **transform)
+    hidden, weight = tensors["hidden"], tensors["weight"]
+    return linear_token_logps_ref(hidden, weight, labels, ignore_index=ignore_index, **head(tensors), **transform)
 
 
 def plain(tensors, labels, temperature=1.0, softcap=None, scale=1.0):

@@ -188,12 +188,10 @@ def public_names() -> set[str]:
 def operator_functions(module: str) -> set[str]:
     """What is registered as an operator's implementation or fake: their lists are the schema's."""
     named = set()
-    for node in ast.walk(sources()[module]):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("define", "implement", "register_fake")):
-            named |= {arg.id for arg in node.args if isinstance(arg, ast.Name)}
-    for function in functions(module):
-        if any(ast.unparse(d).split("(")[0].endswith(("implements", "fakes")) for d in function.decorator_list):
-            named.add(function.name)
+    for node in ast.walk(sources()["operators"]):  # "fastpref._logps.token_logps:_fwd", and _fwd_fake beside it
+        if isinstance(node, ast.Constant) and str(node.value).startswith(f"fastpref.{module}:"):
+            name = node.value.partition(":")[2]
+            named |= {name, f"{name}_fake"}
     return named
 
 

@@ -9,6 +9,7 @@
 The tile is the only place where logits exist: `tile_rows` rows of the whole vocabulary, within `max_tile_bytes`.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ _library.OPS["linear_token_logps"] = {
 
 
 class Plan(NamedTuple):
+    __module__ = "fastpref"
+
     kind: str  # "score", "unit", "pair_resident" or "recompute"
     gemm_passes: float  # forward and backward, in units of hidden x weight over the tokens that count
     tile_rows: int  # rows of the largest tile
@@ -189,42 +192,20 @@ def plan(
     product = product_of(dtype, device, logits_dtype, backend, False)
     per_logit = logit_bytes(product, dtype, device, backend)
     tile_rows = rows_of_tile(vocab_size, per_logit, device, max_tile_bytes)
-    if kind == "pair_resident":
-        bounds = [0]
-        for length in lengths:
-            bounds.append(bounds[-1] + length)
-        groups = pair_groups(bounds, tile_rows)
-        sizes = [rows_of_pairs(bounds, *group) for group in groups]
-        recomputed = sum(size for size in sizes if size > tile_rows)
-        copied = max(sizes, default=0)
-        sizes = [end - begin for size in sizes for begin, end in even_chunks(size, tile_rows)]
-    else:
-        sizes = [end - begin for begin, end in even_chunks(tokens, tile_rows)]
-        copied = max(sizes, default=0)
-        recomputed = tokens if kind == "recompute" else 0
-    largest = max(sizes, default=0)
+    pieces = _cut(kind, lengths, tile_rows)
+    largest, recomputed = max(pieces.sizes, default=0), pieces.recomputed
     gemms = 1 + recomputed / max(tokens, 1)
     if kind != "score":
         gemms += hidden_grad + weight_grad
 
     item = dtype.itemsize
-    accumulator = item if item >= 4 or len(sizes) == 1 else 4
-    tile = largest * vocab_size * per_logit
-    if product == "native":
-        threads = torch.get_num_threads()
-        tile = 0 if kind == "score" else _native.padded_rows(largest) * vocab_size * per_logit
-        core, rank = _native._core, 3 * adapter_rank
-        workspace = core.linear_logps_workspace(largest, hidden_size, vocab_size, rank, stats, threads)
-        if hidden_grad:
-            adding = core.linear_logps_hidden_grad_workspace(largest, hidden_size, vocab_size, threads)
-            workspace = max(workspace, adding)
-        if weight_grad and accumulator != item:
-            workspace = max(workspace, core.linear_logps_weight_grad_workspace(largest, hidden_size, threads))
-        tile += workspace
-    elif product == "upcast":
-        tile += largest * hidden_size * 4 + min(UPCAST_BYTES, vocab_size * hidden_size * 4)
-    in_place = tokens == total_tokens and (kind != "pair_resident" or len(groups) <= 1)
-    copies = 0 if in_place else (copied + (largest if hidden_grad else 0)) * hidden_size * item
+    accumulator = item if item >= 4 or len(pieces.sizes) == 1 else 4
+    tile = _tile_bytes(
+        kind, product, per_logit, largest, hidden_size, vocab_size, adapter_rank, hidden_grad,
+        weight_grad and accumulator != item, stats,
+    )  # fmt: skip
+    in_place = tokens == total_tokens and (kind != "pair_resident" or pieces.groups <= 1)
+    copies = 0 if in_place else (pieces.copied + (largest if hidden_grad else 0)) * hidden_size * item
     size = torch.float64.itemsize if dtype == torch.float64 else 4
     vectors = total_tokens * (3 * size + 8 + (16 if stats else 0)) + tokens * 8
     trained = kind not in ("score", "unit")
@@ -237,7 +218,44 @@ def plan(
         gradients += vocab_size * 4
     cast = weight_bytes * item if accumulator != item else 0
     predicted = vectors + gradients + max(tile + copies, cast)
-    return Plan(kind, gemms, largest, len(sizes), _describe(product, dtype, logits_dtype), predicted)
+    return Plan(kind, gemms, largest, len(pieces.sizes), _describe(product, dtype, logits_dtype), predicted)
+
+
+class _Pieces(NamedTuple):
+    sizes: list[int]  # rows of each tile
+    groups: int  # of whole pairs, or tiles
+    copied: int  # rows of hidden that are gathered at a time
+    recomputed: int  # rows whose logits are formed twice
+
+
+def _cut(kind: str, lengths: Sequence[int], tile_rows: int) -> _Pieces:
+    if kind != "pair_resident":
+        tokens = sum(lengths)
+        sizes = [end - begin for begin, end in even_chunks(tokens, tile_rows)]
+        return _Pieces(sizes, len(sizes), max(sizes, default=0), tokens if kind == "recompute" else 0)
+    bounds = [0, *itertools.accumulate(lengths)]
+    groups = [rows_of_pairs(bounds, *group) for group in pair_groups(bounds, tile_rows)]
+    sizes = [end - begin for rows in groups for begin, end in even_chunks(rows, tile_rows)]
+    return _Pieces(sizes, len(groups), max(groups, default=0), sum(rows for rows in groups if rows > tile_rows))
+
+
+def _tile_bytes(
+    kind, product, per_logit, rows, hidden_size, vocab_size, adapter_rank, hidden_grad, adds_weight, stats
+) -> int:
+    """The largest tile with the workspaces of its products. adds_weight: to a weight gradient wider than the inputs."""
+    if product == "upcast":
+        upcast = rows * hidden_size * 4 + min(UPCAST_BYTES, vocab_size * hidden_size * 4)
+        return rows * vocab_size * per_logit + upcast
+    if product != "native":
+        return rows * vocab_size * per_logit
+    core, threads = _native._core, torch.get_num_threads()
+    workspaces = [core.linear_logps_workspace(rows, hidden_size, vocab_size, 3 * adapter_rank, stats, threads)]
+    if hidden_grad:
+        workspaces.append(core.linear_logps_hidden_grad_workspace(rows, hidden_size, vocab_size, threads))
+    if adds_weight:
+        workspaces.append(core.linear_logps_weight_grad_workspace(rows, hidden_size, threads))
+    tile = 0 if kind == "score" else _native.padded_rows(rows) * vocab_size * per_logit
+    return tile + max(workspaces)
 
 
 def _describe(product: str, dtype: torch.dtype, logits_dtype) -> str:

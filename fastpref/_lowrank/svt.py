@@ -102,7 +102,7 @@ def _native_reason(device: str) -> str | None:
 _library.OPS["svt"] = {"native": _native_reason, "reference": _library.reference_reason}
 
 
-def _svt(matrix: Tensor, threshold: Tensor, backend: str):
+def _fwd(matrix: Tensor, threshold: Tensor, backend: str):
     if matrix.numel() == 0:
         return torch.zeros_like(matrix), torch.zeros(len(matrix), dtype=torch.int64, device=matrix.device)
     device = matrix.device.type
@@ -112,7 +112,7 @@ def _svt(matrix: Tensor, threshold: Tensor, backend: str):
     return (_by_jacobi if chosen == "native" else _by_torch)(matrix, threshold)
 
 
-def _svt_fake(matrix, threshold, backend):
+def _fwd_fake(matrix, threshold, backend):
     return (
         torch.empty_like(matrix, memory_format=torch.contiguous_format),
         matrix.new_empty(len(matrix), dtype=torch.int64),
@@ -135,7 +135,7 @@ class _SVTFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return None, None, None
+            return _autograd.pad_gradients(ctx)
         matrix, threshold = ctx.saved_tensors
         finite = matrix.isfinite().flatten(1).all(-1)[:, None, None]
         u, s, vh = torch.linalg.svd(matrix.where(finite, 0), full_matrices=False)
@@ -160,10 +160,7 @@ class _SVTFunction(torch.autograd.Function):
         matrix_grad = (u @ core @ vh + left @ vh + u @ right).where(finite, torch.nan)
         threshold_grad = -torch.where(above, inner.diagonal(dim1=-2, dim2=-1), 0.0).sum(-1)
         gradients = matrix_grad, threshold_grad
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            anchor = torch.zeros((), requires_grad=True)
-            gradients = tuple(_autograd.Once.apply(gradient, anchor) for gradient in gradients)
-        return *gradients, None
+        return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients))
 
 
 def svt(matrix: Tensor, threshold: float | Tensor, *, backend: str | None = None) -> SVTResult:
@@ -206,6 +203,7 @@ def svt(matrix: Tensor, threshold: float | Tensor, *, backend: str | None = None
     count = lead.numel()
     flat = wide.reshape(count, *matrix.shape[-2:])
     thresholds = threshold.to(wide.dtype).expand(lead).reshape(count)
+    _autograd.refuse_transforms("svt", flat, thresholds)
     if torch.is_grad_enabled() and (flat.requires_grad or thresholds.requires_grad):
         low, rank = _SVTFunction.apply(flat, thresholds, backend or "")
     else:

@@ -25,7 +25,7 @@ from linear_logps_cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpref
-from fastpref._logps import linear_logps
+from fastpref._logps import tile
 from fastpref._logps.token_logps import STATS, token_logps_ref
 
 
@@ -162,8 +162,8 @@ def test_what_is_read_on_the_host(monkeypatch, trained, capacity):
     tensors, labels = make((4, 10), bias=True, rank=2, ignored=0.5)
     leaves = {name: t.requires_grad_(name in TRAINED[trained]) for name, t in tensors.items()}
     calls = []
-    to_host = linear_logps._to_host
-    monkeypatch.setattr(linear_logps, "_to_host", lambda *args: calls.append(args) or to_host(*args))
+    to_host = tile._to_host
+    monkeypatch.setattr(tile, "_to_host", lambda *args: calls.append(args) or to_host(*args))
     for shift in (False, True):
         calls.clear()
         with _NoHostReads():  # operators of this package are opaque to it; what surrounds them is not
