@@ -38,7 +38,6 @@ class IALMSolve(NamedTuple):
     gap: Tensor  # [B] float64
     converged: Tensor  # [B] bool: residual below tol, and the gap closed
     dense_share: Tensor  # [B] float64, entries of S that are not zero: near 1 where there is noise
-    median: Tensor | None = None  # [B] of |M - L| over the observed entries, from batched_ialm
 
 
 def default_lambda(observed: Tensor, corruption: str) -> Tensor:
