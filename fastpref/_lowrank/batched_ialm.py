@@ -5,28 +5,44 @@ loop is the reference. The spectral norm in the gap is bounded from above by a f
 the subspace, which adds up to 1e-4 to the gap.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastpref import _library, _native
 from fastpref._lowrank import ialm
 from fastpref._lowrank.batched_rpca import median_of
-from fastpref._lowrank.ialm import IALMSolve
 
 SHORTER, ENTRIES = 512, 1 << 20  # of matrices that one thread solves faster than PyTorch does with all
+
+
+class BatchIALM(NamedTuple):
+    """An IALMSolve, and what a fit of the ranks it found begins with."""
+
+    U: Tensor  # [B, m, q], q the largest rank of the batch; zero beyond a matrix's own rank, as S and Vh
+    S: Tensor  # [B, q], descending
+    Vh: Tensor  # [B, q, n]
+    rank: Tensor  # [B] int64
+    iterations: Tensor  # [B] int64
+    residual: Tensor  # [B] float64, |M - L - S| / |M|
+    gap: Tensor  # [B] float64
+    converged: Tensor  # [B] bool: residual below tol, and the gap closed
+    dense_share: Tensor  # [B] float64, observed entries of S that are not zero
+    median: Tensor  # [B] of |M - L| over the observed entries
 
 
 def is_small(m: int, n: int) -> bool:
     return min(m, n) <= SHORTER and m * n <= ENTRIES
 
 
-def batched_ialm_ref(matrix: Tensor, lam: float | None, tol: float, max_iter: int) -> IALMSolve:
+def batched_ialm_ref(matrix: Tensor, lam: float | None, tol: float, max_iter: int) -> BatchIALM:
     found = ialm.ialm(matrix, lam=lam, tol=tol, max_iter=max_iter)
     residual = matrix - (found.U * found.S.unsqueeze(-2)) @ found.Vh
-    return found._replace(median=median_of(residual, ~matrix.isnan()))
+    return BatchIALM(**found._asdict(), median=median_of(residual, ~matrix.isnan()))
 
 
-def _native_solve(matrix: Tensor, lam: float | None, tol: float, max_iter: int) -> IALMSolve:
+def _native_solve(matrix: Tensor, lam: float | None, tol: float, max_iter: int) -> BatchIALM:
     batch, m, n = matrix.shape
     d = min(m, n)
     if lam is None:
@@ -67,7 +83,7 @@ def _native_solve(matrix: Tensor, lam: float | None, tol: float, max_iter: int) 
     own = torch.arange(most) < rank.unsqueeze(-1)
     u, vh = (torch.where(own.unsqueeze(-1), vectors[:, :most], 0) for vectors in (u, vh))
     s = torch.where(own, s[:, :most], 0)
-    return IALMSolve(
+    return BatchIALM(
         U=u.mT,
         S=s,
         Vh=vh,
@@ -89,7 +105,7 @@ _library.OPS["batched_ialm"] = {
 
 def batched_ialm(
     matrix: Tensor, *, lam: float | None = None, tol: float, max_iter: int, backend: str = ""
-) -> IALMSolve:
+) -> BatchIALM:
     """[B, m, n] float32 or float64, finite, NaN missing; lam None is ialm.default_lambda."""
     backend = _library.choose_backend("batched_ialm", backend, matrix.device.type)
     if backend == "native" and matrix.numel():

@@ -29,6 +29,7 @@ STATS = (
     "iterations", "converged", "scale", "outlier_rate", "gradient", "constant", "threshold", "ridge",
     "worst", "worst_row", "worst_column", "largest",
 )  # fmt: skip
+_AT = {name: index for index, name in enumerate(STATS)}
 
 
 class Edges(NamedTuple):
@@ -80,6 +81,33 @@ class BradleyTerryResult(NamedTuple):
     outliers: PairOutliers | None
     components: Tensor  # [..., N] int64, numbered from 0 by their first items
     rejected: Tensor  # [..., N] float64, share of the item's pairs that are outliers
+
+
+class _Options(NamedTuple):
+    """What an operator takes beside its tensors."""
+
+    data: str  # one of DATA
+    tol: float | None  # None: by the dtype
+    max_iter: int
+    backend: str
+
+
+class _Fits(NamedTuple):
+    """What an operator returns, of B matrices or one list of edges."""
+
+    scores: Tensor  # [B, N] or [N], float64
+    components: Tensor  # [B, N] or [N], int64
+    rejected: Tensor  # [B, N] or [N], float64
+    stats: Tensor  # [B or 1, len(STATS)] float64
+
+
+class _Directed(NamedTuple):
+    """Pairs of items in both directions, by rows (CSR)."""
+
+    offsets: Tensor  # [N + 1] int64
+    columns: Tensor  # [2 E] int32
+    values: Tensor  # [2 E] float64: logits, or shares of wins
+    votes: Tensor  # [2 E] float64, 0 for logits
 
 
 # ---- reference ----
@@ -152,10 +180,10 @@ def _solve_ref(graph: _Graph, values: Tensor, votes: Tensor, data: str, tol: flo
     """Returns w, stats and components of all graphs, in the dtype of the values."""
     g, logits, nodes = graph, data == "logits", graph.nodes
     root = g.components()
-    size = torch.bincount(root, minlength=nodes).clamp(min=1)
+    members = torch.bincount(root, minlength=nodes).clamp(min=1)
 
     def centred(w):
-        return w - (w.new_zeros(nodes).index_add_(0, root, w) / size)[root]
+        return w - (w.new_zeros(nodes).index_add_(0, root, w) / members)[root]
 
     zero = values.new_zeros(g.graphs)
     mean = zero.index_add(0, g.entry_graph, values.abs()) / g.observed.clamp(min=1)
@@ -188,8 +216,8 @@ def _solve_ref(graph: _Graph, values: Tensor, votes: Tensor, data: str, tol: flo
         step = g.largest(x.abs())
         damping = torch.where(step > 1, 1 / step, 1) if not logits else torch.ones_like(step)
         w = w + (active * damping)[g.graph] * x
-        unit = mean if logits else g.largest(w.abs()).clamp(min=1)
-        converged = converged | (settled & (step <= tol * unit))
+        size = mean if logits else g.largest(w.abs()).clamp(min=1)
+        converged = converged | (settled & (step <= tol * size))
         decay = torch.where(constant > EARLY * mean, DECAY, LATE_DECAY) if logits else 0.8
         target = decay * constant
         if logits:
@@ -204,15 +232,16 @@ def _solve_ref(graph: _Graph, values: Tensor, votes: Tensor, data: str, tol: flo
     degree = g.per_node(weight)
     slope = (g.per_node(pull) - ridge[g.graph] * w).abs() / degree
     slope = g.largest(torch.where(degree > 0, slope, 0)) / (torch.where(mean > 0, mean, 1) if logits else 1)
-    scale = MAD * g.median(residual.abs())
+    sigma = MAD * g.median(residual.abs())
     rounding = 1e-5 if values.dtype == torch.float32 else 1e-6
-    threshold = OUTLIER * (torch.maximum(scale, rounding / OUTLIER * mean) if logits else scale.clamp(min=1))
+    threshold = OUTLIER * (torch.maximum(sigma, rounding / OUTLIER * mean) if logits else sigma.clamp(min=1))
     flagged = g.per_node((residual.abs() > threshold[g.entry_graph]).to(torch.float64))
     rate = g.per_graph(flagged) / g.observed
-    columns = (iterations, converged, scale, rate, slope, constant, threshold, ridge)
+    columns = {"iterations": iterations, "converged": converged, "scale": sigma, "outlier_rate": rate}
+    columns |= {"gradient": slope, "constant": constant, "threshold": threshold, "ridge": ridge}
     stats = torch.zeros(g.graphs, len(STATS), dtype=torch.float64, device=values.device)
-    for index, column in enumerate(columns):
-        stats[:, index] = column.to(torch.float64)
+    for name, column in columns.items():
+        stats[:, _AT[name]] = column.to(torch.float64)
     alone = g.compared == 0
     scores = torch.where(alone, math.nan, w.double())
     is_root = (root == torch.arange(nodes, device=root.device)).long()
@@ -269,14 +298,14 @@ def bradley_terry_ref(matrix: Tensor, data: str, tol: float, max_iter: int):
         graph_index, rows, columns = seen.nonzero(as_tuple=True)
         graph = _Graph(graph_index * items + rows, graph_index * items + columns, batch * items, batch)
         scores, components, rejected, stats = _solve_ref(graph, values[seen], votes[seen], data, tol, max_iter)
-    else:  # refused by the caller
+    else:  # the caller raises
         scores = torch.full((batch * items,), math.nan, dtype=torch.float64, device=matrix.device)
         components, rejected = torch.zeros_like(scores, dtype=torch.int64), scores
         stats = scores.new_full((batch, len(STATS)), math.nan)
-    stats[:, 8] = worst
-    stats[:, 9] = torch.where(worst > 0, where // max(items, 1), -1)
-    stats[:, 10] = torch.where(worst > 0, where % max(items, 1), -1)
-    stats[:, 11] = matrix.abs().nan_to_num(0, posinf=math.inf).flatten(1).max(1).values if items else 0
+    stats[:, _AT["worst"]] = worst
+    stats[:, _AT["worst_row"]] = torch.where(worst > 0, where // max(items, 1), -1)
+    stats[:, _AT["worst_column"]] = torch.where(worst > 0, where % max(items, 1), -1)
+    stats[:, _AT["largest"]] = matrix.abs().nan_to_num(0, posinf=math.inf).flatten(1).max(1).values if items else 0
     shape = (batch, items)
     return scores.view(shape), components.view(shape), rejected.reshape(shape), stats
 
@@ -421,9 +450,9 @@ def bradley_terry(
     if has_logits and not robust:
         raise ValueError("robust=False needs wins: it is maximum likelihood, which logits do not have")
     data = "logits" if has_logits else "counts" if robust else "counts_mle"
-    options = (data, tol, max_iter or 300, backend or "")
+    options = _Options(data, tol, max_iter or 300, backend or "")
     if edges is not None:
-        return _fit_edges(*_directed(edges), options, stderr, outliers)
+        return _fit_edges(_directed(edges), options, stderr, outliers)
     return _fit_matrices("logits" if has_logits else "wins", logits if has_logits else wins, options, stderr, outliers)
 
 
@@ -437,31 +466,30 @@ def _matrices(name: str, value) -> Tensor:
     return matrix.detach().to(exact)
 
 
-def _fit_matrices(name, value, options, stderr, outliers):
-    data, tol, max_iter, backend = options
-    given = torch.as_tensor(value)
+def _fit_matrices(name: str, value, options: _Options, stderr: bool, outliers: str) -> BradleyTerryResult:
+    given, data = torch.as_tensor(value), options.data
     matrix = _matrices(name, value)
     shape = matrix.shape
     items = shape[-1]
     flat = matrix.reshape(shape[:-2].numel(), items, items)
-    tol = tol or (1e-9 if matrix.dtype == torch.float64 else 1e-6)
-    if items > LARGEST_DENSE and backend != "reference" and flat.device.type == "cpu":
-        fits = [_large(name, one, given.dtype, data, tol, max_iter, backend) for one in flat]
-        scores, components, rejected, stats = (
-            torch.stack(part) if part else flat.new_empty(0, *([items] if index < 3 else [len(STATS)]))
-            for index, part in enumerate(zip(*fits, strict=True) if fits else ([], [], [], []))
-        )
+    options = options._replace(tol=options.tol or (1e-9 if matrix.dtype == torch.float64 else 1e-6))
+    if items > LARGEST_DENSE and options.backend != "reference" and flat.device.type == "cpu":
+        fits = _Fits(*(flat.new_empty(0, size) for size in (items, items, items, len(STATS))))
+        if len(flat):
+            every = [_fit_large(name, one, given.dtype, options) for one in flat]
+            fits = _Fits(*(torch.stack(part) for part in zip(*every, strict=True)))
     else:
-        scores, components, rejected, stats = bradley_terry_dense(flat, data, tol, max_iter, backend)
-        _refuse(name, flat, given.dtype, stats)
-    _warn_ridge(data, stats)
+        fits = _Fits(*bradley_terry_dense(flat, *options))
+        _refuse_matrices(name, flat, given.dtype, fits.stats)
+    scores, components, rejected, stats = fits
+    _warn_of_ridge(data, stats)
     deviations = found = None
     if stderr:
         rows = zip(flat, scores, components, stats, strict=True)
         deviations = torch.stack([_stderr(*row, data) for row in rows]) if len(flat) else scores.clone()
-    if outliers == "pairs":
-        found = _outlier_pairs(flat, scores, stats, data, shape[:-2])
     batch = shape[:-2]
+    if outliers == "pairs":
+        found = _outlier_pairs(flat, scores, stats, data, batch)
     return BradleyTerryResult(
         scores.view(*batch, items).to(matrix.dtype),
         _info(stats, batch),
@@ -481,8 +509,8 @@ def _info(stats: Tensor, batch) -> BradleyTerryInfo:
     )
 
 
-def _warn_ridge(data: str, stats: Tensor) -> None:
-    if data == "counts_mle" and (separated := int((stats[:, STATS.index("ridge")] > 0).sum())):
+def _warn_of_ridge(data: str, stats: Tensor) -> None:
+    if data == "counts_mle" and (separated := int((stats[:, _AT["ridge"]] > 0).sum())):
         warnings.warn(
             f"the maximum-likelihood scores of {separated} of {len(stats)} graphs do not exist: wins do not lead from "
             "every item to every other of its component; a ridge of 1e-2 keeps them finite",
@@ -491,7 +519,7 @@ def _warn_ridge(data: str, stats: Tensor) -> None:
         )
 
 
-def _refuse(name: str, flat: Tensor, dtype: torch.dtype, stats: Tensor) -> None:
+def _refuse_matrices(name: str, flat: Tensor, dtype: torch.dtype, stats: Tensor) -> None:
     column = dict(zip(STATS, stats.unbind(-1), strict=True))
     worst, largest = column["worst"], column["largest"]
     if name == "wins":
@@ -526,7 +554,8 @@ def _pairs(matrix: Tensor, data: str):
     return matrix / votes, votes
 
 
-def _large(name, matrix, dtype, data, tol, max_iter, backend):
+def _fit_large(name: str, matrix: Tensor, dtype: torch.dtype, options: _Options) -> _Fits:
+    """One matrix [N, N] as the edges it has; its stats are [len(STATS)]."""
     items = matrix.shape[0]
     worst, largest = matrix.new_zeros(()), matrix.new_zeros(())
     position = -1
@@ -543,18 +572,17 @@ def _large(name, matrix, dtype, data, tol, max_iter, backend):
             worst, position = wrong.max(), begin * items + int(wrong.argmax())
         largest = torch.maximum(largest, block.abs().nan_to_num(0, posinf=math.inf).max())
     stats = torch.zeros(1, len(STATS), dtype=torch.float64)
-    stats[0, 8:] = torch.tensor([worst.item(), position // items, position % items, largest.item()])
-    _refuse(name, matrix[None], dtype, stats)
-    values, votes = _pairs(matrix, data)
+    stats[0, _AT["worst"] :] = torch.tensor([worst.item(), position // items, position % items, largest.item()])
+    _refuse_matrices(name, matrix[None], dtype, stats)
+    values, votes = _pairs(matrix, options.data)
     seen = ~values.isnan()
     seen.fill_diagonal_(False)
     offsets = torch.zeros(items + 1, dtype=torch.int64)
     torch.cumsum(seen.sum(1), 0, out=offsets[1:])
     columns = seen.nonzero()[:, 1].int()
-    fit = bradley_terry_edges(
-        offsets, columns, values[seen].double(), votes[seen].double(), data, tol, max_iter, backend
-    )
-    return *fit[:3], fit[3][0]
+    directed = _Directed(offsets, columns, values[seen].double(), votes[seen].double())
+    fit = _Fits(*bradley_terry_edges(*directed, *options))
+    return fit._replace(stats=fit.stats[0])
 
 
 def _stderr(matrix, scores, components, stats, data):
@@ -568,7 +596,7 @@ def _stderr(matrix, scores, components, stats, data):
 def _deviations(i, j, value, votes, scores, components, stats, data):
     """sqrt(diag(pinv(Laplacian))): adding 1 1^T / size per component makes it invertible without a change elsewhere."""
     items = len(scores)
-    constant = stats[STATS.index("constant")]
+    constant = stats[_AT["constant"]]
     constant = torch.where(constant > 0, constant, 1)
     w = scores.nan_to_num(0)
     weight = pair_terms(value, votes, w[i] - w[j], data, constant)[2]
@@ -578,17 +606,17 @@ def _deviations(i, j, value, votes, scores, components, stats, data):
     laplacian.diagonal().sub_(laplacian.sum(1))
     same = (components[:, None] == components).double()
     ones = same / same.sum(1, keepdim=True)
-    unit = torch.where(laplacian.diagonal() > 0, laplacian.diagonal(), math.nan).nanmean().nan_to_num(1.0)
-    inverse = torch.linalg.inv_ex(laplacian / unit + ones).inverse
-    variance = (inverse - ones).diagonal().clamp(min=0) / unit
+    size = torch.where(laplacian.diagonal() > 0, laplacian.diagonal(), math.nan).nanmean().nan_to_num(1.0)
+    inverse = torch.linalg.inv_ex(laplacian / size + ones).inverse
+    variance = (inverse - ones).diagonal().clamp(min=0) / size
     if data == "logits":
-        variance = variance * stats[STATS.index("scale")] ** 2
+        variance = variance * stats[_AT["scale"]] ** 2
     return torch.where(scores.isnan(), math.nan, variance.sqrt())
 
 
 def _outlier_pairs(flat, scores, stats, data, batch) -> PairOutliers:
     indices, residuals = [], []
-    threshold = stats[:, STATS.index("threshold")]
+    threshold = stats[:, _AT["threshold"]]
     for b, matrix in enumerate(flat):
         value, votes = _pairs(matrix.double(), data)
         difference = scores[b, :, None] - scores[b]
@@ -610,8 +638,8 @@ def _unravel(index: int, shape) -> list[int]:
     return out[::-1]
 
 
-def _directed(edges: Edges):
-    """Edges -> CSR with both directions (offsets, columns int32, values, votes); repeated pairs of votes are added."""
+def _directed(edges: Edges) -> _Directed:
+    """Both directions of every edge; repeated pairs of votes are added."""
     items = edges.num_items
     if isinstance(items, bool) or not isinstance(items, int) or not 0 <= items < 2**31:
         raise ValueError(f"edges.num_items must be an int in [0, 2**31), got {items!r}")
@@ -656,17 +684,22 @@ def _directed(edges: Edges):
     order = rows.argsort(stable=True)
     offsets = torch.zeros(items + 1, dtype=torch.int64, device=i.device)
     offsets[1:] = torch.bincount(rows, minlength=items).cumsum(0)
-    return offsets, torch.cat([j, i])[order].int(), torch.cat([value, back])[order], torch.cat([votes, votes])[order]
+    return _Directed(
+        offsets,
+        columns=torch.cat([j, i])[order].int(),
+        values=torch.cat([value, back])[order],
+        votes=torch.cat([votes, votes])[order],
+    )
 
 
-def _fit_edges(offsets, columns, values, votes, options, stderr, outliers):
-    data, tol, max_iter, backend = options
-    items = len(offsets) - 1
+def _fit_edges(directed: _Directed, options: _Options, stderr: bool, outliers: str) -> BradleyTerryResult:
+    offsets, columns, values, votes = directed
+    data, items = options.data, len(offsets) - 1
     if stderr and items > LARGEST_STDERR:
         raise ValueError(f"stderr=True takes at most {LARGEST_STDERR} items (a dense pseudo-inverse), got {items}")
-    fit = bradley_terry_edges(offsets, columns, values, votes, data, tol or 1e-9, max_iter, backend)
-    scores, components, rejected, stats = fit
-    _warn_ridge(data, stats)
+    fits = _Fits(*bradley_terry_edges(*directed, *options._replace(tol=options.tol or 1e-9)))
+    scores, components, rejected, stats = fits
+    _warn_of_ridge(data, stats)
     rows = torch.repeat_interleave(torch.arange(items, device=offsets.device), offsets.diff())
     deviations = found = None
     if stderr:
@@ -674,6 +707,6 @@ def _fit_edges(offsets, columns, values, votes, options, stderr, outliers):
     if outliers == "pairs":
         difference = scores[rows] - scores[columns.long()]
         residual = pair_terms(values, votes, difference, data, 1.0)[0]
-        flagged = (residual.abs() > stats[0, STATS.index("threshold")]) & (rows < columns)
+        flagged = (residual.abs() > stats[0, _AT["threshold"]]) & (rows < columns)
         found = PairOutliers(torch.stack([rows[flagged], columns[flagged].long()], 1), residual[flagged])
     return BradleyTerryResult(scores, _info(stats, ()), deviations, found, components, rejected)

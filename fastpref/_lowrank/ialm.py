@@ -38,7 +38,6 @@ class IALMSolve(NamedTuple):
     gap: Tensor  # [B] float64
     converged: Tensor  # [B] bool: residual below tol, and the gap closed
     dense_share: Tensor  # [B] float64, entries of S that are not zero: near 1 where there is noise
-    median: Tensor | None = None  # [B] of |M - L| over the observed entries, from batched_ialm
 
 
 def default_lambda(observed: Tensor, corruption: str) -> Tensor:
@@ -194,11 +193,8 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
     data = torch.where(observed, matrix, 0)
     complete = bool(observed.all())
     count = observed.sum((-2, -1))
-    lam = (
-        default_lambda(observed, corruption)
-        if lam is None
-        else torch.full((batch,), float(lam), device=device).double()
-    )
+    given = None if lam is None else torch.full((batch,), float(lam), device=device).double()
+    lam = default_lambda(observed, corruption) if given is None else given
     penalty = _Penalty(lam, corruption)
     norm = torch.linalg.vector_norm(data.double(), dim=(-2, -1))
     running = norm > 0
@@ -239,12 +235,8 @@ def ialm(matrix: Tensor, *, lam=None, tol: float, max_iter: int, corruption: str
         y, sparse, low = torch.where(go, y_new, y), torch.where(go, sparse_new, sparse), torch.where(go, low_new, low)
         residual = torch.where(running, left_over, residual)
         rank = torch.where(running, above, rank)
-        if excess.shape[-1] == sigma.shape[-1]:
-            u, vh = torch.where(go, u_new, u), torch.where(go, vh_new, vh)
-            sigma = torch.where(running.unsqueeze(-1), excess.to(data.dtype), sigma)
-        else:
-            u, vh = _merge_where(go, u_new, u, -1), _merge_where(go, vh_new, vh, -2)
-            sigma = _merge_where(running.unsqueeze(-1), excess.to(data.dtype), sigma, -1)
+        u, vh = _merge_where(go, u_new, u, -1), _merge_where(go, vh_new, vh, -2)
+        sigma = _merge_where(running.unsqueeze(-1), excess.to(data.dtype), sigma, -1)
         iterations += running
         change = change.double()
         done = schedule.done(running, iteration, residual, change, tol)
@@ -288,6 +280,8 @@ def rank_by_gap(sigma: Tensor) -> int:
 
 def _merge_where(mask: Tensor, new: Tensor, old: Tensor, dim: int) -> Tensor:
     """new where mask, both widened to the longer of the two along dim."""
+    if new.shape[dim] == old.shape[dim]:
+        return torch.where(mask, new, old)
     size = max(new.shape[dim], old.shape[dim])
     wide = []
     for tensor in (new, old):

@@ -95,11 +95,7 @@ def _raise_for(matrix: Tensor):
     raise ValueError(f"matrix must be finite, got {matrix[tuple(where)].item()} at {where} of the flattened batch")
 
 
-def _native_reason(device: str) -> str | None:
-    return _library.native_reason(device) if device == "cpu" else f"there is no native kernel for {device}"
-
-
-_library.OPS["svt"] = {"native": _native_reason, "reference": _library.reference_reason}
+_library.OPS["svt"] = {"native": _library.native_cpu_reason, "reference": _library.reference_reason}
 
 
 def _fwd(matrix: Tensor, threshold: Tensor, backend: str):
@@ -107,7 +103,8 @@ def _fwd(matrix: Tensor, threshold: Tensor, backend: str):
         return torch.zeros_like(matrix), torch.zeros(len(matrix), dtype=torch.int64, device=matrix.device)
     device = matrix.device.type
     if not backend:
-        backend = "native" if _native_reason(device) is None and jacobi_is_faster(matrix) else "reference"
+        served = _library.native_cpu_reason(device) is None
+        backend = "native" if served and jacobi_is_faster(matrix) else "reference"
     chosen = _library.choose_backend("svt", backend, device)
     return (_by_jacobi if chosen == "native" else _by_torch)(matrix, threshold)
 

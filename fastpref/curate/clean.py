@@ -508,7 +508,7 @@ def _rank(matrix, rank) -> int:
     """The rank of the structure that so many sources per prompt can tell: by default 3, or as much as they allow."""
     import torch
 
-    from fastpref.preference_matrix._sources import NothingToClean, constant_columns
+    from fastpref.preference_matrix._refusals import NothingToClean, constant_columns
 
     varied = ~constant_columns(torch.as_tensor(matrix)).numpy()
     sources = (~np.isnan(matrix[:, varied])).sum(1)

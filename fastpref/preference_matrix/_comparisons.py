@@ -1,57 +1,15 @@
 """Compared pairs: collected from comparisons in both presentation orders, or from the scores of several judges."""
 
 import warnings
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpref import _checks
-from fastpref.preference_matrix._sources import NothingToClean, constant_columns, standard_ranks
+from fastpref.preference_matrix._refusals import NothingToClean, constant_columns, refuse_disagreement
+from fastpref.preference_matrix._table import CHUNK, JudgeReport, Preferences, as_column, as_indices
 
-CHUNK = 1 << 24  # entries of dense tensors at a time
 DECISIVE, ONE_ORDER = 3.0, 0.1  # |z| of a judge's order effect; share of its pairs shown in one order
-CHANCE, VISIBLE = 2.0, 4.0  # z against chance below which is noise, where what is usual would have had the second
-USUAL_AGREEMENT = 0.3  # of judges: correlation of the ranks they give
-
-
-class JudgeReport(NamedTuple):
-    """Per judge, [J], over the pairs it saw in both presentation orders; NaN without such pairs."""
-
-    votes: Tensor  # float64, all it cast
-    pairs: Tensor  # int64, pairs of items it compared
-    both_orders: Tensor  # int64, of those, seen in both orders
-    inconsistency: Tensor  # float64, share of these in which the orders have different winners
-    first_advantage: Tensor  # float64, P(the item shown first wins) - 1/2
-    order_effect: Tensor  # float64, the same in logits: P(first wins) = sigmoid(w_first - w_second + effect)
-    z: Tensor  # float64, first_advantage over its standard error
-
-
-class Preferences(NamedTuple):
-    """Compared pairs, each once: sorted by prompt, i, j; i < j."""
-
-    prompt: Tensor  # [E] int64
-    i: Tensor  # [E] int64
-    j: Tensor  # [E] int64
-    wins_i: Tensor  # [E] float64, not whole numbers where the presentation orders were not shown alike
-    wins_j: Tensor  # [E] float64
-    num_prompts: int
-    num_items: int  # per prompt
-    judges: JudgeReport | None = None  # where comparisons were given in order
-
-    def probabilities(self, smoothing: float = 0.0) -> Tensor:
-        """[E] float64, P(i beats j) = (wins_i + smoothing) / (votes + 2 smoothing)."""
-        return (self.wins_i + smoothing) / (self.wins_i + self.wins_j + 2 * smoothing)
-
-    def dense(self, values: Tensor | None = None) -> Tensor:
-        """[num_prompts, N, N] of P, or of other values [E] with values[j, i] = 1 - values[i, j]; NaN: not compared."""
-        values = self.probabilities() if values is None else values
-        n = self.num_items
-        matrix = values.new_full((self.num_prompts, n, n), torch.nan)
-        matrix[self.prompt, self.i, self.j] = values
-        matrix[self.prompt, self.j, self.i] = 1 - values
-        matrix.diagonal(dim1=-2, dim2=-1).fill_(0.5)
-        return matrix
 
 
 def from_comparisons(
@@ -87,8 +45,8 @@ def from_comparisons(
     if (own := i == j).any():
         at = int(own.nonzero()[0])
         raise ValueError(f"i and j must be different items, got {int(i[at])} against itself at {at}")
-    items = _size("num_items", num_items, torch.cat([i, j]))
-    prompts = _size("num_prompts", num_prompts, prompt)
+    items = _number_of("num_items", num_items, torch.cat([i, j]))
+    prompts = _number_of("num_prompts", num_prompts, prompt)
     judges = int(judge.max()) + 1 if len(judge) else 0
     if prompts * items**2 * max(judges, 1) * 2 >= 2**63:
         raise ValueError(f"prompts * items^2 * judges must fit 62 bits, got {prompts} * {items}^2 * {judges}")
@@ -126,22 +84,7 @@ def from_comparisons(
     return Preferences(pairs // max(items, 1) ** 2, low, high, wins_low, wins_high, prompts, items, report)
 
 
-def as_indices(name: str, value, like: Tensor | None) -> Tensor:
-    """int64 [C], or like `like`; on its device."""
-    index = _checks.array(name, value)
-    if index.numel() and index.dtype != torch.int64:
-        raise TypeError(f"{name} must be integers, got {index.dtype}")
-    if index.dim() != 1 or (like is not None and index.shape != like.shape):
-        raise ValueError(
-            f"{name} must have shape {[len(like)] if like is not None else '[C]'}, got {list(index.shape)}"
-        )
-    if (index < 0).any():
-        at = int((index < 0).nonzero()[0])
-        raise ValueError(f"{name} must be >= 0, got {int(index[at])} at {at}")
-    return index.long() if like is None else index.to(like.device, torch.int64)
-
-
-def _size(name: str, given: int | None, index: Tensor) -> int:
+def _number_of(name: str, given: int | None, index: Tensor) -> int:
     least = int(index.max()) + 1 if len(index) else 0
     if given is None:
         return least
@@ -149,16 +92,6 @@ def _size(name: str, given: int | None, index: Tensor) -> int:
     if given < least:
         raise ValueError(f"{name} must be at least {least}, the largest index + 1, got {given}")
     return given
-
-
-def as_column(name: str, value, like: Tensor) -> Tensor:
-    """float64, like `like`; a number is repeated."""
-    found = _checks.real(name, value).to(like.device, torch.float64)
-    if found.dim() == 0:
-        return found.expand(like.shape)
-    if found.shape != like.shape:
-        raise ValueError(f"{name} must have shape {list(like.shape)} like i, got {list(found.shape)}")
-    return found
 
 
 def _judge_report(share: Tensor, cast: Tensor, judge: Tensor, judges: int) -> JudgeReport:
@@ -239,7 +172,7 @@ def from_scores(scores, *, temperature: float | None = None) -> Preferences:
             f"scores has {int(varied.sum())} score column(s) that vary of {judges}: any preference matrix of one "
             "column is w_i - w_j under its link, with nothing in it to contradict an entry; take the column itself"
         )
-    _refuse_disagreement(scores)
+    refuse_disagreement(scores)
     i, j = torch.triu_indices(items, items, 1, device=scores.device)
     found = []
     step = max(1, CHUNK // max(len(i) * judges, 1))
@@ -256,33 +189,3 @@ def from_scores(scores, *, temperature: float | None = None) -> Preferences:
         won = wins[where, pair]
         found.append((where + begin, i[pair], j[pair], won, votes[where, pair] - won))
     return Preferences(*(torch.cat(parts) for parts in zip(*found, strict=True)), prompts, items)
-
-
-def _refuse_disagreement(scores: Tensor) -> None:
-    """Friedman's test, all prompts pooled: do the judges rank the items alike, or items alike over the judges?"""
-    prompts, items, judges = scores.shape
-    ranks = standard_ranks(scores.mT.reshape(prompts * judges, items)).view(prompts, judges, items)
-    present = (ranks != 0).any(-1).sum(1)  # [prompts], judges that tell items apart
-    usable = present > 1
-    degrees = (~scores.isnan()).any(-1).sum(1) - 1
-    chi2 = ranks.sum(1).square().sum(-1) / present.clamp(min=1) * degrees / (degrees + 1).clamp(min=1)
-    total, freedom = chi2[usable].sum(), degrees[usable].sum()
-    variance = (2 * degrees * (present - 1) / present.clamp(min=1))[usable].sum()
-    if not variance:
-        return
-    z = float((total - freedom) / variance.sqrt())
-    if z >= CHANCE:
-        return
-    found = f"its columns agree about them no more than chance would (Friedman's test: z = {z:.1f}, {CHANCE:g} needed)"
-    usual = USUAL_AGREEMENT * float((degrees * (present - 1))[usable].sum() / variance.sqrt())
-    if usual >= VISIBLE:
-        raise NothingToClean(
-            f"scores has exchangeable items: {found}, so that their preferences are noise. Samples of one policy have "
-            "no common order across prompts; compare them within a prompt"
-        )
-    warnings.warn(
-        f"scores may have exchangeable items: {found}, but are too few to tell: ranks that correlate by "
-        f"{USUAL_AGREEMENT:g} would give z = {usual:.1f}. Score more items",
-        RuntimeWarning,
-        stacklevel=3,
-    )

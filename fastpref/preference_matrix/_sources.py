@@ -1,4 +1,4 @@
-"""Which sources' scores move unlike everybody else's: an audit of [prompts, sources] scores by structure alone.
+"""Which sources' scores move unlike those of the others: an audit of [prompts, sources] scores by structure alone.
 
 A source that games the judge is consistent: its whole column is off, which entry-wise robust PCA takes for structure.
 What gives it away is that the other sources do not explain it. For each source s, with the columns centred:
@@ -21,17 +21,13 @@ from torch import Tensor
 from fastpref import _checks
 from fastpref._lowrank.noise import EXACT, MAD
 from fastpref._lowrank.rpca import rpca
+from fastpref.preference_matrix._refusals import NothingToClean, constant_columns, refuse_exchangeable
+from fastpref.preference_matrix._table import ACTIONS
 
-ACTIONS = ("mask", "replace", "low_rank")
 SECULAR_STEPS = 60  # at most; about six are taken
 TIED = 1e-13  # of the largest eigenvalue
 FILL_STEPS = 100  # of alternating least squares, where entries are missing
 FEW_PROMPTS = 100
-SHUFFLES, SHUFFLED_Z = 20, 3.0  # of exchangeable columns, and how far others must be from those
-
-
-class NothingToClean(ValueError):
-    """The data has no structure that could tell what is wrong from what is right; the message says why."""
 
 
 class SourceAudit(NamedTuple):
@@ -107,7 +103,7 @@ def audit_sources(
                 f"rank must be at most the number of audited sources - 2, got rank={max(rank, 1)} for {len(audited)} "
                 f"sources with at least {2 * (max(rank, 1) + 2)} scores"
             )
-        _refuse_exchangeable(x[:, audited], seed)
+        refuse_exchangeable(x[:, audited], seed)
         prompts = int(seen[:, audited].any(1).sum())
         if prompts < FEW_PROMPTS:
             warnings.warn(
@@ -182,7 +178,7 @@ def denoise_scores(
                 f"rank must be at most {most}, the number of prompts or of sources that vary - 2, got {max(rank, 1)} "
                 f"for {len(part)} prompts and {len(varied)} such sources"
             )
-        _refuse_exchangeable(part, 0)
+        refuse_exchangeable(part, 0)
         centre, residual = 0, part
         for _ in range(2):  # medians of the scores are not the offsets that leave a matrix of this rank
             centre = centre + residual.nanmedian(0).values
@@ -190,10 +186,10 @@ def denoise_scores(
             found = rpca(centred, rank=rank, backend=backend)
             low_rank = found.low_rank()
             residual = centred - low_rank
-        scale = float(found.info.scale)
+        sigma = float(found.info.scale)
         # the fit follows the entries it was made of, by this share of their noise, and so is off where it was not
         followed = (rank * (sum(part.shape) - rank) + len(varied)) / float((~part.isnan()).sum())
-        bound = max(threshold * scale / max(1 - followed, 0.1), EXACT * float(centred.abs().nanmean()))
+        bound = max(threshold * sigma / max(1 - followed, 0.1), EXACT * float(centred.abs().nanmean()))
         wrong = residual.abs() > bound
         fitted = low_rank + centre
         changed = torch.where(wrong, torch.nan if action == "mask" else fitted, part)
@@ -203,15 +199,7 @@ def denoise_scores(
         strength = threshold * residual[wrong] / bound
         by = strength.abs().argsort(descending=True, stable=True)
         listed = torch.stack([where[:, 0], varied[where[:, 1]]], 1)[by]
-    return DenoisedScores(out.to(scores.dtype), listed, strength[by], scale, bool(found.info.converged))
-
-
-def constant_columns(x: Tensor) -> Tensor:
-    """[m, n] -> [n] bool: all observed entries equal, to rounding; at least two of them."""
-    seen = ~x.isnan()
-    high = x.nan_to_num(nan=-torch.inf).amax(0) if len(x) else x.new_zeros(x.shape[1])
-    low = x.nan_to_num(nan=torch.inf).amin(0) if len(x) else high
-    return (high - low <= 1e-12 * torch.maximum(high.abs(), low.abs())) & (seen.sum(0) > 1)
+    return DenoisedScores(out.to(scores.dtype), listed, strength[by], sigma, bool(found.info.converged))
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,55 +331,3 @@ def _secular(squares: Tensor, poles: Tensor, root: Tensor, j: int) -> Tensor:
     return torch.stack(
         [term[:, : j + 1].sum(1), term[:, j + 1 :].sum(1), slope[:, : j + 1].sum(1), slope[:, j + 1 :].sum(1)]
     )
-
-
-def _refuse_exchangeable(x: Tensor, seed: int) -> None:
-    """Raises NothingToClean when permuting the entries within each row would make no difference.
-
-    Two statistics of the rows' standardised ranks are compared with their values after such permutations: the column
-    means' spread, and the columns' correlations. At most 1024 rows and 256 columns are looked at.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def sample(size, most):
-        chosen = torch.randperm(size, generator=generator)[:most] if size > most else torch.arange(size)
-        return chosen.to(x.device)
-
-    x = x[sample(x.shape[0], 1024)][:, sample(x.shape[1], 256)]
-    seen = ~x.isnan()
-    ranks = standard_ranks(x)
-
-    def statistics(values):
-        spread = (values.sum(0) / seen.sum(0).clamp(min=1).sqrt()).square().sum()
-        gram = values.mT @ values
-        return torch.stack([spread, gram.square().sum() - gram.diagonal().square().sum()])
-
-    found = statistics(ranks)
-    null = []
-    for _ in range(SHUFFLES):
-        keys = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device)
-        source = torch.where(seen, keys, 2.0).argsort(1)  # observed entries in random order, then the missing ones
-        target = (~seen).to(torch.uint8).argsort(dim=1, stable=True)
-        null.append(statistics(torch.zeros_like(ranks).scatter(1, target, ranks.gather(1, source))))
-    null = torch.stack(null)
-    z = (found - null.mean(0)) / null.std(0).clamp(min=1e-12)
-    if not (z > SHUFFLED_Z).any():
-        raise NothingToClean(
-            "scores has exchangeable sources: shuffling the entries of every row changes neither the means of the "
-            f"columns nor their correlations (z = {z[0]:.1f} and {z[1]:.1f} against shuffled rows, {SHUFFLED_Z:g} "
-            "needed). Columns must be fixed identities, such as models; several samples of one policy are not"
-        )
-
-
-def standard_ranks(x: Tensor) -> Tensor:
-    """Ranks within each row (ties in arbitrary order shared evenly), mean 0 and mean square 1, missing entries 0."""
-    seen = ~x.isnan()
-    count = seen.sum(1, keepdim=True).clamp(min=1)
-    wide = torch.where(seen, x, torch.inf).contiguous()
-    ordered = wide.sort(1).values.contiguous()
-    first = torch.searchsorted(ordered, wide).double()
-    last = torch.searchsorted(ordered, wide, right=True).double()
-    rank = torch.where(seen, (first + torch.minimum(last, count.double())) / 2, 0)
-    rank = torch.where(seen, rank - rank.sum(1, keepdim=True) / count, 0)
-    scale = (rank.square().sum(1, keepdim=True) / count).sqrt()
-    return torch.where(scale > 0, rank / scale.clamp(min=1e-300), 0)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from cases import quietly, scores_of
 
-from fastpref import preference_matrix
 from fastpref._lowrank.curatron import ncrpca, optspace
 from fastpref.preference_matrix import (
     NothingToClean,
+    _fits,
+    _table,
     apply_link,
     denoise,
     from_comparisons,
@@ -391,13 +392,14 @@ def complete(prompts, items, votes, inverted):
 def test_large_prompts_are_solved_as_edges(monkeypatch, options):
     table = complete(3, 40, 200, 0.03) if "method" in options else edges(4, 40, votes=20, inverted=0.1)[1]
     dense = quietly(denoise, table, **options)
-    monkeypatch.setattr(preference_matrix, "SMALL_ITEMS", 8)
+    monkeypatch.setattr(_table, "SMALL_ITEMS", 8)
     single = quietly(denoise, table, **options)
     tolerance = 0.05 if "method" in options else 1e-4  # rpca has a solver of its own for one large matrix
     torch.testing.assert_close(single.scores, dense.scores, rtol=0, atol=tolerance)
     if "method" not in options:
         assert torch.equal(single.probabilities.isnan(), dense.probabilities.isnan())
-    monkeypatch.setattr(preference_matrix, "CHUNK", 1)
+    for module in (_table, _fits):
+        monkeypatch.setattr(module, "CHUNK", 1)
     again = quietly(denoise, table, **options, ranking="copeland")
     assert discordant(again.scores, single.scores) < 0.02
 
