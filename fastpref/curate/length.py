@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastpref.curate.pairs import PairSelection, gap_bound, parse_bounds, places_of
-from fastpref.curate.pools import Pools, as_mask, as_pools, per_prompt, same_size, share_of, table
+from fastpref.curate.pools import Pools, as_mask, as_pools, per_prompt, pool_table, same_size, share_of
 from fastpref.curate.scale import rescale, sort_pools
 
 STEPS = 1000  # of conjugate gradients
@@ -150,7 +150,9 @@ def match_length(
     columns = {name: getattr(selection, name).reshape(-1, slots).copy() for name in OF_REJECTED}
 
     for prompts, size in same_size(pools.offsets):
-        reward, value, length = (table(x, pools.offsets, prompts, size) for x in (pools.values, on_scale, log_length))
+        reward, value, length = (
+            pool_table(x, pools.offsets, prompts, size) for x in (pools.values, on_scale, log_length)
+        )
         keep, worse = kept[prompts], columns["rejected"][prompts]
         # Without a pair the columns are -1, and what is found for them is not used.
         best = chosen[prompts].max(axis=1)
@@ -224,7 +226,7 @@ def _in_top_decile(lengths, offsets, prompt, length) -> np.ndarray:
     result = np.zeros(len(prompt), bool)
     of_pairs = np.concatenate([[0], np.cumsum(np.diff(offsets)[prompt])])
     for which, size in same_size(of_pairs):
-        pools = table(lengths, offsets, prompt[which], size)
+        pools = pool_table(lengths, offsets, prompt[which], size)
         longer = np.count_nonzero(pools > length[which][:, None], axis=1)
         result[which] = longer < np.count_nonzero(~np.isnan(pools), axis=1) / 10
     return result

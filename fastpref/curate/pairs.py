@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastpref.curate.files.processes import available_cpus
-from fastpref.curate.pools import as_mask, flat, same_size, share_of, table, usable
+from fastpref.curate.pools import as_flat, as_mask, as_usable, pool_table, same_size, share_of
 from fastpref.curate.scale import SortedPools, check_scale, quantile, sort_pools, tied_runs
 
 DEGENERATE_SHARE = 0.2  # of targets below the minimum of their pool, beyond which on_degenerate acts
@@ -372,7 +372,7 @@ class _Data(NamedTuple):
 
 
 def _checked(rewards, valid, offsets, choosable, scale, ddof) -> _Data:
-    rewards, offsets = flat("rewards", rewards, offsets)
+    rewards, offsets = as_flat("rewards", rewards, offsets)
     masks = [
         None if mask is None else as_mask(name, mask, "rewards", rewards.shape).reshape(-1)
         for name, mask in (("valid", valid), ("choosable", choosable))
@@ -470,9 +470,9 @@ class _Block(NamedTuple):
 
 def _read_block(data, which, size) -> _Block:
     def rows(values):
-        return None if values is None else table(values, data.offsets, which, size)
+        return None if values is None else pool_table(values, data.offsets, which, size)
 
-    rewards = usable(rows(data.rewards), rows(data.valid))
+    rewards = as_usable(rows(data.rewards), rows(data.valid))
     if data.choosable is None:
         return _Block(rewards, sort_pools(rewards, data.scale, data.ddof), rewards, None)
     choosable = rows(data.choosable) & ~np.isnan(rewards)

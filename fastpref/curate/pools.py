@@ -29,15 +29,15 @@ def as_pools(name, values, valid=None, offsets=None) -> Pools:
 
     Raises TypeError for what is not numbers, ValueError for wrong shapes, masks and offsets.
     """
-    values, offsets = flat(name, values, offsets)
+    values, offsets = as_flat(name, values, offsets)
     valid = None if valid is None else as_mask("valid", valid, name, values.shape).reshape(-1)
-    return Pools(usable(values.reshape(-1), valid), offsets)
+    return Pools(as_usable(values.reshape(-1), valid), offsets)
 
 
-def flat(name, values, offsets=None) -> tuple[np.ndarray, np.ndarray]:
+def as_flat(name, values, offsets=None) -> tuple[np.ndarray, np.ndarray]:
     """The values, in their own shape and dtype, and offsets, after the checks of as_pools and without a pass over them.
 
-    For functions that read a few thousand prompts at a time, with `table` and `usable`.
+    For functions that read a few thousand prompts at a time, with `pool_table` and `as_usable`.
     """
     try:
         values = np.asarray(values)
@@ -55,7 +55,7 @@ def flat(name, values, offsets=None) -> tuple[np.ndarray, np.ndarray]:
     return values, as_offsets(offsets, len(values))
 
 
-def usable(values, valid=None) -> np.ndarray:
+def as_usable(values, valid=None) -> np.ndarray:
     """float64 like values: NaN for NaN, infinities and where valid is False. May be the memory of values."""
     values = values.astype(np.float64, copy=False)
     finite = np.isfinite(values)
@@ -111,7 +111,7 @@ def blocks(offsets, most=1 << 16) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def same_size(offsets, most=1 << 16) -> Iterator[tuple[slice | np.ndarray, int]]:
-    """The same blocks as (prompts, size) for `table`; prompts is a slice where all pools have one size."""
+    """The same blocks as (prompts, size) for `pool_table`; prompts is a slice where all pools have one size."""
     sizes = np.diff(offsets)
 
     def parts(start, stop, size):
@@ -130,7 +130,7 @@ def same_size(offsets, most=1 << 16) -> Iterator[tuple[slice | np.ndarray, int]]
             yield order[part], size
 
 
-def table(values, offsets, prompts, size) -> np.ndarray:
+def pool_table(values, offsets, prompts, size) -> np.ndarray:
     """[k, size], the values [responses] of one block of `same_size`; a view where prompts is a slice."""
     if isinstance(prompts, slice):
         return values.reshape(-1, size)[prompts]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastpref.curate.pools import as_mask, flat, same_size, table, usable
+from fastpref.curate.pools import as_flat, as_mask, as_usable, pool_table, same_size
 
 SCALES = ("raw", "logit", "mad", "normal_score")
 MAD_TO_STD = 1.4826  # of a normal distribution
@@ -43,9 +43,9 @@ def rescale(rewards, scale, *, valid=None, offsets=None) -> np.ndarray:
     Raises ValueError for another scale, wrong shapes, and rewards outside [0, 1] with "logit".
     """
     check_scale(scale)
-    rewards, offsets = flat("rewards", rewards, offsets)
+    rewards, offsets = as_flat("rewards", rewards, offsets)
     valid = None if valid is None else as_mask("valid", valid, "rewards", rewards.shape)
-    values = usable(rewards, valid)
+    values = as_usable(rewards, valid)
     if scale == "raw":
         return values.copy()
     if scale == "logit":
@@ -53,9 +53,9 @@ def rescale(rewards, scale, *, valid=None, offsets=None) -> np.ndarray:
     result = np.full(values.size, np.nan)
     index = np.arange(values.size)
     for prompts, size in same_size(offsets):
-        pools = table(values.reshape(-1), offsets, prompts, size)
+        pools = pool_table(values.reshape(-1), offsets, prompts, size)
         order = np.argsort(pools, axis=1, kind="stable")
-        places = np.take_along_axis(table(index, offsets, prompts, size), order, axis=1)
+        places = np.take_along_axis(pool_table(index, offsets, prompts, size), order, axis=1)
         block = sort_pools(pools, scale)
         result[places] = block.z(block.scaled).T
     return result.reshape(values.shape)
@@ -155,11 +155,11 @@ def quantile(ordered, count, q) -> np.ndarray:
     return low + (position - below) * (high - low)
 
 
-def _sums(table) -> np.ndarray:
+def _sums(columns) -> np.ndarray:
     """[k], of [n, k] column by column from the top; numpy sums a single column in another order."""
-    if table.shape[1] == 1:
-        return np.repeat(table, 2, axis=1).sum(axis=0)[:1]
-    return table.sum(axis=0)
+    if columns.shape[1] == 1:
+        return np.repeat(columns, 2, axis=1).sum(axis=0)[:1]
+    return columns.sum(axis=0)
 
 
 def _logit(values) -> np.ndarray:

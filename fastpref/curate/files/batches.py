@@ -21,7 +21,7 @@ from fastpref.curate.files.writing import (
     pair_columns,
     pair_rows_of,
     row_names,
-    shaped,
+    shaped_row,
 )
 from fastpref.curate.pairs import select_pairs
 
@@ -79,7 +79,7 @@ def pair_rows(
     if format == "trl" and len(conversational) > 1:
         raise ValueError("batch holds strings and lists of messages, the pairs must be one: use trl-conversational")
     picked = Picked(own, pairs["chosen"], pairs["rejected"], np.zeros(len(own), bool), columns)
-    found = [shaped(row, format) for row in pair_rows_of(texts, samples.prompt_hash[prompts], picked, format)]
+    found = [shaped_row(row, format) for row in pair_rows_of(texts, samples.prompt_hash[prompts], picked, format)]
     if isinstance(batch, Mapping):
         return {name: [row[name] for row in found] for name in row_names(columns, format, False)}
     schema = arrow_schema(columns, format, conversational == {True} or _holds_messages(batch), False)

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-MOST = 8  # reading from disk and one Python that joins the results: more would wait for them
+MOST_PROCESSES = 8  # reading from disk and one Python that joins the results: more would wait for them
 _SERVE = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve_calls; serve_calls()"
 
 
@@ -26,7 +26,7 @@ def available_cpus() -> int:
 
 def worthwhile_processes(size: int) -> int:
     """Processes for a file of so many bytes: one per available CPU, 1 where starting takes longer."""
-    return max(1, min(MOST, available_cpus(), size >> 25))
+    return max(1, min(MOST_PROCESSES, available_cpus(), size >> 25))
 
 
 def in_processes(function: Callable, tasks: Iterable[tuple], workers: int) -> Iterator:
@@ -48,7 +48,7 @@ def in_processes(function: Callable, tasks: Iterable[tuple], workers: int) -> It
     def call(task):
         process = idle.get()
         try:
-            return _call(process, function, task)
+            return _call_process(process, function, task)
         finally:
             idle.put(process)
 
@@ -107,7 +107,7 @@ def _start_process() -> subprocess.Popen:
     )
 
 
-def _call(process, function, task):
+def _call_process(process, function, task):
     try:
         pickle.dump((function, task), process.stdin, pickle.HIGHEST_PROTOCOL)
         process.stdin.flush()

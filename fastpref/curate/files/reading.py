@@ -283,14 +283,14 @@ def columns_of(path, rows, fields: Fields) -> Columns:
             continue
         try:
             row = valid_row(value, fields)
-            hashes = _digests(row)
+            prompt_digest, *digests = _digests(row)
         except ValueError as error:
             problems.append(RowProblem(path, number, str(error)))
             continue
         numbers.append(number)
         positions.append(position)
-        prompt_hash.append(hashes[0])
-        text_hashes += hashes[1:]
+        prompt_hash.append(prompt_digest)
+        text_hashes += digests
         counts.append(len(row.responses))
         conversational.append(not isinstance(row.prompt, str))
         for name, values in row.scores.items():
@@ -369,6 +369,7 @@ def text_hash(texts: list[Text]) -> np.ndarray:
 
 
 def _digests(row: Row) -> list[bytes]:
+    """Of the prompt, then of every response."""
     try:
         return list(map(_digest, [row.prompt, *row.responses]))
     except (UnicodeEncodeError, orjson.JSONEncodeError):
@@ -444,17 +445,17 @@ def same_rows(path, part: Part, known: Known) -> list[Row]:
     try:
         rows = [valid_row(value, AGAIN) for _, value in part_rows(path, part, AGAIN, known.position.tolist())]
     except ValueError:
-        raise changed(path) from None
+        raise changed_error(path) from None
     same = [len(row.responses) for row in rows] == known.counts.tolist()
     if not same or (text_hash([row.prompt for row in rows]) != known.prompt_hash).any():
-        raise changed(path)
+        raise changed_error(path)
     return rows
 
 
-def changed(path) -> InputError:
+def changed_error(path) -> InputError:
     return InputError(f"{path} changed after its scores were read")
 
 
 def check_unchanged(samples: Samples) -> None:
     if stamp(samples.path) != samples.stamp:
-        raise changed(samples.path)
+        raise changed_error(samples.path)

@@ -81,7 +81,7 @@ def texts(samples: Samples, prompts=None) -> Iterator[tuple[Text, list[Text]]]:
         for prompt, row in zip(prompts[here], reading.same_rows(samples.path, part, known), strict=True):
             before = samples.text_hash[samples.offsets[prompt] : samples.offsets[prompt + 1]]
             if (reading.text_hash(row.responses) != before).any():
-                raise reading.changed(samples.path)
+                raise reading.changed_error(samples.path)
             yield row.prompt, row.responses
 
 

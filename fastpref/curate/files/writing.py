@@ -17,6 +17,7 @@ from fastpref._whole_file import whole_file
 from fastpref.curate.files import processes
 from fastpref.curate.files.rows import Row
 from fastpref.curate.files.table import Coded, RowProblem, Samples
+from fastpref.curate.pairs import PLACES
 from fastpref.errors import InputError
 
 FORMATS = ("trl", "trl-conversational", "axolotl")
@@ -25,7 +26,6 @@ METADATA = b"fastpref"  # its key in the schema of a Parquet file
 GZIP_LEVEL = 3
 BLOCK = 1024  # rows put into order at a time
 ROW_GROUP = 1 << 26  # bytes of JSON
-_INDICES = ("prompt", "chosen", "rejected")
 
 
 class Written(NamedTuple):
@@ -90,7 +90,7 @@ def write_pairs(
             done.append(part.done)
             these = in_file[first[here.start] : first[here.stop]]
             row = np.repeat(np.arange(here.stop - here.start), np.diff(first[here.start : here.stop + 1]))
-            values = {name: _take_rows(column, these) for name, column in columns.items()}
+            values = {name: _take_entries(column, these) for name, column in columns.items()}
             picked = Picked(row, chosen[these], rejected[these], to_sft[these], values)
             begin = samples.offsets[prompt[these]]
             hashes = samples.text_hash[begin + picked.chosen], samples.text_hash[begin + picked.rejected]
@@ -160,7 +160,7 @@ def pair_columns(samples: Samples, pairs) -> dict[str, object]:
         columns |= {f"source_{side}": Coded(samples.sources[at], samples.source_names) for side, at in flat.items()}
     columns |= {f"len_{side}": samples.lengths[at] for side, at in flat.items()}
     columns |= {"chosen_id": chosen, "rejected_id": rejected}
-    columns |= {name: column for name, column in pairs.items() if name not in _INDICES}
+    columns |= {name: column for name, column in pairs.items() if name not in PLACES}
     for name, column in columns.items():
         if isinstance(column, np.generic):
             columns[name] = column.item()
@@ -209,7 +209,7 @@ def pair_rows_of(rows: list[Row], hashes: np.ndarray, picked: Picked, format) ->
     return found
 
 
-def shaped(row: dict, format) -> dict:
+def shaped_row(row: dict, format) -> dict:
     """The row as the format has it, from one as for TRL."""
     if format != "axolotl":
         return row
@@ -231,7 +231,7 @@ def _alone(column) -> bool:
     return column is None or isinstance(column, str | int | float)
 
 
-def _take_rows(column, index):
+def _take_entries(column, index):
     if _alone(column):
         return column
     if isinstance(column, Coded):
@@ -252,11 +252,11 @@ def _values(column, count) -> list:
 
 
 def _indices(samples, pairs) -> list[np.ndarray]:
-    for name in _INDICES:
+    for name in PLACES:
         if name not in pairs:
-            raise ValueError(f"pairs must have {', '.join(_INDICES)}, got {', '.join(pairs)}")
-    found = [np.asarray(pairs[name]) for name in _INDICES]
-    for name, index in zip(_INDICES, found, strict=True):
+            raise ValueError(f"pairs must have {', '.join(PLACES)}, got {', '.join(pairs)}")
+    found = [np.asarray(pairs[name]) for name in PLACES]
+    for name, index in zip(PLACES, found, strict=True):
         if index.ndim != 1 or (index.dtype.kind not in "iu" and index.size) or len(index) != len(found[0]):
             raise ValueError(
                 f"pairs[{name!r}] must be integers [{len(found[0])}], got {index.dtype} {list(index.shape)}"
@@ -265,7 +265,7 @@ def _indices(samples, pairs) -> list[np.ndarray]:
     limits = [np.full(len(found[0]), samples.prompts)]
     if found[0].size and 0 <= found[0].min() <= found[0].max() < samples.prompts:
         limits += [np.diff(samples.offsets)[found[0]]] * 2
-    for name, index, limit in zip(_INDICES, found, limits, strict=False):
+    for name, index, limit in zip(PLACES, found, limits, strict=False):
         if (wrong := np.flatnonzero((index < 0) | (index >= limit))).size:
             k = wrong[0]
             raise ValueError(f"pairs[{name!r}][{k}] must lie in [0, {limit[k]}), got {index[k]}")
@@ -285,9 +285,9 @@ def _lines_of_part(path, part, known, picked, hashes, format, final) -> tuple[by
     for index, before in zip((picked.chosen, picked.rejected), hashes, strict=True):
         texts = [rows[r].responses[k] for r, k in zip(picked.row.tolist(), index.tolist(), strict=True)]
         if (reading.text_hash(texts) != before).any():
-            raise reading.changed(path)
+            raise reading.changed_error(path)
     found = pair_rows_of(rows, known.prompt_hash, picked, format)
-    lines = [orjson.dumps(shaped(row, format) if final else row) for row in found]
+    lines = [orjson.dumps(shaped_row(row, format) if final else row) for row in found]
     return b"".join(lines), np.array([len(line) for line in lines], np.int64)
 
 
@@ -317,7 +317,7 @@ def _in_given_order(blocks: Iterable[tuple[bytes, np.ndarray]], in_file, folder)
 def _rewritten(line, rewrite, format) -> list[bytes]:
     import orjson
 
-    return [orjson.dumps(shaped(row, format)) for row in rewrite(orjson.loads(line))]
+    return [orjson.dumps(shaped_row(row, format)) for row in rewrite(orjson.loads(line))]
 
 
 # ---- the outputs

@@ -59,6 +59,11 @@ STAGES = tuple(STAGE_FUNCTIONS)
 
 @dataclass(frozen=True)
 class CurateConfig:
+    """The paths, the stages in their order, and a table of options for reading, every stage and writing.
+
+    Tables may be given as dicts. Raises InputError for values of another type, unknown keys, and what cannot be done.
+    """
+
     input: str = ""
     output: str | None = None
     report: str | None = None  # folder

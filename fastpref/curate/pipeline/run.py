@@ -39,6 +39,8 @@ LONGEST_WINS = 0.9  # share of pairs told apart by length alone, beyond which ac
 
 @dataclass(frozen=True)
 class CurateResult:
+    """What a run ends with."""
+
     state: State
     rows: dict | None  # columns as they were written, [rows] each; None where nothing was
     summary: dict  # ready for JSON
@@ -85,9 +87,9 @@ def run(
             save_state(state, config.work, name, fingerprint(config, name))
     with collected_warnings() as messages:
         _warn_of_order(config)
-        summary = _said_of_input(state.samples)
+        summary = _input_summary(state.samples)
         if state.pairs is not None:
-            summary |= _said_of_pairs(state)
+            summary |= _pairs_summary(state)
         rows = None
         if last == len(names):
             rows, written = write_outputs(state, config, progress_of("writing"))
@@ -131,10 +133,10 @@ def _warn_of_order(config) -> None:
             warnings.warn(f"order has {stage} before audit ({', '.join(order)}): {why}", UserWarning, stacklevel=2)
 
 
-# ---- what is said of it
+# ---- the summary
 
 
-def _said_of_input(samples) -> dict:
+def _input_summary(samples) -> dict:
     if bad := len(samples.problems):
         warnings.warn(
             f"{bad} of {bad + samples.prompts} rows are left out, the first {samples.problems[0]}",
@@ -151,7 +153,7 @@ def _said_of_input(samples) -> dict:
     }
 
 
-def _said_of_pairs(state) -> dict:
+def _pairs_summary(state) -> dict:
     kept = state.kept
     _warn_of_flags(state.flags, state.place("chosen")[kept])
     lengths = state.length_report()

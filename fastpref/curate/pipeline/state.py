@@ -20,6 +20,7 @@ from fastpref._whole_file import whole_file
 from fastpref.curate.files.rows import Fields
 from fastpref.curate.files.table import RowProblem, Samples
 from fastpref.curate.length import LengthReport, length_report
+from fastpref.curate.pairs import PLACES
 from fastpref.errors import InputError
 
 
@@ -76,7 +77,7 @@ class State:
     def kept_pairs(self) -> dict[str, np.ndarray]:
         """Prompt, chosen and rejected, the columns in the pool, of the pairs that are written."""
         kept = self.kept
-        return {name: self.pairs[name][kept] for name in ("prompt", "chosen", "rejected")}
+        return {name: self.pairs[name][kept] for name in PLACES}
 
     def place(self, side) -> np.ndarray:
         """int64 [pairs], index among all responses of each pair's "chosen" or "rejected"."""
