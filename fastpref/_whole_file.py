@@ -28,11 +28,11 @@ def whole_file(path) -> Iterator[Path]:
     if path.exists() and not path.is_file():  # /dev/null, which must not be replaced
         raise InputError(f"cannot write {named}: it is no regular file")
     try:
-        with open(temporary, "xb"):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write {named}: {error.strerror}") from error
-    try:
+        try:
+            with open(temporary, "xb"):
+                pass
+        except OSError as error:
+            raise InputError(f"cannot write {named}: {error.strerror}") from error
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

@@ -3,12 +3,12 @@
 import contextlib
 import os
 import time
-import warnings
 from collections.abc import Iterator
 
 import torch
 
 from fastpref._progress import StageBars
+from fastpref._warnings import collected_warnings
 from fastpref._whole_file import format_of, whole_file
 from fastpref.cli.denoise import files, matrices
 from fastpref.cli.denoise.options import COMPARISON_OPTIONS, MATRIX_OPTIONS, DenoiseOptions, check_ending
@@ -36,7 +36,7 @@ def denoise_file(options: DenoiseOptions) -> dict:
         progress.begin_stage("reading")
         run = _prepared(options)
         temporary = {path: stack.enter_context(whole_file(path)) for path in outputs}
-        with _recorded_warnings() as messages:
+        with collected_warnings(RuntimeWarning) as messages:
             summary = run(temporary, progress)
     return {
         "input": source,
@@ -83,16 +83,6 @@ def _prepared(options: DenoiseOptions):
         return matrices.prepare_triples(table, options)
     options.refuse(MATRIX_OPTIONS, f"comparisons, which {options.input} holds ({layout})")
     return comparisons.prepare_comparisons(table, layout, options)
-
-
-@contextlib.contextmanager
-def _recorded_warnings() -> Iterator[list[str]]:
-    """Gives a list that holds the messages of the library's RuntimeWarnings at the end."""
-    messages = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", RuntimeWarning)
-        yield messages
-    messages += dict.fromkeys(str(warning.message) for warning in caught if warning.category is RuntimeWarning)
 
 
 @contextlib.contextmanager
