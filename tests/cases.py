@@ -11,6 +11,7 @@ import warnings
 import torch
 
 import fastpref
+import fastpref._logps.token_logps  # what Backend asks for its backends
 from fastpref import _library
 from fastpref._lowrank import storage
 

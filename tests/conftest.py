@@ -86,8 +86,8 @@ def _quiet_interpreter():
 
 def _param(backend):
     marks = [pytest.mark.cuda] if backend.device.type == "cuda" else []
-    if backend.name == "triton":
-        marks.append(pytest.mark.triton)
+    if backend.name in ("triton", "reference"):
+        marks.append(getattr(pytest.mark, backend.name))
     return pytest.param(backend, id=repr(backend), marks=marks)
 
 
@@ -115,7 +115,7 @@ def place(request):
     return request.param
 
 
-@pytest.fixture(params=[b for b in BACKENDS if b.device.type == "cpu" and b.name != "triton"], ids=repr)
+@pytest.fixture(params=[_param(b) for b in BACKENDS if b.device.type == "cpu" and b.name != "triton"])
 def cpu_backend(request):
     """The name of the backend, for ops that have only reference and native CPU kernels."""
     if reason := request.param.missing():

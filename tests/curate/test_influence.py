@@ -67,6 +67,7 @@ def influence_of(model, train, validation, size=64, **options):
 # ---- the definition
 
 
+@pytest.mark.numerics
 def test_one_sgd_step_takes_the_influence_off_the_validation_loss():
     model, train, validation, wrong = logistic_problem()
     scores = influence_of(model, train, validation)
@@ -207,6 +208,7 @@ def assert_close_to_exact(found, expected, tolerance):
     assert np.corrcoef(found, expected)[0, 1] > 1 - tolerance**2
 
 
+@pytest.mark.numerics
 def test_a_transformer_in_float32_against_torch_func(transformers):
     model, reference = tiny(transformers, 0), tiny(transformers, 1)
     model.train()
@@ -243,6 +245,7 @@ def test_parameters_by_name(transformers):
     assert not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.numerics
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*is deprecated:FutureWarning")
 def test_adapters_of_peft(transformers):
     peft = pytest.importorskip("peft", reason="PEFT is not installed (the extra [trl])")
@@ -353,6 +356,7 @@ def test_a_step_that_is_too_long_or_too_short_is_told():
         influence_of(model, train, validation, step=1e-8)
 
 
+@pytest.mark.numerics
 def test_the_step_is_the_first_that_the_validation_pairs_confirm():
     model, train, validation, _ = logistic_problem()
     scores = influence_of(model, train, validation)

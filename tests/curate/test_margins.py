@@ -97,6 +97,7 @@ def test_margins_of_other_shapes(call, error, message):
 # ---- bees: the published method
 
 
+@pytest.mark.numerics
 def test_worked_example():
     scores = quiet_bees({"external": EXTERNAL, "implicit": IMPLICIT})
     assert scores.sources["external"].upper == 6 and scores.sources["implicit"].upper == 15
@@ -121,6 +122,7 @@ MARGINS = hnp.arrays(
 )
 
 
+@pytest.mark.numerics
 @settings(max_examples=300, deadline=None)
 @given(MARGINS, st.floats(0.01, 3), st.sampled_from([("external", 1.5), ("implicit", 2.0)]))
 def test_upper_bound_is_that_of_the_step_by_step_search(margin, scale, kind):
@@ -137,6 +139,7 @@ def test_upper_bound_of_many_pairs(spread, kind, divisor):
     assert quiet_bees({"m": margin}, kinds={"m": kind}).sources["m"].upper == searched_upper(margin, divisor)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     ("margin", "kind", "upper"),
     [
@@ -161,6 +164,7 @@ def test_huge_margins(margin):
     assert np.isfinite(scores.score).all() and ((scores.p >= 0) & (scores.p <= 1)).all()
 
 
+@pytest.mark.numerics
 @settings(max_examples=200, deadline=None)
 @given(hnp.arrays(np.float64, st.tuples(st.just(2), st.integers(1, 60)), elements=st.floats(-50, 50)))
 def test_p_is_the_published_ratio(margins):
@@ -316,6 +320,7 @@ def test_a_lower_bound_of_zero_suits_every_scale():
     bees({"external": np.random.default_rng(0).normal(0, 1000, 500)}, lower=0)
 
 
+@pytest.mark.numerics
 def test_an_upper_bound_that_the_search_leaves_below_the_lower_one():
     margin = np.random.default_rng(0).normal(3, 1, 50)
     with pytest.warns(UserWarning, match=r"of 'external' ends at 3, not above lower=4: every margin counts as p = 0"):
@@ -483,6 +488,7 @@ def test_wrong_arguments_of_bees(margins, options, error, message):
 # ---- selection
 
 
+@pytest.mark.numerics
 @settings(max_examples=200, deadline=None)
 @given(
     hnp.arrays(np.float64, st.integers(0, 40), elements=st.integers(-3, 3).map(float)),

@@ -17,6 +17,8 @@ from fastpref.curate import DropReason, all_pairings, to_logit
 from fastpref.curate import pairs as pairs_module
 from fastpref.curate.pairs import without
 
+pytestmark = pytest.mark.numerics
+
 NAN, INF = np.nan, np.inf
 
 # Most pools here are too small for mean - 2 std to lie inside them, which is warned about.

@@ -91,6 +91,7 @@ def test_gradcheck(transform):
     )
 
 
+@pytest.mark.numerics
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_matches_float64(place, shape, dtype):
@@ -100,6 +101,7 @@ def test_matches_float64(place, shape, dtype):
             check(tensors, labels, backend=place.name)
 
 
+@pytest.mark.numerics
 @dtypes
 def test_matches_float64_through_every_transform(place, dtype):
     for name, transform in TRANSFORMS.items():
@@ -109,6 +111,7 @@ def test_matches_float64_through_every_transform(place, dtype):
                 check(tensors, labels, TRAINED[trained], place.name, transform)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 def test_matches_float64_at_every_simd_level(level):
     try:
@@ -125,6 +128,7 @@ def test_matches_float64_at_every_simd_level(level):
         fastpref.set_simd_level("auto")
 
 
+@pytest.mark.numerics
 @pytest.mark.triton
 def test_matches_float64_under_the_interpreter():
     if reason := _library.triton_reason("cpu"):
@@ -143,6 +147,7 @@ def test_a_saturated_softcap(place, dtype):
     check(tensors, labels, backend=place.name, transform={"softcap": 5.0})
 
 
+@pytest.mark.numerics
 @dtypes
 def test_every_plan_matches_float64(place, dtype):
     for name, trained in TRAINED.items():
@@ -151,6 +156,7 @@ def test_every_plan_matches_float64(place, dtype):
             check(tensors, labels, trained, place.name)
 
 
+@pytest.mark.numerics
 def test_bf16_log_probs_are_those_of_unrounded_logits(place):
     tensors, labels = make((64,), 512, 4096, torch.bfloat16, place.device, ignored=0)
     truth = exact(tensors, labels)
@@ -162,6 +168,7 @@ def test_bf16_log_probs_are_those_of_unrounded_logits(place):
         assert (logps.double() - truth).abs().max() <= 2e-5
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("extras", ["bare", "both"])
 def test_rounded_logits_are_no_worse_than_pytorchs(place, dtype, extras):
@@ -185,6 +192,7 @@ def test_rounded_logits_are_no_worse_than_pytorchs(place, dtype, extras):
             assert rms(gradient, true_gradients[name]) <= 1.5 * rms(same_gradients[name], true_gradients[name]), name
 
 
+@pytest.mark.numerics
 def test_rounded_logits_are_rounded(place):
     # H = 1 with powers of two: every product is exact, and half of them do not fit bfloat16 once the bias is added
     weight = torch.randn(300, 1).bfloat16().to(place.device)
@@ -199,6 +207,7 @@ def test_rounded_logits_are_rounded(place):
     torch.testing.assert_close(got.double(), token_logps_ref(logits, labels), rtol=0, atol=1e-5)
 
 
+@pytest.mark.numerics
 @dtypes
 @pytest.mark.parametrize("probability", [0.95, 0.995, 0.9999])
 def test_confident_tokens_keep_their_gradient(place, probability, dtype):
@@ -278,6 +287,7 @@ def test_small_logits_keep_their_gradient(place, dtype):
     check(tensors, labels, backend=place.name)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("product", ["amx", "avx512_bf16", "none"])
 class TestProducts:
     """What forms the bf16 logits on a CPU."""
@@ -380,6 +390,7 @@ class TestProducts:
             close(other, results[0], atol=2**-6)
 
 
+@pytest.mark.numerics
 def test_products_agree():
     choose = getattr(_native._core, "set_linear_product", None)
     if choose is None:
@@ -487,6 +498,7 @@ def test_ignore_index(place, ignore_index, shift):
     close(got, run(exact, cast(tensors, torch.float64), labels, grad, **options), atol=3e-6)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
 @pytest.mark.parametrize("trained", ["score", "hidden", "all"])
 @pytest.mark.parametrize("capacity", [None, 40], ids=["exact", "capacity"])
@@ -753,6 +765,7 @@ def test_a_tied_embedding_gets_both_gradients():
 # ---- plans ----
 
 
+@pytest.mark.numerics
 @dtypes
 def test_every_plan_gives_the_same(place, dtype):
     tensors, labels = make((41,), 24, 203, dtype, place.device, bias=True, rank=4)

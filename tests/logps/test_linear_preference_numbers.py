@@ -56,6 +56,7 @@ def test_every_loss(loss, trained, budget):
     assert_same(run(batch, max_tile_bytes=budget, **options()), plain(batch, **options()))
 
 
+@pytest.mark.numerics
 @budgets
 @plans
 def test_every_plan(which, budget):
@@ -71,6 +72,7 @@ def test_every_plan(which, budget):
     )
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("reference", ["ref_hidden", "ref_token_logps", "ref_logps", "none"])
 @pytest.mark.parametrize("which", ["pair_resident", "unit", "recompute"])
 def test_every_form_of_the_reference(which, reference):
@@ -122,6 +124,7 @@ def test_a_reference_of_another_size_and_precision(which):
             torch.testing.assert_close(gradient.double(), true_gradients[name], rtol=1e-3, atol=2 * bound)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("which", ["pair_resident", "unit", "recompute", "frozen_weight-head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_backend(backend, dtype, which):
@@ -146,6 +149,7 @@ def test_every_backend(backend, dtype, which):
             torch.testing.assert_close(gradient.double() / size, true_gradients[name] / size, rtol=0, atol=rounding)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("which", ["pair_resident", "unit", "recompute", "frozen_weight-head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_precision(dtype, which):
@@ -165,6 +169,7 @@ def test_precision(dtype, which):
         assert_gradients_no_worse(gradients, same_gradients, true_gradients, dtype)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("which", ["pair_resident", "unit", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounded_logits_are_what_a_rounding_head_gives(dtype, which):

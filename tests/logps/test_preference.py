@@ -52,6 +52,7 @@ def references(ref_logits, labels, shift=True):
 # ---- against plain PyTorch ----
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("form", ["ref_logits", "ref_token_logps", "ref_logps"])
 @pytest.mark.parametrize("backend", [None, "reference", "triton"])
 def test_dpo_is_what_everyone_writes(backend, form):
@@ -76,6 +77,8 @@ def test_dpo_is_what_everyone_writes(backend, form):
     assert not any(t.requires_grad for t in (*out[1:-1], *filter(torch.is_tensor, out.stats)))
 
 
+@pytest.mark.sanitize
+@pytest.mark.numerics
 @pytest.mark.parametrize("form", ["ref_logits", "ref_token_logps", "ref_logps"])
 @pytest.mark.parametrize("loss", FUSED)
 def test_native_epilogue_is_the_torch_loss(loss, form):
@@ -107,6 +110,7 @@ FUSED_OPTIONS = [
 ]
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(("loss", "loss_options"), FUSED_OPTIONS, ids=[f"{n}-{'-'.join(o)}" for n, o in FUSED_OPTIONS])
 def test_options_reach_the_native_epilogue(loss, loss_options, monkeypatch):
     logits, labels, ref_logits, gap = make()
@@ -157,6 +161,7 @@ def test_every_loss_trains_through_the_kernels(loss):
     torch.testing.assert_close(gradient.double() / scale, z.grad / scale, rtol=0, atol=2e-5)
 
 
+@pytest.mark.numerics
 def test_equal_policy_and_reference_cost_ln_2():
     exact, labels, _, _ = make(tokens=300)
     for logits in (exact, exact.bfloat16(), exact.half()):
@@ -194,6 +199,7 @@ def pack(logits, labels, lengths):
     )
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("loss", ["rdpo", "ld_dpo", "ipo", "wpo"])
 @pytest.mark.parametrize("shift", [False, True])
@@ -302,6 +308,7 @@ def test_reductions(backend):
         torch.testing.assert_close(gradient, whole_gradient[rows], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_corners(backend):
     options = {"backend": backend, "stats": STATS}
@@ -469,6 +476,7 @@ def test_stats_and_trl_names():
     assert not {"entropy", "logits/chosen", "mean_token_accuracy"} & set(bare)
 
 
+@pytest.mark.numerics
 def test_inplace_backward():
     leaf, labels, ref_logits, gap = make()
     leaf.requires_grad_()
@@ -706,6 +714,7 @@ def test_two_ranks_equal_one(two_ranks):
             torch.testing.assert_close(gradient, parameter.grad)
 
 
+@pytest.mark.sanitize
 @settings(deadline=None, max_examples=40)
 @given(
     pairs=st.integers(0, 4),

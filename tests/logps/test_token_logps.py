@@ -71,6 +71,8 @@ def check(backend, shape, dtype, transform, spread=3.0):
     assert_no_worse(*(torch.where(target, 0.0, g) for g in gradients), dtype, "other gradients")
 
 
+@pytest.mark.sanitize
+@pytest.mark.numerics
 @dtypes
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -78,14 +80,24 @@ def test_matches_float64(backend, shape, dtype, transform):
     check(backend, shape, dtype, transform)
 
 
+@pytest.mark.sanitize
+@pytest.mark.numerics
 @dtypes
-@pytest.mark.parametrize("shape", BIG_SHAPES.values(), ids=BIG_SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(shape, id=name, marks=[pytest.mark.slow] * (name != "llama-3"))
+        for name, shape in BIG_SHAPES.items()
+    ],
+)
 def test_matches_float64_at_scale(backend, shape, dtype):
     if backend.name == "triton" and backend.device.type == "cpu" and shape[0] > 65535:
         pytest.skip("70,001 programs take minutes under the interpreter; the grid is one-dimensional by construction")
     check(backend, shape, dtype, {})
 
 
+@pytest.mark.sanitize
+@pytest.mark.numerics
 @dtypes
 def test_bf16_accuracy_goal(backend, dtype):
     logits, labels = make((4, 128256), dtype, backend.device)
@@ -93,6 +105,8 @@ def test_bf16_accuracy_goal(backend, dtype):
     assert (logps.double() - token_logps_ref(logits, labels)).abs().max() <= 1e-5
 
 
+@pytest.mark.sanitize
+@pytest.mark.numerics
 @pytest.mark.parametrize("probability", [0.95, 0.9999, 1 - 1e-7])
 def test_confident_tokens_keep_their_gradient(backend, probability):
     # two columns and a tail of 1000: the rest of the mass is spread, the target has `probability`
@@ -112,6 +126,7 @@ def test_confident_tokens_keep_their_gradient(backend, probability):
     torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-5, atol=0)
 
 
+@pytest.mark.sanitize
 def test_a_large_common_offset_cancels(backend):
     logits, labels = make((4, 1000), device=backend.device, ignored=0)
     logits = logits + 2.0**14  # exact sums: the fp32 grid there is 2^-9
@@ -123,6 +138,7 @@ def test_a_large_common_offset_cancels(backend):
     torch.testing.assert_close(gradient.double(), true_gradient, rtol=0, atol=1e-6)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("spread", [1e4, 1e30], ids=["1e4", "1e30"])
 def test_extreme_logits(backend, spread):
     if spread == 1e30 and backend.name == "reference":
@@ -130,6 +146,7 @@ def test_extreme_logits(backend, spread):
     check(backend, (40, 777), torch.float32, {}, spread)
 
 
+@pytest.mark.sanitize
 def test_rising_rows_are_read_again(backend):
     # every block towers 1000 nats above the one before: the running reference must move each time
     logits = torch.linspace(-4000, 4000, 9000, device=backend.device).repeat(3, 1)
@@ -142,6 +159,7 @@ def test_rising_rows_are_read_again(backend):
         torch.testing.assert_close(value, true_value, rtol=1e-5, atol=2e-4)
 
 
+@pytest.mark.sanitize
 @dtypes
 def test_masked_columns_have_no_probability_and_no_gradient(backend, dtype):
     logits, labels = make((4, 3000), dtype, backend.device, ignored=0)
@@ -164,6 +182,7 @@ def test_masked_columns_have_no_probability_and_no_gradient(backend, dtype):
         torch.testing.assert_close(getattr(values, name), getattr(kept_values, name), rtol=0, atol=1e-5)
 
 
+@pytest.mark.sanitize
 def test_rows_without_a_probability(backend):
     inf, nan = torch.inf, torch.nan
     logits = torch.randn(9, 300)
@@ -196,6 +215,8 @@ def test_rows_without_a_probability(backend):
         assert (value == expected).all()
 
 
+@pytest.mark.sanitize
+@pytest.mark.numerics
 def test_ignored_rows_are_not_read(backend):
     logits, labels = make((4, 5, 90), device=backend.device, ignored=0.5)
     labels[0, 0], labels[1, 1] = -100, 3
@@ -213,6 +234,7 @@ def test_ignored_rows_are_not_read(backend):
         assert value.isfinite().all()
 
 
+@pytest.mark.sanitize
 def test_all_ignored_is_a_differentiable_zero(backend):
     logits = torch.full((2, 3, 40), torch.nan, device=backend.device, requires_grad=True)
     logps = fastpref.token_logps(logits, torch.full((2, 3), 7).to(backend.device), ignore_index=7, backend=backend.name)
@@ -221,6 +243,7 @@ def test_all_ignored_is_a_differentiable_zero(backend):
     assert (logits.grad == 0).all()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("shape", [(0, 5), (0, 4, 5), (3, 0, 5)], ids=str)
 def test_empty_batch(backend, shape):
     logits = torch.empty(shape, device=backend.device, requires_grad=True)
@@ -232,6 +255,7 @@ def test_empty_batch(backend, shape):
     assert logits.grad.shape == shape
 
 
+@pytest.mark.sanitize
 def test_one_row(backend):
     logits, label = torch.randn(50, device=backend.device), torch.tensor(4, device=backend.device)
     logps = fastpref.token_logps(logits, label, backend=backend.name)
@@ -239,6 +263,7 @@ def test_one_row(backend):
     torch.testing.assert_close(logps.double(), token_logps_ref(logits, label), rtol=0, atol=1e-6)
 
 
+@pytest.mark.sanitize
 @dtypes
 @pytest.mark.parametrize("cap", [0.5, 5.0, 30.0])
 def test_a_softcapped_tie_is_a_hit(backend, dtype, cap):
@@ -249,6 +274,7 @@ def test_a_softcapped_tie_is_a_hit(backend, dtype, cap):
     assert (values.top1 == 1).all()
 
 
+@pytest.mark.sanitize
 @dtypes
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_stats(backend, dtype, transform):
@@ -293,6 +319,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.sanitize
 @dtypes
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts(backend, layout, dtype):
@@ -401,6 +428,7 @@ LABEL_LAYOUTS = {
 }
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("layout", LABEL_LAYOUTS.values(), ids=LABEL_LAYOUTS)
 def test_label_layouts(backend, layout):
     labels = layout(torch.randint(0, 8, (12, 7), device=backend.device))
@@ -414,6 +442,8 @@ def test_label_layouts(backend, layout):
 # ---- in place ----
 
 
+@pytest.mark.sanitize
+@pytest.mark.numerics
 def test_inplace_backward_is_the_same_gradient_in_the_logits_memory(backend):
     leaf, labels = make((3, 7, 130), device=backend.device)
     leaf.requires_grad_()
@@ -437,6 +467,7 @@ def test_inplace_backward_is_the_same_gradient_in_the_logits_memory(backend):
     torch.testing.assert_close(inplace, fresh, rtol=0, atol=0)
 
 
+@pytest.mark.sanitize
 def test_inplace_backward_protects_readers(backend):
     leaf, labels = make((3, 40), device=backend.device, ignored=0)
     leaf.requires_grad_()
@@ -525,6 +556,7 @@ def test_errors_say_what_came():
     message(ValueError, "shift=True needs labels of shape", logits[0, 0], labels[0, 0], shift=True)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("bad", [320, -1, -101, 2**40])
 def test_label_out_of_range(backend, bad):
     logits = torch.randn(4, 3, 320, device=backend.device)
@@ -615,6 +647,7 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(lambda x, t=transform: token_logps_ref(x, labels, **t), (logits,))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("layout", ["contiguous", "transposed-leading", "transposed-columns"])
 def test_opcheck(backend, layout):
     logits = torch.randn(4, 6, 81, device=backend.device)

@@ -10,6 +10,8 @@ import fastpref
 from fastpref._lowrank import ialm
 from fastpref._lowrank.batched_ialm import batched_ialm, is_small
 
+pytestmark = pytest.mark.sanitize
+
 FIELDS = ("U", "S", "Vh", "rank", "iterations", "residual", "gap", "converged", "dense_share", "median")
 
 
@@ -69,6 +71,8 @@ def made(m, n, rank, count, **options):
     return torch.stack([low for low, _ in parts]), torch.stack([data for _, data in parts])
 
 
+@pytest.mark.reference
+@pytest.mark.numerics
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("m", "n", "rank", "options"),
@@ -103,6 +107,7 @@ def test_recovers_as_the_reference_does(simd, m, n, rank, options, dtype):
 SHAPES = [(1, 1), (1, 9), (9, 1), (3, 5), (8, 7), (15, 16), (17, 16), (33, 20)]
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_certified_answers_minimise(simd, m, n, dtype):

@@ -6,6 +6,8 @@ from cases import corrupted, skew_corrupted
 
 from fastpref._lowrank.batched_rpca import batched_annealed
 
+pytestmark = pytest.mark.sanitize
+
 
 def low_rank(found):
     return found.left @ found.right.mT
@@ -16,6 +18,8 @@ def both(data, rank, **options):
     return [batched_annealed(data, rank, backend=backend, **options)[0] for backend in ("native", "reference")]
 
 
+@pytest.mark.reference
+@pytest.mark.numerics
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("m", "n", "rank"),

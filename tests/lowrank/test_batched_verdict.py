@@ -8,6 +8,8 @@ import fastpref
 from fastpref._lowrank.batched_verdict import batched_verdict
 from fastpref._lowrank.noise import MAD, OUTLIER
 
+pytestmark = pytest.mark.sanitize
+
 SHAPES = [(1, 1, 1), (3, 5, 2), (8, 32, 1), (31, 17, 3), (40, 64, 8), (90, 33, 10)]
 EXACT = ("rate", "worst", "row_rates", "column_rates")  # counts, divided in the same way
 
@@ -23,6 +25,7 @@ def fits(m, n, rank, dtype, missing=0.2, batch=4):
     return data, left, right, torch.tensor(zetas, dtype=torch.float64) / (OUTLIER * MAD)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("missing", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -75,7 +78,7 @@ def test_whatever_the_threads_and_the_neighbours(simd):
     assert all(torch.equal(whole, torch.cat(parts)) for whole, parts in zip(alone, zip(*one, strict=True), strict=True))
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", pytest.param("reference", marks=pytest.mark.reference)])
 def test_nothing(backend):
     for shape, rank in (((0, 4, 5), 2), ((3, 4, 5), 0)):
         batch, m, n = shape

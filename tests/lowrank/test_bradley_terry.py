@@ -10,6 +10,8 @@ import torch
 from fastpref import Edges, bradley_terry
 from fastpref._lowrank.bradley_terry import bradley_terry_dense
 
+pytestmark = pytest.mark.sanitize
+
 NAN = math.nan
 
 
@@ -44,6 +46,7 @@ def errors(result, w):
     return (result.scores.double() - w).norm(dim=-1) / w.norm(dim=-1)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     ("items", "corrupted", "kind", "observed"),
     [
@@ -84,6 +87,7 @@ def test_noise():
     assert ((result.info.scale > 0.07) & (result.info.scale < 0.2)).all()
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     ("items", "votes", "inverted", "bound"),
     [(64, 50, 0.0, 0.06), (64, 50, 0.2, 0.14), (64, 5, 0.1, 0.3), (256, 20, 0.2, 0.18), (256, 1, 0.1, 0.45)],
@@ -99,6 +103,7 @@ def test_recovers_inverted_votes(items, votes, inverted, bound):
         torch.testing.assert_close(errors(robust, w), errors(plain, w), rtol=0.25, atol=0)
 
 
+@pytest.mark.numerics
 def test_maximum_likelihood():
     """The score equations: expected wins equal wins."""
     _, wins = win_matrices(3, 17, 9, seed=3)
@@ -107,6 +112,7 @@ def test_maximum_likelihood():
     torch.testing.assert_close((s * (wins + wins.mT)).sum(-1), wins.sum(-1), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("items", [1, 2, 3, 5, 7, 8, 9, 16, 17, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_backends_agree(cpu_backend, items, dtype):
@@ -119,6 +125,7 @@ def test_backends_agree(cpu_backend, items, dtype):
     assert got.scores.dtype == dtype
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("robust", [True, False])
 @pytest.mark.parametrize("items", [2, 7, 16, 33])
 def test_backends_agree_on_votes(cpu_backend, items, robust):
@@ -138,7 +145,7 @@ def as_edges(m):
     return Edges(i, j, logits=m[i, j], num_items=len(m))
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", pytest.param("reference", marks=pytest.mark.reference)])
 def test_edges_agree_with_dense(backend):
     w, m = logit_matrices(1, 40, 0.2, observed=0.5, seed=2)
     dense = bradley_terry(m[0], outliers="pairs", stderr=True)
@@ -265,6 +272,7 @@ def test_large_dense_goes_by_edges():
         bradley_terry(wins=counts)
 
 
+@pytest.mark.slow
 def test_many_items():
     items, degree = 100_000, 8
     w = torch.randn(items, dtype=torch.float64)
@@ -291,6 +299,7 @@ def test_standard_errors_are_calibrated():
         assert 0.8 < ratio < 1.25
 
 
+@pytest.mark.numerics
 def test_no_maximum_likelihood():
     wins = torch.tensor([[0.0, 3, 3], [0, 0, 2], [0, 1, 0]])
     with pytest.warns(RuntimeWarning, match="do not exist"):

@@ -8,6 +8,7 @@ import fastpref
 from fastpref._lowrank.ialm import GAP, default_lambda, entries_lambda, ialm, rank_by_gap, spectral_norm_above
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     ("options", "bound"),
     [
@@ -73,6 +74,7 @@ def test_without_a_rank_only_a_closed_gap_is_converged():
 # ---- the parts of the program ----
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("corruption", ["entries", "rows", "columns"])
 def test_it_minimises_what_it_says(corruption):
     """No random step from L lowers |L|_* and what S pays."""

@@ -7,6 +7,8 @@ from cases import DTYPES
 from fastpref._lowrank.ialm_pass import State, dual_product, dual_sums, ialm_product, ialm_update, new_state, set_dual
 from fastpref._lowrank.storage import entries, factor_dtype
 
+pytestmark = pytest.mark.sanitize
+
 SHAPES = [(1, 1), (3, 5), (8, 32), (61, 77), (17, 33), (5, 1033), (131, 64)]
 LAM = 0.3
 
@@ -39,6 +41,7 @@ def agree(found, expected, dtype):
     )
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("missing", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -75,6 +78,7 @@ def test_matches_float64(cpu_backend, shape, dtype, missing):
     assert state.t.isfinite().all()
 
 
+@pytest.mark.reference
 def test_the_reference_is_the_iteration():
     """Against its formulas, one tensor for each."""
     state, wide = states(40, 30, torch.float64)

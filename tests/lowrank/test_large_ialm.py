@@ -14,6 +14,8 @@ from fastpref._lowrank.large_ialm import large_ialm
 from fastpref._lowrank.residual_pass import entries
 from fastpref._lowrank.rpca import RPCAResult
 
+pytestmark = pytest.mark.sanitize
+
 PROBLEMS = {
     "complete": {},
     "30 % corrupted": {"share": 0.3},
@@ -22,6 +24,7 @@ PROBLEMS = {
 }
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -46,7 +49,7 @@ def test_solves_as_torch_does(name, dtype, transposed):
         torch.testing.assert_close(found.residual, expected.residual, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", pytest.param("reference", marks=pytest.mark.reference)])
 def test_other_storage_is_read_as_it_lies(backend):
     _, data = corrupted(90, 80, 2, observed=0.9)
     step = float(data.nan_to_num(0.0).abs().max() / 127)

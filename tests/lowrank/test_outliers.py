@@ -7,6 +7,8 @@ from cases import DTYPES, LAYOUTS, make, zeta_in_a_gap
 from fastpref._lowrank.outliers import outlier_counts, outliers
 from fastpref._lowrank.storage import entries
 
+pytestmark = pytest.mark.sanitize
+
 SHAPES = [(61, 77), (1, 1), (3, 5), (17, 32), (5, 1033), (70, 33)]
 
 
@@ -15,6 +17,7 @@ def truth(matrix, left, right, threshold, scale):
     return residual, residual.abs() > threshold
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

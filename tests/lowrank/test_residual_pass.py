@@ -12,6 +12,8 @@ from fastpref import _library, _native, operators
 from fastpref._lowrank import residual_pass as op
 from fastpref._lowrank.residual_pass import BINS, PSI, histogram_median, residual_pass, residual_pass_ref
 
+pytestmark = pytest.mark.sanitize
+
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 SHAPES = {
     "one-entry": (1, 1),
@@ -100,6 +102,7 @@ def check(backend, matrix, left, right, psi="cauchy", structure="general", **opt
     return result
 
 
+@pytest.mark.numerics
 @dtypes
 @pytest.mark.parametrize("psi", PSI)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -108,6 +111,7 @@ def test_matches_float64(backend, shape, dtype, psi):
     check(backend, *make(*shape, 5, dtype, backend.device), psi=psi, scale=0.125 if dtype == torch.int8 else 0.75)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("rank", [0, 1, 2, 3, 4, 7, 10, 16, 33, 64, 70])
 def test_ranks(backend, rank):
     check(backend, *make(37, 150, rank, device=backend.device))
@@ -275,6 +279,7 @@ def test_extreme_ratios(backend, zeta):
         assert result.kept == truth.kept
 
 
+@pytest.mark.numerics
 def test_results_do_not_depend_on_threads(backend):
     if backend.name != "native" or backend.device.type != "cpu":
         pytest.skip("only the native CPU kernels choose their threads")
@@ -292,6 +297,7 @@ def test_results_do_not_depend_on_threads(backend):
             assert torch.equal(value, first)
 
 
+@pytest.mark.triton
 def test_triton_in_slabs_and_groups(backend, monkeypatch):
     if backend.name != "triton":
         pytest.skip("the other backends have none")
@@ -386,12 +392,14 @@ def test_refused(case):
         residual_pass(**arguments)
 
 
+@pytest.mark.triton
 def test_float64_is_refused_by_triton():
     matrix, left, right = make(4, 6, 2, torch.float64)
     with pytest.raises(TypeError, match=r"backend='triton' takes .* got torch\.float64"):
         residual_pass(matrix, left, right, backend="triton")
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("structure", ["general", "skew"])
 def test_opcheck(backend, structure):
     matrix, left, right = skew(20, 4, device=backend.device)
@@ -401,6 +409,7 @@ def test_opcheck(backend, structure):
         torch.library.opcheck(operators.residual_pass, args)
 
 
+@pytest.mark.compiled
 def test_compiles_without_graph_breaks():
     matrix, left, right = make(20, 30, 3)
 

@@ -31,6 +31,7 @@ CASES = {
 }
 
 
+@pytest.mark.numerics
 @QUIET
 @pytest.mark.parametrize("method", ["auto", "annealed"])
 @pytest.mark.parametrize("case", CASES)
@@ -79,6 +80,7 @@ def test_the_exact_outliers_come_back():
 # ---- batches ----
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     ("items", "rank", "share", "at_least"),
     [(32, 2, 0.1, 0.95), (64, 2, 0.1, 0.98), (32, 3, 0.05, 0.95), (64, 4, 0.1, 0.97)],

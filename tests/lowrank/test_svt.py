@@ -8,6 +8,8 @@ import fastpref
 from fastpref import _library, operators
 from fastpref._lowrank.svt import JACOBI_LANES, jacobi_is_faster, svt_ref
 
+pytestmark = pytest.mark.sanitize
+
 SHAPES = [(1, 1), (2, 2), (1, 7), (7, 1), (5, 5), (12, 7), (7, 12), (32, 32), (33, 33), (40, 64), (64, 40), (3, 100)]
 
 
@@ -45,6 +47,7 @@ def thresholded(matrix, threshold):
     return (u * (s - threshold[:, None]).clamp(min=0).unsqueeze(-2)) @ vh
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_float64(cpu_backend, shape):
     matrix = torch.randn(19, *shape)  # neither whole vectors nor less than one
@@ -68,6 +71,7 @@ def test_matches_float64(cpu_backend, shape):
         assert found.rank[5] == 0
 
 
+@pytest.mark.numerics
 @pytest.mark.skipif(np.finfo(np.longdouble).eps > 1e-18, reason="long double is no longer than double here")
 @pytest.mark.parametrize("shape", [(1, 1), (5, 5), (12, 7), (7, 12), (16, 16)], ids=str)
 def test_float64_matches_extended_precision(cpu_backend, shape):
