@@ -147,42 +147,47 @@ std::map<std::string, std::string> build_info() {
   };
 }
 
-}  // namespace
+using release = py::call_guard<py::gil_scoped_release>;
 
-PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
-  py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
+// CudaError becomes fastpref.CudaError. That class is Python's, so that it exists without a native core.
+void translate_exceptions() {
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> type;
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const CudaError& cuda) {
+      type.call_once_and_store_result([] { return py::module_::import("fastpref.errors").attr("CudaError"); });
+      py::set_error(type.get_stored(), cuda.what());
+    }
+  });
+}
 
+void bind_token_logps(py::module_& m) {
   py::class_<LogitRows>(m, "LogitRows").def(py::init(&logit_rows));
   py::class_<LogitTransform>(m, "LogitTransform").def(py::init([](double multiplier, double tanh_scale) {
     return LogitTransform{multiplier, static_cast<float>(tanh_scale)};
   }));
+  py::class_<TokenLogpsForward>(m, "TokenLogpsForward").def(py::init(&forward_args));
+  py::class_<TokenLogpsBackward>(m, "TokenLogpsBackward").def(py::init(&backward_args));
+  m.def("token_logps_fwd_cpu", &token_logps_fwd_cpu, release());
+  m.def("token_logps_bwd_cpu", &token_logps_bwd_cpu, release());
+#ifdef FASTPREF_WITH_CUDA
+  m.def(
+      "token_logps_fwd_cuda",
+      [](const TokenLogpsForward& args, uintptr_t stream) { token_logps_fwd_cuda(args, pointer<void>(stream)); },
+      release());
+  m.def(
+      "token_logps_bwd_cuda",
+      [](const TokenLogpsBackward& args, uintptr_t stream) { token_logps_bwd_cuda(args, pointer<void>(stream)); },
+      release());
+#endif
+}
+
+void bind_preference(py::module_& m) {
   py::class_<LogisticFamily>(m, "LogisticFamily")
       .def(py::init([](double beta, double a, double b, double c, double m0, double m1, double offset, bool drop) {
         return LogisticFamily{beta, a, b, c, m0, m1, offset, drop};
       }));
-  py::class_<TokenLogpsForward>(m, "TokenLogpsForward").def(py::init(&forward_args));
-  py::class_<TokenLogpsBackward>(m, "TokenLogpsBackward").def(py::init(&backward_args));
-  py::class_<LinearProjection>(m, "LinearProjection").def(py::init(&linear_projection));
-  py::class_<ResidualPass>(m, "ResidualPass").def(py::init(&residual_pass_args));
-  py::class_<IalmPass>(m, "IalmPass")
-      .def(py::init(&ialm_pass_args))
-      .def("set_factors",
-           [](IalmPass& args, uintptr_t row_factors, uintptr_t column_factors, int64_t rank, int64_t width) {
-             args.row_factors = pointer<const void>(row_factors),
-             args.column_factors = pointer<const void>(column_factors);
-             args.rank = rank, args.width = width;
-           })
-      .def("set_penalty", [](IalmPass& args, double mu, double mu_before) { args.mu = mu, args.mu_before = mu_before; })
-      .def("set_value",
-           [](IalmPass& args, double from_data, double from_sparse, double from_dual, double from_missing) {
-             args.from_data = from_data, args.from_sparse = from_sparse;
-             args.from_dual = from_dual, args.from_missing = from_missing;
-           });
-  py::class_<Outliers>(m, "Outliers").def(py::init(&outliers_args));
-
-  using release = py::call_guard<py::gil_scoped_release>;
-  m.def("token_logps_fwd_cpu", &token_logps_fwd_cpu, release());
-  m.def("token_logps_bwd_cpu", &token_logps_bwd_cpu, release());
   m.def(
       "preference_fwd_cpu",
       [](const TokenLogpsForward& policy, const TokenLogpsForward* reference, uintptr_t ref_token_logps,
@@ -206,6 +211,11 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
                            threads);
       },
       release());
+}
+
+void bind_linear_logps(py::module_& m) {
+  py::class_<LinearProjection>(m, "LinearProjection").def(py::init(&linear_projection));
+  m.def("linear_logps_workspace", &linear_logps_workspace);
   m.def(
       "linear_logps_fwd_cpu",
       [](const LinearProjection& projection, const LogitTransform& transform, uintptr_t labels, int64_t ignore_index,
@@ -217,6 +227,118 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
             threads);
       },
       release());
+  m.def(
+      "linear_logps_bwd_cpu",
+      [](uintptr_t tile, bool tile_is_bf16, int64_t tile_stride, int64_t rows, int64_t vocab,
+         const LogitTransform& transform, uintptr_t labels, int64_t ignore_index, uintptr_t logps, uintptr_t lse,
+         uintptr_t grad, int threads) {
+        linear_logps_bwd_cpu(
+            {pointer<void>(tile), tile_is_bf16, tile_stride, rows, vocab, transform, pointer<const int64_t>(labels),
+             ignore_index, pointer<const float>(logps), pointer<const float>(lse), pointer<const float>(grad)},
+            threads);
+      },
+      release());
+  m.def(
+      "linear_logps_weight_grad_cpu",
+      [](uintptr_t dz, int64_t tile_stride, int64_t rows, int64_t vocab, uintptr_t hidden, int64_t hidden_size,
+         uintptr_t acc, bool accumulate, uintptr_t workspace, int threads) {
+        linear_logps_weight_grad_cpu(pointer<const bf16>(dz), tile_stride, rows, vocab, pointer<const bf16>(hidden),
+                                     hidden_size, pointer<float>(acc), accumulate, pointer<void>(workspace), threads);
+      },
+      release());
+  m.def("linear_logps_weight_grad_workspace", &linear_logps_weight_grad_workspace);
+  m.def(
+      "linear_logps_hidden_grad_cpu",
+      [](uintptr_t dz, int64_t tile_stride, int64_t rows, int64_t vocab, uintptr_t weight, int64_t weight_stride,
+         int64_t hidden_size, uintptr_t out, uintptr_t workspace, int threads) {
+        linear_logps_hidden_grad_cpu(pointer<const bf16>(dz), tile_stride, rows, vocab, pointer<const bf16>(weight),
+                                     weight_stride, hidden_size, pointer<bf16>(out), pointer<void>(workspace), threads);
+      },
+      release());
+  m.def("linear_logps_hidden_grad_workspace", &linear_logps_hidden_grad_workspace);
+  m.def("linear_logps_product", &linear_logps_product);
+  m.def("set_linear_product", [](const std::string& name) { set_linear_product(name.c_str()); });
+}
+
+void bind_residual_pass(py::module_& m) {
+  py::class_<ResidualPass>(m, "ResidualPass").def(py::init(&residual_pass_args));
+  m.def("residual_pass_workspace", &residual_pass_workspace);
+  m.def(
+      "residual_pass_cpu",
+      [](ResidualPass args, uintptr_t workspace, int threads) {
+        args.workspace = pointer<void>(workspace);
+        residual_pass_cpu(args, threads);
+      },
+      release());
+}
+
+void bind_ialm_pass(py::module_& m) {
+  py::class_<IalmPass>(m, "IalmPass")
+      .def(py::init(&ialm_pass_args))
+      .def("set_factors",
+           [](IalmPass& args, uintptr_t row_factors, uintptr_t column_factors, int64_t rank, int64_t width) {
+             args.row_factors = pointer<const void>(row_factors),
+             args.column_factors = pointer<const void>(column_factors);
+             args.rank = rank, args.width = width;
+           })
+      .def("set_penalty", [](IalmPass& args, double mu, double mu_before) { args.mu = mu, args.mu_before = mu_before; })
+      .def("set_value",
+           [](IalmPass& args, double from_data, double from_sparse, double from_dual, double from_missing) {
+             args.from_data = from_data, args.from_sparse = from_sparse;
+             args.from_dual = from_dual, args.from_missing = from_missing;
+           });
+  m.attr("ialm_rows") = ialm_rows;
+  m.attr("ialm_columns") = ialm_columns;
+  m.def("ialm_workspace", &ialm_workspace);
+  for (const auto& [name, pass] :
+       {std::pair{"ialm_update_cpu", &ialm_update_cpu}, std::pair{"ialm_rows_cpu", &ialm_rows_cpu},
+        std::pair{"ialm_columns_cpu", &ialm_columns_cpu}})
+    m.def(
+        name,
+        [pass = pass](IalmPass args, uintptr_t products, uintptr_t sums, uintptr_t workspace, int threads) {
+          args.products = pointer<void>(products), args.sums = pointer<double>(sums);
+          args.workspace = pointer<void>(workspace);
+          pass(args, threads);
+        },
+        release());
+}
+
+void bind_outliers(py::module_& m) {
+  py::class_<Outliers>(m, "Outliers").def(py::init(&outliers_args));
+  m.attr("outliers_padding") = outliers_padding;
+  m.def(
+      "outliers_count_cpu",
+      [](Outliers args, uintptr_t far, uintptr_t observed, uintptr_t by_column, uintptr_t rest, int threads) {
+        args.far = pointer<int64_t>(far), args.observed = pointer<int64_t>(observed);
+        args.by_column = pointer<void>(by_column), args.rest = pointer<double>(rest);
+        outliers_count_cpu(args, threads);
+      },
+      release());
+  m.def(
+      "outliers_list_cpu",
+      [](Outliers args, uintptr_t first, uintptr_t out_rows, uintptr_t out_columns, uintptr_t values, int threads) {
+        args.first = pointer<const int64_t>(first);
+        args.out_rows = pointer<int64_t>(out_rows), args.out_columns = pointer<int64_t>(out_columns);
+        args.values = pointer<void>(values);
+        outliers_list_cpu(args, threads);
+      },
+      release());
+}
+
+void bind_svt(py::module_& m) {
+  m.def(
+      "svt_cpu",
+      [](uintptr_t matrix, uintptr_t threshold, bool is_double, int64_t batch, int64_t rows, int64_t columns,
+         uintptr_t low_rank, uintptr_t rank, uintptr_t workspace, int threads) {
+        svt_cpu({pointer<const void>(matrix), pointer<const void>(threshold), is_double, batch, rows, columns,
+                 pointer<void>(low_rank), pointer<int64_t>(rank), pointer<void>(workspace)},
+                threads);
+      },
+      release());
+  m.def("svt_workspace", &svt_workspace);
+}
+
+void bind_bradley_terry(py::module_& m) {
   m.def("bradley_terry_workspace", &bradley_terry_workspace);
   m.def(
       "bradley_terry_dense_cpu",
@@ -253,36 +375,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
              threads});
       },
       release());
-  m.def("linear_logps_workspace", &linear_logps_workspace);
-  m.def(
-      "linear_logps_bwd_cpu",
-      [](uintptr_t tile, bool tile_is_bf16, int64_t tile_stride, int64_t rows, int64_t vocab,
-         const LogitTransform& transform, uintptr_t labels, int64_t ignore_index, uintptr_t logps, uintptr_t lse,
-         uintptr_t grad, int threads) {
-        linear_logps_bwd_cpu(
-            {pointer<void>(tile), tile_is_bf16, tile_stride, rows, vocab, transform, pointer<const int64_t>(labels),
-             ignore_index, pointer<const float>(logps), pointer<const float>(lse), pointer<const float>(grad)},
-            threads);
-      },
-      release());
-  m.def(
-      "linear_logps_weight_grad_cpu",
-      [](uintptr_t dz, int64_t tile_stride, int64_t rows, int64_t vocab, uintptr_t hidden, int64_t hidden_size,
-         uintptr_t acc, bool accumulate, uintptr_t workspace, int threads) {
-        linear_logps_weight_grad_cpu(pointer<const bf16>(dz), tile_stride, rows, vocab, pointer<const bf16>(hidden),
-                                     hidden_size, pointer<float>(acc), accumulate, pointer<void>(workspace), threads);
-      },
-      release());
-  m.def("linear_logps_weight_grad_workspace", &linear_logps_weight_grad_workspace);
-  m.def(
-      "linear_logps_hidden_grad_cpu",
-      [](uintptr_t dz, int64_t tile_stride, int64_t rows, int64_t vocab, uintptr_t weight, int64_t weight_stride,
-         int64_t hidden_size, uintptr_t out, uintptr_t workspace, int threads) {
-        linear_logps_hidden_grad_cpu(pointer<const bf16>(dz), tile_stride, rows, vocab, pointer<const bf16>(weight),
-                                     weight_stride, hidden_size, pointer<bf16>(out), pointer<void>(workspace), threads);
-      },
-      release());
-  m.def("linear_logps_hidden_grad_workspace", &linear_logps_hidden_grad_workspace);
+}
+
+void bind_batched_rpca(py::module_& m) {
   m.def(
       "batched_rpca_cpu",
       [](uintptr_t data, bool is_double, bool skew, bool warm, int attempt, int64_t batch, int64_t rows,
@@ -296,6 +391,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       },
       release());
   m.def("batched_rpca_workspace", &batched_rpca_workspace);
+}
+
+void bind_batched_verdict(py::module_& m) {
   m.def(
       "batched_verdict_cpu",
       [](uintptr_t data, bool is_double, int64_t batch, int64_t rows, int64_t columns, int64_t rank, uintptr_t left,
@@ -310,6 +408,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       },
       release());
   m.def("batched_verdict_workspace", &batched_verdict_workspace);
+}
+
+void bind_batched_ialm(py::module_& m) {
   m.def(
       "batched_ialm_cpu",
       [](uintptr_t data, bool is_double, int64_t batch, int64_t rows, int64_t columns, uintptr_t lam, double tol,
@@ -325,70 +426,25 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       },
       release());
   m.def("batched_ialm_workspace", &batched_ialm_workspace);
-  m.def(
-      "svt_cpu",
-      [](uintptr_t matrix, uintptr_t threshold, bool is_double, int64_t batch, int64_t rows, int64_t columns,
-         uintptr_t low_rank, uintptr_t rank, uintptr_t workspace, int threads) {
-        svt_cpu({pointer<const void>(matrix), pointer<const void>(threshold), is_double, batch, rows, columns,
-                 pointer<void>(low_rank), pointer<int64_t>(rank), pointer<void>(workspace)},
-                threads);
-      },
-      release());
-  m.def("svt_workspace", &svt_workspace);
-  m.def("residual_pass_workspace", &residual_pass_workspace);
-  m.def(
-      "residual_pass_cpu",
-      [](ResidualPass args, uintptr_t workspace, int threads) {
-        args.workspace = pointer<void>(workspace);
-        residual_pass_cpu(args, threads);
-      },
-      release());
-  m.attr("ialm_rows") = ialm_rows;
-  m.attr("ialm_columns") = ialm_columns;
-  m.def("ialm_workspace", &ialm_workspace);
-  for (const auto& [name, pass] :
-       {std::pair{"ialm_update_cpu", &ialm_update_cpu}, std::pair{"ialm_rows_cpu", &ialm_rows_cpu},
-        std::pair{"ialm_columns_cpu", &ialm_columns_cpu}})
-    m.def(
-        name,
-        [pass = pass](IalmPass args, uintptr_t products, uintptr_t sums, uintptr_t workspace, int threads) {
-          args.products = pointer<void>(products), args.sums = pointer<double>(sums);
-          args.workspace = pointer<void>(workspace);
-          pass(args, threads);
-        },
-        release());
-  m.attr("outliers_padding") = outliers_padding;
-  m.def(
-      "outliers_count_cpu",
-      [](Outliers args, uintptr_t far, uintptr_t observed, uintptr_t by_column, uintptr_t rest, int threads) {
-        args.far = pointer<int64_t>(far), args.observed = pointer<int64_t>(observed);
-        args.by_column = pointer<void>(by_column), args.rest = pointer<double>(rest);
-        outliers_count_cpu(args, threads);
-      },
-      release());
-  m.def(
-      "outliers_list_cpu",
-      [](Outliers args, uintptr_t first, uintptr_t out_rows, uintptr_t out_columns, uintptr_t values, int threads) {
-        args.first = pointer<const int64_t>(first);
-        args.out_rows = pointer<int64_t>(out_rows), args.out_columns = pointer<int64_t>(out_columns);
-        args.values = pointer<void>(values);
-        outliers_list_cpu(args, threads);
-      },
-      release());
-#ifdef FASTPREF_WITH_CUDA
-  m.def(
-      "token_logps_fwd_cuda",
-      [](const TokenLogpsForward& args, uintptr_t stream) { token_logps_fwd_cuda(args, pointer<void>(stream)); },
-      release());
-  m.def(
-      "token_logps_bwd_cuda",
-      [](const TokenLogpsBackward& args, uintptr_t stream) { token_logps_bwd_cuda(args, pointer<void>(stream)); },
-      release());
-#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  translate_exceptions();
+  bind_token_logps(m);
+  bind_preference(m);
+  bind_linear_logps(m);
+  bind_residual_pass(m);
+  bind_ialm_pass(m);
+  bind_outliers(m);
+  bind_svt(m);
+  bind_bradley_terry(m);
+  bind_batched_rpca(m);
+  bind_batched_verdict(m);
+  bind_batched_ialm(m);
   m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) { advise_huge_pages(pointer<void>(data), bytes); });
   m.def("simd_level", [] { return simd_level_name(simd_level()); });
   m.def("set_simd_level", [](const std::string& level) { set_simd_level(level.c_str()); });
-  m.def("linear_logps_product", &linear_logps_product);
-  m.def("set_linear_product", [](const std::string& name) { set_linear_product(name.c_str()); });
   m.def("build_info", &build_info);
 }

@@ -43,7 +43,7 @@ struct BradleyTerryDense {
   int64_t batch, items;
   BradleyTerryOptions options;
   BradleyTerryOutputs out;  // of the first matrix; the others follow
-  void* workspace;          // [slots, bradley_terry_workspace(items, is_double)] bytes, 64-byte aligned
+  void* workspace;          // [slots, bradley_terry_workspace(items, is_double)] bytes
   int64_t slots;
 };
 

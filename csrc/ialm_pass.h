@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "residual_pass.h"
+#include "dtype.h"
 
 namespace fastpref {
 
@@ -26,7 +26,7 @@ struct IalmPass {      // F: double for a double matrix, else float
   void* products;  // F [rows, width]; of columns() F [columns, width]
   double* sums;  // [4] of observed entries. Update: (Y - Y before)^2; (T - Y) / mu less the same before, squared, where
                  // missing (L - L before)^2; Y^2. Else: |T - Y|; how many are not 0; Y D; the largest |Y|
-  void* workspace;  // ialm_workspace bytes, 64-byte aligned
+  void* workspace;  // ialm_workspace bytes
 };
 
 constexpr int64_t ialm_rows = 8, ialm_columns = 32;

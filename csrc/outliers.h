@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "residual_pass.h"
+#include "dtype.h"
 
 namespace fastpref {
 

@@ -7,6 +7,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/arith.h"
+
 #if defined(__linux__)
 #include <dlfcn.h>
 #include <link.h>
@@ -25,7 +27,7 @@ struct OpenMp {
   std::string name = "std::thread";
 };
 
-const OpenMp& openmp() {
+const OpenMp& loaded_openmp() {
   static const OpenMp runtime = [] {
     OpenMp found;
 #if defined(__linux__)
@@ -73,16 +75,17 @@ struct Loop {
 
 }  // namespace
 
-const char* parallel_runtime() { return openmp().name.c_str(); }
+const char* parallel_runtime() { return loaded_openmp().name.c_str(); }
 
 void parallel_for(int64_t count, int64_t chunk, int threads, RangeBody body, const void* context) {
   if (count <= 0) return;
-  const int64_t chunks = (count + chunk - 1) / chunk;
+  const int64_t chunks = divide_up(count, chunk);
   if (threads > chunks) threads = static_cast<int>(chunks);
   Loop loop{body, context, count, chunk, {}};
   if (threads <= 1 || forked_child) return loop.run();
-  if (openmp().parallel)
-    return openmp().parallel([](void* l) { static_cast<Loop*>(l)->run(); }, &loop, static_cast<unsigned>(threads), 0);
+  if (loaded_openmp().parallel)
+    return loaded_openmp().parallel([](void* l) { static_cast<Loop*>(l)->run(); }, &loop,
+                                    static_cast<unsigned>(threads), 0);
   std::vector<std::thread> pool;
   try {
     for (int i = 1; i < threads; i++) pool.emplace_back([&loop] { loop.run(); });

@@ -8,9 +8,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace fastpref {
 
-enum class MatrixDType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, i8 = 4 };
 enum class Psi : int { hard = 0, soft = 1, cauchy = 2, identity = 3 };
 
 constexpr int histogram_bins = 8160;  // of the upper 14 bits of |R| as float
@@ -34,7 +35,7 @@ struct ResidualPass {  // F: double for a double matrix, else float
   double* sums;                          // [3]: of E^2; the largest |R| <= zeta; the largest |R|, inf where a
                                          // factor is not finite
   int64_t* counts;                       // [2 + histogram_bins]: observed; |R| <= zeta; histogram of |R|
-  void* workspace;                       // residual_pass_workspace bytes, 64-byte aligned
+  void* workspace;                       // residual_pass_workspace bytes
 };
 
 // Of a pass with these sizes and dtype, and weights and squares where these have them; reads no memory.

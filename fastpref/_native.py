@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from fastpref.errors import CudaError as CudaError
+
 try:
     from fastpref import _core
 
@@ -13,14 +15,6 @@ except ImportError as error:
     _missing = str(error)
     if os.environ.get("FASTPREF_EXPECT_NATIVE") == "1":
         raise
-
-if _core is None:
-
-    class CudaError(RuntimeError):
-        """A CUDA call of the native core failed."""
-else:
-    CudaError = _core.CudaError
-    CudaError.__module__ = "fastpref"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/dtype.h
 HUGE_OUTPUT_BYTES = 4 << 20

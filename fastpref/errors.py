@@ -3,3 +3,9 @@
 
 class InputError(ValueError):
     """Something the user can mend; the command line prints its message as one line and exits with code 2."""
+
+
+class CudaError(RuntimeError):
+    """A CUDA call of the native core failed."""
+
+    __module__ = "fastpref"

@@ -4,8 +4,9 @@
 // rotations' dot products.
 #include "batched_ialm.h"
 
-#include "dispatch.h"
+#include "batch.h"
 #include "jacobi.h"
+#include "order_statistic.h"
 
 namespace fastpref {
 
@@ -46,26 +47,19 @@ struct Solver {
   T *dots, *first, *second, *cosine, *sine;
   int32_t* order;
 
-  static int64_t padded(int64_t count) { return (count + n - 1) / n * n; }
-
-  Solver(const BatchedIalm& args, char* memory)
+  Solver(const BatchedIalm& args, Workspace& workspace, int64_t lanes)
       : args(args),
         wide(args.columns > args.rows),
         rows(wide ? args.columns : args.rows),
         columns(wide ? args.rows : args.columns),
-        stride(padded(columns)) {
-    const auto take = [&](int64_t count) {
-      char* at = memory;
-      memory += (count * sizeof(T) + 63) / 64 * 64;
-      return reinterpret_cast<T*>(at);
-    };
+        stride(round_up(columns, lanes)) {
     T** const matrices[] = {&data, &dual, &a, &left, &other, &low};
     T** const squares_of[] = {&basis, &right, &sorted, &saved, &turn, &core, &gram, &half, &products};
     T** const lines[] = {&squares, &sigma, &excess, &dots, &first, &second, &cosine, &sine};
-    for (T** matrix : matrices) *matrix = take(rows * stride);
-    for (T** square : squares_of) *square = take(columns * stride);
-    for (T** line : lines) *line = take(2 * stride);
-    order = reinterpret_cast<int32_t*>(take(2 * stride));
+    for (T** matrix : matrices) *matrix = workspace.take<T>(rows * stride);
+    for (T** square : squares_of) *square = workspace.take<T>(columns * stride);
+    for (T** line : lines) *line = workspace.take<T>(2 * stride);
+    order = workspace.take<int32_t>(2 * stride);
   }
 
   int64_t observed = 0, k = 0, width = 0;   // width: k in whole vectors
@@ -187,7 +181,7 @@ struct Solver {
     for (int64_t c = 0; c < k; c++) turn[c * width + c] = 1;
     const int64_t players = k + k % 2, pairs = players / 2;
     for (int64_t c = 0; c < players; c++) order[c] = static_cast<int32_t>(c);
-    for (int64_t i = pairs; i < padded(pairs); i++) dots[i] = first[i] = second[i] = 0;
+    for (int64_t i = pairs; i < round_up(pairs, n); i++) dots[i] = first[i] = second[i] = 0;
     for (int sweep = 0; sweep < sweeps; sweep++) {
       T top = 0;
       for (int64_t c = 0; c < k; c++) {
@@ -245,7 +239,7 @@ struct Solver {
   // A step of subspace iteration on `matrix` [rows, stride]: sigma, descending, the rows of right as their vectors, and
   // core such that left core are those of the other side.
   void subspace(const T* matrix, T threshold) {
-    width = padded(k);
+    width = round_up(k, n);
     for (int64_t c = 0; c < k; c++)
       for (int64_t j = 0; j < columns; j++) basis[j * width + c] = right[c * stride + j];
     for (int64_t c = k; c < width; c++)
@@ -317,8 +311,7 @@ struct Solver {
 
   // after an iteration, a holding D - S + ratio Y / mu
   double duality_gap(double lam, double nuclear, double ratio) {
-    double sum = 0, inner = 0;
-    T most = 0;
+    double sum = 0, inner = 0, most = 0;
     for (int64_t i = 0; i < rows; i++) {
       Vt s1{}, s2{}, top{};
       for (int64_t j = i * stride; j < (i + 1) * stride; j += n) {
@@ -332,7 +325,7 @@ struct Solver {
       }
       sum += sum_of<T>(s1);
       inner += sum_of<T>(s2);
-      for (int u = 0; u < n; u++) most = top[u] > most ? top[u] : most;
+      most = larger(most, max_of<T>(top));
     }
     const double size = larger(larger(dual_norm_above(), most / lam), 1e-300);
     return 1 - inner / size / larger(nuclear + lam * sum, 1e-300);
@@ -358,12 +351,8 @@ struct Solver {
         present -= size == size;
       }
     }
-    observed = -rows * (stride - columns);
-    largest = 0;
-    for (int u = 0; u < n; u++) {
-      observed += present[u];
-      largest = larger(largest, top[u]);
-    }
+    observed = count_of<T>(present) - rows * (stride - columns);
+    largest = max_of<T>(top);
     const int exponent = largest > 0 ? __builtin_ilogb(largest) : 0;
     scale = __builtin_ldexp(1.0, exponent);
     largest /= scale;
@@ -417,87 +406,113 @@ struct Solver {
     return step;
   }
 
+  struct Outcome {
+    int64_t rank = 0, iterations = 0;
+    double residual = 0, gap = __builtin_nan(""), dense_share = 0;
+    bool converged = false;
+  };
+
+  // Y / mu from a, and the first A
+  void start_dual(double size, double mu) {
+    const T share = static_cast<T>(1 / size / mu);
+    for (int64_t j = 0; j < rows * stride; j += n) {
+      const Vt known = load_at(a + j), y = known * share;
+      store_at(dual + j, y);
+      store_at(a + j, known + y);
+    }
+  }
+
+  // The left factor of L = A with its singular values lowered by `threshold`; their sum, and the rank
+  double shrink_spectrum(double threshold, int64_t& rank) {
+    double nuclear = 0;
+    for (rank = 0; rank < k && sigma[rank] > static_cast<T>(threshold); rank++) {
+      excess[rank] = static_cast<T>(sigma[rank] - threshold);
+      nuclear += excess[rank];
+    }
+    for (int64_t c = 0; c < k; c++)
+      for (int64_t r = 0; r < k; r++) core[c * width + r] = r < rank ? core[c * width + r] * excess[r] : T(0);
+    product(left, width, 1, rows, k, core, width, low, width, round_up(rank, n));
+    return nuclear;
+  }
+
+  void change_ratio(double change) {  // of Y / mu in a
+    const T correction = static_cast<T>(change);
+    for (int64_t j = 0; j < rows * stride; j += n) store_at(a + j, load_at(a + j) + load_at(dual + j) * correction);
+  }
+
+  void follow_rank(int64_t rank) {  // a few directions more than are used
+    const int64_t more = rank < k - extra || columns < 40 ? 1 : columns / 20;
+    const int64_t wanted = smaller(rank + more + extra, columns);
+    for (; k < wanted; k++) draw_row(right + k * stride);
+    k = wanted;
+  }
+
+  double dense_share(double threshold) const {  // an entry of S is not zero where Y is at its bound
+    I at_bound{};
+    for (int64_t j = 0; j < rows * stride; j += n)
+      at_bound -= abs_of<T>(load_at(dual + j)) == static_cast<T>(threshold);
+    return double(count_of<T>(at_bound)) / double(observed);
+  }
+
+  Outcome iterate(double lam) {
+    Outcome found;
+    state = 1;
+    k = smaller(columns, first_directions);
+    for (int64_t c = 0; c < k; c++) draw_row(right + c * stride);
+    for (int round = 0; round < norm_rounds; round++) subspace(a, static_cast<T>(norm));
+    const double spectral = sigma[0], start = first_mu / spectral, top = top_mu * start;
+    double mu = start, ratio = 1, threshold = 0;
+    bool balanced = observed < rows * columns;
+    int64_t steps = 1, next_look = 0;
+    start_dual(larger(spectral, largest / lam), mu);
+    while (found.iterations < args.max_iter) {
+      found.iterations++;
+      const double inverse_mu = 1 / mu;
+      for (int64_t step = 0; step < steps; step++) subspace(a, static_cast<T>(inverse_mu));
+      const double nuclear = shrink_spectrum(inverse_mu, found.rank);
+      threshold = lam * inverse_mu;
+      const double raised = smaller(rho * mu, top);
+      const Step step = shrink(found.rank, threshold, ratio, mu / raised);
+      const double residual = found.residual = __builtin_sqrt(step.moved) / norm;
+      const double change = __builtin_sqrt(step.changed / larger(step.size, 1e-300));
+      double after = balanced && residual < balance * change ? mu : raised;
+      if (residual < args.tol && found.iterations >= next_look && (!balanced || change < settled)) {
+        found.gap = duality_gap(lam, nuclear, mu / raised);
+        found.converged = found.gap <= closed;
+        if (found.converged) break;
+        if (balanced)
+          steps++;
+        else
+          after = mu * larger(smaller(residual / larger(balance * change, 1e-300), least_lowered), most_lowered);
+        balanced = true;
+        next_look = found.iterations + pause;
+      }
+      ratio = mu / after;
+      if (after != raised) change_ratio(ratio - mu / raised);
+      mu = after;
+      follow_rank(found.rank);
+    }
+    found.dense_share = dense_share(threshold);
+    int64_t certain = 0;  // singular values of rounding's size are none
+    while (certain < found.rank && excess[certain] > faint * args.tol * excess[0]) certain++;
+    found.rank = certain;
+    return found;
+  }
+
   void run(int64_t b) {
     read(b);
-    const double lam = args.lam[b];
-    const int64_t directions = columns < first_directions ? columns : first_directions;
-    int64_t iterations = 0, rank = 0;
-    double residual = 0, gap = __builtin_nan(""), share = 0;
-    bool converged = observed > 0 && norm == 0;
-    if (norm > 0) {
-      state = 1;
-      k = directions;
-      for (int64_t c = 0; c < k; c++) draw_row(right + c * stride);
-      for (int round = 0; round < norm_rounds; round++) subspace(a, static_cast<T>(norm));
-      const double spectral = sigma[0], start = first_mu / spectral, top = top_mu * start;
-      double mu = start, ratio = 1, threshold = 0;
-      bool balanced = observed < rows * columns;
-      int64_t steps = 1, next_look = 0;
-      const T dual_scale = static_cast<T>(1 / larger(spectral, largest / lam) / mu);
-      for (int64_t j = 0; j < rows * stride; j += n) {
-        const Vt known = load_at(a + j), y = known * dual_scale;
-        store_at(dual + j, y);
-        store_at(a + j, known + y);
-      }
-      while (iterations < args.max_iter) {
-        iterations++;
-        const double inverse_mu = 1 / mu;
-        for (int64_t step = 0; step < steps; step++) subspace(a, static_cast<T>(inverse_mu));
-        double nuclear = 0;
-        for (rank = 0; rank < k && sigma[rank] > static_cast<T>(inverse_mu); rank++) {
-          excess[rank] = static_cast<T>(sigma[rank] - inverse_mu);
-          nuclear += excess[rank];
-        }
-        for (int64_t c = 0; c < k; c++)
-          for (int64_t r = 0; r < k; r++) core[c * width + r] = r < rank ? core[c * width + r] * excess[r] : T(0);
-        product(left, width, 1, rows, k, core, width, low, width, padded(rank));
-        threshold = lam * inverse_mu;
-        const double raised = smaller(rho * mu, top);
-        const Step step = shrink(rank, threshold, ratio, mu / raised);
-        residual = __builtin_sqrt(step.moved) / norm;
-        const double change = __builtin_sqrt(step.changed / larger(step.size, 1e-300));
-        double after = balanced && residual < balance * change ? mu : raised;
-        if (residual < args.tol && iterations >= next_look && (!balanced || change < settled)) {
-          gap = duality_gap(lam, nuclear, mu / raised);
-          converged = gap <= closed;
-          if (converged) break;
-          if (balanced)
-            steps++;
-          else
-            after = mu * larger(smaller(residual / larger(balance * change, 1e-300), least_lowered), most_lowered);
-          balanced = true;
-          next_look = iterations + pause;
-        }
-        ratio = mu / after;
-        if (after != raised) {
-          const T correction = static_cast<T>(ratio - mu / raised);
-          for (int64_t j = 0; j < rows * stride; j += n)
-            store_at(a + j, load_at(a + j) + load_at(dual + j) * correction);
-        }
-        mu = after;
-        const int64_t more = rank < k - extra || columns < 40 ? 1 : columns / 20;
-        const int64_t predicted = rank + more + extra;
-        const int64_t wanted = predicted < columns ? predicted : columns;
-        for (; k < wanted; k++) draw_row(right + k * stride);
-        k = wanted;
-      }
-      I at_bound{};  // an entry of S is not zero where Y is at its bound
-      for (int64_t j = 0; j < rows * stride; j += n)
-        at_bound -= abs_of<T>(load_at(dual + j)) == static_cast<T>(threshold);
-      int64_t dense = 0;
-      for (int u = 0; u < n; u++) dense += at_bound[u];
-      share = double(dense) / double(observed);
-      int64_t certain = 0;  // singular values of rounding's size are none
-      while (certain < rank && excess[certain] > faint * args.tol * excess[0]) certain++;
-      rank = certain;
-    }
-    write(b, rank);
-    args.rank[b] = rank;
-    args.iterations[b] = iterations;
-    args.residual[b] = residual;
-    args.gap[b] = gap;
-    args.dense_share[b] = share;
-    args.converged[b] = converged;
+    Outcome found;
+    if (norm > 0)
+      found = iterate(args.lam[b]);
+    else
+      found.converged = observed > 0;
+    write(b, found.rank);
+    args.rank[b] = found.rank;
+    args.iterations[b] = found.iterations;
+    args.residual[b] = found.residual;
+    args.gap[b] = found.gap;
+    args.dense_share[b] = found.dense_share;
+    args.converged[b] = found.converged;
   }
 
   void write(int64_t b, int64_t rank) {
@@ -527,12 +542,7 @@ struct Solver {
 }  // namespace
 
 void batched_ialm_solve(const BatchedIalm& args, int64_t matrix, int64_t slot) {
-  char* memory =
-      static_cast<char*>(args.workspace) + slot * batched_ialm_workspace(args.rows, args.columns, args.is_double);
-  if (args.is_double)
-    Solver<double>(args, memory).run(matrix);
-  else
-    Solver<float>(args, memory).run(matrix);
+  solve_task<Solver>(args, matrix, slot);
 }
 
 }  // namespace fastpref::FASTPREF_SIMD
@@ -542,15 +552,14 @@ void batched_ialm_solve(const BatchedIalm& args, int64_t matrix, int64_t slot) {
 namespace fastpref {
 
 int64_t batched_ialm_workspace(int64_t rows, int64_t columns, bool is_double) {
-  const int64_t tall = rows > columns ? rows : columns, flat = rows > columns ? columns : rows;
-  const int64_t stride = (flat + 15) / 16 * 16, size = is_double ? 8 : 4;
-  return (6 * tall * stride + 9 * flat * stride + 18 * stride) * size + 24 * 64;
+  BatchedIalm args{};
+  args.is_double = is_double;
+  args.rows = rows, args.columns = columns;
+  return baseline::workspace_bytes<baseline::Solver>(args);
 }
 
 void batched_ialm_cpu(const BatchedIalm& args, int threads) {
-  const SimdLevel level = simd_level();
-  parallel_with_slot(args.batch, threads,
-                     [&](int64_t matrix, int64_t slot) { batched_ialm_solve(level, args, matrix, slot); });
+  solve_each<batched_ialm_solve>(args, args.batch, threads);
 }
 
 }  // namespace fastpref

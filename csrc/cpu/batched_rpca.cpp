@@ -4,8 +4,8 @@
 // one's in registers and across lanes for all rows and components together.
 #include "batched_rpca.h"
 
-#include "dispatch.h"
-#include "lanes.h"
+#include "batch.h"
+#include "order_statistic.h"
 
 namespace fastpref {
 
@@ -37,7 +37,17 @@ constexpr int rows_at_once(int rank) { return rank <= 2 ? 8 : rank <= 4 ? 4 : 2;
 constexpr int rows_at_once(int rank) { return rank <= 2 ? 4 : rank <= 4 ? 2 : 1; }
 #endif
 
-inline int64_t padded(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+inline Vf inverse(Vf v) {
+#if defined(FASTPREF_SIMD_avx512)
+  v = (Vf)_mm512_maskz_min_ps(0xffff, (__m512)v,
+                              (__m512)splat(1e37f));  // the step below would make NaN of 1 / infinity
+  const Vf guess = (Vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)v);
+  return guess * (2.0f - v * guess);
+#else
+  return 1.0f / v;
+#endif
+}
+inline V<double> inverse(V<double> v) { return 1.0 / v; }
 
 template <class T>
 struct Solver {
@@ -54,29 +64,23 @@ struct Solver {
   T *right, *right_grad;                              // [rank, stride]
   double *gram, *core, *work;                         // [rank, rank], work twice
 
-  Solver(const BatchedRpca& args, char* memory)
+  Solver(const BatchedRpca& args, Workspace& workspace, int64_t lanes)
       : args(args),
         rows(args.rows),
         columns(args.columns),
         rank(args.rank),
-        height(padded(rows, together)),
-        stride(padded(columns, n)),
-        tall(padded(rows, n > together ? n : together)) {
-    const auto take = [&](int64_t bytes) {
-      char* at = memory;
-      memory += padded(bytes, 64);
-      return at;
-    };
-    matrix = reinterpret_cast<T*>(take(height * stride * sizeof(T)));
-    scratch = reinterpret_cast<T*>(take(height * stride * sizeof(T)));
-    left = reinterpret_cast<T*>(take(rank * tall * sizeof(T)));
-    left_grad = reinterpret_cast<T*>(take(rank * tall * sizeof(T)));
-    right = reinterpret_cast<T*>(take(rank * stride * sizeof(T)));
-    right_grad = reinterpret_cast<T*>(take(rank * stride * sizeof(T)));
-    gram = reinterpret_cast<double*>(take(rank * rank * 8));
-    core = reinterpret_cast<double*>(take(rank * rank * 8));
-    work = reinterpret_cast<double*>(take(2 * rank * rank * 8));
-  }
+        height(round_up(rows, together)),
+        stride(round_up(columns, lanes)),
+        tall(round_up(rows, larger(lanes, together))),
+        matrix(workspace.take<T>(height * stride)),
+        scratch(workspace.take<T>(height * stride)),
+        left(workspace.take<T>(rank * tall)),
+        left_grad(workspace.take<T>(rank * tall)),
+        right(workspace.take<T>(rank * stride)),
+        right_grad(workspace.take<T>(rank * stride)),
+        gram(workspace.take<double>(rank * rank)),
+        core(workspace.take<double>(rank * rank)),
+        work(workspace.take<double>(2 * rank * rank)) {}
 
   int64_t observed = 0;
   double mean = 0, norm = 0, top = 0, share = 0;
@@ -97,8 +101,7 @@ struct Solver {
         high = a > high ? a : high;
       }
     }
-    top = 0;
-    for (int k = 0; k < n; k++) top = larger(top, high[k]);
+    top = max_of<T>(high);
     unit = power_of_two(top);
     top /= unit;
     const Vt down = Vt{} + static_cast<T>(1 / unit);
@@ -210,7 +213,7 @@ struct Solver {
   Sums sums_of_pass(Vt squares, I below) {
     Sums sums;
     sums.squares = sum_of<T>(squares);
-    for (int k = 0; k < n; k++) sums.small += below[k];
+    sums.small = count_of<T>(below);
     return sums;
   }
 
@@ -296,9 +299,7 @@ struct Solver {
   double largest_residual() const {
     Vt high{};
     sizes([&](Vt size) { high = size > high ? size : high; });
-    double most = 0;
-    for (int k = 0; k < n; k++) most = larger(most, high[k]);
-    return most;
+    return max_of<T>(high);
   }
 
   double median_residual(int64_t every) {  // of every so manyth group of four rows
@@ -317,9 +318,7 @@ struct Solver {
       }
     const int64_t present = static_cast<int64_t>(sum_of<T>(count));
     if (every > 1 && 2 * every * present < observed) return median_residual(1);  // most of the sample is missing
-    double most = 0;
-    for (int k = 0; k < n; k++) most = larger(most, high[k]);
-    return present ? order_statistic(scratch, kept * stride, (present + 1) / 2, most) : 0;
+    return present ? order_statistic(scratch, kept * stride, (present + 1) / 2, max_of<T>(high)) : 0;
   }
 
   // ---- factors ----
@@ -434,9 +433,7 @@ struct Solver {
       const Vt size = abs_of<T>(load_at(left + i));
       high = size > high ? size : high;
     }
-    double most = 0;
-    for (int k = 0; k < n; k++) most = larger(most, high[k]);
-    if (most == 0) return false;
+    if (max_of<T>(high) == 0) return false;
     if (!args.skew) return true;
     gram_of(left, tall);  // core = (left^T left)^-1 left^T right
     invert(work);
@@ -551,12 +548,7 @@ struct Solver {
 }  // namespace
 
 void batched_rpca_solve(const BatchedRpca& args, int64_t matrix, int64_t slot) {
-  char* memory = static_cast<char*>(args.workspace) +
-                 slot * batched_rpca_workspace(args.rows, args.columns, args.rank, args.is_double);
-  if (args.is_double)
-    Solver<double>(args, memory).run(matrix);
-  else
-    Solver<float>(args, memory).run(matrix);
+  solve_task<Solver>(args, matrix, slot);
 }
 
 }  // namespace fastpref::FASTPREF_SIMD
@@ -566,15 +558,14 @@ void batched_rpca_solve(const BatchedRpca& args, int64_t matrix, int64_t slot) {
 namespace fastpref {
 
 int64_t batched_rpca_workspace(int64_t rows, int64_t columns, int64_t rank, bool is_double) {
-  const int64_t stride = (columns + 15) / 16 * 16, tall = (rows + 15) / 16 * 16, size = is_double ? 8 : 4;
-  const int64_t bytes = (2 * tall * stride + 2 * rank * (tall + stride)) * size + 4 * rank * rank * 8;
-  return (bytes + 9 * 64) / 64 * 64;  // each of the nine parts begins on a line
+  BatchedRpca args{};
+  args.is_double = is_double;
+  args.rows = rows, args.columns = columns, args.rank = rank;
+  return baseline::workspace_bytes<baseline::Solver>(args);
 }
 
 void batched_rpca_cpu(const BatchedRpca& args, int threads) {
-  const SimdLevel level = simd_level();
-  parallel_with_slot(args.batch, threads,
-                     [&](int64_t matrix, int64_t slot) { batched_rpca_solve(level, args, matrix, slot); });
+  solve_each<batched_rpca_solve>(args, args.batch, threads);
 }
 
 }  // namespace fastpref

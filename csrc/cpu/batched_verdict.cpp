@@ -2,21 +2,18 @@
 // factors, in double precision.
 #include "batched_verdict.h"
 
-#include "dispatch.h"
-#include "lanes.h"
+#include "batch.h"
 
 namespace fastpref {
 
-FASTPREF_DISPATCH(batched_verdict, BatchedVerdict)  // (matrix, slot)
+FASTPREF_DISPATCH(batched_verdict_judge, BatchedVerdict)  // (matrix, slot)
 
 }  // namespace fastpref
 
 namespace fastpref::FASTPREF_SIMD {
 namespace {
 
-constexpr int most_lanes = 16;
-
-inline int64_t padded(int64_t size) { return (size + most_lanes - 1) / most_lanes * most_lanes; }
+constexpr int64_t most_lanes = 16;  // rows are padded alike for both types and all levels
 
 inline double dot(const double* a, const double* b, int64_t length) {
   V<double> sum{};
@@ -115,26 +112,25 @@ struct Judge {
   T *right, *far, *seen;                                  // [rank, wide], [wide], [wide]
   T* line;                                                // [wide]: a row of the matrix
 
-  Judge(const BatchedVerdict& args, char* memory)
+  Judge(const BatchedVerdict& args, Workspace& workspace, int64_t)
       : args(args),
         rows(args.rows),
         columns(args.columns),
         rank(args.rank),
-        tall(padded(args.rows)),
-        wide(padded(args.columns)),
-        square(padded(args.rank)) {
-    const auto take = [&](int64_t count, int64_t size) {
-      char* at = memory;
-      memory += (count * size + 63) / 64 * 64;
-      return at;
-    };
-    const auto doubles = [&](int64_t count) { return reinterpret_cast<double*>(take(count, sizeof(double))); };
-    q = doubles(rank * tall), p = doubles(rank * wide);
-    rq = doubles(rank * rank), rp = doubles(rank * rank);
-    middle = doubles(rank * square), turn = doubles(rank * square), norms = doubles(rank);
-    const auto singles = [&](int64_t count) { return reinterpret_cast<T*>(take(count, sizeof(T))); };
-    right = singles(rank * wide), far = singles(wide), seen = singles(wide), line = singles(wide);
-  }
+        tall(round_up(rows, most_lanes)),
+        wide(round_up(columns, most_lanes)),
+        square(round_up(rank, most_lanes)),
+        q(workspace.take<double>(rank * tall)),
+        p(workspace.take<double>(rank * wide)),
+        rq(workspace.take<double>(rank * rank)),
+        rp(workspace.take<double>(rank * rank)),
+        middle(workspace.take<double>(rank * square)),
+        turn(workspace.take<double>(rank * square)),
+        norms(workspace.take<double>(rank)),
+        right(workspace.take<T>(rank * wide)),
+        far(workspace.take<T>(wide)),
+        seen(workspace.take<T>(wide)),
+        line(workspace.take<T>(wide)) {}
 
   void decompose(int64_t b) {
     const T* own_left = static_cast<const T*>(args.left) + b * rows * rank;
@@ -197,9 +193,7 @@ struct Judge {
         high = a > high ? a : high;
       }
     }
-    double top = 0;
-    for (int k = 0; k < n; k++) top = larger(top, high[k]);
-    const double unit = power_of_two(top);  // so that sums of squares stay in range
+    const double unit = power_of_two(max_of<T>(high));  // so that sums of squares stay in range
     const Vt down = Vt{} + static_cast<T>(1 / unit);
     double total = 0, squares = 0, observed = 0;
     for (int64_t i = 0; i < rows; i++) {
@@ -257,13 +251,8 @@ struct Judge {
 
 }  // namespace
 
-void batched_verdict(const BatchedVerdict& args, int64_t matrix, int64_t slot) {
-  char* memory =
-      static_cast<char*>(args.workspace) + slot * batched_verdict_workspace(args.rows, args.columns, args.rank);
-  if (args.is_double)
-    Judge<double>(args, memory).run(matrix);
-  else
-    Judge<float>(args, memory).run(matrix);
+void batched_verdict_judge(const BatchedVerdict& args, int64_t matrix, int64_t slot) {
+  solve_task<Judge>(args, matrix, slot);
 }
 
 }  // namespace fastpref::FASTPREF_SIMD
@@ -273,15 +262,13 @@ void batched_verdict(const BatchedVerdict& args, int64_t matrix, int64_t slot) {
 namespace fastpref {
 
 int64_t batched_verdict_workspace(int64_t rows, int64_t columns, int64_t rank) {
-  const int64_t tall = (rows + 15) / 16 * 16, wide = (columns + 15) / 16 * 16, square = (rank + 15) / 16 * 16;
-  const int64_t bytes = 8 * (rank * (tall + 2 * wide + 2 * rank + 2 * square + 1) + 3 * wide);
-  return (bytes + 11 * 64) / 64 * 64;  // each of the eleven parts begins on a line
+  BatchedVerdict args{};
+  args.rows = rows, args.columns = columns, args.rank = rank;
+  return baseline::workspace_of<baseline::Judge, double>(args);
 }
 
 void batched_verdict_cpu(const BatchedVerdict& args, int threads) {
-  const SimdLevel level = simd_level();
-  parallel_with_slot(args.batch, threads,
-                     [&](int64_t matrix, int64_t slot) { batched_verdict(level, args, matrix, slot); });
+  solve_each<batched_verdict_judge>(args, args.batch, threads);
 }
 
 }  // namespace fastpref

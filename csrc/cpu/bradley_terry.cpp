@@ -6,8 +6,7 @@
 
 #include <type_traits>
 
-#include "parallel.h"
-#include "simd.h"
+#include "batch.h"
 
 namespace fastpref::FASTPREF_SIMD {
 namespace {
@@ -22,40 +21,25 @@ constexpr double count_ridge = 1e-2;
 constexpr double outlier_sigmas = 5;
 constexpr double nan = __builtin_nan("");
 
-template <class T>
-struct Lanes {
-  static constexpr int count = W * 4 / sizeof(T);
-  typedef T type __attribute__((vector_size(W * 4)));
-};
-
-template <class V>
-inline V load_as(const void* p) {
-  V v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
 inline double exponential(double x) { return __builtin_exp(x); }
 inline Vf exponential(Vf x) { return exp(x); }
 
-using Vd = Lanes<double>::type;
-using Vl = int64_t __attribute__((vector_size(W * 4)));
-inline Vd exponential(Vd z) {  // z <= 700
+inline V<double> exponential(V<double> z) {  // z <= 700
   constexpr double round_to_bits = 6755399441055744.0 + 1023.0;
-  const Vd shifted = z * 1.4426950408889634 + round_to_bits;
-  const Vd n = shifted - round_to_bits;
-  const Vd r = (z - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
-  Vd p = Vd{} + 1.0 / 6227020800.0;  // Taylor: 4e-18 of the value at |r| = ln 2 / 2
+  const V<double> shifted = z * 1.4426950408889634 + round_to_bits;
+  const V<double> n = shifted - round_to_bits;
+  const V<double> r = (z - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+  V<double> p = V<double>{} + 1.0 / 6227020800.0;  // Taylor: 4e-18 of the value at |r| = ln 2 / 2
   constexpr double inverse_factorial[] = {
       1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
       1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
   for (double c : inverse_factorial) p = p * r + c;
-  const Vd e = p * (Vd)((Vl)shifted << 52);
-  return z < -700.0 ? Vd{} : e;
+  const V<double> e = p * (V<double>)((Lanes<double>::I)shifted << 52);
+  return z < -700.0 ? V<double>{} : e;
 }
 
-template <class V>
-inline V reciprocal(V x) {
+template <class Vt>
+inline Vt reciprocal(Vt x) {
   return 1 / x;
 }
 #if defined(FASTPREF_SIMD_avx512)
@@ -68,8 +52,8 @@ inline Vf reciprocal(Vf x) {         // 14 bits and a Newton step: half the time
 #endif
 
 // To 14 bits, which is enough for weights while the annealing only has to find out which logits are wrong.
-template <class V>
-inline V rough_reciprocal(V x) {
+template <class Vt>
+inline Vt rough_reciprocal(Vt x) {
   return reciprocal(x);
 }
 #if defined(FASTPREF_SIMD_avx512)
@@ -79,51 +63,49 @@ inline Vf rough_reciprocal(Vf x) {
 }
 #endif
 
-template <class V>
+template <class Vt>
 struct Term {
-  V residual, pull, weight;
+  Vt residual, pull, weight;
 };
 
 // One pair at difference d = w_i - w_j; `precision` is 1 / constant^2. A missing value gives a NaN residual.
-template <bool ROUGH, class V>
-inline Term<V> logit_term(V value, V d, V precision) {
-  const V r = value - d, inverse = 1 + r * r * precision;
-  const V weight = ROUGH ? rough_reciprocal<V>(inverse) : reciprocal<V>(inverse);
+template <bool ROUGH, class Vt>
+inline Term<Vt> logit_term(Vt value, Vt d, Vt precision) {
+  const Vt r = value - d, inverse = 1 + r * r * precision;
+  const Vt weight = ROUGH ? rough_reciprocal<Vt>(inverse) : reciprocal<Vt>(inverse);
   return {r, weight * r, weight};
 }
 
-template <bool ROBUST, class V>
-inline Term<V> count_term(V share, V votes, V d, V precision) {
-  const V low = V{} - 80;
-  const V s = reciprocal<V>(1 + exponential(-(d < low ? low : d)));
-  const V variance = s * (1 - s), miss = (share - s) * votes;
-  const V spread = variance * votes + V(V{} + 1) / 4;  // of the wins, softened by half a vote
-  const V squared = miss * miss / spread;              // z^2
+template <bool ROBUST, class Vt>
+inline Term<Vt> count_term(Vt share, Vt votes, Vt d, Vt precision) {
+  const Vt low = Vt{} - 80;
+  const Vt s = reciprocal<Vt>(1 + exponential(-(d < low ? low : d)));
+  const Vt variance = s * (1 - s), miss = (share - s) * votes;
+  const Vt spread = variance * votes + Vt(Vt{} + 1) / 4;  // of the wins, softened by half a vote
+  const Vt squared = miss * miss / spread;                // z^2
   if constexpr (!ROBUST) return {squared, miss, votes * variance};
-  const V weight = reciprocal<V>(1 + squared * precision);
+  const Vt weight = reciprocal<Vt>(1 + squared * precision);
   return {squared, weight * miss, weight * votes * variance};
 }
 
-template <BradleyTerryData DATA, bool ROUGH = false, class V>
-inline Term<V> term(V value, V votes, V d, V precision) {
+template <BradleyTerryData DATA, bool ROUGH = false, class Vt>
+inline Term<Vt> pair_term(Vt value, Vt votes, Vt d, Vt precision) {
   if constexpr (DATA == BradleyTerryData::logits) return logit_term<ROUGH>(value, d, precision);
   return count_term<DATA == BradleyTerryData::counts>(value, votes, d, precision);
 }
 
-inline double magnitude(double x) { return x < 0 ? -x : x; }
-
 template <class T>
 double largest_of(const T* values, int64_t n) {
-  using V = typename Lanes<T>::type;
-  V most{};
+  using Vt = V<T>;
+  Vt most{};
   int64_t i = 0;
-  for (; i + Lanes<T>::count <= n; i += Lanes<T>::count) {
-    const V v = load_as<V>(values + i), size = v < 0 ? -v : v;
+  for (; i + Lanes<T>::n <= n; i += Lanes<T>::n) {
+    const Vt v = load_at(values + i), size = v < 0 ? -v : v;
     most = size <= most ? most : size;
   }
   double all = 0;
   for (; i < n; i++) all = magnitude(values[i]) <= all ? all : magnitude(values[i]);
-  for (int l = 0; l < Lanes<T>::count; l++) all = most[l] <= all ? all : static_cast<double>(most[l]);
+  for (int l = 0; l < Lanes<T>::n; l++) all = most[l] <= all ? all : static_cast<double>(most[l]);
   return all;
 }
 
@@ -134,9 +116,9 @@ inline T root(T x) {
 
 // A dense matrix and its workspace; rows are padded with NaN to whole vectors.
 template <class T, BradleyTerryData DATA>
-struct Dense {
-  using V = typename Lanes<T>::type;
-  static constexpr int lanes = Lanes<T>::count;
+struct DenseGraph {
+  using Vt = V<T>;
+  static constexpr int lanes = Lanes<T>::n;
   using Value = T;
   int64_t items, stride;
   T* values;
@@ -154,10 +136,10 @@ struct Dense {
   }
 
   template <bool ROUGH = false>
-  Term<V> at(int64_t i, int64_t j, const T* w, V w_columns, V precision) const {
-    V k{};
-    if constexpr (DATA != BradleyTerryData::logits) k = load_as<V>(votes + i * stride + j);
-    return term<DATA, ROUGH, V>(load_as<V>(values + i * stride + j), k, w[i] - w_columns, precision);
+  Term<Vt> at(int64_t i, int64_t j, const T* w, Vt w_columns, Vt precision) const {
+    Vt k{};
+    if constexpr (DATA != BradleyTerryData::logits) k = load_at(votes + i * stride + j);
+    return pair_term<DATA, ROUGH, Vt>(load_at(values + i * stride + j), k, w[i] - w_columns, precision);
   }
 
   // gradient_i = sum of pulls, degree_i = sum of weights; returns the number of |residual| <= bound (logits). Keeps the
@@ -179,13 +161,13 @@ struct Dense {
     int64_t within = 0;
     column_blocks([&](auto block, int64_t j) {
       constexpr int n = block.value;
-      const V zero{}, one = zero + T(1), precisions = zero + precision, bounds = zero + bound * bound;
-      V pull[n] = {}, weight[n] = {}, inside[n] = {}, w_columns[n];
-      for (int u = 0; u < n; u++) w_columns[u] = load_as<V>(w + j + u * lanes);
+      const Vt zero{}, one = zero + T(1), precisions = zero + precision, bounds = zero + bound * bound;
+      Vt pull[n] = {}, weight[n] = {}, inside[n] = {}, w_columns[n];
+      for (int u = 0; u < n; u++) w_columns[u] = load_at(w + j + u * lanes);
       for (int64_t i = 0; i < items; i++)
         for (int u = 0; u < n; u++) {
-          const Term<V> t = at<ROUGH>(i, j + u * lanes, w, w_columns[u], precisions);
-          V h = t.weight, q = t.pull;
+          const Term<Vt> t = at<ROUGH>(i, j + u * lanes, w, w_columns[u], precisions);
+          Vt h = t.weight, q = t.pull;
           if constexpr (!COMPLETE) {
             const auto seen = t.residual == t.residual;
             h = seen ? h : zero;
@@ -194,11 +176,11 @@ struct Dense {
           pull[u] -= q;
           weight[u] += h;
           if constexpr (DATA == BradleyTerryData::logits) inside[u] += t.residual * t.residual <= bounds ? one : zero;
-          if constexpr (!COMPLETE) std::memcpy(weights + i * stride + j + u * lanes, &h, sizeof h);
+          if constexpr (!COMPLETE) store_at(weights + i * stride + j + u * lanes, h);
         }
       for (int u = 0; u < n; u++) {
-        std::memcpy(gradient + j + u * lanes, &pull[u], sizeof(V));
-        std::memcpy(degree + j + u * lanes, &weight[u], sizeof(V));
+        store_at(gradient + j + u * lanes, pull[u]);
+        store_at(degree + j + u * lanes, weight[u]);
         if constexpr (DATA == BradleyTerryData::logits)
           for (int l = 0; l < lanes && j + u * lanes + l < items; l++) within += static_cast<int64_t>(inside[u][l]);
       }
@@ -209,17 +191,17 @@ struct Dense {
   void product(const T* p, T* y) const {  // y_i = sum_j h_ij p_j
     column_blocks([&](auto block, int64_t j) {
       constexpr int n = block.value;
-      V even[n] = {}, odd[n] = {};
+      Vt even[n] = {}, odd[n] = {};
       int64_t i = 0;
       for (; i + 2 <= items; i += 2)
         for (int u = 0; u < n; u++) {
-          even[u] += load_as<V>(weights + i * stride + j + u * lanes) * p[i];
-          odd[u] += load_as<V>(weights + (i + 1) * stride + j + u * lanes) * p[i + 1];
+          even[u] += load_at(weights + i * stride + j + u * lanes) * p[i];
+          odd[u] += load_at(weights + (i + 1) * stride + j + u * lanes) * p[i + 1];
         }
       for (int u = 0; u < n; u++) {
-        if (i < items) even[u] += load_as<V>(weights + i * stride + j + u * lanes) * p[i];
+        if (i < items) even[u] += load_at(weights + i * stride + j + u * lanes) * p[i];
         even[u] += odd[u];
-        std::memcpy(y + j + u * lanes, &even[u], sizeof(V));
+        store_at(y + j + u * lanes, even[u]);
       }
     });
   }
@@ -227,11 +209,11 @@ struct Dense {
   void residuals(const T* w) const {  // |residual| (counts: its square) instead of the weights; NaN: missing
     column_blocks([&](auto block, int64_t j) {
       for (int u = 0; u < block.value; u++, j += lanes) {
-        const V w_columns = load_as<V>(w + j);
+        const Vt w_columns = load_at(w + j);
         for (int64_t i = 0; i < items; i++) {
-          V r = at(i, j, w, w_columns, V{}).residual;
+          Vt r = at(i, j, w, w_columns, Vt{}).residual;
           r = r < 0 ? -r : r;
-          std::memcpy(weights + i * stride + j, &r, sizeof r);
+          store_at(weights + i * stride + j, r);
         }
       }
     });
@@ -239,26 +221,24 @@ struct Dense {
 
   int64_t number_within(T bound) const {  // of residuals <= bound
     constexpr int apart = 4;
-    using Counts = decltype(V{} == V{});
+    using Counts = typename Lanes<T>::I;
     Counts counts[apart] = {};
     const int64_t vectors = items * (stride / lanes);
-    int64_t k = 0, within = 0;
+    int64_t k = 0;
     for (; k + apart <= vectors; k += apart)
-      for (int u = 0; u < apart; u++) counts[u] -= load_as<V>(weights + (k + u) * lanes) <= bound;
-    for (; k < vectors; k++) counts[0] -= load_as<V>(weights + k * lanes) <= bound;
-    const Counts all = (counts[0] + counts[1]) + (counts[2] + counts[3]);
-    for (int l = 0; l < lanes; l++) within += all[l];
-    return within;
+      for (int u = 0; u < apart; u++) counts[u] -= load_at(weights + (k + u) * lanes) <= bound;
+    for (; k < vectors; k++) counts[0] -= load_at(weights + k * lanes) <= bound;
+    return count_of<T>((counts[0] + counts[1]) + (counts[2] + counts[3]));
   }
 
   int64_t count_within(T bound) const {  // the same, and per row
     int64_t within = 0;
     column_blocks([&](auto block, int64_t j) {
       constexpr int n = block.value;
-      const V zero{}, one = zero + T(1);
-      V inside[n] = {};
+      const Vt zero{}, one = zero + T(1);
+      Vt inside[n] = {};
       for (int64_t i = 0; i < items; i++)
-        for (int u = 0; u < n; u++) inside[u] += load_as<V>(weights + i * stride + j + u * lanes) <= bound ? one : zero;
+        for (int u = 0; u < n; u++) inside[u] += load_at(weights + i * stride + j + u * lanes) <= bound ? one : zero;
       for (int u = 0; u < n; u++)
         for (int l = 0; l < lanes && j + u * lanes + l < items; l++) {
           row_counts[j + u * lanes + l] = static_cast<int64_t>(inside[u][l]);
@@ -271,7 +251,7 @@ struct Dense {
 
 // An edge list by rows, in double; rows run in parallel, each on one thread.
 template <BradleyTerryData DATA>
-struct Sparse {
+struct EdgeGraph {
   using Value = double;
   static constexpr int64_t chunk = 512;
   const BradleyTerryEdges& edges;
@@ -287,7 +267,7 @@ struct Sparse {
 
   Term<double> at(int64_t e, double w_i, const double* w, double precision) const {
     const double votes = DATA == BradleyTerryData::logits ? 0 : edges.votes[e];
-    return term<DATA, false, double>(edges.values[e], votes, w_i - w[edges.columns[e]], precision);
+    return pair_term<DATA, false, double>(edges.values[e], votes, w_i - w[edges.columns[e]], precision);
   }
 
   int64_t pass(const double* w, double precision, double bound, bool, bool, double* gradient, double* degree) const {
@@ -404,11 +384,25 @@ void centre(T* w, const Problem& problem) {
     w[i] -= static_cast<T>(sums[problem.components[i]] / sizes[problem.components[i]]);
 }
 
+// Vectors of a solve; their padding is 0: it meets NaN values, never NaN scores.
+template <class T>
+struct Vectors {
+  T *w, *gradient, *degree, *x, *r, *z, *p, *y;  // r, z, p, y: of the conjugate gradients
+
+  static constexpr int64_t count = 8;
+  Vectors(T* memory, int64_t stride) {
+    T** const vectors[] = {&w, &gradient, &degree, &x, &r, &z, &p, &y};
+    for (int64_t v = 0; v < count; v++) *vectors[v] = memory + v * stride;
+    for (int64_t i = 0; i < count * stride; i++) memory[i] = 0;
+  }
+};
+
 // Solves the Laplacian system for x from x = 0 until the residual's norm has fallen to `reduction` of what it was.
 template <class T, class Graph>
-void conjugate_gradients(const Graph& graph, const T* right, const T* degree, T ridge, double reduction, T* x, T* r,
-                         T* z, T* p, T* y) {
+void conjugate_gradients(const Graph& graph, const Vectors<T>& vectors, T ridge, double reduction) {
   const int64_t n = graph.items;
+  const T *right = vectors.gradient, *degree = vectors.degree;
+  T *x = vectors.x, *r = vectors.r, *z = vectors.z, *p = vectors.p, *y = vectors.y;
   const auto precondition = [&] {
     for (int64_t i = 0; i < n; i++) z[i] = degree[i] + ridge > 0 ? r[i] / (degree[i] + ridge) : T(0);
   };
@@ -440,13 +434,18 @@ void conjugate_gradients(const Graph& graph, const T* right, const T* degree, T 
   }
 }
 
+struct Progress {
+  int64_t iterations;
+  bool converged;
+  double constant;  // of the weights
+};
+
+// Anneals the constant and takes a step for each, then steps until the scores rest.
 template <BradleyTerryData DATA, class Graph, class T>
-void solve(const Graph& graph, const Problem& problem, T* vectors, int64_t stride, const BradleyTerryOutputs& out) {
+Progress iterate(const Graph& graph, const Problem& problem, const Vectors<T>& vectors) {
   constexpr bool logits = DATA == BradleyTerryData::logits, plain = DATA == BradleyTerryData::counts_mle;
   const int64_t n = problem.items;
-  T *w = vectors, *gradient = w + stride, *degree = gradient + stride, *x = degree + stride, *r = x + stride,
-    *z = r + stride, *p = z + stride, *y = p + stride;
-  for (int64_t i = 0; i < 8 * stride; i++) vectors[i] = 0;  // padding too: it meets NaN values, never NaN scores
+  T *w = vectors.w, *gradient = vectors.gradient, *degree = vectors.degree, *x = vectors.x;
   const double floor = logits ? logit_floor * problem.mean : count_floor;
   const T ridge = static_cast<T>(problem.ridge);
   double constant = logits ? 2 * problem.mean : count_start;
@@ -466,7 +465,7 @@ void solve(const Graph& graph, const Problem& problem, T* vectors, int64_t strid
       for (int64_t i = 0; i < n; i++) x[i] = gradient[i] / (degree[i] + 1);  // + 1: the item against itself
     } else {
       centre(gradient, problem);  // it sums to 0 but for rounding, which the singular system would blow up
-      conjugate_gradients(graph, gradient, degree, ridge, settled ? 1e-2 : 0.1, x, r, z, p, y);
+      conjugate_gradients(graph, vectors, ridge, settled ? 1e-2 : 0.1);
     }
     double step = 0, size = 0;
     if (!sweeps) centre(x, problem);
@@ -493,7 +492,18 @@ void solve(const Graph& graph, const Problem& problem, T* vectors, int64_t strid
     constant = next;
   }
   centre(w, problem);
+  return {iteration, converged, constant};
+}
 
+// The outputs at the scores that were found.
+template <BradleyTerryData DATA, class Graph, class T>
+void report(const Graph& graph, const Problem& problem, const Vectors<T>& vectors, const Progress& progress,
+            const BradleyTerryOutputs& out) {
+  constexpr bool logits = DATA == BradleyTerryData::logits, plain = DATA == BradleyTerryData::counts_mle;
+  const int64_t n = problem.items;
+  T *w = vectors.w, *gradient = vectors.gradient, *degree = vectors.degree;
+  const T ridge = static_cast<T>(problem.ridge);
+  const double constant = progress.constant;
   double largest = 0;
   graph.pass(w, static_cast<T>(plain || constant == 0 ? 0 : 1 / (constant * constant)), 0, false, false, gradient,
              degree);
@@ -514,14 +524,20 @@ void solve(const Graph& graph, const Problem& problem, T* vectors, int64_t strid
     out.components[i] = problem.components[i];
   }
   const bool empty = problem.observed == 0;
-  out.stats[bt_iterations] = double(iteration);
-  out.stats[bt_converged] = converged;
+  out.stats[bt_iterations] = double(progress.iterations);
+  out.stats[bt_converged] = progress.converged;
   out.stats[bt_scale] = empty ? nan : scale;
   out.stats[bt_outlier_rate] = empty ? nan : 1 - double(kept) / double(problem.observed);
   out.stats[bt_gradient] = logits && problem.mean > 0 ? largest / problem.mean : largest;
   out.stats[bt_constant] = plain ? 0 : constant;
   out.stats[bt_threshold] = threshold;
   out.stats[bt_ridge] = problem.ridge;
+}
+
+template <BradleyTerryData DATA, class Graph, class T>
+void solve(const Graph& graph, const Problem& problem, T* memory, int64_t stride, const BradleyTerryOutputs& out) {
+  const Vectors<T> vectors(memory, stride);
+  report<DATA>(graph, problem, vectors, iterate<DATA>(graph, problem, vectors), out);
 }
 
 // Labels of the connected components by depth-first search, numbered by their first items. neighbours(i, visit) calls
@@ -554,15 +570,17 @@ bool strongly_connected(int64_t items, int64_t groups, const Wins& wins, const L
   return components(items, wins, labels, stack) == groups && components(items, losses, labels, stack) == groups;
 }
 
-int64_t padded(int64_t items, int64_t size) { return (items * size + 63) / 64 * 64 / size; }
-
 // Whether values_ij = -values_ji, or both are missing; by blocks of 4 x 4 transposed in registers.
 template <class T>
 bool skew_symmetric(const T* values, int64_t n, int64_t stride) {
   typedef T Quad __attribute__((vector_size(4 * sizeof(T))));
   using Flags = decltype(Quad{} == Quad{});
   Flags wrong{};
-  const auto row = [&](int64_t i, int64_t j) { return load_as<Quad>(values + i * stride + j); };
+  const auto row = [&](int64_t i, int64_t j) {
+    Quad quad;
+    std::memcpy(&quad, values + i * stride + j, sizeof quad);
+    return quad;
+  };
   const auto compare = [&](Quad a, Quad b) {
     const Flags missing_a = a != a, missing_b = b != b;
     wrong |= (a + b != 0) & ~(missing_a & missing_b);
@@ -582,77 +600,99 @@ bool skew_symmetric(const T* values, int64_t n, int64_t stride) {
   return skew;
 }
 
-template <class T, BradleyTerryData DATA>
-void dense(const BradleyTerryDense& args, int64_t b, char* workspace) {
-  constexpr bool logits = DATA == BradleyTerryData::logits;
-  const int64_t n = args.items, stride = padded(n, sizeof(T));
-  const T* matrix = static_cast<const T*>(args.matrix) + b * n * n;
-  T* values = reinterpret_cast<T*>(workspace);
-  T* weights = values + n * stride;
-  T* votes = weights + n * stride;
-  T* vectors = votes + n * stride;
-  double* group_sums = reinterpret_cast<double*>(vectors + 8 * stride);
-  int64_t* row_counts = reinterpret_cast<int64_t*>(group_sums + 2 * n);
-  int64_t *compared = row_counts + n, *stack = compared + n, *labels = stack + n, *other = labels + n;
-  BradleyTerryOutputs out = args.out;
-  out.scores += b * n;
-  out.components += b * n;
-  out.rejected += b * n;
-  out.stats += b * bt_stats;
+// What is wrong with a matrix, and where.
+struct Complaint {
+  double worst = 0;
+  int64_t row = -1, column = -1;
 
-  double sum = 0, largest = 0, worst = 0;
-  int64_t worst_row = -1, worst_column = -1, observed = 0;
-  const auto complain = [&](double value, int64_t row, int64_t column) {
+  void add(double value, int64_t at_row, int64_t at_column) {
     if (worst != worst || !(magnitude(value) > worst || value != value)) return;  // the first NaN stays
     worst = value != value ? value : magnitude(value);
-    worst_row = row;
-    worst_column = column;
-  };
-  const T missing = static_cast<T>(nan);
-  constexpr double most = sizeof(T) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308;  // finite
-  for (int64_t i = 0; i < n; i++) {
-    T* row = values + i * stride;
-    std::memcpy(row, matrix + i * n, n * sizeof(T));
-    for (int64_t j = n; j < stride; j++) row[j] = missing;
-    if (row[i] != 0 && row[i] == row[i]) complain(2 * double(row[i]), i, i);
-    row[i] = missing;
+    row = at_row;
+    column = at_column;
   }
-  if constexpr (logits) {
+};
+
+template <class T>
+struct DenseFit {
+  static constexpr double finite = sizeof(T) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308;  // the largest
+  using Vt = V<T>;
+
+  const BradleyTerryDense& args;
+  const int64_t n, stride;
+  T *values, *weights, *votes;                              // [n, stride], NaN or (votes) 0 beyond the matrix
+  T* vectors;                                               // [Vectors<T>::count, stride]
+  double* group_sums;                                       // [2, n]
+  int64_t *row_counts, *compared, *stack, *labels, *other;  // [n]
+
+  DenseFit(const BradleyTerryDense& args, Workspace& workspace, int64_t)
+      : args(args),
+        n(args.items),
+        stride(round_up(n, alignment / int64_t(sizeof(T)))),
+        values(workspace.take<T>(n * stride)),
+        weights(workspace.take<T>(n * stride)),
+        votes(workspace.take<T>(n * stride)),
+        vectors(workspace.take<T>(Vectors<T>::count * stride)),
+        group_sums(workspace.take<double>(2 * n)),
+        row_counts(workspace.take<int64_t>(n)),
+        compared(workspace.take<int64_t>(n)),
+        stack(workspace.take<int64_t>(n)),
+        labels(workspace.take<int64_t>(n)),
+        other(workspace.take<int64_t>(n)) {}
+
+  int64_t observed = 0;
+  double sum = 0, largest = 0;  // of |logit|
+  Complaint complaint;
+
+  void read(int64_t b) {
+    const T* matrix = static_cast<const T*>(args.matrix) + b * n * n;
+    const T missing = static_cast<T>(nan);
+    for (int64_t i = 0; i < n; i++) {
+      T* row = values + i * stride;
+      std::memcpy(row, matrix + i * n, n * sizeof(T));
+      for (int64_t j = n; j < stride; j++) row[j] = missing;
+      if (row[i] != 0 && row[i] == row[i]) complaint.add(2 * double(row[i]), i, i);
+      row[i] = missing;
+    }
+  }
+
+  void read_logits() {
     const bool skew = skew_symmetric(values, n, stride);
-    using V = typename Lanes<T>::type;
-    const V zero{}, one = zero + T(1);
-    V top{};
-    for (int64_t j = 0; j < stride; j += Lanes<T>::count) {  // down the columns, which are the rows but for signs
-      V column_sum{}, seen{};
+    const Vt zero{}, one = zero + T(1);
+    Vt top{};
+    for (int64_t j = 0; j < stride; j += Lanes<T>::n) {  // down the columns, which are the rows but for signs
+      Vt column_sum{}, seen{};
       for (int64_t i = 0; i < n; i++) {
-        const V v = load_as<V>(values + i * stride + j), size = v < 0 ? -v : v;
+        const Vt v = load_at(values + i * stride + j), size = v < 0 ? -v : v;
         column_sum += v == v ? size : zero;
         seen += v == v ? one : zero;
         top = size > top ? size : top;
       }
-      for (int l = 0; l < Lanes<T>::count && j + l < n; l++) {
+      for (int l = 0; l < Lanes<T>::n && j + l < n; l++) {
         sum += double(column_sum[l]);
         compared[j + l] = static_cast<int64_t>(seen[l]);
         observed += compared[j + l];
       }
     }
-    for (int l = 0; l < Lanes<T>::count; l++)
-      if (double(top[l]) > largest) largest = double(top[l]);
-    if (!skew)
-      for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < i; j++) {
-          const T a = values[i * stride + j], c = values[j * stride + i];
-          if ((a == a) != (c == c)) complain(nan, i, j);
-          if (a == a && c == c) complain(double(a) + double(c), i, j);
-        }
-  } else {
+    largest = max_of<T>(top);
+    if (skew) return;
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j < i; j++) {
+        const T a = values[i * stride + j], c = values[j * stride + i];
+        if ((a == a) != (c == c)) complaint.add(nan, i, j);
+        if (a == a && c == c) complaint.add(double(a) + double(c), i, j);
+      }
+  }
+
+  void read_counts() {
+    const T missing = static_cast<T>(nan);
     std::memset(votes, 0, n * stride * sizeof(T));
     std::memset(compared, 0, n * sizeof(int64_t));
     for (int64_t i = 0; i < n; i++)
       for (int64_t j = 0; j < i; j++) {
         const T a = values[i * stride + j], c = values[j * stride + i], total = a + c;
-        if (a < 0 || a > most || (a == a) != (c == c)) complain(a == a ? 1 : nan, i, j);
-        if (c < 0 || c > most) complain(1, j, i);
+        if (a < 0 || a > finite || (a == a) != (c == c)) complaint.add(a == a ? 1 : nan, i, j);
+        if (c < 0 || c > finite) complaint.add(1, j, i);
         const bool seen = total > 0;
         values[i * stride + j] = seen ? a / total : missing;
         values[j * stride + i] = seen ? c / total : missing;
@@ -662,51 +702,79 @@ void dense(const BradleyTerryDense& args, int64_t b, char* workspace) {
       }
     for (int64_t i = 0; i < n; i++) observed += compared[i];
   }
-  out.stats[bt_worst] = worst;
-  out.stats[bt_worst_row] = double(worst_row);
-  out.stats[bt_worst_column] = double(worst_column);
-  out.stats[bt_largest] = largest;
 
-  int64_t groups = 1;
-  if (observed == n * (n - 1)) {
-    for (int64_t i = 0; i < n; i++) labels[i] = 0;
-  } else {
-    groups = components(
-        n,
-        [&](int64_t i, const auto& visit) {
-          for (int64_t j = 0; j < n; j++)
-            if (values[i * stride + j] == values[i * stride + j]) visit(j);
-        },
-        labels, stack);
+  int64_t label_components() {
+    if (observed == n * (n - 1)) {
+      for (int64_t i = 0; i < n; i++) labels[i] = 0;
+      return 1;
+    }
+    const auto neighbours = [&](int64_t i, const auto& visit) {
+      for (int64_t j = 0; j < n; j++)
+        if (values[i * stride + j] == values[i * stride + j]) visit(j);
+    };
+    return components(n, neighbours, labels, stack);
   }
-  double ridge = logits ? 0 : count_ridge;
-  if constexpr (DATA == BradleyTerryData::counts_mle) {
+
+  bool has_maximum(int64_t groups) {
     const auto along = [&](bool wins) {
       return [&, wins](int64_t i, const auto& visit) {
         for (int64_t j = 0; j < n; j++)
           if ((wins ? values[i * stride + j] : values[j * stride + i]) > 0) visit(j);
       };
     };
-    if (strongly_connected(n, groups, along(true), along(false), other, stack)) ridge = 0;
+    return strongly_connected(n, groups, along(true), along(false), other, stack);
   }
-  const Dense<T, DATA> graph{n, stride, values, votes, weights, row_counts};
-  const double mean = observed > 0 ? sum / double(observed) : 0;
-  const double rounding = sizeof(T) == 4 ? 1e-5 : 1e-6;
-  const Problem problem{
-      n, observed, observed == n * (n - 1), groups, labels, compared, mean, ridge, rounding, args.options, group_sums};
-  // Bad data is Python's to refuse: no answer is formed from it.
-  if (largest > most || worst != worst || (!logits && worst > 0)) {
-    for (int64_t s = 0; s < bt_worst; s++) out.stats[s] = nan;
-    return;
+
+  template <BradleyTerryData DATA>
+  void fit(int64_t b) {
+    constexpr bool logits = DATA == BradleyTerryData::logits;
+    BradleyTerryOutputs out = args.out;
+    out.scores += b * n;
+    out.components += b * n;
+    out.rejected += b * n;
+    out.stats += b * bt_stats;
+    read(b);
+    if constexpr (logits)
+      read_logits();
+    else
+      read_counts();
+    out.stats[bt_worst] = complaint.worst;
+    out.stats[bt_worst_row] = double(complaint.row);
+    out.stats[bt_worst_column] = double(complaint.column);
+    out.stats[bt_largest] = largest;
+    // Bad data is Python's to refuse: no answer is formed from it.
+    if (largest > finite || complaint.worst != complaint.worst || (!logits && complaint.worst > 0)) {
+      for (int64_t s = 0; s < bt_worst; s++) out.stats[s] = nan;
+      return;
+    }
+    const int64_t groups = label_components();
+    double ridge = logits ? 0 : count_ridge;
+    if (DATA == BradleyTerryData::counts_mle && has_maximum(groups)) ridge = 0;
+    const double mean = observed > 0 ? sum / double(observed) : 0;
+    const double rounding = sizeof(T) == 4 ? 1e-5 : 1e-6;
+    const Problem problem{
+        n,         observed, observed == n * (n - 1), groups, labels, compared, mean, ridge, rounding, args.options,
+        group_sums};
+    solve<DATA>(DenseGraph<T, DATA>{n, stride, values, votes, weights, row_counts}, problem, vectors, stride, out);
   }
-  solve<DATA>(graph, problem, vectors, stride, out);
-}
+
+  void run(int64_t b) {
+    switch (args.options.data) {
+      case BradleyTerryData::logits:
+        return fit<BradleyTerryData::logits>(b);
+      case BradleyTerryData::counts:
+        return fit<BradleyTerryData::counts>(b);
+      case BradleyTerryData::counts_mle:
+        return fit<BradleyTerryData::counts_mle>(b);
+    }
+  }
+};
 
 template <BradleyTerryData DATA>
-void sparse(const BradleyTerryEdges& edges) {
+void fit_edges(const BradleyTerryEdges& edges) {
   constexpr bool logits = DATA == BradleyTerryData::logits;
   const int64_t n = edges.items;
-  double* group_sums = edges.vectors + 8 * n;
+  double* group_sums = edges.vectors + Vectors<double>::count * n;
   int64_t* compared = reinterpret_cast<int64_t*>(group_sums + 2 * n);
   int64_t *row_counts = compared + n, *stack = row_counts + n, *labels = stack + n;
   double sum = 0;
@@ -730,37 +798,23 @@ void sparse(const BradleyTerryEdges& edges) {
     if (strongly_connected(n, groups, along(0), losses, edges.out.components, stack)) ridge = 0;
   const double mean = observed > 0 ? sum / double(observed) : 0;
   const Problem problem{n, observed, false, groups, labels, compared, mean, ridge, 1e-6, edges.options, group_sums};
-  const Sparse<DATA> graph{edges, n, row_counts};
-  solve<DATA>(graph, problem, edges.vectors, n, edges.out);
+  solve<DATA>(EdgeGraph<DATA>{edges, n, row_counts}, problem, edges.vectors, n, edges.out);
 }
 
 }  // namespace
 
-// Arguments of FASTPREF_DISPATCH: here a slot of the workspace, and the matrix.
-void bradley_terry_matrix(const BradleyTerryDense& args, int64_t slot, int64_t b) {
-  char* workspace = static_cast<char*>(args.workspace) + slot * bradley_terry_workspace(args.items, args.is_double);
-  const auto run = [&](auto real) {
-    using T = decltype(real);
-    switch (args.options.data) {
-      case BradleyTerryData::logits:
-        return dense<T, BradleyTerryData::logits>(args, b, workspace);
-      case BradleyTerryData::counts:
-        return dense<T, BradleyTerryData::counts>(args, b, workspace);
-      case BradleyTerryData::counts_mle:
-        return dense<T, BradleyTerryData::counts_mle>(args, b, workspace);
-    }
-  };
-  args.is_double ? run(double{}) : run(float{});
+void bradley_terry_matrix(const BradleyTerryDense& args, int64_t matrix, int64_t slot) {
+  solve_task<DenseFit>(args, matrix, slot);
 }
 
-void bradley_terry_rows(const BradleyTerryEdges& args, int64_t, int64_t) {
+void bradley_terry_graph(const BradleyTerryEdges& args, int64_t, int64_t) {
   switch (args.options.data) {
     case BradleyTerryData::logits:
-      return sparse<BradleyTerryData::logits>(args);
+      return fit_edges<BradleyTerryData::logits>(args);
     case BradleyTerryData::counts:
-      return sparse<BradleyTerryData::counts>(args);
+      return fit_edges<BradleyTerryData::counts>(args);
     case BradleyTerryData::counts_mle:
-      return sparse<BradleyTerryData::counts_mle>(args);
+      return fit_edges<BradleyTerryData::counts_mle>(args);
   }
 }
 
@@ -768,30 +822,23 @@ void bradley_terry_rows(const BradleyTerryEdges& args, int64_t, int64_t) {
 
 #ifdef FASTPREF_SIMD_baseline  // the entry points, once
 
-#include <atomic>
-
-#include "dispatch.h"
-
 namespace fastpref {
 
 FASTPREF_DISPATCH(bradley_terry_matrix, BradleyTerryDense)
-FASTPREF_DISPATCH(bradley_terry_rows, BradleyTerryEdges)
+FASTPREF_DISPATCH(bradley_terry_graph, BradleyTerryEdges)
 
 int64_t bradley_terry_workspace(int64_t items, bool is_double) {
-  const int64_t size = is_double ? 8 : 4, stride = (items * size + 63) / 64 * 64;
-  return (3 * items + 8) * stride + (7 * items * 8 + 63) / 64 * 64;
+  BradleyTerryDense args{};
+  args.is_double = is_double;
+  args.items = items;
+  return baseline::workspace_bytes<baseline::DenseFit>(args);
 }
 
 void bradley_terry_dense_cpu(const BradleyTerryDense& args, int threads) {
-  const SimdLevel level = simd_level();
-  std::atomic<int64_t> next{0};  // matrices differ in iterations; each is solved alone, whichever thread takes it
-  parallel_for(args.slots, 1, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; slot++)
-      for (int64_t b; (b = next.fetch_add(1)) < args.batch;) bradley_terry_matrix(level, args, slot, b);
-  });
+  solve_each<bradley_terry_matrix>(args, args.batch, args.slots < threads ? static_cast<int>(args.slots) : threads);
 }
 
-void bradley_terry_edges_cpu(const BradleyTerryEdges& args) { bradley_terry_rows(simd_level(), args, 0, args.items); }
+void bradley_terry_edges_cpu(const BradleyTerryEdges& args) { bradley_terry_graph(simd_level(), args, 0, args.items); }
 
 }  // namespace fastpref
 

@@ -23,3 +23,14 @@
     FASTPREF_X86_CALL(NAME)                                                         \
     return baseline::NAME(args, begin, end);                                        \
   }
+
+namespace fastpref {
+
+// KERNEL, one of FASTPREF_DISPATCH's, over [0, count) in chunks on threads.
+template <auto KERNEL, class Args>
+void for_ranges(const Args& args, int64_t count, int64_t chunk, int threads) {
+  const SimdLevel level = simd_level();
+  parallel_for(count, chunk, threads, [&](int64_t begin, int64_t end) { KERNEL(level, args, begin, end); });
+}
+
+}  // namespace fastpref

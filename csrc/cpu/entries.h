@@ -39,5 +39,22 @@ inline D missing() {
   return x;
 }
 
+// f(D{}), D being the type of a matrix's entries.
+template <class F>
+inline void with_entries(MatrixDType dtype, const F& f) {
+  switch (dtype) {
+    case MatrixDType::f32:
+      return f(float{});
+    case MatrixDType::bf16:
+      return f(bf16{});
+    case MatrixDType::f16:
+      return f(f16{});
+    case MatrixDType::f64:
+      return f(double{});
+    case MatrixDType::i8:
+      return f(int8_t{});
+  }
+}
+
 }  // namespace
 }  // namespace fastpref::FASTPREF_SIMD

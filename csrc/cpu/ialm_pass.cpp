@@ -14,35 +14,21 @@ struct ChunkTotals {
   double sums[4];
 };
 
-// Sizes and places in the workspace; the same on every level.
-struct Layout {
-  int64_t row_rank;  // columns of the rows' factors
-  int64_t panel, panels, chunk_rows, chunks;
-  int64_t sums, packed_rows, totals;  // offsets in bytes inside a chunk
-  int64_t chunk_bytes, first_chunk, bytes;
+struct Layout : PanelLayout {
+  int64_t row_rank;                   // columns of the rows' factors
+  int64_t factors;                    // offset in bytes in the part of all chunks: of the columns' factors, by rows
+  int64_t sums, packed_rows, totals;  // and in a chunk's own
 
-  Layout(const IalmPass& args, bool by_columns) {
-    const int64_t item = args.dtype == MatrixDType::f64 ? 8 : 4;
-    row_rank = by_columns ? args.width : args.rank;
-    panel = panel_columns(args.width, item, args.columns);
-    panels = (args.columns + panel - 1) / panel;
-    chunk_rows = chunk_of_rows(args.rows);
-    chunks = (args.rows + chunk_rows - 1) / chunk_rows;
-    first_chunk = by_columns ? 0 : round_up(panels * args.width * panel * item, 64);  // after the columns' factors
-    sums = 0;
-    packed_rows = by_columns ? round_up(panels * args.width * panel * item, 64) : group_rows * args.width * 64;
-    totals = packed_rows + round_up(group_rows * row_rank * item, 64);
-    chunk_bytes = round_up(totals + int64_t(sizeof(ChunkTotals)), 64);
-    bytes = first_chunk + chunks * chunk_bytes;
-  }
-
-  template <class T>
-  T* chunk_part(const IalmPass& args, int64_t chunk, int64_t offset) const {
-    return reinterpret_cast<T*>(static_cast<char*>(args.workspace) + first_chunk + chunk * chunk_bytes + offset);
-  }
+  Layout(const IalmPass& args, bool by_columns)
+      : PanelLayout(args.dtype, args.rows, args.columns, args.width),
+        row_rank(by_columns ? args.width : args.rank),
+        factors(shared.take(by_columns ? 0 : panels * args.width * panel * item)),
+        sums(own.take(by_columns ? panels * args.width * panel * item : group_rows * args.width * alignment)),
+        packed_rows(own.take(group_rows * row_rank * item)),
+        totals(own.take(sizeof(ChunkTotals))) {}
 };
 
-inline Vf clip(Vf t, Vf bound) {
+inline Vf clipped(Vf t, Vf bound) {
 #if defined(FASTPREF_SIMD_avx512)
   return (Vf)_mm512_maskz_range_ps(0xffff, (__m512)t, (__m512)bound, 2);  // the smaller magnitude with t's sign
 #elif defined(FASTPREF_SIMD_avx2)
@@ -51,7 +37,7 @@ inline Vf clip(Vf t, Vf bound) {
   return t > bound ? bound : (t < -bound ? -bound : t);
 #endif
 }
-inline V<double> clip(V<double> t, V<double> bound) {
+inline V<double> clipped(V<double> t, V<double> bound) {
 #if defined(FASTPREF_SIMD_avx512)
   return (V<double>)_mm512_maskz_range_pd(0xff, (__m512d)t, (__m512d)bound, 2);
 #elif defined(FASTPREF_SIMD_avx2)
@@ -74,20 +60,6 @@ struct Constants {
         sparse(F(args.from_sparse)),
         dual(F(args.from_dual)),
         missing(F(args.from_missing)) {}
-};
-
-template <class F>
-struct Panel {
-  int64_t first, columns, stride;
-  const F* factors;  // [width, stride], 0 beyond the matrix
-  F* sums;           // [width, stride]
-};
-
-template <class F>
-struct Block {
-  int64_t first, rows;
-  const F* factors;  // [row_rank, block_rows], 0 beyond the matrix
-  V<F>* sums;        // [width, block_rows], by lane
 };
 
 // The block to come begins so many rows and columns ahead, and is fetched into L2: no hardware prefetcher follows rows
@@ -132,11 +104,11 @@ void meet(const IalmPass& args, int64_t rows_ahead, int64_t columns_ahead, const
       for (int half = 0; half < 2; half++) {
         F* at = t + i * args.state_stride + half * L;
         const V<F> data = reads_data ? values(d + i * stride + half * L) * c.scale : zero;
-        const V<F> old = load_at(at), old_dual = clip(old, bound);
+        const V<F> old = load_at(at), old_dual = clipped(old, bound);
         const auto where_there = [&](V<F> x, V<F> otherwise) { return MASKED ? (data == data ? x : otherwise) : x; };
         V<F> value;
         if constexpr (KIND == Kind::update) {
-          const V<F> formed = (data + tile[i][half] + old_dual * c.inverse_mu) * c.mu, dual = clip(formed, bound);
+          const V<F> formed = (data + tile[i][half] + old_dual * c.inverse_mu) * c.mu, dual = clipped(formed, bound);
           const V<F> sparse = formed - dual, low = -tile[i][half];
           const V<F> turn = where_there(dual - old_dual, zero), kept = where_there(dual, zero);
           const V<F> move = where_there(sparse * c.inverse_mu - (old - old_dual) * c.inverse_before, low - old);
@@ -169,8 +141,7 @@ void meet(const IalmPass& args, int64_t rows_ahead, int64_t columns_ahead, const
   if constexpr (KIND != Kind::columns) add_to_rows(panel.factors, e, panel.stride, 0, end, args.width, block.sums);
   if constexpr (KIND == Kind::update || KIND == Kind::measured_rows)
     for (int i = 0; i < 3; i++) totals[i] += sum_of<F>(sums[i]);
-  if constexpr (KIND == Kind::measured_rows)
-    for (int lane = 0; lane < L; lane++) totals[3] = larger(totals[3], double(sums[3][lane]));
+  if constexpr (KIND == Kind::measured_rows) totals[3] = larger(totals[3], max_of<F>(sums[3]));
 }
 
 template <class D, Kind KIND, bool MASKED>
@@ -180,17 +151,17 @@ void chunk(const IalmPass& args, const Layout& layout, int64_t index) {
   const int64_t width = args.width, row_rank = layout.row_rank;
   const F* row_factors = static_cast<const F*>(args.row_factors);
   F* products = static_cast<F*>(args.products);
-  const F* factors = static_cast<const F*>(args.workspace);  // of all panels
-  F* column_sums = layout.chunk_part<F>(args, index, layout.sums);
-  V<F>* row_sums = layout.chunk_part<V<F>>(args, index, layout.sums);
-  F* packed_rows = layout.chunk_part<F>(args, index, layout.packed_rows);
-  ChunkTotals* totals = layout.chunk_part<ChunkTotals>(args, index, layout.totals);
+  const F* factors = layout.shared_part<F>(args.workspace, layout.factors);  // of all panels
+  F* column_sums = layout.chunk_part<F>(args.workspace, index, layout.sums);
+  V<F>* row_sums = layout.chunk_part<V<F>>(args.workspace, index, layout.sums);
+  F* packed_rows = layout.chunk_part<F>(args.workspace, index, layout.packed_rows);
+  ChunkTotals* totals = layout.chunk_part<ChunkTotals>(args.workspace, index, layout.totals);
   *totals = {};
   if (by_columns) std::memset(column_sums, 0, layout.panels * width * layout.panel * sizeof(F));
   const int64_t rows_end = smaller((index + 1) * layout.chunk_rows, args.rows);
   for (int64_t group = index * layout.chunk_rows; group < rows_end; group += group_rows) {
     const int64_t group_end = smaller(group + group_rows, rows_end);
-    const int64_t blocks = (group_end - group + block_rows - 1) / block_rows;
+    const int64_t blocks = divide_up(group_end - group, block_rows);
     for (int64_t i = 0; i < blocks * block_rows; i++) {
       F* out = packed_rows + i / block_rows * row_rank * block_rows + i % block_rows;
       for (int64_t k = 0; k < row_rank; k++)
@@ -232,18 +203,7 @@ void chunks_dtype(const IalmPass& args, int64_t begin, int64_t end) {
 
 template <Kind KIND>
 void chunks(const IalmPass& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case MatrixDType::f32:
-      return chunks_dtype<float, KIND>(args, begin, end);
-    case MatrixDType::bf16:
-      return chunks_dtype<bf16, KIND>(args, begin, end);
-    case MatrixDType::f16:
-      return chunks_dtype<f16, KIND>(args, begin, end);
-    case MatrixDType::f64:
-      return chunks_dtype<double, KIND>(args, begin, end);
-    case MatrixDType::i8:
-      return chunks_dtype<int8_t, KIND>(args, begin, end);
-  }
+  with_entries(args.dtype, [&](auto entry) { chunks_dtype<decltype(entry), KIND>(args, begin, end); });
 }
 
 template <class F>
@@ -251,7 +211,7 @@ void pack(const IalmPass& args, int64_t begin, int64_t end) {
   const Layout layout(args, false);
   const F* factors = static_cast<const F*>(args.column_factors);
   for (int64_t p = begin; p < end; p++) {
-    F* out = static_cast<F*>(args.workspace) + p * args.width * layout.panel;
+    F* out = layout.shared_part<F>(args.workspace, layout.factors) + p * args.width * layout.panel;
     for (int64_t j = 0; j < layout.panel; j++) {
       const int64_t column = p * layout.panel + j;
       for (int64_t k = 0; k < args.width; k++)
@@ -270,7 +230,8 @@ void reduce(const IalmPass& args, int64_t begin, int64_t end) {
       for (int64_t j = 0; j < columns; j += Lanes<F>::n) {
         V<F> total{};
         for (int64_t c = 0; c < layout.chunks; c++)
-          total += load_at(layout.chunk_part<F>(args, c, layout.sums) + (p * args.width + k) * layout.panel + j);
+          total +=
+              load_at(layout.chunk_part<F>(args.workspace, c, layout.sums) + (p * args.width + k) * layout.panel + j);
         for (int64_t lane = 0; lane < smaller(Lanes<F>::n, columns - j); lane++)
           products[(first + j + lane) * args.width + k] = total[lane];
       }
@@ -311,46 +272,33 @@ FASTPREF_DISPATCH(ialm_reduce, IalmPass)
 
 namespace {
 
-// little work stays on this thread: to wake another and wait for it takes longer
-int64_t panels_of(int64_t elements, int64_t by_panel) { return elements / (by_panel + 1) + 1; }
-
-template <class Chunks>
-void by_rows(const IalmPass& args, int threads, const Chunks& chunks) {
-  const SimdLevel level = simd_level();
+template <auto KERNEL>
+void by_rows(const IalmPass& args, int threads) {
   const baseline::Layout layout(args, false);
-  parallel_for(layout.panels, panels_of(1 << 16, args.width * layout.panel), threads,
-               [&](int64_t begin, int64_t end) { ialm_pack(level, args, begin, end); });
-  parallel_for(layout.chunks, 1, threads, [&](int64_t begin, int64_t end) { chunks(level, begin, end); });
+  for_ranges<ialm_pack>(args, layout.panels, baseline::panels_per_task(1 << 16, args.width * layout.panel), threads);
+  for_ranges<KERNEL>(args, layout.chunks, 1, threads);
   if (!args.sums) return;
   for (int i = 0; i < 4; i++) args.sums[i] = 0;
   for (int64_t c = 0; c < layout.chunks; c++) {
-    const auto& totals = *layout.chunk_part<baseline::ChunkTotals>(args, c, layout.totals);
+    const auto& totals = *layout.chunk_part<baseline::ChunkTotals>(args.workspace, c, layout.totals);
     for (int i = 0; i < 3; i++) args.sums[i] += totals.sums[i];
-    args.sums[3] = totals.sums[3] > args.sums[3] ? totals.sums[3] : args.sums[3];
+    args.sums[3] = larger(totals.sums[3], args.sums[3]);
   }
 }
 
 }  // namespace
 
-size_t ialm_workspace(const IalmPass& args, bool by_columns) { return baseline::Layout(args, by_columns).bytes; }
+size_t ialm_workspace(const IalmPass& args, bool by_columns) { return baseline::Layout(args, by_columns).bytes(); }
 
-void ialm_update_cpu(const IalmPass& args, int threads) {
-  by_rows(args, threads,
-          [&](SimdLevel level, int64_t begin, int64_t end) { ialm_update_chunks(level, args, begin, end); });
-}
+void ialm_update_cpu(const IalmPass& args, int threads) { by_rows<ialm_update_chunks>(args, threads); }
 
-void ialm_rows_cpu(const IalmPass& args, int threads) {
-  by_rows(args, threads,
-          [&](SimdLevel level, int64_t begin, int64_t end) { ialm_rows_chunks(level, args, begin, end); });
-}
+void ialm_rows_cpu(const IalmPass& args, int threads) { by_rows<ialm_rows_chunks>(args, threads); }
 
 void ialm_columns_cpu(const IalmPass& args, int threads) {
-  const SimdLevel level = simd_level();
   const baseline::Layout layout(args, true);
-  parallel_for(layout.chunks, 1, threads,
-               [&](int64_t begin, int64_t end) { ialm_columns_chunks(level, args, begin, end); });
-  parallel_for(layout.panels, panels_of(1 << 19, layout.chunks * args.width * layout.panel), threads,
-               [&](int64_t begin, int64_t end) { ialm_reduce(level, args, begin, end); });
+  for_ranges<ialm_columns_chunks>(args, layout.chunks, 1, threads);
+  for_ranges<ialm_reduce>(args, layout.panels,
+                          baseline::panels_per_task(1 << 19, layout.chunks * args.width * layout.panel), threads);
 }
 
 }  // namespace fastpref

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <type_traits>
 
+#include "arith.h"
 #include "simd.h"
 
 namespace fastpref {
@@ -27,9 +28,6 @@ constexpr int64_t chunk_bytes = 1280 << 10;  // packed token side that is to sta
 // Of the hidden gradient, whose k is the vocabulary: packed at a time, so that both sides and the result stay in L2.
 constexpr int64_t k_rows = 256, k_steps = k_rows / block;
 constexpr int64_t unit_groups = 8, unit_columns = 16;  // of 32 tokens, of 32 hidden columns
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 // Sums of one slice over 32 tokens, without their target columns. v and t = (v - reference) * multiplier are those of
 // token_logps.h; top is over the logits before tanh: ties need those.
@@ -118,7 +116,6 @@ namespace {
 
 constexpr __mmask16 all = 0xffff;  // masked forms: GCC 12 warns of an uninitialised register in the plain ones
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline uint32_t first_bits(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
 
 // 32 rows of `columns` bf16 into a panel; beyond rows and columns zero.
@@ -778,11 +775,6 @@ Product need_product() {
   return product;
 }
 
-template <class T>
-T* aligned(void* p) {
-  return reinterpret_cast<T*>(round_up(reinterpret_cast<intptr_t>(p), 64));
-}
-
 int64_t groups_per_chunk(int64_t groups, int64_t steps) {  // chunks of about the same size
   const int64_t most = chunk_bytes / (steps * block_elements * 2);
   return most < 1 ? 1 : divide_up(groups, divide_up(groups, most));
@@ -790,18 +782,48 @@ int64_t groups_per_chunk(int64_t groups, int64_t steps) {  // chunks of about th
 
 int64_t packed_bytes(int64_t steps) { return steps * block_elements * 2; }
 
+// Offsets in bytes. Each thread has panels of its own.
 struct ForwardLayout {
-  int64_t steps, groups, slices, hidden, labels, targets, sums, panels, bytes;
+  int64_t steps, groups, slices;
+  Parts parts;
+  int64_t hidden, labels, targets, sums, panels;
   ForwardLayout(int64_t rows, int64_t hidden_size, int64_t vocab, int64_t rank, bool stats, int threads)
       : steps(divide_up(hidden_size, block) + divide_up(rank, block)),
         groups(divide_up(rows, block)),
         slices(divide_up(vocab, slice_rows)),
-        hidden(0),
-        labels(hidden + groups * packed_bytes(steps)),
-        targets(labels + groups * block * 4),
-        sums(targets + groups * block * 4),
-        panels(round_up(sums + slices * groups * sums_bytes(stats), 64)),
-        bytes(panels + threads * packed_bytes(steps) + 64) {}
+        hidden(parts.take(groups * packed_bytes(steps))),
+        labels(parts.take(groups * block * int64_t(sizeof(int32_t)))),
+        targets(parts.take(groups * block * int64_t(sizeof(float)))),
+        sums(parts.take(slices * groups * sums_bytes(stats))),
+        panels(parts.take(threads * packed_bytes(steps))) {}
+};
+
+struct WeightGradLayout {
+  int64_t steps, groups;
+  Parts parts;
+  int64_t hidden, panels;
+  WeightGradLayout(int64_t rows, int64_t hidden_size, int threads)
+      : steps(divide_up(rows, block)),
+        groups(divide_up(hidden_size, block)),
+        hidden(parts.take(groups * packed_bytes(steps))),
+        panels(parts.take(threads * packed_bytes(steps))) {}
+};
+
+struct HiddenGradLayout {
+  int64_t groups, columns, splits, split_rows;
+  Parts parts;
+  int64_t partial, packed;
+  HiddenGradLayout(int64_t rows, int64_t hidden_size, int64_t vocab, int threads)
+      : groups(divide_up(rows, block)), columns(divide_up(hidden_size, block)) {
+    const int64_t partial_bytes = groups * columns * block_elements * int64_t(sizeof(float));
+    constexpr int64_t most_splits = 16, most_bytes = 20 << 20;  // whatever the threads
+    splits = smaller(divide_up(vocab, 8 * k_rows), most_splits);
+    while (splits > 1 && splits * partial_bytes > most_bytes) splits--;
+    split_rows = splits ? round_up(divide_up(vocab, splits), k_rows) : 0;
+    splits = splits ? divide_up(vocab, split_rows) : 0;
+    partial = parts.take(splits * partial_bytes);
+    packed = parts.take(threads * packed_bytes((unit_groups + unit_columns) * k_steps));
+  }
 };
 
 void check_tile(const void* tile, int64_t tile_stride, int64_t rows, int64_t vocab) {
@@ -915,35 +937,15 @@ void set_linear_product(const char* name) {
 
 int64_t linear_logps_workspace(int64_t rows, int64_t hidden_size, int64_t vocab, int64_t rank, bool stats,
                                int threads) {
-  return ForwardLayout(rows, hidden_size, vocab, rank, stats, threads).bytes;
+  return padded(ForwardLayout(rows, hidden_size, vocab, rank, stats, threads).parts.bytes);
 }
 
 int64_t linear_logps_weight_grad_workspace(int64_t rows, int64_t hidden_size, int threads) {
-  return (divide_up(hidden_size, block) + threads) * packed_bytes(divide_up(rows, block)) + 64;
+  return padded(WeightGradLayout(rows, hidden_size, threads).parts.bytes);
 }
 
-namespace {
-
-struct HiddenGradLayout {
-  int64_t groups, columns, splits, split_rows, packed, bytes;
-  HiddenGradLayout(int64_t rows, int64_t hidden_size, int64_t vocab, int threads)
-      : groups(divide_up(rows, block)), columns(divide_up(hidden_size, block)) {
-    const int64_t partial_bytes = groups * columns * block_elements * 4;
-    constexpr int64_t most_splits = 16, most_bytes = 20 << 20;  // whatever the threads
-    splits = divide_up(vocab, 8 * k_rows);
-    splits = splits < most_splits ? splits : most_splits;
-    while (splits > 1 && splits * partial_bytes > most_bytes) splits--;
-    split_rows = splits ? round_up(divide_up(vocab, splits), k_rows) : 0;
-    splits = splits ? divide_up(vocab, split_rows) : 0;
-    packed = splits * partial_bytes;
-    bytes = packed + threads * packed_bytes((unit_groups + unit_columns) * k_steps) + 64;
-  }
-};
-
-}  // namespace
-
 int64_t linear_logps_hidden_grad_workspace(int64_t rows, int64_t hidden_size, int64_t vocab, int threads) {
-  return HiddenGradLayout(rows, hidden_size, vocab, threads).bytes;
+  return padded(HiddenGradLayout(rows, hidden_size, vocab, threads).parts.bytes);
 }
 
 #if defined(FASTPREF_LINEAR_PRODUCT)
@@ -955,7 +957,7 @@ bool linear_logps_fwd_cpu(const LinearLogpsForward& args, int threads) {
   check_tile(args.tile, args.tile ? args.tile_stride : round_up(p.rows, block), p.rows, p.vocab);
   if (p.rows == 0) return true;
   const ForwardLayout layout(p.rows, p.hidden_size, p.vocab, p.rank, args.stats, threads);
-  char* memory = aligned<char>(args.workspace);
+  char* memory = aligned(args.workspace);
   ForwardPass pass{args,
                    product,
                    layout.steps,
@@ -1022,7 +1024,8 @@ void linear_logps_weight_grad_cpu(const bf16* dz, int64_t tile_stride, int64_t r
   const Product product = need_product();
   check_tile(dz, tile_stride, rows, vocab);
   if (hidden_size == 0 || (rows == 0 && accumulate)) return;
-  const int64_t steps = divide_up(rows, block), groups = divide_up(hidden_size, block);
+  const WeightGradLayout layout(rows, hidden_size, threads);
+  char* memory = aligned(workspace);
   const WeightGradPass pass{dz,
                             tile_stride,
                             rows,
@@ -1031,15 +1034,16 @@ void linear_logps_weight_grad_cpu(const bf16* dz, int64_t tile_stride, int64_t r
                             acc,
                             accumulate,
                             product,
-                            steps,
-                            groups,
-                            groups_per_chunk(groups, steps),
-                            aligned<bf16>(workspace)};
-  parallel_for(groups, 1, threads, [&](int64_t begin, int64_t end) {
+                            layout.steps,
+                            layout.groups,
+                            groups_per_chunk(layout.groups, layout.steps),
+                            reinterpret_cast<bf16*>(memory + layout.hidden)};
+  parallel_for(layout.groups, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; g++) avx512::pack_weight_grad_group(pass, hidden, g);
   });
   parallel_with_slot(divide_up(vocab, slice_rows), threads, [&](int64_t slice, int64_t slot) {
-    avx512::weight_grad_slice(pass, slice, pass.hidden + (groups + slot) * steps * block_elements);
+    char* panel = memory + layout.panels + slot * packed_bytes(layout.steps);
+    avx512::weight_grad_slice(pass, slice, reinterpret_cast<bf16*>(panel));
   });
 }
 
@@ -1049,7 +1053,7 @@ void linear_logps_hidden_grad_cpu(const bf16* dz, int64_t tile_stride, int64_t r
   check_tile(dz, tile_stride, rows, vocab);
   if (rows == 0 || hidden_size == 0) return;
   const HiddenGradLayout layout(rows, hidden_size, vocab, threads);
-  char* memory = aligned<char>(workspace);
+  char* memory = aligned(workspace);
   const HiddenGradPass pass{dz,
                             tile_stride,
                             rows,
@@ -1063,7 +1067,7 @@ void linear_logps_hidden_grad_cpu(const bf16* dz, int64_t tile_stride, int64_t r
                             layout.split_rows,
                             layout.groups,
                             layout.columns,
-                            reinterpret_cast<float*>(memory)};
+                            reinterpret_cast<float*>(memory + layout.partial)};
   const int64_t chunks = divide_up(layout.groups, unit_groups);
   parallel_with_slot(layout.splits * chunks, threads, [&](int64_t i, int64_t slot) {
     const int64_t at = layout.packed + slot * packed_bytes((unit_groups + unit_columns) * k_steps);

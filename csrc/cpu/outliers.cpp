@@ -2,6 +2,7 @@
 // or listed.
 #include "outliers.h"
 
+#include "arith.h"
 #include "dispatch.h"
 #include "entries.h"
 
@@ -53,13 +54,6 @@ inline void residuals(const Outliers& args, int64_t first, const Visit& visit) {
     for (int i = 0; i < ROWS; i++)
       for (int half = 0; half < 2; half++) visit(i, j + half * n, r[i][half]);
   }
-}
-
-template <class F>
-inline int64_t count_of(typename Lanes<F>::I v) {
-  int64_t sum = 0;
-  for (int k = 0; k < Lanes<F>::n; k++) sum += v[k];
-  return sum;
 }
 
 template <class D, int ROWS>
@@ -127,33 +121,11 @@ void list(const Outliers& args, int64_t block) {
 }  // namespace
 
 void outliers_count(const Outliers& args, int64_t block, int64_t slot) {
-  switch (args.dtype) {
-    case MatrixDType::f32:
-      return count<float>(args, block, slot);
-    case MatrixDType::bf16:
-      return count<bf16>(args, block, slot);
-    case MatrixDType::f16:
-      return count<f16>(args, block, slot);
-    case MatrixDType::f64:
-      return count<double>(args, block, slot);
-    case MatrixDType::i8:
-      return count<int8_t>(args, block, slot);
-  }
+  with_entries(args.dtype, [&](auto entry) { count<decltype(entry)>(args, block, slot); });
 }
 
 void outliers_list(const Outliers& args, int64_t block, int64_t) {
-  switch (args.dtype) {
-    case MatrixDType::f32:
-      return list<float>(args, block);
-    case MatrixDType::bf16:
-      return list<bf16>(args, block);
-    case MatrixDType::f16:
-      return list<f16>(args, block);
-    case MatrixDType::f64:
-      return list<double>(args, block);
-    case MatrixDType::i8:
-      return list<int8_t>(args, block);
-  }
+  with_entries(args.dtype, [&](auto entry) { list<decltype(entry)>(args, block); });
 }
 
 }  // namespace fastpref::FASTPREF_SIMD
@@ -163,7 +135,7 @@ void outliers_list(const Outliers& args, int64_t block, int64_t) {
 namespace fastpref {
 
 namespace {
-int64_t blocks_of(const Outliers& args) { return (args.rows + baseline::block_rows - 1) / baseline::block_rows; }
+int64_t blocks_of(const Outliers& args) { return divide_up(args.rows, baseline::block_rows); }
 }  // namespace
 
 void outliers_count_cpu(const Outliers& args, int threads) {

@@ -1,6 +1,7 @@
 // What the passes over one large matrix share. A block of rows meets a panel of columns two vectors at a time: a tile
 // of the matrix is in registers, and the thin factors it meets are packed, vector by vector, one after the other.
 #pragma once
+#include "arith.h"
 #include "entries.h"
 
 namespace fastpref::FASTPREF_SIMD {
@@ -22,10 +23,6 @@ constexpr int64_t max_step = 32;    // of all levels and types
 template <class F>
 using Tile = V<F>[block_rows][2];
 
-inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Columns of a panel such that `vectors` of its factors and sums stay in a third of L1.
 inline int64_t panel_columns(int64_t vectors, int64_t item, int64_t columns) {
   const int64_t fits = 16384 / (larger(vectors, 1) * item) / max_step * max_step;
@@ -36,6 +33,53 @@ inline int64_t panel_columns(int64_t vectors, int64_t item, int64_t columns) {
 // them for the threads.
 inline int64_t chunk_of_rows(int64_t rows) {
   return round_up(larger(larger(32, smaller(96, rows / 16)), rows / 24), 8);
+}
+
+// Panels and chunks of a matrix, and where they have their parts of the workspace: what all chunks share comes first,
+// then what each chunk has of its own. The same on every level.
+struct PanelLayout {
+  int64_t item;  // bytes of a factor's entry
+  int64_t panel, panels, chunk_rows, chunks;
+  Parts shared, own;  // of all chunks, of each
+
+  // `vectors` of the panel's factors and sums are to stay in L1
+  PanelLayout(MatrixDType dtype, int64_t rows, int64_t columns, int64_t vectors)
+      : item(dtype == MatrixDType::f64 ? 8 : 4),
+        panel(panel_columns(vectors, item, columns)),
+        panels(divide_up(columns, panel)),
+        chunk_rows(chunk_of_rows(rows)),
+        chunks(divide_up(rows, chunk_rows)) {}
+
+  int64_t bytes() const { return padded(shared.bytes + chunks * own.bytes); }
+  template <class T>
+  T* shared_part(void* workspace, int64_t offset) const {
+    return reinterpret_cast<T*>(aligned(workspace) + offset);
+  }
+  template <class T>
+  T* chunk_part(void* workspace, int64_t chunk, int64_t offset) const {
+    return reinterpret_cast<T*>(aligned(workspace) + shared.bytes + chunk * own.bytes + offset);
+  }
+};
+
+// A panel of columns, and the chunk's sums over rows of its products.
+template <class F>
+struct Panel {
+  int64_t first, columns, stride;
+  const F* factors;  // [vectors, stride], 0 beyond the matrix
+  F* sums;           // [vectors, stride]
+};
+
+// A block of rows, and the sums over columns of its products.
+template <class F>
+struct Block {
+  int64_t first, rows;
+  const F* factors;  // [vectors, block_rows], 0 beyond the matrix
+  V<F>* sums;        // [vectors, block_rows], by lane
+};
+
+// Panels per task such that little work stays on this thread: to wake another and wait for it takes longer.
+inline int64_t panels_per_task(int64_t elements, int64_t elements_of_panel) {
+  return elements / (elements_of_panel + 1) + 1;
 }
 
 // A tile in part outside the matrix, or (upper) on or below its diagonal: `fill` there.

@@ -18,7 +18,7 @@ struct Segment {
   int64_t begin, end;
 };
 
-Segment segment(const int64_t* cu_seqlens, int64_t tokens_per_sequence, int64_t sequence) {
+Segment tokens_of(const int64_t* cu_seqlens, int64_t tokens_per_sequence, int64_t sequence) {
   if (cu_seqlens) return {cu_seqlens[sequence], cu_seqlens[sequence + 1]};
   return {sequence * tokens_per_sequence, (sequence + 1) * tokens_per_sequence};
 }
@@ -46,7 +46,7 @@ void preference_fwd_cpu(const PreferenceForward& args, int threads) {
   }
 
   for (int64_t s = 0; s < sequences; s++) {
-    const Segment tokens = segment(args.cu_seqlens, args.tokens_per_sequence, s);
+    const Segment tokens = tokens_of(args.cu_seqlens, args.tokens_per_sequence, s);
     double sum = 0, logratio = 0;
     int64_t length = 0;
     for (int64_t t = tokens.begin; t < tokens.end; t++) {
@@ -84,7 +84,7 @@ void preference_bwd_cpu(const PreferenceBackward& args, int threads) {
   const int64_t sequences = 2 * args.pairs;
   check_segments(args.cu_seqlens, sequences, args.tokens.logits.rows());
   for (int64_t s = 0; s < sequences; s++) {
-    const Segment tokens = segment(args.cu_seqlens, args.tokens_per_sequence, s);
+    const Segment tokens = tokens_of(args.cu_seqlens, args.tokens_per_sequence, s);
     const float gradient = args.coefficients[s] * args.grad_losses[s % args.pairs];
     for (int64_t t = tokens.begin; t < tokens.end; t++) args.token_grad[t] = gradient;
   }

@@ -3,7 +3,7 @@
 //   L = sum over sigma_i > tau of (1 - tau / sigma_i) (A x_i) x_i^T / |x_i|^2.
 #include "svt.h"
 
-#include "dispatch.h"
+#include "batch.h"
 #include "jacobi.h"
 
 namespace fastpref {
@@ -30,16 +30,16 @@ struct Thresholder {
   V<T>*a, *x, *products, *squares;
   int64_t* kept;
 
-  Thresholder(const Svt& args, char* memory)
+  Thresholder(const Svt& args, Workspace& workspace, int64_t vector_lanes)
       : args(args),
         tall(args.rows > args.columns),
         count(tall ? args.columns : args.rows),
-        length(tall ? args.rows : args.columns),
-        a(reinterpret_cast<V<T>*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64)),
-        x(a + count * length),
-        products(x + count * length),
-        squares(products + count * count),
-        kept(reinterpret_cast<int64_t*>(squares + count)) {}
+        length(tall ? args.rows : args.columns) {
+    const auto vectors = [&](int64_t size) { return reinterpret_cast<V<T>*>(workspace.take<T>(size * vector_lanes)); };
+    a = vectors(count * length), x = vectors(count * length);
+    products = vectors(count * count), squares = vectors(count);
+    kept = workspace.take<int64_t>(count);
+  }
 
   int64_t entry(int64_t p, int64_t k) const { return tall ? k * count + p : p * length + k; }
 
@@ -54,8 +54,9 @@ struct Thresholder {
     }
   }
 
-  void run(int64_t first, int used) {
-    const int64_t size = count * length;
+  void run(int64_t group) {
+    const int64_t first = group * lanes, size = count * length;
+    const int used = static_cast<int>(smaller(args.batch - first, lanes));
     read(first, used);
     V<T> top{}, nonfinite{};
     for (int64_t i = 0; i < size; i++) {
@@ -141,21 +142,9 @@ struct Thresholder {
   }
 };
 
-template <class T>
-void threshold_group(const Svt& args, int64_t group, char* memory) {
-  const int64_t first = group * Lanes<T>::n, left = args.batch - first;
-  if (left > 0) Thresholder<T>(args, memory).run(first, static_cast<int>(left < Lanes<T>::n ? left : Lanes<T>::n));
-}
-
 }  // namespace
 
-void svt_matrices(const Svt& args, int64_t group, int64_t slot) {
-  char* memory = static_cast<char*>(args.workspace) + slot * svt_workspace(args.rows, args.columns);
-  if (args.is_double)
-    threshold_group<double>(args, group, memory);
-  else
-    threshold_group<float>(args, group, memory);
-}
+void svt_matrices(const Svt& args, int64_t group, int64_t slot) { solve_task<Thresholder>(args, group, slot); }
 
 }  // namespace fastpref::FASTPREF_SIMD
 
@@ -163,17 +152,16 @@ void svt_matrices(const Svt& args, int64_t group, int64_t slot) {
 
 namespace fastpref {
 
-int64_t svt_workspace(int64_t rows, int64_t columns) {
-  const int64_t count = rows < columns ? rows : columns;
-  const int64_t vectors = 2 * rows * columns + count * count + count;
-  return vectors * 64 + (count * 8 + 127) / 64 * 64;  // of the widest level
+int64_t svt_workspace(int64_t rows, int64_t columns) {  // vectors of either type have the same bytes
+  Svt args{};
+  args.rows = rows, args.columns = columns;
+  return baseline::workspace_bytes<baseline::Thresholder>(args);
 }
 
 void svt_cpu(const Svt& args, int threads) {
   const SimdLevel level = simd_level();
   const int64_t width = (level == SimdLevel::avx512 ? 16 : level == SimdLevel::avx2 ? 8 : 4) / (args.is_double ? 2 : 1);
-  parallel_with_slot((args.batch + width - 1) / width, threads,
-                     [&](int64_t group, int64_t slot) { svt_matrices(level, args, group, slot); });
+  solve_each<svt_matrices>(args, divide_up(args.batch, width), threads, level);
 }
 
 }  // namespace fastpref

@@ -340,9 +340,7 @@ int64_t rows_per_chunk(const LogitRows& logits) {  // about 64 Ki columns: long 
 
 void token_logps_fwd_cpu(const TokenLogpsForward& args, int threads) {
   check_labels(args.labels, args.logits.rows(), args.logits.vocab, args.ignore_index);
-  const SimdLevel level = simd_level();
-  parallel_for(args.logits.rows(), rows_per_chunk(args.logits), threads,
-               [&](int64_t begin, int64_t end) { token_logps_fwd_rows(level, args, begin, end); });
+  for_ranges<token_logps_fwd_rows>(args, args.logits.rows(), rows_per_chunk(args.logits), threads);
 }
 
 void token_logps_bwd_cpu(const TokenLogpsBackward& args, int threads) {
@@ -350,9 +348,7 @@ void token_logps_bwd_cpu(const TokenLogpsBackward& args, int threads) {
         "out must have the logits' dtype, or be bfloat16 or float16 of float32 logits");
   check_labels(args.labels, args.logits.rows(), args.logits.vocab,
                args.ignore_index);  // the caller may have changed them since the forward
-  const SimdLevel level = simd_level();
-  parallel_for(args.logits.rows(), rows_per_chunk(args.logits), threads,
-               [&](int64_t begin, int64_t end) { token_logps_bwd_rows(level, args, begin, end); });
+  for_ranges<token_logps_bwd_rows>(args, args.logits.rows(), rows_per_chunk(args.logits), threads);
 }
 
 }  // namespace fastpref

@@ -78,50 +78,17 @@ inline V<T> abs_of(V<T> v) {
   using I = typename Lanes<T>::I;
   return (V<T>)((I)v & ~((I{} + 1) << (sizeof(T) * 8 - 1)));
 }
-inline Vf inverse(Vf v) {
-#if defined(FASTPREF_SIMD_avx512)
-  v = (Vf)_mm512_maskz_min_ps(0xffff, (__m512)v,
-                              (__m512)splat(1e37f));  // the step below would make NaN of 1 / infinity
-  const Vf guess = (Vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)v);
-  return guess * (2.0f - v * guess);
-#else
-  return 1.0f / v;
-#endif
-}
-inline V<double> inverse(V<double> v) { return 1.0 / v; }
-
-inline double smaller(double a, double b) { return a < b ? a : b; }
-inline double larger(double a, double b) { return a > b ? a : b; }
-inline double magnitude(double a) { return a < 0 ? -a : a; }
-
-// Near size, and so that neither it nor its inverse leaves the range of float; 1 for 0 and infinity.
-inline double power_of_two(double size) {
-  if (!(size > 0) || size > 1.7e308) return 1;
-  int exponent;
-  __builtin_frexp(size, &exponent);
-  return __builtin_ldexp(1.0, exponent < -120 ? -120 : exponent > 120 ? 120 : exponent);
-}
-
-// The value that `wanted` of values[0, count) do not exceed, to a percent; NaN entries are none. count is whole
-// vectors.
 template <class T>
-inline double order_statistic(const T* values, int64_t count, int64_t wanted, double most) {
-  constexpr int n = Lanes<T>::n;
-  double low = 0, high = most;
-  for (int round = 0; round < 40 && high > low * 1.01 && high > 1e-30; round++) {
-    // by decades at first, as they may be spread over many orders of magnitude
-    const double middle = low > 0 ? __builtin_sqrt(low * high) : high * 0.1;
-    const V<T> bound = V<T>{} + static_cast<T>(middle);
-    typename Lanes<T>::I below{};
-    for (int64_t i = 0; i < count; i += n) below -= load_at(values + i) <= bound;
-    int64_t found = 0;
-    for (int k = 0; k < n; k++) found += below[k];
-    if (found >= wanted)
-      high = middle;
-    else
-      low = middle;
-  }
-  return high;
+inline double max_of(V<T> v) {
+  double most = v[0];
+  for (int i = 1; i < Lanes<T>::n; i++) most = v[i] > most ? v[i] : most;
+  return most;
+}
+template <class T>
+inline int64_t count_of(typename Lanes<T>::I v) {
+  int64_t sum = 0;
+  for (int i = 0; i < Lanes<T>::n; i++) sum += v[i];
+  return sum;
 }
 
 }  // namespace
