@@ -55,10 +55,15 @@ def refuse_transforms(function: str, *tensors: Tensor | None) -> None:
 
 
 class Once(torch.autograd.Function):
-    """A gradient whose own backward raises. Left detached, it would drop a gradient penalty without a word."""
+    """A gradient whose own backward raises. Left detached, it would drop a gradient penalty without a word.
+
+    sources: what it depends on, one of which requires a gradient.
+    """
+
+    generate_vmap_rule = True  # for torch.func.jacrev, which maps the backward over unit vectors
 
     @staticmethod
-    def forward(gradient, logits):
+    def forward(gradient, *sources):
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -72,12 +77,20 @@ class Once(torch.autograd.Function):
         )
 
 
-def differentiable_once(gradients: list[Tensor | None]) -> list[Tensor | None]:
-    """Under create_graph=True: gradients that refuse to be differentiated, instead of dropping a penalty on them."""
+def differentiable_once(gradients: list[Tensor | None], *sources: Tensor | None) -> list[Tensor | None]:
+    """Under create_graph=True: gradients that refuse to be differentiated, instead of dropping a penalty on them.
+
+    sources: what they depend on: what backward() was handed, and the inputs that are at hand.
+    """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients
     anchor = torch.zeros((), requires_grad=True)
-    return [None if gradient is None else Once.apply(gradient, anchor) for gradient in gradients]
+    return [None if gradient is None else Once.apply(gradient, anchor, *sources) for gradient in gradients]
+
+
+def is_mapped() -> bool:
+    """Whether a transform of torch.func is at work, under which no tensor of ours may be written over."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def refuse_second_backward(ctx) -> None:

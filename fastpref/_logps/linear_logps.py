@@ -207,18 +207,19 @@ class _LinearLogps(torch.autograd.Function):
         if ctx.unit:
             unit_grad, labels = ctx.saved_tensors
             grad = grad.masked_fill(labels == ctx.transform.ignore_index, 0)  # whatever an ignored token is handed
-            gradients = [scaled(unit_grad, grad.unsqueeze(-1))]
+            gradients, inputs = [scaled(unit_grad, grad.unsqueeze(-1))], ()
         else:
             needs = list(ctx.needs_input_grad[: len(Projection._fields)])
             with torch.no_grad():
                 gradients = linear_logps_bwd(grad, *ctx.saved_tensors, *ctx.transform, needs, *ctx.budget)
             gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
-        return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients))
+            inputs = ctx.saved_tensors[: len(needs)]
+        return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients, grad, *inputs))
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient * factor in gradient's dtype, in its own memory where autograd does not look on."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _autograd.is_mapped():
         return (gradient * factor).to(gradient.dtype)
     if factor.dim() == 0 and factor.device.type == "cpu" and factor == 1:
         return gradient.detach()  # a tensor of its own, which .grad can take over without a copy

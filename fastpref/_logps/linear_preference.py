@@ -255,7 +255,7 @@ class _LinearPreference(torch.autograd.Function):
         _autograd.refuse_second_backward(ctx)
         found = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         gradients = [scaled(gradient, grad) if needed else None for gradient, needed in found]
-        return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients))
+        return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients, grad))
 
 
 # ---- public ----

@@ -186,7 +186,7 @@ class _Preference(torch.autograd.Function):
         def run(op, logits, labels, cu_seqlens, tokens, lse, coefficients):
             return op(grad_losses, coefficients, logits, labels, cu_seqlens, tokens, lse, *ctx.transform)
 
-        return _autograd.pad_gradients(ctx, logits_gradient(ctx, preference_bwd, preference_bwd_, run))
+        return _autograd.pad_gradients(ctx, logits_gradient(ctx, grad_losses, preference_bwd, preference_bwd_, run))
 
 
 def _family(loss: Loss, has_reference: bool) -> tuple[list[float], bool] | None:

@@ -688,10 +688,10 @@ class _TokenLogps(torch.autograd.Function):
         def run(op, logits, *saved):
             return op(grad, logits, *saved, *ctx.transform, ctx.backend)
 
-        return _autograd.pad_gradients(ctx, logits_gradient(ctx, token_logps_bwd, token_logps_bwd_, run))
+        return _autograd.pad_gradients(ctx, logits_gradient(ctx, grad, token_logps_bwd, token_logps_bwd_, run))
 
 
-def logits_gradient(ctx, bwd, bwd_, run) -> Tensor:
+def logits_gradient(ctx, grad, bwd, bwd_, run) -> Tensor:
     """run(op, *saved) by `bwd`; or, with ctx.inplace, by `bwd_` into the logits' own memory, bumping their version."""
     if ctx.inplace == "done":
         raise RuntimeError(
@@ -707,8 +707,7 @@ def logits_gradient(ctx, bwd, bwd_, run) -> Tensor:
             torch.autograd.graph.increment_version(logits)  # an operator's Python implementation does not
         else:
             gradient = run(bwd, logits, *saved)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-        return _autograd.Once.apply(gradient, logits)
+    (gradient,) = _autograd.differentiable_once([gradient], grad, logits)
     return gradient
 
 

@@ -157,7 +157,7 @@ class _SVTFunction(torch.autograd.Function):
         matrix_grad = (u @ core @ vh + left @ vh + u @ right).where(finite, torch.nan)
         threshold_grad = -torch.where(above, inner.diagonal(dim1=-2, dim2=-1), 0.0).sum(-1)
         gradients = matrix_grad, threshold_grad
-        return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients))
+        return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients, grad, matrix, threshold))
 
 
 def svt(matrix: Tensor, threshold: float | Tensor, *, backend: str | None = None) -> SVTResult:
