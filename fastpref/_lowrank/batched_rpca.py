@@ -142,7 +142,7 @@ def _native_solve(matrix: Tensor, rank: int, skew: bool, attempt: int, tol: floa
     iterations, converged = torch.empty(batch, dtype=torch.int64), torch.empty(batch, dtype=torch.bool)
     median = torch.empty(batch, dtype=torch.float64)
     directions = _directions(matrix, rank).contiguous()
-    workspace = torch.empty(threads * core.batched_rpca_workspace(m, n, rank, double) + 64, dtype=torch.uint8)
+    workspace = _native.workspace(threads * core.batched_rpca_workspace(m, n, rank, double))
     core.batched_rpca_cpu(
         matrix.data_ptr(),
         double,
@@ -161,7 +161,7 @@ def _native_solve(matrix: Tensor, rank: int, skew: bool, attempt: int, tol: floa
         iterations.data_ptr(),
         median.data_ptr(),
         converged.data_ptr(),
-        (workspace.data_ptr() + 63) // 64 * 64,
+        workspace.data_ptr(),
         threads,
     )
     return BatchSolve(left, right, iterations, median.to(matrix.dtype), converged)

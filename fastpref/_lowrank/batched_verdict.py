@@ -72,7 +72,7 @@ def _native_verdict(matrix: Tensor, left: Tensor, right: Tensor, median: Tensor)
     u, s, vh = matrix.new_empty(batch, m, rank), matrix.new_empty(batch, rank), matrix.new_empty(batch, rank, n)
     sums, row_rates, column_rates = (torch.empty(batch, size, dtype=torch.float64) for size in (4, m, n))
     threads = min(torch.get_num_threads(), batch)
-    workspace = torch.empty(threads * _native._core.batched_verdict_workspace(m, n, rank) + 64, dtype=torch.uint8)
+    workspace = _native.workspace(threads * _native._core.batched_verdict_workspace(m, n, rank))
     _native._core.batched_verdict_cpu(
         matrix.data_ptr(),
         matrix.dtype == torch.float64,
@@ -91,7 +91,7 @@ def _native_verdict(matrix: Tensor, left: Tensor, right: Tensor, median: Tensor)
         sums.data_ptr(),
         row_rates.data_ptr(),
         column_rates.data_ptr(),
-        (workspace.data_ptr() + 63) // 64 * 64,
+        workspace.data_ptr(),
         threads,
     )
     return BatchVerdict(u, s, vh, *sums.t().contiguous(), row_rates, column_rates)

@@ -330,11 +330,10 @@ def _native_dense(matrix: Tensor, data: str, tol: float, max_iter: int):
     components = torch.empty(batch, items, dtype=torch.int64)
     stats = torch.empty(batch, len(STATS), dtype=torch.float64)
     size = _native._core.bradley_terry_workspace(items, is_double)
-    workspace = torch.empty(slots * size + 64, dtype=torch.uint8)
-    start = -workspace.data_ptr() % 64
+    workspace = _native.workspace(slots * size)
     _native._core.bradley_terry_dense_cpu(
         matrix.data_ptr(), is_double, batch, items, DATA.index(data), tol, max_iter, scores.data_ptr(),
-        components.data_ptr(), rejected.data_ptr(), stats.data_ptr(), workspace.data_ptr() + start, slots, threads,
+        components.data_ptr(), rejected.data_ptr(), stats.data_ptr(), workspace.data_ptr(), slots, threads,
     )  # fmt: skip
     return scores, components, rejected, stats
 
