@@ -17,7 +17,7 @@ from fastpref.curate.hygiene import as_sources
 from fastpref.curate.pools import as_pools, per_prompt
 from fastpref.curate.scale import to_logit
 
-EXCLUDE = ("both", "chosen", "none")
+EXCLUSION_MODES = ("both", "chosen", "none")
 FLAGGING = 200  # prompts of a source from which it is flagged; power of z > 3 on real scores: 0.8 here, 0.5 at 50
 MOST_CELLS = 1 << 28  # of a matrix, 2 GiB
 MOST_PROMPTS = 20_000  # audited; the bootstrap draws so many times the resamples
@@ -141,8 +141,8 @@ def exclude(sources, flagged, mode="both") -> Exclusion:
 
     Raises ValueError or TypeError for other modes, codes and masks.
     """
-    if mode not in EXCLUDE:
-        raise ValueError(f"mode must be one of {EXCLUDE}, got {mode!r}")
+    if mode not in EXCLUSION_MODES:
+        raise ValueError(f"mode must be one of {EXCLUSION_MODES}, got {mode!r}")
     sources = as_sources(sources, np.shape(sources))
     flagged = np.asarray(flagged)
     if flagged.dtype != bool or flagged.ndim != 1:

@@ -173,12 +173,12 @@ BUCKET_DATASETS = tuple((Bucket.BEST, rejected) for rejected in (Bucket.HIGH, Bu
 )
 
 
-class Buckets(NamedTuple):
+class PoolBuckets(NamedTuple):
     label: np.ndarray  # int8, in the shape of rewards: a Bucket, -1 without a reward
     representative: np.ndarray  # int64 [prompts, 5], column of the response that stands for each bucket, -1: empty
 
 
-def buckets(rewards, *, valid=None, offsets=None) -> Buckets:
+def buckets(rewards, *, valid=None, offsets=None) -> PoolBuckets:
     """Every response's place in its pool, in five: worst, low, medium, high, best.
 
     By rank, in parts as equal as can be: a response with r lower ones of n is in part floor(5 * (r + 1/2) / n). The
@@ -207,7 +207,7 @@ def buckets(rewards, *, valid=None, offsets=None) -> Buckets:
             at = np.take_along_axis(first, np.maximum(at, 0)[:, None], axis=1)
             column = np.take_along_axis(order, at, axis=1)[:, 0]
             representative[prompts, bucket] = np.where(inside > 0, column, -1)
-    return Buckets(label.reshape(np.shape(rewards)), representative)
+    return PoolBuckets(label.reshape(np.shape(rewards)), representative)
 
 
 def _bucket_of(first, last, count) -> np.ndarray:
@@ -497,7 +497,7 @@ def mix_on_policy(pairs, on_policy_pairs, fraction=0.2, *, seed=0) -> Mix:
 
 
 @dataclass(frozen=True)
-class Resample:
+class ResampleReport:
     """Per prompt, [prompts]."""
 
     n: np.ndarray  # int64, responses with a reward
@@ -522,7 +522,7 @@ class Resample:
 
 def resample(
     rewards, *, floor=None, judge_noise=None, least=5, least_gain=None, estimator="normal", valid=None, offsets=None
-) -> Resample:
+) -> ResampleReport:
     """Which prompts deserve more responses, and what doubling their number is expected to bring.
 
     floor: a best reward below it leaves nothing good to choose; None: no such test.
@@ -561,7 +561,7 @@ def resample(
         else:
             gain[rows] = np.where(count > 1, _empirical_gain(ordered, count), np.nan)
     nothing = np.zeros(prompts, bool)
-    return Resample(
+    return ResampleReport(
         n=n,
         best=best,
         top_gap=top_gap,

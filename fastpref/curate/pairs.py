@@ -282,9 +282,9 @@ class _Rule(NamedTuple):
     name: str
 
 
-_TARGET = re.compile(r"mean(?:(?P<k>[+-](?:\d+\.?\d*|\.\d+))std)?")
+_TARGET_PATTERN = re.compile(r"mean(?:(?P<k>[+-](?:\d+\.?\d*|\.\d+))std)?")
 _DRAW = re.compile(r"min_of_(?P<m>[1-9]\d*)")
-_QUANTILE = re.compile(r"quantile:(?P<q>\d+\.?\d*|\.\d+)")
+_QUANTILE_PATTERN = re.compile(r"quantile:(?P<q>\d+\.?\d*|\.\d+)")
 
 
 def _parse_rule(argument, name) -> _Rule:
@@ -292,7 +292,7 @@ def _parse_rule(argument, name) -> _Rule:
     extremes = {"min": -math.inf, "max": math.inf}
     if text in extremes:
         return _Rule("target", extremes[text], name)
-    if match := _TARGET.fullmatch(text):
+    if match := _TARGET_PATTERN.fullmatch(text):
         return _Rule("target", float(match["k"] or 0), name)
     if (q := _quantile(text)) is not None:
         return _Rule("quantile", q, name)
@@ -310,7 +310,7 @@ def _target_name(k) -> str:
 
 def _quantile(text) -> float | None:
     """The q of "quantile:<q>"; None when the text is something else."""
-    match = _QUANTILE.fullmatch(text) if isinstance(text, str) else None
+    match = _QUANTILE_PATTERN.fullmatch(text) if isinstance(text, str) else None
     q = float(match["q"]) if match else None
     return q if q is None or q <= 1 else None
 

@@ -33,7 +33,7 @@ PARQUET_ROWS = 256  # made into Python objects at a time
 ROW_GROUP = 1 << 26  # bytes; a larger one, and some files are a single one, is more than a part
 
 
-class Part(NamedTuple):
+class FilePart(NamedTuple):
     begin: int  # positions
     end: int
     done: int  # how far into the file it leads, in the units of `extent`
@@ -57,7 +57,7 @@ def extent(path) -> int:
         return _open_parquet(path).metadata.num_rows if _magic(path) == b"PAR1" else os.path.getsize(path)
 
 
-def parts(path, fields: Fields | None) -> Iterator[Part]:
+def parts(path, fields: Fields | None) -> Iterator[FilePart]:
     """The whole file in order, cut at ends of lines or into row groups. fields: that are looked at; None: all."""
     with _readable(path):
         magic = _magic(path)
@@ -66,7 +66,7 @@ def parts(path, fields: Fields | None) -> Iterator[Part]:
             for group in range(metadata.num_row_groups):
                 begin, end = end, end + metadata.row_group(group).num_rows
                 if metadata.row_group(group).total_byte_size <= ROW_GROUP:
-                    yield Part(begin, end, end, row_group=group)
+                    yield FilePart(begin, end, end, row_group=group)
                 else:
                     yield from _parts_of_row_group(path, group, begin, fields)
         elif magic[:2] == b"\x1f\x8b":
@@ -75,7 +75,7 @@ def parts(path, fields: Fields | None) -> Iterator[Part]:
                 while lines := file.read(PART):
                     lines += file.readline()
                     begin, end = end, end + len(lines)
-                    yield Part(begin, end, packed.tell(), lines)
+                    yield FilePart(begin, end, packed.tell(), lines)
         else:
             with open(path, "rb") as file:
                 size, end = os.path.getsize(path), 0
@@ -84,10 +84,10 @@ def parts(path, fields: Fields | None) -> Iterator[Part]:
                     file.seek(begin + PART)
                     file.readline()
                     end = min(file.tell(), size)
-                    yield Part(begin, end, end)
+                    yield FilePart(begin, end, end)
 
 
-def part_rows(path, part: Part, fields: Fields | None, only=None) -> Iterator[tuple[int, object]]:
+def part_rows(path, part: FilePart, fields: Fields | None, only=None) -> Iterator[tuple[int, object]]:
     """Position and value of the rows of a part: None for a blank line, a ValueError for a row that cannot be read.
 
     only: ascending positions in the part, of the rows that are wanted.
@@ -185,7 +185,7 @@ def _open_parquet(path):
         raise InputError(f"cannot read {path}: {error}".splitlines()[0]) from error
 
 
-def _parts_of_row_group(path, group, begin, fields) -> Iterator[Part]:
+def _parts_of_row_group(path, group, begin, fields) -> Iterator[FilePart]:
     import pyarrow
 
     def part():
@@ -193,7 +193,7 @@ def _parts_of_row_group(path, group, begin, fields) -> Iterator[Part]:
         with pyarrow.ipc.new_stream(sink, batches[0].schema) as stream:
             for batch in batches:
                 stream.write_batch(batch)
-        return Part(begin, end, end, table=sink.getvalue().to_pybytes())
+        return FilePart(begin, end, end, table=sink.getvalue().to_pybytes())
 
     batches, end = [], begin
     for batch in _batches(path, group, begin, fields):
@@ -267,7 +267,7 @@ class Columns(NamedTuple):
     problems: list[RowProblem]
 
 
-def columns_of_part(path, part: Part, fields: Fields) -> Columns:
+def columns_of_part(path, part: FilePart, fields: Fields) -> Columns:
     return columns_of(path, part_rows(path, part, fields), fields)
 
 
@@ -429,7 +429,7 @@ class Known(NamedTuple):
     prompt_hash: np.ndarray  # [prompts]
 
 
-def parts_again(samples: Samples, prompts: np.ndarray) -> Iterator[tuple[Part, slice, Known]]:
+def parts_again(samples: Samples, prompts: np.ndarray) -> Iterator[tuple[FilePart, slice, Known]]:
     """The parts that hold some of these ascending prompts, and which. Raises InputError when the file has changed."""
     check_unchanged(samples)
     known = Known(samples.position[prompts], np.diff(samples.offsets)[prompts], samples.prompt_hash[prompts])
@@ -440,7 +440,7 @@ def parts_again(samples: Samples, prompts: np.ndarray) -> Iterator[tuple[Part, s
     check_unchanged(samples)
 
 
-def same_rows(path, part: Part, known: Known) -> list[Row]:
+def same_rows(path, part: FilePart, known: Known) -> list[Row]:
     """The rows of these prompts once more, without scores. Raises InputError when they are others."""
     try:
         rows = [valid_row(value, AGAIN) for _, value in part_rows(path, part, AGAIN, known.position.tolist())]

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
-SCORE_FIELDS = ("scores", "win_prob")  # of a pool, where none is named
+USUAL_SCORES = ("scores", "win_prob")  # of a pool, where none is named
 COMPLETION_SCORES = ("overall_score", "fine-grained_score")
 SIDES = ("chosen", "rejected")
 
@@ -50,13 +50,13 @@ def score_fields(row) -> tuple[str, ...] | None:
     elif _is_pair(row):
         found = ["score"] if _pair(row).column("score") is not None else []
     else:
-        found = [name for name in SCORE_FIELDS if name in row][:1]
+        found = [name for name in USUAL_SCORES if name in row][:1]
     return tuple(found) or None
 
 
 def top_fields(fields: Fields) -> set[str]:
     """Every field at the top of a row that `parse_row` may look at."""
-    columns = {*(SCORE_FIELDS if fields.scores is None else fields.scores), fields.source, fields.length} - {None}
+    columns = {*(USUAL_SCORES if fields.scores is None else fields.scores), fields.source, fields.length} - {None}
     columns |= {"score", "source", "len", "truncated"}
     columns |= {"sources", "lengths", "finish_reason"}
     rows = {"prompt", "prompt_id", "responses", "instruction", "completions", *SIDES}

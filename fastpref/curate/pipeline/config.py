@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
-from fastpref.curate.clean import EXCLUDE
+from fastpref.curate.clean import EXCLUSION_MODES as EXCLUDE
 from fastpref.curate.files.writing import FORMATS
 from fastpref.curate.pipeline.options import Options, check_choice, check_keys, check_table, typed_value
 from fastpref.curate.pipeline.stages.audit import AuditOptions, audit_sources

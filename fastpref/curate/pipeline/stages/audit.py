@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AuditOptions(Options):
-    exclude: str = choice("both", clean.EXCLUDE)
+    exclude: str = choice("both", clean.EXCLUSION_MODES)
     threshold: float = 3.0
     rank: int | None = None
 
