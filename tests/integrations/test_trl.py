@@ -1,6 +1,7 @@
 """FastPrefDPOTrainer against TRL's DPOTrainer: the same numbers in less memory, and the losses TRL does not have."""
 # ruff: noqa: E402 (TRL may be missing)
 
+import contextlib
 import math
 import os
 import random
@@ -135,6 +136,7 @@ def step(trainer, batch=None):
 
 
 def assert_same_step(ours, theirs):
+    """Of losses that rounding a log-prob hardly moves."""
     loss, gradients, metrics = ours
     expected, expected_gradients, expected_metrics = theirs
     assert loss == pytest.approx(expected, rel=1e-5, abs=1e-5)
@@ -146,10 +148,66 @@ def assert_same_step(ours, theirs):
     assert metrics == pytest.approx(expected_metrics, rel=1e-5, abs=1e-5)
 
 
+@contextlib.contextmanager
+def float32_is_float64():
+    """What TRL and transformers compute in float32 whatever the model's dtype, they compute in float64 here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        patch.setattr(torch, "float32", torch.float64)
+        try:
+            yield
+        finally:
+            patch.undo()
+            torch.set_default_dtype(torch.float32)
+
+
+def exact_steps(folder, **options):
+    """TRL's step in float64; and again with each log-prob off by two float32 roundings, those of a pair apart."""
+    trainer = make(DPOTrainer, folder, **options)
+    signs = {trainer.model: 1.0}
+    if isinstance(trainer.ref_model, torch.nn.Module):
+        signs[trainer.ref_model] = -1.0
+    rounding = 0.0
+
+    def moved(model, inputs, output):
+        if getattr(output, "log_probs", None) is not None:
+            sides = torch.tensor([1.0, -1.0]).repeat_interleave(len(output.log_probs) // 2)
+            output.log_probs = output.log_probs * (1 + signs[model] * rounding * sides[:, None])
+        return output
+
+    for model in signs:
+        model.double().register_forward_hook(moved)
+    with float32_is_float64():
+        truth = step(trainer)
+        rounding = 2.0**-23
+        return truth, step(trainer)
+
+
+def distance(one, other):
+    """Of two steps: how far apart the losses are, and the gradients."""
+    gradients = (one[1][name].double() - gradient.double() for name, gradient in other[1].items())
+    return abs(one[0] - other[0]), max(difference.abs().max().item() for difference in gradients)
+
+
+def assert_as_exact(ours, theirs, truth, moved):
+    """No further from TRL in float64 than four times TRL in float32, and what rounding the log-probs alone may cost."""
+    (_, gradients, metrics), (_, expected_gradients, expected_metrics) = ours, theirs
+    assert gradients.keys() == expected_gradients.keys() == truth[1].keys()
+    unit = torch.finfo(torch.float32).eps / 2
+    sizes = abs(truth[0]), max(gradient.abs().max().item() for gradient in truth[1].values())
+    distances = [distance(step, truth) for step in (ours, theirs, moved)]
+    for what, error, same, rounding, size in zip(("loss", "gradients"), *distances, sizes, strict=True):
+        allowed = 4 * same + rounding + 4 * unit * size
+        assert error <= allowed, f"{what} off by {error:.2e}, allowed {allowed:.2e}: TRL {same:.2e}, size {size:.2e}"
+    assert metrics.keys() == expected_metrics.keys()
+    assert metrics == pytest.approx(expected_metrics, rel=1e-5, abs=1e-5)
+
+
 def same_step(folder, **options):
     """Both trainers, one step each; returns ours."""
     trainers = [make(trainer, folder, **options) for trainer in (FastPrefDPOTrainer, DPOTrainer)]
-    assert_same_step(*map(step, trainers))
+    assert_as_exact(*map(step, trainers), *exact_steps(folder, **options))
     return trainers[0]
 
 
