@@ -524,18 +524,18 @@ struct Solver {
       for (int64_t i = 0; i < rows; i++) tall[c * rows + i] = low[i * width + c] / excess[c];
       for (int64_t j = 0; j < columns; j++) flat[c * columns + j] = right[c * stride + j];
     }
-    double most = 0;
+    Vt top{};
     for (int64_t i = 0; i < rows; i++) {
       for (int64_t j = 0; j < stride; j += n) {
         Vt value = load_at(data + i * stride + j);
         for (int64_t c = 0; c < rank; c++) value -= load_at(right + c * stride + j) * low[i * width + c];
         value = abs_of<T>(value);
         store_at(a + i * stride + j, value);
-        for (int u = 0; u < n; u++) most = larger(most, value[u]);
+        top = value > top ? value : top;  // not of a missing entry, which is NaN
       }
       for (int64_t j = columns; j < stride; j++) a[i * stride + j] = static_cast<T>(__builtin_nan(""));
     }
-    args.median[b] = observed ? scale * order_statistic(a, rows * stride, (observed + 1) / 2, most) : 0;
+    args.median[b] = observed ? scale * order_statistic(a, rows * stride, (observed + 1) / 2, max_of<T>(top)) : 0;
   }
 };
 
