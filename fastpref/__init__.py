@@ -126,3 +126,7 @@ _register_operators()
 
 def __dir__():
     return sorted(__all__)
+
+
+def __reduce_ex__(protocol):  # pickle refuses modules: what holds this one travels to other processes with its name
+    return import_module, (__name__,)
