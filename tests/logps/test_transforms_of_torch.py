@@ -6,6 +6,13 @@ from torch.autograd import forward_ad
 
 import fastpref
 
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+    ),  # torch's own forward mode
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),  # jacrev maps over the backward
+]
+
 LABELS = torch.arange(12).reshape(4, 3) % 7
 REFERENCE = {"ref_logps": torch.zeros(4)}
 
