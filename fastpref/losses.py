@@ -858,3 +858,21 @@ def rating_scale(gap, beta: float) -> RatingScale:
     """
     _require_positive("beta", beta)
     return of_gaps(gap.detach().cpu().double().numpy() if isinstance(gap, Tensor) else gap, beta)
+
+
+__all__ = [
+    "LOSSES",
+    "Logistic",
+    "Pairs",
+    "RatingScale",
+    "Traits",
+    "check_reduction",
+    "get_loss",
+    "logistic_pair_loss",
+    "mixture",
+    "pair_loss",
+    "pair_separable",
+    "rating_scale",
+    "traits",
+    *LOSSES,
+]

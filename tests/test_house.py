@@ -178,11 +178,10 @@ def test_functions_are_short():
 
 
 def public_names() -> set[str]:
-    from fastpref import curate, integrations, preference_matrix
+    from fastpref import curate, integrations, losses, preference_matrix
 
-    return {
-        name for face in (fastpref, curate, preference_matrix, integrations) for name in getattr(face, "__all__", ())
-    }
+    faces = fastpref, curate, preference_matrix, losses, integrations
+    return {name for face in faces for name in getattr(face, "__all__", ())}
 
 
 def operator_functions(module: str) -> set[str]:

@@ -38,6 +38,8 @@ class Edges(NamedTuple):
     i, j: [E] int64 in [0, num_items). wins_i, wins_j: [E] counts, pairs may repeat; or logits: [E].
     """
 
+    __module__ = "fastpref"
+
     i: Tensor
     j: Tensor
     wins_i: Tensor | None = None
@@ -54,6 +56,8 @@ class BradleyTerryInfo(NamedTuple):
     gradient: largest |gradient| / degree of an item, in units of the mean |logit| (counts: in logits); 0 at a fit
     threshold: 5 * scale, at least 1e-5 (float64: 1e-6) of the mean |logit|; for counts 5 * max(scale, 1)
     """
+
+    __module__ = "fastpref"
 
     iterations: Tensor
     converged: Tensor
@@ -75,6 +79,8 @@ class PairOutliers(NamedTuple):
 
 
 class BradleyTerryResult(NamedTuple):
+    __module__ = "fastpref"
+
     scores: Tensor  # [..., N], mean 0 in each component, NaN: an item without comparisons
     info: BradleyTerryInfo
     stderr: Tensor | None  # [..., N] float64

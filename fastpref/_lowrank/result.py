@@ -11,6 +11,8 @@ from fastpref._lowrank.storage import factor_dtype
 class RPCAInfo(NamedTuple):
     """Per matrix, [...] of the batch."""
 
+    __module__ = "fastpref"
+
     rank: Tensor  # int64
     iterations: Tensor  # int64
     residual: Tensor  # float64, |D - L - S| / |D| over the observed entries, S the outliers
@@ -24,12 +26,16 @@ class RPCAInfo(NamedTuple):
 
 
 class SparseCOO(NamedTuple):
+    __module__ = "fastpref"
+
     indices: Tensor  # [K, dimensions of the matrix] int64
     values: Tensor  # [K]
 
 
 class RPCAResult(NamedTuple):
     """L = U diag(S) Vh, singular values descending, 0 beyond a matrix's own rank; `sparse` is D - L at the outliers."""
+
+    __module__ = "fastpref"
 
     U: Tensor  # [..., m, r]
     S: Tensor  # [..., r]
@@ -43,6 +49,8 @@ class RPCAResult(NamedTuple):
 
 
 class RPCAProgress(NamedTuple):
+    __module__ = "fastpref"
+
     iteration: int
     residual: float  # |E| / |D|: what the fit still pulls at
     scale: float  # 1.4826 * median |R|; NaN before it is known

@@ -24,6 +24,8 @@ GRAM_SIZE = 32
 
 
 class SVTResult(NamedTuple):
+    __module__ = "fastpref"
+
     low_rank: Tensor  # [..., M, N]
     rank: Tensor  # [...] int64, singular values above the threshold
 

@@ -584,7 +584,7 @@ def test_opcheck(packed):
     else:
         logits = logits.transpose(0, 1).contiguous().transpose(0, 1)  # a permuted layout
     options = (0.7, None, 1.0, -100)
-    family = ([0.1, 1.0, 0.0, 0.5, 0.0, 1.0, 0.3], True)
+    family = (torch.tensor([0.1, 1.0, 0.0, 0.5, 0.0, 1.0, 0.3], dtype=torch.float64), True)
     args = (logits, labels, ref_logits, None, None, cu_seqlens, gap, *options, True, *family)
     torch.library.opcheck(preference_fwd, args)
     _, _, _, _, coefficients, tokens, lse, _ = preference_fwd(*args)
