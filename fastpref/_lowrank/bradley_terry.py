@@ -457,7 +457,7 @@ def bradley_terry(
     data = "logits" if has_logits else "counts" if robust else "counts_mle"
     options = _Options(data, tol, max_iter or 300, backend or "")
     if edges is not None:
-        return _fit_edges(_directed(edges), options, stderr, outliers)
+        return _fit_edges(_both_directions(edges), options, stderr, outliers)
     return _fit_matrices("logits" if has_logits else "wins", logits if has_logits else wins, options, stderr, outliers)
 
 
@@ -643,7 +643,7 @@ def _unravel(index: int, shape) -> list[int]:
     return out[::-1]
 
 
-def _directed(edges: Edges) -> _Directed:
+def _both_directions(edges: Edges) -> _Directed:
     """Both directions of every edge; repeated pairs of votes are added."""
     items = edges.num_items
     if isinstance(items, bool) or not isinstance(items, int) or not 0 <= items < 2**31:
