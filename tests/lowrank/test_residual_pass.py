@@ -156,7 +156,12 @@ def test_skew_equals_the_whole_matrix(backend, n, dtype):
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_skew_reads_one_triangle_alone(backend, layout):
     matrix, left, right = skew(100, 4, device=backend.device)
-    options = {"zeta": 1.0, "structure": "skew", "backend": backend.name, "squares": True}
+    options = {
+        "zeta": zeta_in_a_gap(matrix, left, right),
+        "structure": "skew",
+        "backend": backend.name,
+        "squares": True,
+    }
     expected = residual_pass(matrix, left, right, **options)
     ones = torch.ones_like(matrix)
     unread = ones.tril() if layout == "rows" else ones.triu()
@@ -175,7 +180,8 @@ def test_layouts(backend, layout, dtype):
     matrix, left, right = make(70, 133, 5, dtype, backend.device)
     laid_out = LAYOUTS[layout](matrix)
     weights = torch.rand(70, device=backend.device), torch.rand(133, device=backend.device)
-    options = {"zeta": 1.5, "row_weights": weights[0], "column_weights": weights[1], "squares": True}
+    zeta = zeta_in_a_gap(matrix, left, right)
+    options = {"zeta": zeta, "row_weights": weights[0], "column_weights": weights[1], "squares": True}
     result = residual_pass(laid_out, left, right, backend=backend.name, **options)
     truth = residual_pass_ref(matrix, left, right, **options)
     for name in (*FACTORS, *SUMS):
@@ -305,8 +311,9 @@ def test_triton_in_slabs_and_groups(backend, monkeypatch):
     monkeypatch.setattr(op, "_PROGRAMS", 4)
     check(backend, *make(300, 133, 40, device=backend.device), squares=True)
     matrix, left, right = skew(300, 20, device=backend.device)
-    result = residual_pass(matrix, left, right, zeta=1.0, structure="skew", squares=True, backend="triton")
-    truth = residual_pass_ref(matrix, left, right, zeta=1.0, structure="skew", squares=True)
+    options = {"zeta": zeta_in_a_gap(matrix, left, right), "structure": "skew", "squares": True}
+    result = residual_pass(matrix, left, right, backend="triton", **options)
+    truth = residual_pass_ref(matrix, left, right, **options)
     for name in (*FACTORS, "row_squares"):
         value, true = getattr(result, name).double(), getattr(truth, name)
         torch.testing.assert_close(value, true, rtol=0, atol=1e-5 * float(true.abs().max()))
