@@ -19,7 +19,7 @@ from fastpref import _checks, _library, _native, losses
 
 CPU_TILE_BYTES = 80 << 20
 CUDA_TILE_ROWS = 2048  # below, reading and writing the weight gradient per group costs more than its product
-UPCAST_BYTES = 16 << 20  # a block of a 16-bit weight in float32
+UPCAST_BYTES = 4 << 20  # a block of a 16-bit weight, or of its gradient, in float32
 
 
 # of the kernels between the products
@@ -243,11 +243,13 @@ def _tile_bytes(
     kind, product, per_logit, rows, hidden_size, vocab_size, adapter_rank, hidden_grad, adds_weight, stats
 ) -> int:
     """The largest tile with the workspaces of its products. adds_weight: to a weight gradient wider than the inputs."""
-    if product == "upcast":
-        upcast = rows * hidden_size * 4 + min(UPCAST_BYTES, vocab_size * hidden_size * 4)
-        return rows * vocab_size * per_logit + upcast
     if product != "native":
-        return rows * vocab_size * per_logit
+        blocks = [0]
+        if product == "upcast":
+            blocks.append(rows * hidden_size * 4 + min(UPCAST_BYTES, vocab_size * hidden_size * 4))
+        if product != "out_dtype" and adds_weight:  # 16-bit blocks, and once more in float32
+            blocks.append(min(UPCAST_BYTES, vocab_size * hidden_size * (2 + 4)))
+        return rows * vocab_size * per_logit + max(blocks)
     core, threads = _native._core, torch.get_num_threads()
     workspaces = [core.linear_logps_workspace(rows, hidden_size, vocab_size, 3 * adapter_rank, stats, threads)]
     if hidden_grad:

@@ -429,7 +429,8 @@ class Gradients:
         elif self.head.product == "out_dtype":
             torch.addmm(total, dz.t(), x, out_dtype=total.dtype, beta=0 if fresh else 1, out=total)
         else:
-            step = max(1, UPCAST_BYTES // (dz.element_size() * x.shape[1]))
+            # add_ holds the block once more, in float32
+            step = max(1, UPCAST_BYTES // ((dz.element_size() + total.element_size()) * x.shape[1]))
             for v in range(0, total.shape[0], step):
                 block = dz[:, v : v + step].t() @ x
                 total[v : v + step].copy_(block) if fresh else total[v : v + step].add_(block)
