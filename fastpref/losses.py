@@ -68,7 +68,7 @@ class Logistic(NamedTuple):
     drop_square_when_unrated: bool = False
 
 
-class Traits(NamedTuple):
+class LossTraits(NamedTuple):
     """What the caller of a loss must know before computing its inputs."""
 
     needs: frozenset[str] = frozenset()  # words of _NEEDS
@@ -76,7 +76,7 @@ class Traits(NamedTuple):
     delta_only: bool = False  # tokens common to the start of both completions change nothing: they may be skipped
 
 
-# word of Traits.needs -> fields of Pairs, what they hold, how to pass them
+# word of LossTraits.needs -> fields of Pairs, what they hold, how to pass them
 _NEEDS = {
     "reference": (("ref_chosen_logps", "ref_rejected_logps"), "summed reference log-probs", "ref_logps=..."),
     "length": (("chosen_length", "rejected_length"), "scored tokens per completion", None),
@@ -102,14 +102,14 @@ def get_loss(loss: str | Callable[..., Tensor]) -> Callable[..., Tensor]:
     return LOSSES[loss]
 
 
-def traits(loss, options=None) -> Traits:
-    """Traits of a name, a callable or a list of them, under its options (for a list: a list of options, or None).
+def traits(loss, options=None) -> LossTraits:
+    """LossTraits of a name, a callable or a list of them, under its options (for a list: a list of options, or None).
 
     A user's callable has the traits it declares as attributes (see `pair_separable`) and no others.
     """
     if isinstance(loss, (list, tuple)):
         parts = [traits(*part) for part in zip(loss, _per_loss("loss_options", options, loss, None), strict=True)]
-        return Traits(
+        return LossTraits(
             frozenset().union(*(part.needs for part in parts)),
             all(part.separable for part in parts),
             all(part.delta_only for part in parts),
@@ -118,7 +118,7 @@ def traits(loss, options=None) -> Traits:
     if hasattr(function, "traits"):
         return function.traits(**(options or {}))
     separable, delta_only = getattr(function, "separable", False), getattr(function, "delta_only", False)
-    return Traits(frozenset(getattr(function, "needs", ())), separable, delta_only)
+    return LossTraits(frozenset(getattr(function, "needs", ())), separable, delta_only)
 
 
 def pair_separable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -259,10 +259,10 @@ def _loss(*needs, separable=True, delta_only=False, f_divergences=False, coeffic
 
     The formula sees checked pairs with both log-ratios filled in (reference-free and f-divergence forms included), so
     it is nothing but the formula. needs, separable and delta_only hold for the default options; `varies` maps the
-    options to Traits where an option changes them. `coefficients` maps them to the Logistic record, or to None where
+    options to traits where an option changes them. `coefficients` maps them to the Logistic record, or to None where
     they leave that family: only then is the formula called.
     """
-    fixed = Traits(frozenset(needs), separable, delta_only)
+    fixed = LossTraits(frozenset(needs), separable, delta_only)
 
     def register(formula):
         name = formula.__name__
@@ -286,12 +286,14 @@ def _loss(*needs, separable=True, delta_only=False, f_divergences=False, coeffic
                 return logistic_pair_loss(pairs, beta, record)
             return formula(pairs, beta=beta, **options)
 
-        def loss_traits(*, beta=0.1, reference_free=False, f_divergence="reverse_kl", f_alpha=0.5, **options) -> Traits:
-            """Traits under these options."""
+        def loss_traits(
+            *, beta=0.1, reference_free=False, f_divergence="reverse_kl", f_alpha=0.5, **options
+        ) -> LossTraits:
+            """LossTraits under these options."""
             found = varies({**defaults, **options}) if varies else fixed
             # A vector passed as an option is not sliced along with the pairs, so groups cannot be evaluated apart.
             vectors = any(isinstance(value, Tensor) and value.dim() > 0 for value in options.values())
-            return Traits(
+            return LossTraits(
                 found.needs - {"reference"} if reference_free else found.needs,
                 found.separable and not vectors,
                 found.delta_only and f_divergence == "reverse_kl",
@@ -432,9 +434,9 @@ def _ipo_sum(*, beta, length_normalize) -> Logistic | None:
     f_divergences=True,
     coefficients=_ipo_sum,
     varies=lambda o: (
-        Traits(frozenset({"reference", "length"}))
+        LossTraits(frozenset({"reference", "length"}))
         if o["length_normalize"]
-        else Traits(frozenset({"reference"}), delta_only=True)
+        else LossTraits(frozenset({"reference"}), delta_only=True)
     ),
 )
 def ipo(pairs, *, beta: float = 0.1, length_normalize: bool = True):
@@ -467,7 +469,9 @@ def _reference_point(argument: str, value: float | Tensor, pairs: Pairs) -> floa
     return value.detach() if isinstance(value, Tensor) else value
 
 
-@_loss(f_divergences=True, varies=lambda o: Traits(frozenset({"reference"}), separable=not isinstance(o["delta"], str)))
+@_loss(
+    f_divergences=True, varies=lambda o: LossTraits(frozenset({"reference"}), separable=not isinstance(o["delta"], str))
+)
 def bco_pair(pairs, *, beta: float = 0.1, delta: float | Tensor | str = 0.0):
     """BCO, `−ls(r_w − δ) − ls(−(r_l − δ))` (arXiv 2404.04656).
 
@@ -559,7 +563,7 @@ def simpo(pairs, *, beta: float = 0.1, gamma: float = 0.5, label_smoothing: floa
     return _smoothed(beta * (chosen - rejected) - gamma, label_smoothing)
 
 
-@_loss(varies=lambda o: Traits(frozenset({"length"})) if o["alpha"] else Traits(delta_only=True))
+@_loss(varies=lambda o: LossTraits(frozenset({"length"})) if o["alpha"] else LossTraits(delta_only=True))
 def cpo(pairs, *, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0):
     """CPO, `−ls(β(log π_w − log π_l)) + α·NLL(chosen)`, no reference (arXiv 2401.08417).
 
@@ -595,7 +599,7 @@ def alphapo(pairs, *, beta: float = 0.1, alpha: float = 0.25, gamma: float = 0.5
     return _smoothed(beta * (chosen - rejected) - gamma, label_smoothing)
 
 
-@_loss(varies=lambda o: Traits(frozenset({"reference"}), separable=o["z0"] is not None))
+@_loss(varies=lambda o: LossTraits(frozenset({"reference"}), separable=o["z0"] is not None))
 def kto(
     pairs,
     *,
@@ -654,10 +658,10 @@ def beta_dpo(
     return torch.where(is_kept, _cross_entropy(beta_used * delta), 0.0)
 
 
-def _wpo_traits(options) -> Traits:
+def _wpo_traits(options) -> LossTraits:
     base = traits(options["base"], options["options"])
     # The weights are means over tokens, so a common start does change them.
-    return Traits(base.needs | {"wpo"}, base.separable, delta_only=False)
+    return LossTraits(base.needs | {"wpo"}, base.separable, delta_only=False)
 
 
 @_loss(varies=_wpo_traits)
@@ -719,7 +723,9 @@ def mmpo(pairs, *, beta: float = 0.1, gamma: float = 1.0):
 
 
 @_loss(
-    varies=lambda o: Traits(frozenset({"reference", "score" if o["score_ratio"] else "rating_gap"}), delta_only=True)
+    varies=lambda o: LossTraits(
+        frozenset({"reference", "score" if o["score_ratio"] else "rating_gap"}), delta_only=True
+    )
 )
 def odpo(pairs, *, beta: float = 0.1, alpha: float = 1.0, score_ratio: bool = False):
     """ODPO, `−ls(L − α·log g)` (rycolab/odpo; arXiv 2402.10571); with score_ratio `−ls(L − α·log(s_w/s_l))`.
@@ -739,9 +745,9 @@ def odpo(pairs, *, beta: float = 0.1, alpha: float = 1.0, score_ratio: bool = Fa
 # Margins are [B] like the pairs but not sliced with them.
 @_loss(
     varies=lambda o: (
-        Traits(frozenset({"reference", "rating_gap"}), delta_only=True)
+        LossTraits(frozenset({"reference", "rating_gap"}), delta_only=True)
         if o["margins"] is None
-        else Traits(frozenset({"reference"}), separable=False, delta_only=True)
+        else LossTraits(frozenset({"reference"}), separable=False, delta_only=True)
     )
 )
 def modpo(pairs, *, beta: float = 0.1, weights: Sequence[float] = (0.5, 0.5), margins: Sequence[Tensor] | None = None):
@@ -860,19 +866,4 @@ def rating_scale(gap, beta: float) -> RatingScale:
     return of_gaps(gap.detach().cpu().double().numpy() if isinstance(gap, Tensor) else gap, beta)
 
 
-__all__ = [
-    "LOSSES",
-    "Logistic",
-    "Pairs",
-    "RatingScale",
-    "Traits",
-    "check_reduction",
-    "get_loss",
-    "logistic_pair_loss",
-    "mixture",
-    "pair_loss",
-    "pair_separable",
-    "rating_scale",
-    "traits",
-    *LOSSES,
-]
+__all__ = ["LOSSES", "Pairs", "pair_separable", "rating_scale", *LOSSES]

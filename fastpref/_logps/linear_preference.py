@@ -310,7 +310,9 @@ def linear_preference_loss(
             gradient flows into any of them.
         loss, loss_weights, loss_options, beta, rating_gap, scores, pair_weights, reduction, num_items: as in
             preference_loss. A callable is taken to couple the pairs of the batch, unless marked
-            @losses.pair_separable; only separable losses reduced to a scalar get the plan of 3 products.
+            @losses.pair_separable; only separable losses reduced to a scalar get the plan of 3 products. A program of
+            torch.compile or torch.export has room for losses by name and options that are numbers, strings, booleans
+            or None; any other is traced as torch on vectors, between the two passes of 4 products.
         cu_seqlens, lengths: as in preference_loss. With hidden on a GPU they may be on the host: then no token count is
             read from the device, and ignored tokens inside the sequences are projected too.
         shared_prefix: [B], how many leading labels the two sequences of a pair share. They add nothing to the gradient

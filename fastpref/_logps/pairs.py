@@ -80,7 +80,7 @@ class Loss(NamedTuple):
     def is_list(self) -> bool:
         return isinstance(self.loss, (list, tuple))
 
-    def traits(self) -> losses.Traits:
+    def traits(self) -> losses.LossTraits:
         return losses.traits(self.loss, self.options)
 
     def per_pair(self, pairs: losses.Pairs) -> Tensor:

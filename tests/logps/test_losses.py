@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpref import losses
-from fastpref.losses import LOSSES, Logistic, Pairs, Traits
+from fastpref.losses import LOSSES, Logistic, LossTraits, Pairs
 
 NAN = float("nan")
 REFERENCE = frozenset({"reference"})
@@ -654,19 +654,20 @@ def test_needs_are_what_is_read(name, options):
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_attributes_are_the_traits_of_the_default_options(name):
     function = LOSSES[name]
-    assert Traits(function.needs, function.separable, function.delta_only) == function.traits() == losses.traits(name)
+    own = LossTraits(function.needs, function.separable, function.delta_only)
+    assert own == function.traits() == losses.traits(name)
 
 
 def test_traits_follow_the_options():
     length = frozenset({"reference", "length"})
-    assert losses.traits("ipo") == Traits(length)
-    assert losses.traits("ipo", {"length_normalize": False}) == Traits(REFERENCE, delta_only=True)
-    assert losses.traits("wpo", {"base": "ipo"}) == Traits(length | {"wpo"})
-    assert losses.traits("wpo", {"base": "ipo", "reference_free": True}) == Traits(frozenset({"length", "wpo"}))
-    assert losses.traits("sigmoid", {"f_divergence": "js_divergence"}) == Traits(REFERENCE)
-    assert losses.traits("sigmoid", {"reference_free": True, "beta": 0.5}) == Traits(delta_only=True)
-    assert losses.traits(["sigmoid", "sft"]) == Traits(length)
-    assert losses.traits(["ipo", "rdpo"], [{"length_normalize": False}, None]) == Traits(
+    assert losses.traits("ipo") == LossTraits(length)
+    assert losses.traits("ipo", {"length_normalize": False}) == LossTraits(REFERENCE, delta_only=True)
+    assert losses.traits("wpo", {"base": "ipo"}) == LossTraits(length | {"wpo"})
+    assert losses.traits("wpo", {"base": "ipo", "reference_free": True}) == LossTraits(frozenset({"length", "wpo"}))
+    assert losses.traits("sigmoid", {"f_divergence": "js_divergence"}) == LossTraits(REFERENCE)
+    assert losses.traits("sigmoid", {"reference_free": True, "beta": 0.5}) == LossTraits(delta_only=True)
+    assert losses.traits(["sigmoid", "sft"]) == LossTraits(length)
+    assert losses.traits(["ipo", "rdpo"], [{"length_normalize": False}, None]) == LossTraits(
         frozenset({"reference", "rating_gap"}), delta_only=True
     )
     assert not losses.traits(["sigmoid", "aot"]).separable
@@ -791,15 +792,15 @@ def test_a_users_loss_works_wherever_a_name_does():
         losses.mixture(pairs, [squared, "hinge"], [0.5, 1.0]), 0.5 * delta**2 + losses.hinge(pairs)
     )
     torch.testing.assert_close(losses.wpo(pairs, base=squared), delta**2)
-    assert losses.traits(squared) == Traits(separable=True)
-    assert losses.traits(["hinge", squared]) == Traits(REFERENCE, separable=True)
+    assert losses.traits(squared) == LossTraits(separable=True)
+    assert losses.traits(["hinge", squared]) == LossTraits(REFERENCE, separable=True)
 
 
 def test_an_unmarked_loss_is_batch_coupled_and_may_declare_its_needs():
     def rated(pairs):
         return pairs.rating_gap * pairs.chosen_logps
 
-    assert losses.traits(rated) == Traits(separable=False)
+    assert losses.traits(rated) == LossTraits(separable=False)
     rated.needs = {"rating_gap"}
     assert losses.traits(rated).needs == {"rating_gap"}
     message = r"rated needs rating_gap \(one float per pair\); got None. Pass preference_loss\(..., rating_gap=...\)"
