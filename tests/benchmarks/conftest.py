@@ -29,12 +29,14 @@ def load(monkeypatch):
 @pytest.fixture
 def run():
     """Runs Python with a command line, and waits for its end."""
+    # pytest-benchmark refuses to measure where these say that it is one of several workers: the process is not
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
 
     def run(*command, **environment):
         return subprocess.run(
             [sys.executable, *map(str, command)],
             cwd=BENCHMARKS,  # not the root, whose fastpref is the bare source tree
-            env=os.environ | environment,
+            env=own | environment,
             capture_output=True,
             text=True,
             timeout=1500,
