@@ -220,7 +220,7 @@ class _LinearLogps(torch.autograd.Function):
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor in gradient's dtype, in its own memory where autograd does not look on."""
+    """gradient * factor in gradient's dtype; written over the gradient, but in a graph or under torch.func."""
     if torch.compiler.is_compiling() or _autograd.is_mapped():
         return (gradient * factor).to(gradient.dtype)
     if factor.dim() == 0 and factor.device.type == "cpu" and factor == 1:

@@ -70,7 +70,7 @@ class _Group(NamedTuple):
 
 
 def _groups(rows: Rows, ends: Tensor, pairs: int, tile_rows: int) -> list[_Group]:
-    if rows.padded:  # nobody here knows where a pair ends
+    if rows.padded:  # where a pair ends is known on the device alone
         return [_Group(0, pairs, rows.index[: rows.count], rows.labels, ends.clamp(max=rows.count))]
     groups = []
     for begin, end in pair_groups(rows.bounds, tile_rows):
@@ -139,7 +139,7 @@ def _pair_resident(
     loss: Loss,
     budget: Budget,
 ) -> tuple[Tensor, ...]:
-    """LinearPreference, and the gradients of its loss by the parts of the projection that want one."""
+    """LinearPreference, and the gradients of its loss by those parts of the projection that `wanted` names."""
     hidden, labels = projection.hidden, tokens.labels
     pairs, capacity, ignore_index = scale_of_pair.shape[0], budget.max_active_tokens, transform.ignore_index
     with no_autocast(hidden.device):
