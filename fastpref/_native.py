@@ -4,8 +4,6 @@ import os
 
 import torch
 
-from fastpref.errors import CudaError as CudaError
-
 try:
     from fastpref import _core
 
