@@ -42,13 +42,6 @@ def empty(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return out
 
 
-def workspace(size: int) -> torch.Tensor:
-    """So many bytes for a CPU kernel, uninitialised, from a multiple of 64 on."""
-    whole = torch.empty(size + 64, dtype=torch.uint8)
-    start = -whole.data_ptr() % 64
-    return whole[start:] if start else whole
-
-
 def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
