@@ -29,7 +29,7 @@ def pad_gradients(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
 def refuse_transforms(function: str, *tensors: Tensor | None) -> None:
     """Raises under torch.func.vmap and in forward mode, for which the public function of that name has no rule.
 
-    Torch's own errors would name an internal class, and a bare operator would drop tangents without a word.
+    Torch's own errors would name an internal class, and a bare operator would silently drop tangents.
     """
     if torch.compiler.is_compiling():
         return
@@ -55,7 +55,7 @@ def refuse_transforms(function: str, *tensors: Tensor | None) -> None:
 
 
 class Once(torch.autograd.Function):
-    """A gradient whose own backward raises. Left detached, it would drop a gradient penalty without a word.
+    """A gradient whose own backward raises. Left detached, it would silently drop a gradient penalty.
 
     sources: what it depends on, one of which requires a gradient.
     """

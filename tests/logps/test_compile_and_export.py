@@ -233,7 +233,7 @@ def test_what_is_no_name_or_number_stays_out_of_it(loss):
 
 
 def test_a_callable_is_called_directly():
-    """No operator sees it, and nothing remembers it."""
+    """It is handed to no operator, and no table keeps it."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Seen(TorchDispatchMode):
