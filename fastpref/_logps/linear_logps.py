@@ -212,10 +212,11 @@ class _LinearLogps(torch.autograd.Function):
             gradients, sources = [scaled(unit_grad, grad.unsqueeze(-1))], (anchor,)
         else:
             needs = list(ctx.needs_input_grad[: len(Projection._fields)])
+            saved = ctx.saved_tensors  # read once: a second read raises under checkpointing
             with torch.no_grad():
-                gradients = linear_logps_bwd(grad, *ctx.saved_tensors, *ctx.transform, needs, *ctx.budget)
+                gradients = linear_logps_bwd(grad, *saved, *ctx.transform, needs, *ctx.budget)
             gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
-            sources = ctx.saved_tensors[: len(needs)]
+            sources = saved[: len(needs)]
         return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients, grad, *sources))
 
 
