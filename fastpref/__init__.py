@@ -69,11 +69,12 @@ if TYPE_CHECKING:
     from fastpref._lowrank.result import RPCAInfo, RPCAProgress, RPCAResult, SparseCOO
     from fastpref._lowrank.rpca import rpca
     from fastpref._lowrank.svt import SVTResult, svt
-    from fastpref._native import CudaError, set_simd_level
+    from fastpref._native import set_simd_level
+    from fastpref.errors import CudaError
 
 # name -> module; imported on first use, so that `fastpref --help` and fastpref.curate never import torch
 _PUBLIC = {
-    "CudaError": "fastpref._native",
+    "CudaError": "fastpref.errors",
     "build_info": "fastpref._build_info",
     "set_simd_level": "fastpref._native",
     "BradleyTerryInfo": "fastpref._lowrank.bradley_terry",
@@ -117,7 +118,7 @@ def __getattr__(name):
 
 def _register_operators():
     """Where torch is imported, torch.ops.fastpref is there: a saved program names operators and nothing else."""
-    if "torch" in sys.modules:
+    if sys.modules.get("torch") is not None:  # None: an import that a test or a host has blocked
         import_module("fastpref.operators")
 
 

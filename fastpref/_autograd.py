@@ -29,7 +29,7 @@ def pad_gradients(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
 def refuse_transforms(function: str, *tensors: Tensor | None) -> None:
     """Raises under torch.func.vmap and in forward mode, for which the public function of that name has no rule.
 
-    Torch's own errors would name an internal class, and a bare operator would drop tangents without a word.
+    Torch's own errors would name an internal class, and a bare operator would silently drop tangents.
     """
     if torch.compiler.is_compiling():
         return
@@ -55,7 +55,7 @@ def refuse_transforms(function: str, *tensors: Tensor | None) -> None:
 
 
 class Once(torch.autograd.Function):
-    """A gradient whose own backward raises. Left detached, it would drop a gradient penalty without a word.
+    """A gradient whose own backward raises. Left detached, it would silently drop a gradient penalty.
 
     sources: what it depends on, one of which requires a gradient.
     """
@@ -77,6 +77,14 @@ class Once(torch.autograd.Function):
         )
 
 
+def anchor(hidden: Tensor) -> Tensor:
+    """An output that a function differentiates and keeps: a gradient that it forms in its forward depends on it.
+
+    It is a source for `differentiable_once`. The other outputs may be written over by the caller before the backward.
+    """
+    return hidden.new_empty(0)
+
+
 def differentiable_once(gradients: list[Tensor | None], *sources: Tensor | None) -> list[Tensor | None]:
     """Under create_graph=True: gradients that refuse to be differentiated, instead of dropping a penalty on them.
 
@@ -84,8 +92,7 @@ def differentiable_once(gradients: list[Tensor | None], *sources: Tensor | None)
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients
-    anchor = torch.zeros((), requires_grad=True)
-    return [None if gradient is None else Once.apply(gradient, anchor, *sources) for gradient in gradients]
+    return [None if gradient is None else Once.apply(gradient, *sources) for gradient in gradients]
 
 
 def is_mapped() -> bool:

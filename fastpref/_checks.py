@@ -14,7 +14,7 @@ def tensor(name: str, value) -> None:
 
 
 def as_tensor(value) -> Tensor:
-    """torch.as_tensor; memory that is read-only stays so, since nobody writes to it."""
+    """torch.as_tensor; memory that is read-only stays so, since nothing is written to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         return torch.as_tensor(value)

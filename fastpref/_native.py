@@ -4,8 +4,6 @@ import os
 
 import torch
 
-from fastpref.errors import CudaError as CudaError
-
 try:
     from fastpref import _core
 
@@ -42,13 +40,6 @@ def empty(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if out.device.type == "cpu" and _core is not None and out.nbytes >= HUGE_OUTPUT_BYTES:
         _core.advise_huge_pages(out.data_ptr(), out.nbytes)
     return out
-
-
-def workspace(size: int) -> torch.Tensor:
-    """So many bytes for a CPU kernel, uninitialised, from a multiple of 64 on."""
-    whole = torch.empty(size + 64, dtype=torch.uint8)
-    start = -whole.data_ptr() % 64
-    return whole[start:] if start else whole
 
 
 def address(tensor: torch.Tensor | None) -> int:

@@ -81,9 +81,7 @@ def imports(module: str) -> set[str]:
             for alias in node.names:
                 add(node.module, alias.name)
     found.discard(module)
-    assert found <= known, (
-        f"{module} imports {sorted(found - known)}, which {'is' if found - known else 'are'} not there"
-    )
+    assert found <= known, f"{module} imports what is not there: {sorted(found - known)}"
     return found
 
 

@@ -96,6 +96,11 @@ def test_curate_and_the_package_itself_do_not_import_torch(python):
     assert result.returncode == 0, result.stderr
 
 
+def test_torch_may_be_blocked(python):
+    result = python("import sys; sys.modules['torch'] = None; import fastpref.curate; fastpref.CudaError")
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_bare_source_tree_says_how_to_install(python):
     result = python("import fastpref", cwd=CHECKOUT)
     assert result.returncode != 0

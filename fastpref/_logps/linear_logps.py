@@ -183,21 +183,23 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(hidden, weight, bias, adapter_a, adapter_b, tokens, transform, stats, unit, budget):
         head = weight, bias, adapter_a, adapter_b
-        return linear_logps_fwd(hidden, *head, *tokens, *transform, stats, unit, *budget)
+        found = linear_logps_fwd(hidden, *head, *tokens, *transform, stats, unit, *budget)
+        return *found, _autograd.anchor(hidden)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *projection, tokens, ctx.transform, _stats, ctx.unit, ctx.budget = inputs
-        outputs = LinearLogps(*output)
-        _logps, *others = output
+        *found, anchor = output
+        outputs = LinearLogps(*found)
+        _logps, *others = found
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
         ctx.done = False
         if ctx.unit:
-            ctx.save_for_backward(outputs.unit_grad, tokens.labels)
+            ctx.save_for_backward(anchor, outputs.unit_grad, tokens.labels)
         else:
-            found = outputs.logps, outputs.lse, outputs.index, outputs.bounds
-            ctx.save_for_backward(*projection, tokens.labels, *found)
+            saved = outputs.logps, outputs.lse, outputs.index, outputs.bounds
+            ctx.save_for_backward(*projection, tokens.labels, *saved)
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -205,20 +207,21 @@ class _LinearLogps(torch.autograd.Function):
             return _autograd.pad_gradients(ctx)
         _autograd.refuse_second_backward(ctx)
         if ctx.unit:
-            unit_grad, labels = ctx.saved_tensors
+            anchor, unit_grad, labels = ctx.saved_tensors
             grad = grad.masked_fill(labels == ctx.transform.ignore_index, 0)  # whatever an ignored token is handed
-            gradients, inputs = [scaled(unit_grad, grad.unsqueeze(-1))], ()
+            gradients, sources = [scaled(unit_grad, grad.unsqueeze(-1))], (anchor,)
         else:
             needs = list(ctx.needs_input_grad[: len(Projection._fields)])
+            saved = ctx.saved_tensors  # read once: a second read raises under checkpointing
             with torch.no_grad():
-                gradients = linear_logps_bwd(grad, *ctx.saved_tensors, *ctx.transform, needs, *ctx.budget)
+                gradients = linear_logps_bwd(grad, *saved, *ctx.transform, needs, *ctx.budget)
             gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
-            inputs = ctx.saved_tensors[: len(needs)]
-        return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients, grad, *inputs))
+            sources = saved[: len(needs)]
+        return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients, grad, *sources))
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor in gradient's dtype, in its own memory where autograd does not look on."""
+    """gradient * factor in gradient's dtype; written over the gradient, but in a graph or under torch.func."""
     if torch.compiler.is_compiling() or _autograd.is_mapped():
         return (gradient * factor).to(gradient.dtype)
     if factor.dim() == 0 and factor.device.type == "cpu" and factor == 1:
@@ -382,6 +385,6 @@ def gather_logps(
     if kind == "score":
         found = linear_logps_fwd(*projection, *tokens, *transform, stats, unit, *budget)
     else:
-        found = _LinearLogps.apply(*projection, tokens, transform, stats, unit, budget)
+        *found, _anchor = _LinearLogps.apply(*projection, tokens, transform, stats, unit, budget)
     found = LinearLogps(*found)
     return found.logps, found.values, found.ref_logps if tokens.ref_hidden is not None else None

@@ -70,7 +70,7 @@ class _Group(NamedTuple):
 
 
 def _groups(rows: Rows, ends: Tensor, pairs: int, tile_rows: int) -> list[_Group]:
-    if rows.padded:  # nobody here knows where a pair ends
+    if rows.padded:  # where a pair ends is known on the device alone
         return [_Group(0, pairs, rows.index[: rows.count], rows.labels, ends.clamp(max=rows.count))]
     groups = []
     for begin, end in pair_groups(rows.bounds, tile_rows):
@@ -139,7 +139,7 @@ def _pair_resident(
     loss: Loss,
     budget: Budget,
 ) -> tuple[Tensor, ...]:
-    """LinearPreference, and the gradients of its loss by the parts of the projection that want one."""
+    """LinearPreference, and the gradients of its loss by those parts of the projection that `wanted` names."""
     hidden, labels = projection.hidden, tokens.labels
     pairs, capacity, ignore_index = scale_of_pair.shape[0], budget.max_active_tokens, transform.ignore_index
     with no_autocast(hidden.device):
@@ -236,16 +236,18 @@ class _LinearPreference(torch.autograd.Function):
     ):
         projection = Projection(hidden, weight, bias, adapter_a, adapter_b)
         if isinstance(loss, Loss):
-            return _pair_resident(projection, tokens, data, scale_of_pair, transform, wanted, loss, budget)
-        options = *transform, *wanted, *loss, *budget
-        return linear_preference_fwd(*projection, *tokens, *data, scale_of_pair, *options)
+            found = _pair_resident(projection, tokens, data, scale_of_pair, transform, wanted, loss, budget)
+        else:
+            options = *transform, *wanted, *loss, *budget
+            found = linear_preference_fwd(*projection, *tokens, *data, scale_of_pair, *options)
+        return *found, _autograd.anchor(hidden)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _loss, *others = output
+        _loss, *others, anchor = output
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*others[len(LinearPreference._fields) - 1 :])
+        ctx.save_for_backward(anchor, *others[len(LinearPreference._fields) - 1 :])
         ctx.done = False
 
     @staticmethod
@@ -253,9 +255,10 @@ class _LinearPreference(torch.autograd.Function):
         if grad is None:
             return _autograd.pad_gradients(ctx)
         _autograd.refuse_second_backward(ctx)
-        found = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        anchor, *formed = ctx.saved_tensors
+        found = zip(formed, ctx.needs_input_grad, strict=False)
         gradients = [scaled(gradient, grad) if needed else None for gradient, needed in found]
-        return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients, grad))
+        return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients, grad, anchor))
 
 
 # ---- public ----

@@ -109,7 +109,7 @@ class Shard(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """How a linear op may work, as the operators take it: their fakes want no optional int or str."""
+    """How a linear op may work, as the operators take it: no int or str is optional, for the sake of their fakes."""
 
     max_active_tokens: int  # -1: as many as count
     max_tile_bytes: int  # 0: the default

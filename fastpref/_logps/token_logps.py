@@ -21,7 +21,7 @@ from fastpref._logps.transform import Transform, checked_transform
 try:
     import triton
     import triton.language as tl
-except ImportError:  # _library.triton_reason tells whoever asks for it
+except ImportError:  # _library.triton_reason says why
     triton = None
 
 STATS = ("entropy", "log_sum_p2", "mean_logit", "top1")

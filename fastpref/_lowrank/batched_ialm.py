@@ -56,7 +56,7 @@ def _native_solve(matrix: Tensor, lam: float | None, tol: float, max_iter: int) 
     rank, iterations = torch.empty(batch, dtype=torch.int64), torch.empty(batch, dtype=torch.int64)
     residual, gap, median, share = (torch.empty(batch, dtype=torch.float64) for _ in range(4))
     converged = torch.empty(batch, dtype=torch.bool)
-    workspace = _native.workspace(threads * core.batched_ialm_workspace(m, n, double))
+    workspace = torch.empty(threads * core.batched_ialm_workspace(m, n, double), dtype=torch.uint8)
     core.batched_ialm_cpu(
         matrix.data_ptr(),
         double,

@@ -142,7 +142,7 @@ def _native_solve(matrix: Tensor, rank: int, skew: bool, attempt: int, tol: floa
     iterations, converged = torch.empty(batch, dtype=torch.int64), torch.empty(batch, dtype=torch.bool)
     median = torch.empty(batch, dtype=torch.float64)
     directions = _directions(matrix, rank).contiguous()
-    workspace = _native.workspace(threads * core.batched_rpca_workspace(m, n, rank, double))
+    workspace = torch.empty(threads * core.batched_rpca_workspace(m, n, rank, double), dtype=torch.uint8)
     core.batched_rpca_cpu(
         matrix.data_ptr(),
         double,

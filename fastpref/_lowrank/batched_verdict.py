@@ -72,7 +72,7 @@ def _native_verdict(matrix: Tensor, left: Tensor, right: Tensor, median: Tensor)
     u, s, vh = matrix.new_empty(batch, m, rank), matrix.new_empty(batch, rank), matrix.new_empty(batch, rank, n)
     sums, row_rates, column_rates = (torch.empty(batch, size, dtype=torch.float64) for size in (4, m, n))
     threads = min(torch.get_num_threads(), batch)
-    workspace = _native.workspace(threads * _native._core.batched_verdict_workspace(m, n, rank))
+    workspace = torch.empty(threads * _native._core.batched_verdict_workspace(m, n, rank), dtype=torch.uint8)
     _native._core.batched_verdict_cpu(
         matrix.data_ptr(),
         matrix.dtype == torch.float64,

@@ -336,7 +336,7 @@ def _native_dense(matrix: Tensor, data: str, tol: float, max_iter: int):
     components = torch.empty(batch, items, dtype=torch.int64)
     stats = torch.empty(batch, len(STATS), dtype=torch.float64)
     size = _native._core.bradley_terry_workspace(items, is_double)
-    workspace = _native.workspace(slots * size)
+    workspace = torch.empty(slots * size, dtype=torch.uint8)
     _native._core.bradley_terry_dense_cpu(
         matrix.data_ptr(), is_double, batch, items, DATA.index(data), tol, max_iter, scores.data_ptr(),
         components.data_ptr(), rejected.data_ptr(), stats.data_ptr(), workspace.data_ptr(), slots, threads,

@@ -1,6 +1,7 @@
 """Preference losses as programs: numbers that change, graphs that are saved, and losses that cannot be in one."""
 
 import ast
+import inspect
 import pickle
 import subprocess
 import sys
@@ -174,19 +175,21 @@ def test_operators_need_no_native_core(tmp_path):
 
 
 def test_every_operator_has_its_functions():
-    """Which load at the first call: a wrong name would be found then."""
+    """Which load at the first call, and take the schema's arguments by position: an error would be found then."""
     tree = ast.parse(Path(operators.__file__).read_text())
-    paths = [
-        node.args[1].value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_define"
+    defined = [
+        (node.targets[0].id, node.value.args[1].value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(getattr(node.value, "func", None), "id", "") == "_define"
     ]
-    assert len(paths) >= 13
-    for path in paths:
+    assert len(defined) >= 13
+    for operator, path in defined:
+        schema = getattr(operators, operator)._schema
+        arguments = [argument.name for argument in schema.arguments]
         module, _, name = path.partition(":")
         functions = vars(import_module(module))
-        assert name in functions
-        assert name.endswith("_inplace") or f"{name}_fake" in functions
+        for function in (name, f"{name}_fake") if schema.returns else (name,):
+            assert list(inspect.signature(functions[function]).parameters) == arguments, f"{module}:{function}"
 
 
 # ---- a loss in an operator's schema ----
@@ -230,7 +233,7 @@ def test_what_is_no_name_or_number_stays_out_of_it(loss):
 
 
 def test_a_callable_is_called_directly():
-    """No operator sees it, and nothing remembers it."""
+    """It is handed to no operator, and no table keeps it."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Seen(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""torch.func and forward mode: what the differentiable functions of both halves refuse, in words of their own."""
+"""torch.func and forward mode: which transforms work, and which raise an error of fastpref's own, in both halves."""
 
 import pytest
 import torch
@@ -73,15 +73,65 @@ def test_grad_and_jacrev_are_backward(name):
     with torch.no_grad():
         jacobian = torch.func.jacrev(FUNCTIONS[name])(x)
     torch.testing.assert_close(jacobian, leaf.grad, rtol=0, atol=1e-6)
+    assert not jacobian.requires_grad
 
 
-@pytest.mark.parametrize("name", ["token_logps", "preference_loss", "svt"])
-def test_second_derivatives(name):
-    function, x = FUNCTIONS[name], logits()
-    for second in (
-        lambda: torch.autograd.functional.hessian(function, x),
-        lambda: torch.autograd.functional.jvp(function, x, x),
-        lambda: torch.func.grad(lambda y: torch.func.grad(function)(y).sum())(x),
-    ):
-        with pytest.raises(RuntimeError, match="double backward is not supported"):
-            second()
+def of_head(loss=None, **options):
+    def function(weight):
+        hidden = hidden_of(torch.linspace(-2, 2, 84).reshape(4, 3, 7))
+        if loss is None:
+            return fastpref.linear_token_logps(hidden, weight, LABELS).sum()
+        return fastpref.linear_preference_loss(hidden, weight, LABELS, loss=loss, **options).loss
+
+    return function
+
+
+# in each plan: the gradient may be formed in the forward, and be constant or linear in what backward() is handed
+TWICE = {name: (function, (4, 3, 7)) for name, function in FUNCTIONS.items()} | {
+    "recompute": (of_head(), (7, 5)),
+    "pair-resident": (of_head("sigmoid", **REFERENCE), (7, 5)),
+    "coupled": (of_head("aot", **REFERENCE), (7, 5)),
+}
+SECOND = {
+    "hessian": torch.autograd.functional.hessian,
+    "jvp": lambda f, x: torch.autograd.functional.jvp(f, x, x),
+    "grad of grad": lambda f, x: torch.func.grad(lambda y: torch.func.grad(f)(y).sum())(x),
+    "jacrev of jacrev": lambda f, x: torch.func.jacrev(torch.func.jacrev(f))(x),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("second", SECOND)
+def test_second_derivatives(name, second):
+    function, shape = TWICE[name]
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        SECOND[second](function, torch.randn(shape))
+
+
+def test_outputs_may_be_written_over():
+    """As `loss /= steps` does: no output that the caller has is needed by a backward whose gradients are formed."""
+    weight = HEAD.clone().requires_grad_()
+    loss = TWICE["pair-resident"][0](weight)
+    (expected,) = torch.autograd.grad(loss / 2, weight)
+    loss = TWICE["pair-resident"][0](weight)
+    loss /= 2
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], expected)
+    hidden = hidden_of(logits()).requires_grad_()
+    logps = fastpref.linear_token_logps(hidden, HEAD, LABELS)
+    (expected,) = torch.autograd.grad(logps.sum() / 2, hidden)
+    logps = fastpref.linear_token_logps(hidden, HEAD, LABELS)
+    logps /= 2
+    torch.testing.assert_close(torch.autograd.grad(logps.sum(), hidden)[0], expected)
+
+
+def test_second_derivatives_by_the_other_part_of_the_projection():
+    def by_head(hidden, weight):
+        return fastpref.linear_preference_loss(hidden, weight, LABELS, **REFERENCE).loss
+
+    hidden, weight = hidden_of(logits()).requires_grad_(), HEAD.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(by_head(hidden, weight), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.grad(gradient.sum(), hidden)
+    hidden = hidden.detach()
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.func.grad(lambda h: torch.func.grad(by_head, 1)(h, HEAD).sum())(hidden)
