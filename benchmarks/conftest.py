@@ -1,5 +1,6 @@
 """The gate before the benchmarks, the facts beside them, and --full."""
 
+import contextlib
 import sys
 import warnings
 from pathlib import Path
@@ -12,7 +13,8 @@ from harness import machine, verify
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="longer batches, every vocabulary, larger heads: hours")
+    with contextlib.suppress(ValueError):  # tests/ has it too, in a run of both
+        parser.addoption("--full", action="store_true", help="longer batches, every vocabulary, larger heads: hours")
 
 
 def pytest_generate_tests(metafunc):

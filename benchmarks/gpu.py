@@ -142,9 +142,8 @@ class Run:
 
     def numerics(self):
         """What the benchmarks are gated by."""
-        keyword = "(test_one_row or test_leading_dimensions) and cpu" if self.dry_run else verify.LINEAR_NUMERICS
-        files = [path for op in ("logps/token_logps", "logps/linear_logps") for path in verify.tests_of(op)]
-        status = self.pytest("numerics", files, keyword)
+        words = "(test_one_row or test_leading_dimensions) and cpu" if self.dry_run else ""
+        status = self.pytest("numerics", _gate_files(), "" if self.dry_run else "cuda and numerics", words)
         counts = self.results["tests"]["by_backend"]
         for backend in BACKENDS:
             count = counts.get(self.tested(backend), {"passed": 0, "failed": 0})
@@ -164,9 +163,11 @@ class Run:
     def tests(self):
         """All GPU tests that were not part of the numerics."""
         if self.dry_run:
-            self.pytest("tests", verify.tests_of("logps/token_logps"), "test_int32_labels")
-        else:
-            self.pytest("tests", [verify.TESTS], f"not ({verify.LINEAR_NUMERICS})")
+            self.pytest("tests", verify.tests_of("logps/token_logps"), words="test_int32_labels")
+            return
+        others = sorted(set(verify.TESTS.rglob("test_*.py")) - set(_gate_files()))
+        self.pytest("numerics of other ops", others, "cuda and numerics", kept=self.seconds_for("tests") / 2)
+        self.pytest("tests", [verify.TESTS], "cuda and not numerics")
 
     def sanitizer(self):
         tool = shutil.which("compute-sanitizer")
@@ -194,15 +195,14 @@ class Run:
         """How test ids name it; under the dry run the CPU stands in."""
         return f"{backend}-cpu" if self.dry_run else f"{backend}-cuda"
 
-    def pytest(self, stage, files, keyword) -> str:
-        command = [sys.executable, "-m", "pytest", *files, "-q", "-k", keyword]
+    def pytest(self, stage, files, markers="", words="", kept=None) -> str:
+        """markers, words: pytest's -m and -k, "" for all tests."""
+        command = [sys.executable, "-m", "pytest", *files, "-q", "-m", markers, "-k", words]
         command += ["-p", "harness.outcomes", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-        if not self.dry_run:
-            command += ["-m", "cuda"]
-            if importlib.util.find_spec("xdist"):  # most of the time goes into Triton's compiler
-                command += ["-n", str(min(8, os.cpu_count() or 1))]
+        if not self.dry_run and importlib.util.find_spec("xdist"):  # most of the time goes into Triton's compiler
+            command += ["-n", str(min(8, os.cpu_count() or 1))]
         path = os.pathsep.join(filter(None, [self.environment["PYTHONPATH"], str(HERE)]))
-        ended = self.call(stage, command, environment={"PYTHONPATH": path})
+        ended = self.call(stage, command, kept, environment={"PYTHONPATH": path})
         self.results["tests"] = _tally(self.outcomes)
         return ended.status
 
@@ -258,6 +258,11 @@ class Run:
             never["everything on a GPU"] = "this is a dry run"
         self.path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         self.path.with_suffix(".md").write_text(report.markdown(results | {"not_run": never}))
+
+
+def _gate_files() -> list[Path]:
+    """The tests whose numerics say which backends are measured."""
+    return [path for op in ("logps/token_logps", "logps/linear_logps") for path in verify.tests_of(op)]
 
 
 def _call(command, environment, seconds, folder, take) -> Ended:

@@ -1,5 +1,6 @@
 // Bradley-Terry scores w from pairwise data, by iteratively reweighted least squares (logits) or reweighted Newton
-// steps (win counts) on the weighted Laplacian of the comparison graph. See fastpref/bradley_terry.py for the model.
+// steps (win counts) on the weighted Laplacian of the comparison graph. See fastpref/_lowrank/bradley_terry.py for the
+// model.
 #pragma once
 #include <cstdint>
 

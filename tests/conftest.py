@@ -5,6 +5,7 @@ grids that are thinned otherwise. Tests get one thread unless FASTPREF_TEST_THRE
 their own.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -31,7 +32,8 @@ THREADS = int(os.environ.get("FASTPREF_TEST_THREADS", "1"))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="every case of the grids that are thinned otherwise")
+    with contextlib.suppress(ValueError):  # benchmarks/ has it too, in a run of both
+        parser.addoption("--full", action="store_true", help="every case of the grids that are thinned otherwise")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -17,7 +17,7 @@ FASTPREF_DISPATCH(batched_ialm_solve, BatchedIalm)  // (matrix, slot)
 namespace fastpref::FASTPREF_SIMD {
 namespace {
 
-// as in fastpref/ialm.py
+// as in fastpref/_lowrank/ialm.py
 constexpr double closed = 1e-3, balance = 0.1, settled = 1e-4, most_lowered = 1e-4, least_lowered = 0.1, faint = 100,
                  first_mu = 1.25, top_mu = 1e7, rho = 1.5;
 constexpr int64_t pause = 5, extra = 5, first_directions = 15;

@@ -16,7 +16,7 @@ FASTPREF_DISPATCH(batched_rpca_solve, BatchedRpca)  // (matrix, slot)
 namespace fastpref::FASTPREF_SIMD {
 namespace {
 
-// as in fastpref/batched_rpca.py
+// as in fastpref/_lowrank/batched_rpca.py
 constexpr double mad = 1.4826, cutoff = 3, finest = 1e-9, clip = 3, ridge = 1e-10, away = 10;
 constexpr double complete = 0.9;
 struct Schedule {

@@ -3,5 +3,5 @@
 trl  TRL's DPOTrainer on fastpref's kernels and losses: FastPrefDPOTrainer, FastPrefDPOConfig
 ray  pairs from samples in a Ray dataset: pair_rows
 
-A module is the only one that knows its host, and imports it; this package imports neither.
+A host is imported by its module alone; this package imports neither.
 """

@@ -361,6 +361,7 @@ class TestProducts:
                     getattr(values, name), getattr(true_values, name), rtol=1e-5, atol=2e-5, msg=name
                 )
 
+    @pytest.mark.numerics
     def test_rounded_logits(self):
         tensors, labels = make((45,), 40, 1003, torch.bfloat16)
         grad = torch.randn(45)

@@ -86,6 +86,7 @@ def test_float64_matches_extended_precision(cpu_backend, shape):
         assert own <= 1.5 * peer + 8 * torch.finfo(torch.float64).eps
 
 
+@pytest.mark.numerics
 def test_the_result_does_not_depend_on_neighbours_or_threads():
     matrix, threshold = torch.randn(70, 9, 6), torch.rand(70) * 3
     whole = fastpref.svt(matrix, threshold, backend="native")
@@ -96,6 +97,7 @@ def test_the_result_does_not_depend_on_neighbours_or_threads():
     torch.testing.assert_close(shuffled.low_rank, whole.low_rank[order], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("dtype", JACOBI_LANES, ids=str)
 def test_both_routes_are_taken(dtype):
     for shape, faster in (((64, 8, 8), True), ((1, 64, 64), False), ((16, 140, 140), False)):
@@ -106,6 +108,7 @@ def test_both_routes_are_taken(dtype):
     assert "no native kernel" in _library.OPS["svt"]["native"]("cuda")
 
 
+@pytest.mark.numerics
 def test_thresholds_per_matrix_and_batch_shapes():
     matrix = torch.randn(2, 3, 8, 6)
     threshold = torch.rand(2, 3) * 3
@@ -121,6 +124,7 @@ def test_thresholds_per_matrix_and_batch_shapes():
     torch.testing.assert_close(fastpref.svt(strided, 0.5).low_rank, fastpref.svt(strided.contiguous(), 0.5).low_rank)
 
 
+@pytest.mark.numerics
 def test_half_precision_is_rounded_once():
     for dtype in (torch.bfloat16, torch.float16):
         matrix = torch.randn(3, 20, 15).to(dtype)
@@ -129,6 +133,7 @@ def test_half_precision_is_rounded_once():
         assert torch.equal(found.low_rank, fastpref.svt(matrix.float(), 1.5).low_rank.to(dtype))
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("items", [6, 15, 48])
 def test_skew_stays_skew(cpu_backend, items):
     upper = torch.randn(4, items, items).triu(1)
@@ -143,6 +148,7 @@ def gap_to_threshold(matrix, threshold):
     return (s - threshold.unsqueeze(-1)).abs().min()
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("kind", ["general", "tall", "wide", "skew", "low-rank", "zero", "identity"])
 def test_gradients(kind):
     shape = {"tall": (7, 4), "wide": (4, 7)}.get(kind, (5, 5))
@@ -164,6 +170,7 @@ def test_gradients(kind):
     assert torch.autograd.gradcheck(lambda m, t: fastpref.svt(m, t).low_rank, (matrix, threshold))
 
 
+@pytest.mark.numerics
 def test_without_a_threshold_the_gradient_passes_through():
     matrix = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(3, 6, 4, dtype=torch.float64)

@@ -19,7 +19,6 @@ from fastpref._warnings import collected_warnings
 from fastpref.curate.diagnostics import resample
 from fastpref.curate.hygiene import Flag
 from fastpref.curate.pipeline.config import STAGE_FUNCTIONS, CurateConfig
-from fastpref.curate.pipeline.report import report_of_run, write_report
 from fastpref.curate.pipeline.start import first_state, read_state
 from fastpref.curate.pipeline.state import (
     LeftOut,
@@ -97,6 +96,8 @@ def run(
     messages = tuple(dict.fromkeys([*state.warnings, *messages]))
     summary |= {"stages": state.summaries, "warnings": list(messages)}
     if config.report is not None and state.pairs is not None:
+        from fastpref.curate.pipeline.report import report_of_run, write_report
+
         write_report(config.report, report_of_run(state, config, summary))
     summary["seconds"] = time.perf_counter() - started
     for message in messages:
