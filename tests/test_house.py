@@ -219,3 +219,12 @@ def test_no_two_names_differ_by_a_capital():
                 seen[name.lower()].add(name)
         twins += [f"{module}: {sorted(names)}" for names in seen.values() if len(names) > 1 and not names <= public]
     assert not twins
+
+
+def test_no_test_file_imports_another():
+    """What they share stands in conftest.py, cases.py, the files *_cases.py and tolerance.py."""
+    for path in sorted(Path(__file__).parent.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.rpartition(".")[2].startswith("test_")], path
