@@ -33,6 +33,7 @@ FLOORS = [
     {"integrations"},
     {"cli", "__main__"},
 ]
+FACES = ("", "curate")
 APART = [({"losses", "_logps"}, {"_lowrank"})]
 MOST_LINES = 80
 MOST_PARAMETERS = 12
@@ -52,12 +53,12 @@ def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def nodes(tree: ast.AST):
-    """All of it but what only type checkers read."""
+def nodes(tree: ast.AST, face: bool):
+    """All of it; of a face without what only type checkers read, for it hands names of all floors on."""
     for child in ast.iter_child_nodes(tree):
-        if not is_type_checking(child):
+        if not (face and is_type_checking(child)):
             yield child
-            yield from nodes(child)
+            yield from nodes(child, face)
 
 
 def imports(module: str) -> set[str]:
@@ -72,7 +73,7 @@ def imports(module: str) -> set[str]:
         inner = ".".join(filter(None, (name, attribute)))
         found.add(inner if attribute and inner in known else name)
 
-    for node in nodes(sources()[module]):
+    for node in nodes(sources()[module], face=module in FACES):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 add(alias.name)

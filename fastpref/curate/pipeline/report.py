@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,13 +22,11 @@ from fastpref.curate.diagnostics import diagnose, pool_z
 from fastpref.curate.files.samples import texts
 from fastpref.curate.length import LengthReport, length_report
 from fastpref.curate.pipeline import report_plots
+from fastpref.curate.pipeline.config import CurateConfig
 from fastpref.curate.pipeline.scores import primary_field
 from fastpref.curate.pipeline.state import State
 from fastpref.curate.pools import as_pools
 from fastpref.errors import InputError
-
-if TYPE_CHECKING:
-    from fastpref.curate.pipeline.config import CurateConfig
 
 SOURCES_SHOWN = 30
 EXAMPLES_SHOWN = 3  # of a run
@@ -121,7 +119,7 @@ def write_report(folder, data: ReportData) -> Path:
 # ---- the page of a run
 
 
-def report_of_run(state: State, config: "CurateConfig", summary: dict) -> ReportData:
+def report_of_run(state: State, config: CurateConfig, summary: dict) -> ReportData:
     """What a run says of its pairs; summary: as in its result."""
     samples, kept = state.samples, state.kept
     pairs, field = state.kept_pairs, primary_field(samples, config)

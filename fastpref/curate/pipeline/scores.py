@@ -1,17 +1,13 @@
 """Score columns of the samples: which were declared, on which scale, and which vote when pairs are selected."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from fastpref.curate.files.table import Samples
+from fastpref.curate.pipeline.state import State
 from fastpref.curate.scale import to_logit
 from fastpref.errors import InputError
-
-if TYPE_CHECKING:
-    from fastpref.curate.pipeline.config import CurateConfig
-    from fastpref.curate.pipeline.start import ReadOptions
-    from fastpref.curate.pipeline.state import State
 
 
 class ScoreField(NamedTuple):
@@ -24,7 +20,7 @@ class ScoreField(NamedTuple):
         return self.name if self.scale == "raw" else f"{self.name}:{self.scale}"
 
 
-def declared_fields(read: "ReadOptions") -> list[ScoreField]:
+def declared_fields(read) -> list[ScoreField]:
     found = []
     for text in read.scores:
         name, _, scale = text.partition(":")
@@ -36,7 +32,7 @@ def declared_fields(read: "ReadOptions") -> list[ScoreField]:
     return found
 
 
-def primary_field(samples: Samples, config: "CurateConfig") -> ScoreField:
+def primary_field(samples: Samples, config) -> ScoreField:
     """The field that pairs are made by."""
     return (declared_fields(config.read) or [ScoreField(next(iter(samples.scores)), "raw")])[0]
 
@@ -50,18 +46,18 @@ def linear_scores(samples: Samples, field: ScoreField) -> np.ndarray:
         raise InputError(f"{field.name}:logit: {error}") from error
 
 
-def primary_scores(samples: Samples, config: "CurateConfig") -> np.ndarray:
+def primary_scores(samples: Samples, config) -> np.ndarray:
     """float64 [responses], the scores that pairs are made by, before any stage."""
     return linear_scores(samples, primary_field(samples, config))
 
 
-def clamped_scores(samples: Samples, config: "CurateConfig") -> int:
+def clamped_scores(samples: Samples, config) -> int:
     """How many probabilities of exactly 0 or 1 became the logit of the clamp."""
     field = primary_field(samples, config)
     return int(np.isin(samples.scores[field.name], (0.0, 1.0)).sum()) if field.scale == "logit" else 0
 
 
-def votes(state: "State", config: "CurateConfig") -> dict[str, np.ndarray]:
+def votes(state: State, config) -> dict[str, np.ndarray]:
     """Score columns by which pairs are selected: the working score, the others declared, and implicit rewards."""
     samples, read = state.samples, config.read
     found = {primary_field(samples, config).name: state.score}

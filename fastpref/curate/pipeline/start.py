@@ -3,7 +3,6 @@
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,9 +13,6 @@ from fastpref.curate.pipeline.options import Options, check_at_least_one
 from fastpref.curate.pipeline.scores import declared_fields, primary_scores
 from fastpref.curate.pipeline.state import LeftOut, State
 from fastpref.errors import InputError
-
-if TYPE_CHECKING:
-    from fastpref.curate.pipeline.config import CurateConfig
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class ReadOptions(Options):
             raise InputError(f"read.score_range must be two numbers, the lower first, got {list(declared)}")
 
 
-def read_state(config: "CurateConfig", progress=None) -> State:
+def read_state(config, progress=None) -> State:
     """The state before the first stage, from the file."""
     options = config.read
     fields = [field.name for field in declared_fields(options)]
@@ -65,7 +61,7 @@ def read_state(config: "CurateConfig", progress=None) -> State:
     return first_state(samples, config)
 
 
-def first_state(samples: Samples, config: "CurateConfig") -> State:
+def first_state(samples: Samples, config) -> State:
     """The state before the first stage, of samples that were read."""
     score = primary_scores(samples, config)
     return State(

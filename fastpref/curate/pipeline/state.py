@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastpref import __version__
+from fastpref._build import version
 from fastpref._whole_file import whole_file
 from fastpref.curate.files.rows import Fields
 from fastpref.curate.files.table import RowProblem, Samples
@@ -143,7 +143,7 @@ def fingerprint(config, stage) -> dict:
     """Everything that decides what the file of a stage holds; equal for runs that would write the same."""
     stages = () if stage == "read" else config.order[: config.order.index(stage) + 1]
     found = {
-        "version": __version__,
+        "version": version,
         "input": _file_facts(config.input),
         "read": asdict(config.read) | {"workers": None},  # which change nothing
     }

@@ -3,11 +3,10 @@
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastpref import __version__
+from fastpref._build import version
 from fastpref._rating_scale import of_gaps
 from fastpref.curate import goals
 from fastpref.curate.files import writing as files
@@ -17,9 +16,6 @@ from fastpref.curate.pipeline.scores import linear_scores, primary_field
 from fastpref.curate.pipeline.state import PairReason, State
 from fastpref.curate.routing import Route
 from fastpref.errors import InputError
-
-if TYPE_CHECKING:
-    from fastpref.curate.pipeline.config import CurateConfig
 
 GOALS = ("none", "both", "half")
 
@@ -46,7 +42,7 @@ class WriteOptions(Options):
             raise InputError("write.easy_to_hard is not for goal-conditioned rows, which are shuffled")
 
 
-def check_outputs(config: "CurateConfig") -> None:
+def check_outputs(config) -> None:
     """Raises InputError for files that cannot be written, or would overwrite another."""
     write = config.write
     outputs = [path for path in (config.output, write.sft, write.test, write.bad_rows) if path is not None]
@@ -63,7 +59,7 @@ def check_outputs(config: "CurateConfig") -> None:
                 raise InputError(f"{path} would overwrite {'an input' if other in inputs else 'another output'}")
 
 
-def write_outputs(state: State, config: "CurateConfig", progress=None) -> tuple[dict, dict]:
+def write_outputs(state: State, config, progress=None) -> tuple[dict, dict]:
     """Writes every output. Returns the columns of all rows, and the summary."""
     samples, options = state.samples, config.write
     columns = row_columns(state, config)
@@ -75,7 +71,7 @@ def write_outputs(state: State, config: "CurateConfig", progress=None) -> tuple[
     if options.goals != "none":
         columns, rewrite = _with_goals(columns, config)
     reproducible = replace(config, read=replace(config.read, workers=None))  # which change nothing
-    metadata = {"version": __version__, "config": asdict(reproducible), "rating_scale": scale}
+    metadata = {"version": version, "config": asdict(reproducible), "rating_scale": scale}
     held_out = split_of(samples.prompt_hash, test_share=options.test_share, salt=config.seed)[columns["prompt"]]
     parts = [(config.output, ~held_out, options.sft)]
     if options.test is not None:
@@ -143,7 +139,7 @@ def _rating_scale(gap, beta) -> dict | None:
     return {"beta": beta, "pairs": len(gap), **of_gaps(gap, beta)._asdict()}
 
 
-def row_columns(state: State, config: "CurateConfig") -> dict[str, object]:
+def row_columns(state: State, config) -> dict[str, object]:
     """The kept pairs as `write_pairs` takes them: indices, scores, and what the stages know of each."""
     samples, kept = state.samples, state.kept
     at = {side: state.place(side)[kept] for side in ("chosen", "rejected")}

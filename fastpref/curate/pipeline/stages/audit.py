@@ -2,16 +2,12 @@
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from fastpref.curate import clean
 from fastpref.curate.pipeline.options import Options, check_at_least_one, check_positive, choice
 from fastpref.curate.pipeline.scores import primary_scores
 from fastpref.curate.pipeline.stages.construct import picked_pairs
 from fastpref.curate.pipeline.state import LeftOut, State
-
-if TYPE_CHECKING:
-    from fastpref.curate.pipeline.config import CurateConfig
 
 
 @dataclass(frozen=True)
@@ -25,7 +21,7 @@ class AuditOptions(Options):
         check_at_least_one("audit.rank", self.rank)
 
 
-def audit_sources(state: State, config: "CurateConfig") -> State:
+def audit_sources(state: State, config) -> State:
     samples, options = state.samples, config.audit
     if samples.sources is None:
         return state.skipped("audit", "no sources")

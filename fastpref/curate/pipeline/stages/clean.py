@@ -1,16 +1,12 @@
 """Stage clean: single scores that the other scores of their prompt and source contradict."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastpref.curate.clean import denoise_scores
 from fastpref.curate.pipeline.options import Options, check_at_least_one, check_positive, choice
 from fastpref.curate.pipeline.state import LeftOut, State
-
-if TYPE_CHECKING:
-    from fastpref.curate.pipeline.config import CurateConfig
 
 CLEAN = ("mask", "replace", "low_rank", "none")  # the actions of `denoise_scores`, or nothing
 
@@ -26,7 +22,7 @@ class CleanOptions(Options):
         check_at_least_one("clean.rank", self.rank)
 
 
-def clean_scores(state: State, config: "CurateConfig") -> State:
+def clean_scores(state: State, config) -> State:
     samples, options = state.samples, config.clean
     if options.action == "none" or samples.sources is None:
         return state.skipped("clean", "not asked for" if options.action == "none" else "no sources")

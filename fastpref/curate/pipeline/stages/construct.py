@@ -1,7 +1,6 @@
 """Stage construct: the pairs of every prompt, by the distribution of its scores."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,9 +9,6 @@ from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
 from fastpref.curate.pipeline.options import Options
 from fastpref.curate.pipeline.state import PairReason, State
 from fastpref.curate.routing import Route
-
-if TYPE_CHECKING:
-    from fastpref.curate.pipeline.config import CurateConfig
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class ConstructOptions(Options):
     pairs_per_prompt: int = 1
 
 
-def construct_pairs(state: State, config: "CurateConfig") -> State:
+def construct_pairs(state: State, config) -> State:
     samples, options = state.samples, config.construct
     selection = picked_pairs(state, config, on_degenerate=options.on_degenerate)
     if "length" in config.order and config.length.control == "match":
@@ -66,7 +62,7 @@ def construct_pairs(state: State, config: "CurateConfig") -> State:
     return replace(state, pairs=pairs).with_summary("construct", summary)
 
 
-def picked_pairs(state: State, config: "CurateConfig", on_degenerate: str) -> PairSelection:
+def picked_pairs(state: State, config, on_degenerate: str) -> PairSelection:
     """The pairs of the rule of this run, of the responses as they are now."""
     options = config.construct
     return select_pairs(

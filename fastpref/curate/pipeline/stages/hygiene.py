@@ -1,7 +1,6 @@
 """Stage hygiene: copies, blanks, texts under many prompts, texts that must not be trained on."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,9 +9,6 @@ from fastpref.curate.hygiene import Flag, hygiene
 from fastpref.curate.pipeline.options import Options
 from fastpref.curate.pipeline.scores import clamped_scores
 from fastpref.curate.pipeline.state import LeftOut, State
-
-if TYPE_CHECKING:
-    from fastpref.curate.pipeline.config import CurateConfig
 
 
 @dataclass(frozen=True)
@@ -23,7 +19,7 @@ class HygieneOptions(Options):
     decontaminate: tuple[str, ...] = ()  # files whose prompts must not be trained on
 
 
-def check_texts(state: State, config: "CurateConfig") -> State:
+def check_texts(state: State, config) -> State:
     samples, options = state.samples, config.hygiene
     banned = [text_hashes(path) for path in options.decontaminate]
     found = hygiene(

@@ -1,16 +1,12 @@
 """Stage length: scores less what goes with length. Matching the length of a pair's sides is part of construct."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastpref.curate.length import remove_length
 from fastpref.curate.pipeline.options import Options, choice
 from fastpref.curate.pipeline.state import State
-
-if TYPE_CHECKING:
-    from fastpref.curate.pipeline.config import CurateConfig
 
 LENGTH_CONTROL = ("none", "within_source", "match")
 
@@ -21,7 +17,7 @@ class LengthOptions(Options):
     band: float = 0.5
 
 
-def control_length(state: State, config: "CurateConfig") -> State:
+def control_length(state: State, config) -> State:
     samples, control = state.samples, config.length.control
     if control != "within_source":
         # "match" chooses among responses, which is done where the pairs are made

@@ -1,16 +1,12 @@
 """Stage route: pairs of small margin go to SFT; and the order from easy to hard."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastpref.curate import routing
 from fastpref.curate.pipeline.options import Options
 from fastpref.curate.pipeline.state import State
-
-if TYPE_CHECKING:
-    from fastpref.curate.pipeline.config import CurateConfig
 
 
 @dataclass(frozen=True)
@@ -21,7 +17,7 @@ class RouteOptions(Options):
     inclusive: bool = False
 
 
-def route_pairs(state: State, config: "CurateConfig") -> State:
+def route_pairs(state: State, config) -> State:
     tau, kept = config.route.tau, np.flatnonzero(state.kept)
     if tau == "auto":
         tau = routing.JUDGE_TAU if config.read.score_range == (1.0, 10.0) else routing.DEFAULT_TAU

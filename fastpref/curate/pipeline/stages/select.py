@@ -2,7 +2,6 @@
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,9 +10,6 @@ from fastpref.curate.pipeline.options import Options
 from fastpref.curate.pipeline.scores import votes
 from fastpref.curate.pipeline.state import PairReason, State
 from fastpref.errors import InputError
-
-if TYPE_CHECKING:
-    from fastpref.curate.pipeline.config import CurateConfig
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class SelectOptions(Options):
         return self.k is not None or self.fraction is not None
 
 
-def select_by_margin(state: State, config: "CurateConfig") -> State:
+def select_by_margin(state: State, config) -> State:
     options = config.select
     if state.pairs is None:
         return _select_prompts(state, options)
