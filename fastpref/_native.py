@@ -5,7 +5,7 @@ import os
 import torch
 
 try:
-    from fastpref import _core
+    import fastpref._core as _core
 
     _missing = None
 except ImportError as error:
