@@ -736,7 +736,9 @@ def test_models_that_are_refused(llama, tmp_path):
     save_models(tmp_path, mixture)
     with pytest.raises(ValueError, match="router_aux_loss_coef must be 0 for MixtralForCausalLM"):
         make(FastPrefDPOTrainer, tmp_path, reference=None)
-    same_step(tmp_path, router_aux_loss_coef=0.0)
+    # torch multiplies groups of experts in 32 and 16 bits alone: there is no step in float64 to compare with
+    trainers = (make(trainer, tmp_path, router_aux_loss_coef=0.0) for trainer in (FastPrefDPOTrainer, DPOTrainer))
+    assert_same_step(*map(step, trainers))
 
     text = tiny(transformers.LlamaConfig)
     vision = transformers.CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
