@@ -21,7 +21,7 @@ def test_a_class_of_the_face_says_so(name):
     assert getattr(fastpref, name).__module__ == "fastpref"
 
 
-def test_pickles_load_in_a_fresh_process():
+def test_pickles_load_in_a_fresh_process(tmp_path):
     values = []
     for name in CLASSES:
         kind = getattr(fastpref, name)
@@ -36,7 +36,8 @@ def test_pickles_load_in_a_fresh_process():
         "for value in pickle.loads(sys.stdin.buffer.read()):\n"
         "    print(getattr(value, '__name__', type(value).__name__), *value if isinstance(value, tuple) else [])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(values), capture_output=True)
+    # not in the checkout, whose fastpref is the bare source tree
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(values), capture_output=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr.decode()
     for name, line in zip(CLASSES, done.stdout.decode().splitlines(), strict=True):
         assert line.split()[0] == name
