@@ -1,8 +1,14 @@
-"""The native core, or the reason why there is none."""
+"""The native core, or the reason why there is none; and the one place that looks at a device.
 
+Tests run CUDA's code paths without a GPU by replacing what stands under "devices", so nothing else asks for a
+tensor's device type, a stream or a guard, or launches a Triton kernel.
+"""
+
+import contextlib
 import os
 
 import torch
+from torch import Tensor
 
 try:
     import fastpref._core as _core
@@ -34,15 +40,51 @@ def cuda_missing() -> str | None:
     return None
 
 
-def empty(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+# ---- devices ----
+
+
+def device_kind(place: Tensor | torch.device) -> str:
+    """ "cpu", "cuda" (AMD's too) or another of torch's device types."""
+    return (place.device if isinstance(place, Tensor) else place).type
+
+
+def stream(tensor: Tensor) -> int:
+    """The stream that torch's own kernels on this tensor would go to."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def guard(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """The tensor's GPU is the current one; nothing for a tensor on the CPU."""
+    return torch.cuda.device_of(tensor)
+
+
+def warp_size(tensor: Tensor) -> int:
+    return torch.cuda.get_device_properties(tensor.device).warp_size if torch.version.hip else 32
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of that GPU's memory, whoever holds them: the same in every step, on every rank and in every run."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def launch_triton(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """kernel[grid](*args, **options) on the GPU of the first argument, which is a tensor."""
+    with guard(args[0]):
+        kernel[grid](*args, **options)
+
+
+# ---- memory ----
+
+
+def empty(shape, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Contiguous, uninitialised memory, on huge pages where it is large."""
     out = torch.empty(shape, dtype=dtype, device=device)
-    if out.device.type == "cpu" and _core is not None and out.nbytes >= HUGE_OUTPUT_BYTES:
+    if device_kind(out) == "cpu" and _core is not None and out.nbytes >= HUGE_OUTPUT_BYTES:
         _core.advise_huge_pages(out.data_ptr(), out.nbytes)
     return out
 
 
-def address(tensor: torch.Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 

@@ -229,3 +229,38 @@ def test_no_test_file_imports_another():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert not [name for name in names if name.rpartition(".")[2].startswith("test_")], path
+
+
+# ---- devices ----
+
+SEAM = "_native"  # what tests replace to run CUDA's paths without a GPU
+ONLY_THERE = ("is_cuda", "is_cpu", "get_device", "device_of", "current_stream", "current_device")
+
+
+def test_one_module_looks_at_devices():
+    """No other asks for a device's type, a stream or a guard; build_info alone names the GPU."""
+    looks = []
+    for module, tree in sources().items():
+        if module == SEAM:
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Attribute):
+                continue
+            text = ast.unparse(node)
+            of_a_device = node.attr == "type" and text.removesuffix(".type").endswith(("device", "place"))
+            of_cuda = text.startswith("torch.cuda.") and module != "_build_info"
+            if of_a_device or of_cuda or node.attr in ONLY_THERE:
+                looks.append(f"{module}:{node.lineno} {text}")
+    assert not looks
+
+
+def test_one_function_launches_triton():
+    launches = []
+    for module, tree in sources().items():
+        kernels = {f.name for f in functions(module) if is_kernel(f)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                name = ast.unparse(node.func.value)
+                if name in kernels or name.rpartition(".")[2].endswith("kernel"):
+                    launches.append(f"{module}: {name}")
+    assert launches == [f"{SEAM}: kernel"]

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref import _autograd, _checks, _library, operators
+from fastpref import _autograd, _checks, _library, _native, operators
 from fastpref._logps.plan import check_tile, choose_kind, even_chunks
 from fastpref._logps.tile import (
     Budget,
@@ -224,7 +224,7 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient * factor in gradient's dtype; written over the gradient, but in a graph or under torch.func."""
     if torch.compiler.is_compiling() or _autograd.is_mapped():
         return (gradient * factor).to(gradient.dtype)
-    if factor.dim() == 0 and factor.device.type == "cpu" and factor == 1:
+    if factor.dim() == 0 and _native.device_kind(factor) == "cpu" and factor == 1:
         return gradient.detach()  # a tensor of its own, which .grad can take over without a copy
     return gradient.detach().mul_(factor)
 
@@ -235,7 +235,7 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 def cast_for_autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """What F.linear would compute with: under autocast its dtype, for all but float64."""
     tensors = (hidden, *others)
-    device = hidden.device.type
+    device = _native.device_kind(hidden)
     if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -333,7 +333,7 @@ def linear_token_logps(
             integer per call; with it nothing is, and the call can be captured in a CUDA graph. If more tokens count,
             every log-prob is NaN.
         max_tile_bytes: memory for the logits at hand (at least one row is taken); default 80 MiB on CPU, on CUDA 2048
-            rows, at most an eighth of the free memory.
+            rows, at most a sixteenth of the GPU's memory, which does not change from step to step.
         logits_dtype: None for float32-exact logits from 16-bit inputs; the inputs' own dtype to round them, as a plain
             `hidden @ weight.T` does, at 0.01 nats of error per token.
         group: process group over which the vocabulary is sharded: weight (bias, B) holds this rank's rows, in rank

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref import _autograd, _checks, _library, operators
+from fastpref import _autograd, _checks, _library, _native, operators
 from fastpref._logps.linear_logps import (
     Tokens,
     cast_for_autocast,
@@ -456,11 +456,11 @@ def _reference(hidden, weight, bias, ref_hidden, ref_weight, ref_bias):
 
 def _spans(labels, cu_seqlens, lengths, device) -> Tensor | None:
     """[sequences, 2] begins and ends on the host, where the caller had them there and the work is elsewhere."""
-    if device.type == "cpu":
+    if _native.device_kind(device) == "cpu":
         return None
-    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+    if cu_seqlens is not None and _native.device_kind(cu_seqlens) == "cpu":
         return torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], 1).long()
-    if lengths is not None and lengths.device.type == "cpu":
+    if lengths is not None and _native.device_kind(lengths) == "cpu":
         begin = torch.arange(labels.shape[0]) * labels.shape[1]
         return torch.stack([begin, begin + lengths.clamp(0, labels.shape[1])], 1)
     return None
@@ -486,7 +486,7 @@ def _without_prefix(labels, shared_prefix, cu_seqlens, sequences, loss: Loss, ig
         layout = Sequences(labels, ignore_index, cu_seqlens)
         positions = torch.arange(labels.shape[0], device=labels.device) - layout.per_token(layout.cu_seqlens[:-1])
         prefix = positions < layout.per_token(counts)
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _native.device_kind(labels) == "cpu" and not torch.compiler.is_compiling():
         half = labels.shape[0] // 2 if cu_seqlens is None else cu_seqlens[sequences // 2]
         chosen, rejected = labels[:half][prefix[:half]], labels[half:][prefix[half:]]
         if (counts < 0).any() or not torch.equal(chosen, rejected):

@@ -19,6 +19,7 @@ from fastpref import _checks, _library, _native, losses
 
 CPU_TILE_BYTES = 80 << 20
 CUDA_TILE_ROWS = 2048  # below, reading and writing the weight gradient per group costs more than its product
+CUDA_TILE_SHARE = 16  # at most this part of the memory
 UPCAST_BYTES = 4 << 20  # a block of a 16-bit weight, or of its gradient, in float32
 
 
@@ -68,13 +69,14 @@ def narrows_in_place(device: str, backend: str) -> bool:
     return device == "cpu" and backend in ("", "native", "reference")
 
 
-def rows_of_tile(vocab: int, bytes_per_logit: int, device: str, max_tile_bytes: int | None) -> int:
-    """At least one row, whatever the budget."""
+def rows_of_tile(vocab: int, bytes_per_logit: int, device: torch.device, max_tile_bytes: int | None) -> int:
+    """At least one row, whatever the budget. The default of a GPU depends on its size and not on what is free of it:
+    torch's cache does not count as free, and the groups of a step must not change with it."""
     row = max(vocab, 1) * bytes_per_logit
     if max_tile_bytes is None:
         max_tile_bytes = CPU_TILE_BYTES
-        if device == "cuda":
-            max_tile_bytes = min(CUDA_TILE_ROWS * row, torch.cuda.mem_get_info()[0] // 8)
+        if _native.device_kind(device) == "cuda":
+            max_tile_bytes = min(CUDA_TILE_ROWS * row, _native.total_memory(device) // CUDA_TILE_SHARE)
     return max(1, max_tile_bytes // row)
 
 
@@ -180,7 +182,8 @@ def plan(
         raise ValueError(f"lengths must be {what}, got {lengths[0] if single else lengths}")
     if not single and len(lengths) % 2:
         raise ValueError(f"lengths must hold B chosen and then B rejected sequences, got {len(lengths)}")
-    device, backend = torch.device(device).type, backend or ""
+    place, backend = torch.device(device), backend or ""
+    device = _native.device_kind(place)
     tokens = sum(lengths)
     total_tokens = tokens if total_tokens is None else total_tokens
     if total_tokens < tokens:
@@ -191,7 +194,7 @@ def plan(
     kind = choose_kind(hidden_grad, head_grad, resident, dtype)
     product = product_of(dtype, device, logits_dtype, backend, False)
     per_logit = logit_bytes(product, dtype, device, backend)
-    tile_rows = rows_of_tile(vocab_size, per_logit, device, max_tile_bytes)
+    tile_rows = rows_of_tile(vocab_size, per_logit, place, max_tile_bytes)
     pieces = _cut(kind, lengths, tile_rows)
     largest, recomputed = max(pieces.sizes, default=0), pieces.recomputed
     gemms = 1 + recomputed / max(tokens, 1)

@@ -300,7 +300,7 @@ def preference_loss(
 
 def _can_fuse(logits: Tensor, ref_logits: Tensor | None, backend: str | None) -> bool:
     return (
-        _epilogue_reason(logits.device.type) is None
+        _epilogue_reason(_native.device_kind(logits)) is None
         and logits.dtype in _native.DTYPE_CODES
         and (ref_logits is None or ref_logits.dtype in _native.DTYPE_CODES)
         and backend in (None, "native")

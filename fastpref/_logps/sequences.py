@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import _checks
+from fastpref import _checks, _native
 from fastpref._logps.token_logps import shifted
 
 
@@ -132,9 +132,9 @@ def check_layout(labels: Tensor, cu_seqlens: Tensor | None, like: str) -> None:
         raise ValueError(f"cu_seqlens must have shape [sequences + 1], got {list(cu_seqlens.shape)}")
     if labels.dim() != 1:
         raise ValueError(f"labels must have shape [tokens] with cu_seqlens, got {list(labels.shape)}")
-    if cu_seqlens.device.type != "cpu" or like != "hidden":  # which may be elsewhere than the host's counts
+    if _native.device_kind(cu_seqlens) != "cpu" or like != "hidden":  # which may be elsewhere than the host's counts
         _checks.same_device("cu_seqlens", cu_seqlens, like, labels)
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _native.device_kind(cu_seqlens) == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != labels.shape[0] or ends != sorted(ends):
             raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens {labels.shape[0]}, got {ends}")

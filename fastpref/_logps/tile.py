@@ -138,7 +138,9 @@ class Head:
         self.multiplier, self.tanh_scale = transform.multiplier_and_tanh_scale()
         weight = self.weight
         self.dtype, self.device, self.vocab = weight.dtype, weight.device, weight.shape[0]
-        self.product = product_of(self.dtype, self.device.type, self.logits_dtype, self.backend, shard is not None)
+        self.product = product_of(
+            self.dtype, _native.device_kind(self.device), self.logits_dtype, self.backend, shard is not None
+        )
         self.tile_memory = []  # of the largest tile so far; a list, for `like` to share
         if self.product == "native":
             self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
@@ -153,8 +155,8 @@ class Head:
     def tile_rows(self) -> int:
         """Rows that fit the budget; agreed between ranks, for the largest shard."""
         widest = self.vocab if self.shard is None else max(self.shard.sizes)
-        per_logit = logit_bytes(self.product, self.dtype, self.device.type, self.backend)
-        rows = rows_of_tile(widest, per_logit, self.device.type, self.budget.max_tile_bytes or None)
+        per_logit = logit_bytes(self.product, self.dtype, _native.device_kind(self.device), self.backend)
+        rows = rows_of_tile(widest, per_logit, self.device, self.budget.max_tile_bytes or None)
         return rows if self.shard is None else _agreed(rows, self.shard.group, self.device)
 
     def _place(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -191,7 +193,7 @@ class Head:
             return self._turn_native(grad, labels, logps, lse)
         tile, out, behind = self.tile, self.tile, None
         if tile.dtype != self.dtype:
-            if narrows_in_place(self.device.type, self.backend):
+            if narrows_in_place(_native.device_kind(self.device), self.backend):
                 halves = tile.view(self.dtype)
                 out, behind = halves[:, : self.vocab], halves[:, self.vocab : self.vocab + 64]
             else:
@@ -484,7 +486,7 @@ def _weight_grad_native(dz: Tensor, x: Tensor, total: Tensor, accumulate: bool) 
 
 def no_autocast(device: torch.device):
     """The products have the dtypes they say, whatever autocast would make of them; the public functions cast before."""
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(_native.device_kind(device), enabled=False)
 
 
 def join_folds(folded: list, hidden, labels, stats=False) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,7 +77,7 @@ def _reference_blocks(rows: Tensor):
 def valid_labels(labels: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Labels safe to index with, and where they were neither valid nor ignored (raises there on CPU)."""
     invalid = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
-    if labels.device.type == "cpu" and invalid.any():
+    if _native.device_kind(labels) == "cpu" and invalid.any():
         position = int(invalid.flatten().nonzero()[0])
         raise ValueError(
             f"labels must lie in [0, {vocab}) or equal ignore_index={ignore_index}, "
@@ -441,34 +441,31 @@ def _launch_options(V: int, item_bytes: int, warp_size: int) -> dict:
     }
 
 
-def _warp_size(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).warp_size if torch.version.hip else 32
-
-
 def _triton_fwd(rows, labels, transform: Transform, stats):
     outputs = _fwd_outputs(rows, labels, stats)
     logps, lse, values = outputs
     if rows.numel() == 0:
         return outputs
     multiplier, tanh_scale = transform.multiplier_and_tanh_scale()
-    with torch.cuda.device_of(rows):
-        _token_logps_fwd_kernel[(labels.numel(),)](
-            rows,
-            labels,
-            logps,
-            lse,
-            values if stats else lse,
-            rows.shape[1],
-            rows.stride(0),
-            rows.stride(1),
-            rows.shape[2],
-            transform.ignore_index,
-            multiplier,
-            tanh_scale,
-            HAS_SOFTCAP=tanh_scale != 0,
-            HAS_STATS=stats,
-            **_launch_options(rows.shape[2], rows.element_size(), _warp_size(rows)),
-        )
+    _native.launch_triton(
+        _token_logps_fwd_kernel,
+        (labels.numel(),),
+        rows,
+        labels,
+        logps,
+        lse,
+        values if stats else lse,
+        rows.shape[1],
+        rows.stride(0),
+        rows.stride(1),
+        rows.shape[2],
+        transform.ignore_index,
+        multiplier,
+        tanh_scale,
+        HAS_SOFTCAP=tanh_scale != 0,
+        HAS_STATS=stats,
+        **_launch_options(rows.shape[2], rows.element_size(), _native.warp_size(rows)),
+    )
     return outputs
 
 
@@ -484,27 +481,28 @@ def _triton_bwd(grad, rows, labels, logps, lse, transform: Transform, out):
     else:  # the 16-bit gradient of a float32 tile: the same phase where both rows are aligned
         distance = [out.data_ptr(), rows.data_ptr()]
         distance += [t.stride(i) * t.element_size() for t in (out, rows) for i in strided]
-    with torch.cuda.device_of(rows):
-        _token_logps_bwd_kernel[(labels.numel(),)](
-            grad,
-            rows,
-            labels,
-            logps,
-            lse,
-            out,
-            rows.shape[1],
-            rows.stride(0),
-            rows.stride(1),
-            out.stride(0),
-            out.stride(1),
-            rows.shape[2],
-            transform.ignore_index,
-            multiplier,
-            tanh_scale,
-            HAS_SOFTCAP=tanh_scale != 0,
-            SAME_PHASE=all(d % 16 == 0 for d in distance),
-            **_launch_options(rows.shape[2], item_bytes, _warp_size(rows)),
-        )
+    _native.launch_triton(
+        _token_logps_bwd_kernel,
+        (labels.numel(),),
+        grad,
+        rows,
+        labels,
+        logps,
+        lse,
+        out,
+        rows.shape[1],
+        rows.stride(0),
+        rows.stride(1),
+        out.stride(0),
+        out.stride(1),
+        rows.shape[2],
+        transform.ignore_index,
+        multiplier,
+        tanh_scale,
+        HAS_SOFTCAP=tanh_scale != 0,
+        SAME_PHASE=all(d % 16 == 0 for d in distance),
+        **_launch_options(rows.shape[2], item_bytes, _native.warp_size(rows)),
+    )
 
 
 def _fwd_outputs(rows, labels, stats) -> tuple[Tensor, Tensor, Tensor]:
@@ -542,9 +540,9 @@ def native_forward(rows, labels, transform: Transform, stats):
 
 def _native_fwd(rows, labels, transform: Transform, stats):
     outputs, args = native_forward(rows, labels, transform, stats)
-    if rows.device.type == "cuda":
-        with torch.cuda.device_of(rows):
-            _native._core.token_logps_fwd_cuda(args, _stream(rows))
+    if _native.device_kind(rows) == "cuda":
+        with _native.guard(rows):
+            _native._core.token_logps_fwd_cuda(args, _native.stream(rows))
     else:
         _native._core.token_logps_fwd_cpu(args, torch.get_num_threads())
     return outputs
@@ -565,21 +563,17 @@ def native_backward(grad, rows, labels, logps, lse, transform: Transform, out):
 
 
 def _native_bwd(grad, rows, labels, logps, lse, transform: Transform, out):
-    if rows.device.type == "cuda" and out.dtype != rows.dtype:  # the CUDA kernels keep the dtype
+    if _native.device_kind(rows) == "cuda" and out.dtype != rows.dtype:  # the CUDA kernels keep the dtype
         gradient = torch.empty_like(rows)
         _native_bwd(grad, rows, labels, logps, lse, transform, gradient)
         out.copy_(gradient)
         return
     args = native_backward(grad, rows, labels, logps, lse, transform, out)
-    if rows.device.type == "cuda":
-        with torch.cuda.device_of(rows):
-            _native._core.token_logps_bwd_cuda(args, _stream(rows))
+    if _native.device_kind(rows) == "cuda":
+        with _native.guard(rows):
+            _native._core.token_logps_bwd_cuda(args, _native.stream(rows))
     else:
         _native._core.token_logps_bwd_cpu(args, torch.get_num_threads())
-
-
-def _stream(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 # ---- operators: the backend is chosen here, on real tensors ----
@@ -596,7 +590,7 @@ _library.OPS["token_logps"] = {
 
 def _choose(logits: Tensor, backend: str) -> str:
     if logits.dtype != torch.float64:
-        return _library.choose_backend("token_logps", backend, logits.device.type)
+        return _library.choose_backend("token_logps", backend, _native.device_kind(logits))
     if backend not in ("", "reference"):
         raise TypeError(f"backend={backend!r} takes float32, bfloat16 or float16 logits, got {logits.dtype}")
     return "reference"

@@ -107,7 +107,7 @@ def batched_ialm(
     matrix: Tensor, *, lam: float | None = None, tol: float, max_iter: int, backend: str = ""
 ) -> BatchIALM:
     """[B, m, n] float32 or float64, finite, NaN missing; lam None is ialm.default_lambda."""
-    backend = _library.choose_backend("batched_ialm", backend, matrix.device.type)
+    backend = _library.choose_backend("batched_ialm", backend, _native.device_kind(matrix))
     if backend == "native" and matrix.numel():
         return _native_solve(matrix, lam, tol, max_iter)
     return batched_ialm_ref(matrix, lam, tol, max_iter)

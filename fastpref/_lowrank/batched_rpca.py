@@ -174,7 +174,7 @@ _library.OPS["batched_rpca"] = {
 
 
 def _solve_attempt(matrix: Tensor, rank: int, skew: bool, attempt: int, tol: float, max_iter: int, warm, backend: str):
-    backend = _library.choose_backend("batched_rpca", backend, matrix.device.type)
+    backend = _library.choose_backend("batched_rpca", backend, _native.device_kind(matrix))
     if backend == "native" and matrix.numel() and rank:
         return _native_solve(matrix, rank, skew, attempt, tol, max_iter, warm)
     return batched_annealed_ref(matrix, rank, skew, attempt, tol, max_iter, warm)

@@ -102,7 +102,7 @@ _library.OPS["batched_verdict"] = {"native": _library.native_cpu_reason, "refere
 
 def batched_verdict(matrix: Tensor, left: Tensor, right: Tensor, median: Tensor, backend: str = "") -> BatchVerdict:
     """[B, m, n] float32 or float64, NaN missing; factors [B, m, r] and [B, n, r] of its dtype; median |D - L| [B]."""
-    backend = _library.choose_backend("batched_verdict", backend, matrix.device.type)
+    backend = _library.choose_backend("batched_verdict", backend, _native.device_kind(matrix))
     if backend == "native" and matrix.numel():
         return _native_verdict(matrix, left, right, median)
     if not matrix.shape[0]:

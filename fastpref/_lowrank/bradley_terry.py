@@ -370,7 +370,7 @@ _library.OPS["bradley_terry"] = {"native": _native_reason, "reference": _library
 
 
 def _dense(matrix, data, tol, max_iter, backend):
-    chosen = _library.choose_backend("bradley_terry", backend, matrix.device.type)
+    chosen = _library.choose_backend("bradley_terry", backend, _native.device_kind(matrix))
     run = {"native": _native_dense, "reference": bradley_terry_ref}[chosen]
     return run(matrix.contiguous(), data, tol, max_iter)
 
@@ -382,7 +382,7 @@ def _dense_fake(matrix, data, tol, max_iter, backend):
 
 
 def _edges(offsets, columns, values, votes, data, tol, max_iter, backend):
-    chosen = _library.choose_backend("bradley_terry", backend, values.device.type)
+    chosen = _library.choose_backend("bradley_terry", backend, _native.device_kind(values))
     run = {"native": _native_edges, "reference": bradley_terry_edges_ref}[chosen]
     return run(offsets.contiguous(), columns.contiguous(), values.contiguous(), votes.contiguous(), data, tol, max_iter)
 
@@ -478,7 +478,7 @@ def _fit_matrices(name: str, value, options: _Options, stderr: bool, outliers: s
     items = shape[-1]
     flat = matrix.reshape(shape[:-2].numel(), items, items)
     options = options._replace(tol=options.tol or (1e-9 if matrix.dtype == torch.float64 else 1e-6))
-    if items > LARGEST_DENSE and options.backend != "reference" and flat.device.type == "cpu":
+    if items > LARGEST_DENSE and options.backend != "reference" and _native.device_kind(flat) == "cpu":
         fits = _Fits(*(flat.new_empty(0, size) for size in (items, items, items, len(STATS))))
         if len(flat):
             every = [_fit_large(name, one, given.dtype, options) for one in flat]

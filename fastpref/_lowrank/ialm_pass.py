@@ -172,11 +172,11 @@ _library.OPS["ialm_pass"] = {"native": _library.native_cpu_reason, "reference": 
 
 
 def is_native(matrix: Tensor) -> bool:
-    return _library.native_cpu_reason(matrix.device.type) is None
+    return _library.native_cpu_reason(_native.device_kind(matrix)) is None
 
 
 def _native_serves(state: State, backend: str | None) -> bool:
-    return _library.choose_backend("ialm_pass", backend or "", state.matrix.device.type) == "native"
+    return _library.choose_backend("ialm_pass", backend or "", _native.device_kind(state.matrix)) == "native"
 
 
 # ---- what the solver calls ----

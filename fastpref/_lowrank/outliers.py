@@ -162,7 +162,7 @@ def _checked_search(matrix, left, right, threshold, scale) -> _Search:
 
 def _is_native(matrix: Tensor, backend: str | None) -> bool:
     _library.check_backend("outliers", backend)
-    return _library.choose_backend("outliers", backend or "", matrix.device.type) == "native"
+    return _library.choose_backend("outliers", backend or "", _native.device_kind(matrix)) == "native"
 
 
 # ---- public ----

@@ -437,46 +437,47 @@ def _triton_pass(matrix: Tensor, left: Tensor, right: Tensor, terms: _Terms) -> 
     block_q = _factor_block(width)
     by_row, by_column = torch.zeros_like(left), torch.zeros_like(right)
     parts = _new_parts(m, n, blocks, groups, block_q, terms.squares, left)
-    with torch.cuda.device_of(matrix):
-        for first_q in range(0, max(width, 1) if m and n else 0, block_q):
-            taken = slice(first_q, min(first_q + block_q, width))
-            for first_block in range(0, blocks, _SLAB):
-                slab = min(_SLAB, blocks - first_block)
-                if terms.skew:  # nothing is written below the diagonal
-                    parts.column.zero_()
-                _residual_pass_kernel[(slab, groups)](
-                    matrix,
-                    left,
-                    right,
-                    row_weights if weighted else left,
-                    column_weights if weighted else right,
-                    *parts,
-                    first_block,
-                    blocks,
-                    m,
-                    n,
-                    matrix.stride(0),
-                    rank,
-                    width,
-                    first_q,
-                    columns_per_group,
-                    _sample_stride(m, n) - 1,
-                    terms.unit,
-                    terms.zeta,
-                    min(1 / terms.zeta, torch.finfo(torch.float32).max),
-                    PSI=_PSI[terms.psi],
-                    UPPER=terms.skew,
-                    WEIGHTED=weighted,
-                    SQUARES=terms.squares,
-                    STATS=first_q == 0,
-                    BLOCK_M=_BLOCK_M,
-                    BLOCK_N=_BLOCK_N,
-                    BLOCK_K=_factor_block(rank),
-                    BLOCK_Q=block_q,
-                    **_LAUNCH,
-                )
-                by_column[:, taken] += parts.column[:slab].sum(0)[:, : taken.stop - taken.start]
-            by_row[:, taken] = parts.row.sum(0)[:, : taken.stop - taken.start]
+    for first_q in range(0, max(width, 1) if m and n else 0, block_q):
+        taken = slice(first_q, min(first_q + block_q, width))
+        for first_block in range(0, blocks, _SLAB):
+            slab = min(_SLAB, blocks - first_block)
+            if terms.skew:  # nothing is written below the diagonal
+                parts.column.zero_()
+            _native.launch_triton(
+                _residual_pass_kernel,
+                (slab, groups),
+                matrix,
+                left,
+                right,
+                row_weights if weighted else left,
+                column_weights if weighted else right,
+                *parts,
+                first_block,
+                blocks,
+                m,
+                n,
+                matrix.stride(0),
+                rank,
+                width,
+                first_q,
+                columns_per_group,
+                _sample_stride(m, n) - 1,
+                terms.unit,
+                terms.zeta,
+                min(1 / terms.zeta, torch.finfo(torch.float32).max),
+                PSI=_PSI[terms.psi],
+                UPPER=terms.skew,
+                WEIGHTED=weighted,
+                SQUARES=terms.squares,
+                STATS=first_q == 0,
+                BLOCK_M=_BLOCK_M,
+                BLOCK_N=_BLOCK_N,
+                BLOCK_K=_factor_block(rank),
+                BLOCK_Q=block_q,
+                **_LAUNCH,
+            )
+            by_column[:, taken] += parts.column[:slab].sum(0)[:, : taken.stop - taken.start]
+        by_row[:, taken] = parts.row.sum(0)[:, : taken.stop - taken.start]
     left_grad, right_grad = _from_products(by_row, by_column, rank, terms.skew)
     totals = parts.counts.sum(1, dtype=torch.int64)
     kept_top = parts.kept_top
@@ -563,9 +564,9 @@ _library.OPS["residual_pass"] = {
 def _choose(matrix: Tensor, backend: str) -> str:
     if matrix.dtype == torch.float64 and backend == "triton":
         raise TypeError("backend='triton' takes float32, bfloat16, float16 or int8 matrices, got torch.float64")
-    if matrix.dtype == torch.float64 and matrix.device.type != "cpu":
+    if matrix.dtype == torch.float64 and _native.device_kind(matrix) != "cpu":
         return "reference"
-    return _library.choose_backend("residual_pass", backend, matrix.device.type)
+    return _library.choose_backend("residual_pass", backend, _native.device_kind(matrix))
 
 
 def _pass(matrix, left, right, psi, zeta, scale, skew, row_weights, column_weights, squares, backend):

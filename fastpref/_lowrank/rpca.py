@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref import _checks, _library
+from fastpref import _checks, _library, _native
 from fastpref._lowrank import ialm, ialm_pass
 from fastpref._lowrank.annealing import CUTOFF
 from fastpref._lowrank.batched_ialm import batched_ialm, is_small
@@ -194,7 +194,7 @@ def _checked_batch(
     matrix = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
     if skew:
         _check_skew(matrix)
-    chosen = _library.choose_backend("batched_rpca", backend or "", matrix.device.type)
+    chosen = _library.choose_backend("batched_rpca", backend or "", _native.device_kind(matrix))
     if rank is None or chosen == "reference":
         check_finite(matrix)
     return matrix

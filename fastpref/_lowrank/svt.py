@@ -68,7 +68,7 @@ def _by_gram(matrix: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by_torch(matrix: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     finite = matrix.isfinite().flatten(1).all(-1)
-    if matrix.device.type == "cpu" and not finite.all():
+    if _native.device_kind(matrix) == "cpu" and not finite.all():
         _raise_for(matrix)
     gram = min(matrix.shape[1:]) <= GRAM_SIZE and matrix.dtype == torch.float32
     low, rank = (_by_gram if gram else _by_svd)(matrix.where(finite[:, None, None], 0), threshold)
@@ -103,7 +103,7 @@ _library.OPS["svt"] = {"native": _library.native_cpu_reason, "reference": _libra
 def _fwd(matrix: Tensor, threshold: Tensor, backend: str):
     if matrix.numel() == 0:
         return torch.zeros_like(matrix), torch.zeros(len(matrix), dtype=torch.int64, device=matrix.device)
-    device = matrix.device.type
+    device = _native.device_kind(matrix)
     if not backend:
         served = _library.native_cpu_reason(device) is None
         backend = "native" if served and jacobi_is_faster(matrix) else "reference"
@@ -191,7 +191,7 @@ def svt(matrix: Tensor, threshold: float | Tensor, *, backend: str | None = None
         if threshold.shape not in (lead, torch.Size([])):
             raise ValueError(f"threshold must have shape {list(lead)} or [], got {list(threshold.shape)}")
         _checks.same_device("threshold", threshold, "matrix", matrix)
-        if threshold.device.type == "cpu" and not torch.compiler.is_compiling() and not (threshold >= 0).all():
+        if _native.device_kind(threshold) == "cpu" and not torch.compiler.is_compiling() and not (threshold >= 0).all():
             raise ValueError(f"threshold must not be negative, got {threshold.min().item()}")
     else:
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):

@@ -1,0 +1,178 @@
+"""Launches, products, host reads and device mixes of fastpref's CUDA paths, counted without a GPU.
+
+A tensor of `on_device` says that it is elsewhere, and holds data of the CPU. Inside `counting()` every op of torch runs
+on that data; one that mixes the two places raises, as it would with a GPU. Triton's kernels run under the interpreter.
+
+What counts: an op of torch that is no view and no bare allocation is a launch; one that is a copy and a change in one
+call is two. What CUDA makes of it inside (cub's passes, a memset) is not seen. A read is a value of the device on the
+host; an upload is a copy from the host that waits for the stream.
+"""
+
+import contextlib
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from forced_cuda import OpenOperators, devices, on_cpu
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+ELSEWHERE = torch.device("meta")  # torch has no other device whose guard is there without a GPU
+
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
+# functional forms that are a copy, or a fill, and then the change
+TWO_LAUNCHES = {
+    "masked_fill", "index_fill", "index_add", "index_copy", "index_put", "scatter", "constant_pad_nd",
+    "slice_backward", "select_backward", "_segment_reduce_backward",
+}  # fmt: skip
+READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_consecutive"}
+NO_LAUNCH = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
+
+
+class Counted(NamedTuple):
+    """Of one call."""
+
+    kernels: int  # fastpref's own
+    products: int
+    others: int  # torch's other launches
+    reads: int = 0
+    uploads: int = 0
+
+
+@dataclass
+class Counts:
+    ops: Counter = field(default_factory=Counter)  # launches by name; fastpref's kernels have "kernel" in theirs
+    reads: list[str] = field(default_factory=list)  # where
+    uploads: list[str] = field(default_factory=list)
+
+    def counted(self) -> Counted:
+        kernels = sum(n for name, n in self.ops.items() if "kernel" in name)
+        products = sum(n for name, n in self.ops.items() if name in PRODUCTS)
+        others = sum(self.ops.values()) - kernels - products
+        return Counted(kernels, products, others, len(self.reads), len(self.uploads))
+
+
+class OnDevice(Tensor):
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what leaves the device is a plain tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor):
+        made = Tensor._make_wrapper_subclass(
+            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+            device=ELSEWHERE, requires_grad=False,
+        )  # fmt: skip
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        raise RuntimeError(f"{op} on a tensor of on_device() outside counting()")
+
+    def __repr__(self):
+        return f"OnDevice({list(self.shape)}, {self.dtype})"
+
+    def data_ptr(self):
+        return self.held.data_ptr()
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+
+def on_device(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else OnDevice(tensor.detach())
+
+
+def kind(place: Tensor | torch.device) -> str:
+    device = place.device if isinstance(place, Tensor) else place
+    return "cuda" if device.type == ELSEWHERE.type else device.type
+
+
+def place_of_call() -> str:
+    for frame in reversed(traceback.extract_stack()):
+        if "/fastpref/" in frame.filename:
+            return f"{frame.filename.rpartition('/fastpref/')[2]}:{frame.lineno}"
+    return "a test"
+
+
+def is_view(op) -> bool:
+    returns = op._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+class _Counting(OpenOperators):
+    def __init__(self, counts: Counts):
+        super().__init__()
+        self.counts = counts
+
+    def run(self, op, args, kwargs):
+        name = op._schema.name.rpartition("::")[2]
+        if name == "device":
+            return ELSEWHERE if isinstance(args[0], OnDevice) else args[0].device
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        ours = [t for t in tensors if isinstance(t, OnDevice)]
+        target = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
+        result_is_ours = bool(ours) if target is None else target == ELSEWHERE.type
+        if name in ("copy_", "index", "index_put_"):
+            result_is_ours = isinstance(args[0], OnDevice)
+        if ours or result_is_ours:
+            self._count(op, name, args, tensors, ours, result_is_ours)
+        if target == ELSEWHERE.type:
+            kwargs = {**kwargs, "device": "cpu"}
+        plain_args, plain_kwargs = tree_map(_held, (args, kwargs))
+        made = on_cpu(op, plain_args, plain_kwargs)
+
+        def back(value):
+            if not isinstance(value, Tensor):
+                return value
+            same = [t for t in tensors if _held(t) is value]
+            return same[0] if same else OnDevice(value) if result_is_ours else value
+
+        return tree_map(back, made)
+
+    def _count(self, op, name, args, tensors, ours, result_is_ours) -> None:
+        counts, host = self.counts, [t for t in tensors if not isinstance(t, OnDevice) and t.dim()]
+        if name in ("_to_copy", "copy_") and (host or not result_is_ours or not ours):
+            where = counts.uploads if result_is_ours else counts.reads
+            where.append(f"{name} at {place_of_call()}")
+            return
+        if host:
+            shapes = [list(t.shape) for t in host]
+            raise RuntimeError(f"{op} mixes tensors of the device with others, {shapes}, at {place_of_call()}")
+        if name in READS or _has_mask(name, args):
+            counts.reads.append(f"{name} at {place_of_call()}")
+        elif name not in NO_LAUNCH and not is_view(op):
+            counts.ops[name] += 2 if name in TWO_LAUNCHES else 1
+
+
+def _held(value):
+    return value.held if isinstance(value, OnDevice) else value
+
+
+def _has_mask(name: str, args) -> bool:
+    """Whether an index is a boolean mask, whose number of hits is read."""
+    index = args[1] if name in ("index", "index_put", "index_put_") else ()
+    return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in index)
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Counts]:
+    counts = Counts()
+
+    def launch_triton(kernel, grid, *args, **options):
+        assert all(isinstance(a, OnDevice) for a in args if isinstance(a, Tensor)), (
+            f"{kernel.fn.__name__} of a host tensor"
+        )
+        counts.ops[kernel.fn.__name__] += 1
+        kernel[grid](*map(_held, args), **options)
+
+    with devices(kind, launch_triton), _Counting(counts):
+        yield counts
+
+
+def counted(call: Callable) -> tuple[Counted, object]:
+    with counting() as counts:
+        result = call()
+    return counts.counted(), result

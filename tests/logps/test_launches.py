@@ -1,0 +1,255 @@
+"""What the public functions of the loss half cost on a GPU beside their time: launches, host reads, uploads.
+
+Counted on the CPU by device_counts.py. Torch's launches are upper bounds: a change that needs fewer lowers them here.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from device_counts import Counted, counted, counting, on_device
+from forced_cuda import forced_cuda
+from torch import Tensor
+
+import fastpref
+from fastpref import _native
+from fastpref._logps.token_logps import STATS
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"),
+]
+
+PAIRS, TOKENS, VOCAB, WIDTH = 2, 4, 37, 16
+ACTIVE = 3  # tokens of a sequence that count
+
+
+class Inputs(NamedTuple):
+    logits: Tensor
+    labels: Tensor
+    ref_logits: Tensor
+    ref_token_logps: Tensor
+    rating_gap: Tensor
+    cu_seqlens: Tensor
+    lengths: Tensor
+    hidden: Tensor
+    weight: Tensor
+
+
+def inputs(dtype: torch.dtype) -> Inputs:
+    labels = torch.randint(0, VOCAB, (2 * PAIRS, TOKENS))
+    labels[:, : TOKENS - ACTIVE] = -100
+    return Inputs(
+        logits=torch.randn(2 * PAIRS, TOKENS, VOCAB).to(dtype),
+        labels=labels,
+        ref_logits=torch.randn(2 * PAIRS, TOKENS, VOCAB).to(dtype),
+        ref_token_logps=-torch.rand(2 * PAIRS, TOKENS),
+        rating_gap=torch.rand(PAIRS),
+        cu_seqlens=torch.arange(2 * PAIRS + 1) * TOKENS,
+        lengths=torch.full((2 * PAIRS,), TOKENS),
+        hidden=torch.randn(2 * PAIRS, TOKENS, WIDTH).to(dtype),
+        weight=(torch.randn(VOCAB, WIDTH) / WIDTH**0.5).to(dtype),
+    )
+
+
+def tokens(t: Inputs, **options) -> Tensor:
+    found = fastpref.token_logps(t.logits, t.labels, **options)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def tokens_inplace(t: Inputs) -> Tensor:
+    return fastpref.token_logps(t.logits.clone(), t.labels, inplace_backward=True)
+
+
+def linear_tokens(t: Inputs, **options) -> Tensor:
+    return fastpref.linear_token_logps(t.hidden, t.weight, t.labels, **options)
+
+
+def sums(t: Inputs, **options) -> Tensor:
+    return fastpref.sequence_logps(t.ref_token_logps, t.labels, **options).sums
+
+
+def pairs(t: Inputs, loss="sigmoid", reference="ref_token_logps", **options) -> Tensor:
+    given = {reference: getattr(t, reference)} if reference else {}
+    if loss == "rdpo":
+        given["rating_gap"] = t.rating_gap
+    return fastpref.preference_loss(t.logits, t.labels, loss=loss, **given, **options).loss
+
+
+def packed(t: Inputs, **options) -> Tensor:
+    rows = t._replace(**{name: getattr(t, name).flatten(0, 1) for name in ("logits", "labels", "ref_token_logps")})
+    return pairs(rows, cu_seqlens=t.cu_seqlens, **options)
+
+
+def linear_pairs(t: Inputs, loss="sigmoid", **options) -> Tensor:
+    gap = t.rating_gap if loss == "rdpo" else None
+    reference = {} if "ref_hidden" in options else {"ref_token_logps": t.ref_token_logps}
+    return fastpref.linear_preference_loss(
+        t.hidden, t.weight, t.labels, loss=loss, rating_gap=gap, **reference, **options
+    ).loss
+
+
+class Case(NamedTuple):
+    call: Callable[[Inputs], Tensor]
+    trained: tuple[str, ...]
+    forward: Counted
+    backward: Counted | None = None
+    dtype: torch.dtype = torch.float32
+    on_host: tuple[str, ...] = ()  # inputs that stay there
+
+
+LOGITS, FROZEN, TRAINED = ("logits",), ("hidden",), ("hidden", "weight")
+ROWS = PAIRS * ACTIVE  # half of those that count
+CASES = {
+    "token_logps": Case(tokens, LOGITS, Counted(1, 0, 0), Counted(1, 0, 0)),
+    "token_logps-stats": Case(lambda t: tokens(t, stats=STATS), LOGITS, Counted(1, 0, 0), Counted(1, 0, 0)),
+    "token_logps-shift": Case(lambda t: tokens(t, shift=True), LOGITS, Counted(1, 0, 2), Counted(1, 0, 0)),
+    "token_logps-inplace": Case(tokens_inplace, LOGITS, Counted(1, 0, 1), Counted(1, 0, 0)),
+    "sequence_logps": Case(sums, ("ref_token_logps",), Counted(0, 0, 11), Counted(0, 0, 4)),
+    "preference": Case(pairs, LOGITS, Counted(1, 0, 47), Counted(1, 0, 14)),
+    "preference-ref_logits": Case(
+        lambda t: pairs(t, reference="ref_logits"), LOGITS, Counted(2, 0, 47), Counted(1, 0, 14)
+    ),
+    "preference-rdpo": Case(lambda t: pairs(t, "rdpo"), LOGITS, Counted(1, 0, 54), Counted(1, 0, 14)),
+    "preference-simpo": Case(lambda t: pairs(t, "simpo", None), LOGITS, Counted(1, 0, 41), Counted(1, 0, 16)),
+    "preference-stats": Case(lambda t: pairs(t, stats=STATS), LOGITS, Counted(1, 0, 91), Counted(1, 0, 14)),
+    "preference-packed": Case(packed, LOGITS, Counted(1, 0, 51), Counted(1, 0, 16)),
+    "preference-packed-shift": Case(lambda t: packed(t, shift=True), LOGITS, Counted(1, 0, 57), Counted(1, 0, 16)),
+    "linear_tokens-score": Case(linear_tokens, (), Counted(1, 1, 25, reads=1)),
+    "linear_tokens-frozen": Case(linear_tokens, FROZEN, Counted(2, 2, 28, reads=1), Counted(0, 0, 4)),
+    "linear_tokens-trained": Case(linear_tokens, TRAINED, Counted(1, 1, 25, reads=1), Counted(1, 3, 11)),
+    "linear_pairs-score": Case(linear_pairs, (), Counted(1, 1, 75, reads=1)),
+    "linear_pairs-score-capacity": Case(lambda t: linear_pairs(t, max_active_tokens=3 * ROWS), (), Counted(1, 1, 88)),
+    "linear_pairs-score-lengths": Case(
+        lambda t: linear_pairs(t, lengths=t.lengths), (), Counted(1, 1, 69, uploads=3), on_host=("lengths",)
+    ),
+    "linear_pairs-frozen": Case(linear_pairs, FROZEN, Counted(2, 2, 78, reads=1), Counted(0, 0, 18)),
+    "linear_pairs-frozen-rdpo": Case(
+        lambda t: linear_pairs(t, "rdpo"), FROZEN, Counted(2, 2, 85, reads=1), Counted(0, 0, 18)
+    ),
+    "linear_pairs-trained": Case(linear_pairs, TRAINED, Counted(2, 3, 116, reads=1), Counted(0, 0, 2)),
+    "linear_pairs-trained-rdpo": Case(
+        lambda t: linear_pairs(t, "rdpo"), TRAINED, Counted(2, 3, 123, reads=1), Counted(0, 0, 2)
+    ),
+    "linear_pairs-trained-rdpo-2": Case(
+        lambda t: linear_pairs(t, "rdpo", max_tile_bytes=ROWS * VOCAB * 4),
+        TRAINED,
+        Counted(4, 6, 205, reads=1),
+        Counted(0, 0, 2),
+    ),
+    "linear_pairs-trained-capacity": Case(
+        lambda t: linear_pairs(t, max_active_tokens=3 * ROWS), TRAINED, Counted(2, 3, 124), Counted(0, 0, 2)
+    ),
+    "linear_pairs-trained-ref_hidden": Case(
+        lambda t: linear_pairs(t, ref_hidden=t.hidden), TRAINED, Counted(3, 4, 116, reads=1), Counted(0, 0, 2)
+    ),
+    "linear_pairs-trained-bf16": Case(
+        linear_pairs, TRAINED, Counted(2, 3, 116, reads=1), Counted(0, 0, 2), torch.bfloat16
+    ),
+    "linear_pairs-trained-bf16-2": Case(
+        lambda t: linear_pairs(t, max_tile_bytes=ROWS * VOCAB * 6),
+        TRAINED,
+        Counted(4, 6, 193, reads=1),
+        Counted(0, 0, 2),
+        torch.bfloat16,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_launches(case):
+    call, trained, forward, backward, dtype, on_host = CASES[case]
+    t = inputs(dtype)
+    there = Inputs(*(v if name in on_host else on_device(v) for name, v in t._asdict().items()))
+    with counting():
+        leaves = {name: getattr(there, name).requires_grad_() for name in trained}
+    found, out = counted(lambda: call(there._replace(**leaves)))
+    assert_no_more(found, forward)
+    ours = t._replace(**{name: getattr(t, name).clone().requires_grad_() for name in trained})
+    expected = call(ours)
+    torch.testing.assert_close(out.held, expected, rtol=1e-5, atol=1e-5)
+    if trained:
+        upstream = torch.ones_like(expected)
+        found, gradients = counted(lambda: torch.autograd.grad(out, list(leaves.values()), on_device(upstream)))
+        assert_no_more(found, backward)
+        expected = torch.autograd.grad(expected, [getattr(ours, name) for name in trained], upstream)
+        few = 1e-4 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close([g.held for g in gradients], list(expected), rtol=few, atol=few)
+
+
+def assert_no_more(found: Counted, most: Counted) -> None:
+    assert found.others <= most.others, f"{found}, {most} allowed"
+    assert found == most._replace(others=found.others), f"{found}, {most} expected"
+
+
+def test_plan_launches_nothing():
+    found, plan = counted(lambda: fastpref.plan([100, 80], 64, 1000, loss="sigmoid", device="meta"))
+    assert found == Counted(0, 0, 0)
+    assert plan.kind == "pair_resident"
+
+
+# ---- the counter ----
+
+
+def test_the_counter_counts():
+    x, host = on_device(torch.ones(3, 4)), torch.ones(3, 4)
+
+    def counts(call):
+        return counted(call)[0]
+
+    assert counts(lambda: x.view(2, 6).t()[1:]) == Counted(0, 0, 0)
+    assert counts(lambda: x + 1) == Counted(0, 0, 1)
+    assert counts(lambda: x.masked_fill(x > 0, 0)) == Counted(0, 0, 3)
+    assert counts(lambda: torch.zeros(3, device=x.device)) == Counted(0, 0, 1)
+    assert counts(lambda: torch.empty(3, device=x.device)) == Counted(0, 0, 0)
+    assert counts(lambda: host + 1) == Counted(0, 0, 0)
+    assert counts(lambda: x @ x.t()) == Counted(0, 1, 0)
+    assert counts(lambda: x.sum().item()) == Counted(0, 0, 1, reads=1)
+    assert counts(lambda: bool((x > 0).any())) == Counted(0, 0, 2, reads=1)
+    assert counts(lambda: x[x > 0]) == Counted(0, 0, 1, reads=1)
+    assert counts(lambda: x.tolist()) == counts(x.cpu) == Counted(0, 0, 0, reads=1)
+    assert counts(lambda: host.to(x.device)) == Counted(0, 0, 0, uploads=1)
+    for mixed in (lambda: x + host, lambda: torch.cat([x, host]), lambda: torch.where(host > 0, x, x)):
+        with counting(), pytest.raises(RuntimeError, match="mixes tensors"):
+            mixed()
+
+
+def test_a_read_names_its_place():
+    t = Inputs(*map(on_device, inputs(torch.float32)))
+    with counting() as counts:
+        linear_tokens(t)
+    assert [where.partition(" at ")[2].partition(":")[0] for where in counts.reads] == ["_logps/tile.py"]
+
+
+# ---- CPU tensors taken for CUDA's ----
+
+
+@pytest.mark.parametrize("call", [packed, linear_pairs], ids=["preference", "linear_pairs"])
+def test_forced_cuda_registers_what_a_kernel_is_handed(call):
+    t = inputs(torch.float32)
+    ours = t._replace(**{name: getattr(t, name).clone().requires_grad_() for name in ("logits", *TRAINED)})
+    expected = call(ours)
+    expected.backward()
+    known = {tensor.untyped_storage().data_ptr() for tensor in t}
+    launched = []
+
+    def launch(kernel, grid, *args, **options):
+        strange = [a.shape for a in args if isinstance(a, Tensor) and a.untyped_storage().data_ptr() not in known]
+        assert not strange, kernel.fn.__name__
+        launched.append(kernel.fn.__name__)
+        kernel[grid](*args, **options)
+
+    forced = t._replace(**{name: getattr(t, name).requires_grad_() for name in ("logits", *TRAINED)})
+    with forced_cuda(lambda tensor, name: known.add(tensor.untyped_storage().data_ptr()), launch):
+        loss = call(forced)
+        loss.backward()
+    assert launched == ["_token_logps_fwd_kernel", "_token_logps_bwd_kernel"]
+    torch.testing.assert_close(loss, expected)
+    for name in ("logits", *TRAINED):
+        gradient = getattr(forced, name).grad
+        assert (gradient is None) == (getattr(ours, name).grad is None)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, getattr(ours, name).grad, rtol=1e-4, atol=1e-5)
+    assert _native.device_kind(loss) == "cpu"
