@@ -32,7 +32,9 @@ def build_folder(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def library(build_folder):
-    """libptxsim.so."""
+    """libptxsim.so: of these sources, or the one that PTXSIM_LIBRARY names."""
+    if "PTXSIM_LIBRARY" in os.environ:
+        return Path(os.environ["PTXSIM_LIBRARY"])
     if shutil.which(ptxsim_build.compiler()) is None:
         absent(f"there is no {ptxsim_build.compiler()}: the simulator is built with it")
     os.environ["PTXSIM_LIBRARY"] = str(ptxsim_build.build_library(build_folder))
