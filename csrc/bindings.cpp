@@ -62,6 +62,12 @@ TokenLogpsBackward backward_args(const LogitRows& logits, const LogitTransform& 
           out};
 }
 
+// Each tensor of a large argument structure is a property to write, of its field's name: an address.
+template <class Args, class T>
+void bind_address(py::class_<Args>& type, const char* name, T* Args::* field) {
+  type.def_property(name, nullptr, [field](Args& args, uintptr_t address) { args.*field = pointer<T>(address); });
+}
+
 LinearProjection linear_projection(uintptr_t weight, int64_t weight_stride, uintptr_t hidden, uintptr_t adapter,
                                    int64_t adapter_stride, uintptr_t adapter_hidden, uintptr_t bias, int64_t rows,
                                    int64_t hidden_size, int64_t vocab, int64_t rank) {
@@ -167,18 +173,48 @@ void bind_token_logps(py::module_& m) {
   py::class_<LogitTransform>(m, "LogitTransform").def(py::init([](double multiplier, double tanh_scale) {
     return LogitTransform{multiplier, static_cast<float>(tanh_scale)};
   }));
+  py::class_<Integers>(m, "Integers").def(py::init([](uintptr_t data, bool is_int32) {
+    return Integers{pointer<const void>(data), is_int32};
+  }));
+  py::class_<TokenLabels>(m, "TokenLabels")
+      .def(py::init([](const Integers& labels, const Integers& cu_seqlens, const Integers& lengths,
+                       int64_t ignore_index, int64_t sequences, int64_t tokens, bool shift) {
+        return TokenLabels{labels, cu_seqlens, lengths, ignore_index, sequences, tokens, shift};
+      }));
+  py::class_<LogitsGradient>(m, "LogitsGradient")
+      .def(py::init([](const LogitRows& logits, const LogitTransform& transform, const TokenLabels& labels,
+                       uintptr_t logps, uintptr_t lse, uintptr_t coefficients, uintptr_t loss_grad, bool grad_per_pair,
+                       const LogitRows& out) {
+        return LogitsGradient{logits,
+                              transform,
+                              labels,
+                              pointer<const float>(logps),
+                              pointer<const float>(lse),
+                              nullptr,
+                              pointer<const float>(coefficients),
+                              pointer<const float>(loss_grad),
+                              grad_per_pair,
+                              out};
+      }));
   py::class_<TokenLogpsForward>(m, "TokenLogpsForward").def(py::init(&forward_args));
   py::class_<TokenLogpsBackward>(m, "TokenLogpsBackward").def(py::init(&backward_args));
   m.def("token_logps_fwd_cpu", &token_logps_fwd_cpu, release());
   m.def("token_logps_bwd_cpu", &token_logps_bwd_cpu, release());
 #ifdef FASTPREF_WITH_CUDA
+  m.def("token_logps_workspace_cuda", &token_logps_workspace_cuda);
   m.def(
       "token_logps_fwd_cuda",
-      [](const TokenLogpsForward& args, uintptr_t stream) { token_logps_fwd_cuda(args, pointer<void>(stream)); },
+      [](const TokenLogpsForward& args, uintptr_t workspace, uintptr_t stream) {
+        token_logps_fwd_cuda(args, pointer<void>(workspace), pointer<void>(stream));
+      },
       release());
   m.def(
       "token_logps_bwd_cuda",
       [](const TokenLogpsBackward& args, uintptr_t stream) { token_logps_bwd_cuda(args, pointer<void>(stream)); },
+      release());
+  m.def(
+      "logits_gradient_cuda",
+      [](const LogitsGradient& args, uintptr_t stream) { logits_gradient_cuda(args, pointer<void>(stream)); },
       release());
 #endif
 }
@@ -188,29 +224,57 @@ void bind_preference(py::module_& m) {
       .def(py::init([](double beta, double a, double b, double c, double m0, double m1, double offset, bool drop) {
         return LogisticFamily{beta, a, b, c, m0, m1, offset, drop};
       }));
-  m.def(
-      "preference_fwd_cpu",
-      [](const TokenLogpsForward& policy, const TokenLogpsForward* reference, uintptr_t ref_token_logps,
-         uintptr_t ref_logps, uintptr_t cu_seqlens, int64_t pairs, int64_t tokens_per_sequence, uintptr_t rating_gap,
-         const LogisticFamily& family, uintptr_t logps, uintptr_t logratios, uintptr_t lengths, uintptr_t losses,
-         uintptr_t coefficients, int threads) {
-        preference_fwd_cpu(
-            {policy, reference ? *reference : TokenLogpsForward{}, pointer<const float>(ref_token_logps),
-             pointer<const float>(ref_logps), pointer<const int64_t>(cu_seqlens), pairs, tokens_per_sequence,
-             pointer<const float>(rating_gap), family, pointer<float>(logps), pointer<float>(logratios),
-             pointer<int64_t>(lengths), pointer<float>(losses), pointer<float>(coefficients)},
-            threads);
-      },
-      release());
+  py::enum_<Reduction>(m, "Reduction")
+      .value("mean", Reduction::mean)
+      .value("sum", Reduction::sum)
+      .value("none", Reduction::none);
+  using Args = PreferenceForward;
+  py::class_<Args> args(m, "PreferenceForward");
+  args.def(py::init([](const LogitRows& logits, const LogitTransform& transform, const TokenLabels& labels, bool stats,
+                       Reduction reduction, double num_items, const LogisticFamily& family) {
+    Args made{};
+    made.logits = logits, made.transform = transform, made.labels = labels, made.stats = stats;
+    made.reduction = reduction, made.num_items = num_items, made.family = family;
+    return made;
+  }));
+  args.def_readwrite("ref_logits", &Args::reference);
+  bind_address(args, "ref_token_logps", &Args::ref_token_logps);
+  bind_address(args, "ref_logps", &Args::ref_logps);
+  bind_address(args, "rating_gap", &Args::rating_gap);
+  bind_address(args, "pair_weights", &Args::pair_weights);
+  bind_address(args, "num_items", &Args::num_items_tensor);
+  bind_address(args, "loss", &Args::loss);
+  bind_address(args, "losses", &Args::losses);
+  bind_address(args, "logps", &Args::logps);
+  bind_address(args, "rewards", &Args::rewards);
+  bind_address(args, "margins", &Args::margins);
+  bind_address(args, "lengths", &Args::lengths);
+  bind_address(args, "metrics", &Args::metrics);
+  bind_address(args, "counts", &Args::counts);
+  bind_address(args, "coefficients", &Args::coefficients);
+  bind_address(args, "token_logps", &Args::token_logps);
+  bind_address(args, "lse", &Args::lse);
+  bind_address(args, "token_stats", &Args::token_stats);
+  m.def("preference_fwd_cpu", &preference_fwd_cpu, release());
   m.def(
       "preference_bwd_cpu",
       [](const TokenLogpsBackward& tokens, uintptr_t token_grad, uintptr_t cu_seqlens, int64_t pairs,
-         int64_t tokens_per_sequence, uintptr_t coefficients, uintptr_t grad_losses, int threads) {
-        preference_bwd_cpu({tokens, pointer<float>(token_grad), pointer<const int64_t>(cu_seqlens), pairs,
-                            tokens_per_sequence, pointer<const float>(coefficients), pointer<const float>(grad_losses)},
-                           threads);
+         int64_t tokens_per_sequence, uintptr_t coefficients, uintptr_t grad_loss, bool grad_per_pair, int threads) {
+        preference_bwd_cpu(
+            {tokens, pointer<float>(token_grad), pointer<const int64_t>(cu_seqlens), pairs, tokens_per_sequence,
+             pointer<const float>(coefficients), pointer<const float>(grad_loss), grad_per_pair},
+            threads);
       },
       release());
+#ifdef FASTPREF_WITH_CUDA
+  m.def("preference_workspace_cuda", &preference_workspace_cuda);
+  m.def(
+      "preference_fwd_cuda",
+      [](const PreferenceForward& args, uintptr_t workspace, uintptr_t stream) {
+        preference_fwd_cuda(args, pointer<void>(workspace), pointer<void>(stream));
+      },
+      release());
+#endif
 }
 
 void bind_linear_logps(py::module_& m) {

@@ -28,6 +28,20 @@ struct LogitTransform {
   double slope() const { return tanh_scale != 0 ? multiplier * tanh_scale : multiplier; }  // dz/dx at v = 0
 };
 
+struct Integers {    // as the caller has them
+  const void* data;  // nullptr: none
+  bool is_int32;     // or int64
+};
+
+// The token that each row predicts: labels of `sequences` times `tokens` rows, or packed, of `tokens` rows in all.
+struct TokenLabels {
+  Integers labels;
+  Integers cu_seqlens;  // [sequences + 1], or none: not packed
+  Integers lengths;     // [sequences], or none; labels at later positions are ignored
+  int64_t ignore_index, sequences, tokens;
+  bool shift;  // the target of a row is the next label of its sequence, and the last row is ignored
+};
+
 struct TokenLogpsForward {
   LogitRows logits;
   LogitTransform transform;
@@ -46,7 +60,21 @@ struct TokenLogpsBackward {
   const float* logps;  // [rows]
   const float* lse;    // [2, rows]
   const float* grad;   // [rows]: gradient of the loss by each log-prob
-  LogitRows out;       // shape of logits, and their dtype, or (CPU) 16 bits of float32 logits; may be the same memory
+  LogitRows out;       // shape of logits, and their dtype, or 16 bits of float32 logits; may be the same memory
+};
+
+// As above, with labels as the caller has them, and a gradient of each row (row_grad) or of each sequence.
+struct LogitsGradient {
+  LogitRows logits;
+  LogitTransform transform;
+  TokenLabels labels;
+  const float* logps;
+  const float* lse;
+  const float* row_grad;      // [rows], or nullptr: coefficients[sequence] * loss_grad
+  const float* coefficients;  // [sequences]
+  const float* loss_grad;     // [1], or of each pair: sequences 0 and S/2, 1 and S/2 + 1, ...
+  bool grad_per_pair;
+  LogitRows out;
 };
 
 // CPU. A label outside [0, vocab) that is not ignore_index throws std::invalid_argument.
@@ -54,7 +82,9 @@ void token_logps_fwd_cpu(const TokenLogpsForward& args, int threads);
 void token_logps_bwd_cpu(const TokenLogpsBackward& args, int threads);
 
 // CUDA, on `stream` of the current device. An invalid label gives NaN and reads nothing out of bounds.
-void token_logps_fwd_cuda(const TokenLogpsForward& args, void* stream);
+int64_t token_logps_workspace_cuda(const TokenLogpsForward& args);  // bytes
+void token_logps_fwd_cuda(const TokenLogpsForward& args, void* workspace, void* stream);
 void token_logps_bwd_cuda(const TokenLogpsBackward& args, void* stream);
+void logits_gradient_cuda(const LogitsGradient& args, void* stream);
 
 }  // namespace fastpref

@@ -158,9 +158,12 @@ def mixture(pairs: Pairs, losses: Sequence, weights=None, options=None, beta: fl
     )
 
 
+REDUCTIONS = ("mean", "sum", "none")
+
+
 def check_reduction(reduction) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be one of ('mean', 'sum', 'none'), got {reduction!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
 
 
 def _per_loss(argument, values, losses, default):

@@ -36,8 +36,8 @@ def _loaded_at_first_call(path: str) -> Callable:
         nonlocal function
         if function is None:
             function = getattr(import_module(module), name)
-        if torch.is_grad_enabled():  # in an exported program: an operator is called with tensors that require grad
-            with torch.no_grad():
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            with torch.no_grad():  # in an exported program
                 return function(*args)
         return function(*args)
 
@@ -72,21 +72,25 @@ token_logps_bwd_ = _define(
 
 # ---- preference losses of the fused family, from logits ----
 
-# labels [2B, T], or [tokens] with cu_seqlens [2B + 1]; family: float64 [7] on the host, beta and the numbers of
-# losses.Logistic -> losses [B], logps, logratios, lengths and coefficients [2B], then as token_logps_fwd
+# labels [2B, T] with lengths [2B], or [tokens] with cu_seqlens [2B + 1]; rating_gap and pair_weights [B]; num_items [];
+# numbers: float64 [8] on the host, beta, the numbers of losses.Logistic, and num_items or 0 -> loss [], or [B] with
+# reduction "none", losses [B], logps and rewards [2B], margins [B], lengths and coefficients [2B], metrics [7] and
+# counts [3] of csrc/preference.h, logps and lse as token_logps_fwd has them
+_LAYOUT = "Tensor labels, Tensor? cu_seqlens, Tensor? lengths, bool shift"
 preference_fwd = _define(
-    "preference_fwd(Tensor logits, Tensor labels, Tensor? ref_logits, Tensor? ref_token_logps, Tensor? ref_logps, "
-    f"Tensor? cu_seqlens, Tensor? rating_gap, {_TRANSFORM}, bool stats, Tensor family, bool drop_square) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"preference_fwd(Tensor logits, {_LAYOUT}, Tensor? ref_logits, Tensor? ref_token_logps, Tensor? ref_logps, "
+    f"Tensor? rating_gap, Tensor? pair_weights, Tensor? num_items, str reduction, {_TRANSFORM}, bool stats, "
+    "Tensor numbers, bool drop_square) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fastpref._logps.preference:_fwd",
 )
-_SAVED = f"Tensor labels, Tensor? cu_seqlens, Tensor token_logps, Tensor lse, {_TRANSFORM}"
+_SAVED = f"{_LAYOUT}, Tensor token_logps, Tensor lse, {_TRANSFORM}"
 preference_bwd = _define(
-    f"preference_bwd(Tensor grad_losses, Tensor coefficients, Tensor logits, {_SAVED}) -> Tensor",
+    f"preference_bwd(Tensor grad_loss, Tensor coefficients, Tensor logits, {_SAVED}) -> Tensor",
     "fastpref._logps.preference:_bwd",
 )
 preference_bwd_ = _define(
-    f"preference_bwd_(Tensor grad_losses, Tensor coefficients, Tensor(a!) logits, {_SAVED}) -> ()",
+    f"preference_bwd_(Tensor grad_loss, Tensor coefficients, Tensor(a!) logits, {_SAVED}) -> ()",
     "fastpref._logps.preference:_bwd_inplace",
 )
 

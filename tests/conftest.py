@@ -50,11 +50,14 @@ def pytest_report_header(config):
     return [f"fastpref: {fastpref.__file__}, native: {native}", f"fresh inputs: FASTPREF_TEST_SEED={SEED} repeats them"]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     no_gpu = pytest.mark.skip(reason="no GPU is visible to torch")
+    thinned = pytest.mark.skip(reason="with --full alone")
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+        if item.get_closest_marker("full") and not config.getoption("full", False):
+            item.add_marker(thinned)
 
 
 @pytest.fixture(autouse=True)

@@ -2,17 +2,13 @@
 // scatter.
 #include "preference.h"
 
-#include <cmath>
-#include <limits>
 #include <string>
+#include <vector>
 
 #include "check.h"
 
 namespace fastpref {
 namespace {
-
-double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
-double sigmoid(double x) { return x > 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x)); }
 
 struct Segment {
   int64_t begin, end;
@@ -33,51 +29,94 @@ void check_segments(const int64_t* cu_seqlens, int64_t sequences, int64_t rows) 
                                            ", got " + std::to_string(cu_seqlens[sequences]));
 }
 
+struct TokenSums {
+  int64_t count = 0;
+  double stats[4] = {};
+};
+
+void finish_stats(const PreferenceForward& args, const TokenSums& chosen, const TokenSums& rejected) {
+  const auto mean = [](double sum, int64_t count) { return static_cast<float>(sum / double(count > 0 ? count : 1)); };
+  const auto mean_of_all = [&](int i) {
+    return mean(chosen.stats[i] + rejected.stats[i], chosen.count + rejected.count);
+  };
+  args.metrics[1] = mean_of_all(0);
+  args.metrics[2] = mean_of_all(1);
+  args.metrics[3] = mean_of_all(3);
+  args.metrics[4] = mean(chosen.stats[2], chosen.count);
+  args.metrics[5] = mean(rejected.stats[2], rejected.count);
+  args.metrics[6] = mean(chosen.stats[3], chosen.count);
+}
+
 }  // namespace
 
 void preference_fwd_cpu(const PreferenceForward& args, int threads) {
-  const int64_t sequences = 2 * args.pairs;
-  check_segments(args.cu_seqlens, sequences, args.policy.logits.rows());
-  token_logps_fwd_cpu(args.policy, threads);
+  const TokenLabels& from = args.labels;
+  const int64_t pairs = args.pairs(), rows = args.logits.rows();
+  const auto labels = static_cast<const int64_t*>(from.labels.data);
+  const auto cu_seqlens = static_cast<const int64_t*>(from.cu_seqlens.data);
+  check(!from.labels.is_int32 && !from.cu_seqlens.is_int32 && !from.shift && !from.lengths.data,
+        "labels must be int64 and aligned with the logits");
+  check_segments(cu_seqlens, from.sequences, rows);
   const float* ref_token_logps = args.ref_token_logps;
-  if (args.reference.logits.data) {
-    token_logps_fwd_cpu(args.reference, threads);
-    ref_token_logps = args.reference.logps;
+  std::vector<float> reference(args.reference.data ? 3 * rows : 0);
+  if (args.reference.data) {
+    token_logps_fwd_cpu(
+        {args.reference, args.transform, labels, from.ignore_index, reference.data(), reference.data() + rows, nullptr},
+        threads);
+    ref_token_logps = reference.data();
   }
+  token_logps_fwd_cpu({args.logits, args.transform, labels, from.ignore_index, args.token_logps, args.lse,
+                       args.stats ? args.token_stats : nullptr},
+                      threads);
 
-  for (int64_t s = 0; s < sequences; s++) {
-    const Segment tokens = tokens_of(args.cu_seqlens, args.tokens_per_sequence, s);
+  TokenSums sides[2];
+  std::vector<float> logratios(from.sequences);
+  for (int64_t s = 0; s < from.sequences; s++) {
+    const Segment tokens = tokens_of(cu_seqlens, from.tokens, s);
+    TokenSums& side = sides[s >= pairs];
     double sum = 0, logratio = 0;
     int64_t length = 0;
     for (int64_t t = tokens.begin; t < tokens.end; t++) {
-      if (args.policy.labels[t] == args.policy.ignore_index) continue;
+      if (labels[t] == from.ignore_index) continue;
       length++;
-      sum += args.policy.logps[t];
-      if (ref_token_logps) logratio += double(args.policy.logps[t]) - double(ref_token_logps[t]);
+      sum += args.token_logps[t];
+      if (ref_token_logps) logratio += double(args.token_logps[t]) - double(ref_token_logps[t]);
+      if (args.stats)
+        for (int i = 0; i < 4; i++) side.stats[i] += args.token_stats[i * rows + t];
     }
+    side.count += length;
     if (!ref_token_logps) logratio = args.ref_logps ? sum - double(args.ref_logps[s]) : sum;
     args.logps[s] = static_cast<float>(sum);
-    args.logratios[s] = static_cast<float>(logratio);
+    logratios[s] = static_cast<float>(logratio);
+    args.rewards[s] = static_cast<float>(args.family.beta) * logratios[s];
     args.lengths[s] = length;
   }
 
-  const LogisticFamily& f = args.family;
-  for (int64_t i = 0; i < args.pairs; i++) {
-    const double L = f.beta * (double(args.logratios[i]) - double(args.logratios[args.pairs + i]));
-    const bool rated = args.rating_gap && !std::isnan(args.rating_gap[i]);
-    const double g = rated ? args.rating_gap[i] : 0.0;
-    const double c = rated || !f.drop_square_when_unrated ? f.c : 0.0;
-    // a term with weight 0 is left out: 0 * inf would not be 0
-    const double z = f.offset != 0 ? L - f.offset * g : L;
-    const double error = L - (f.m1 != 0 ? f.m0 + f.m1 * g : f.m0);
-    double loss = 0, slope = 0;
-    if (f.a != 0) loss += f.a * softplus(-z), slope -= f.a * sigmoid(-z);
-    if (f.b != 0) loss += f.b * softplus(z), slope += f.b * sigmoid(z);
-    if (c != 0) loss += 0.5 * c * error * error, slope += c * error;
-    args.losses[i] = static_cast<float>(loss);
-    args.coefficients[i] = static_cast<float>(f.beta * slope);
-    args.coefficients[args.pairs + i] = -args.coefficients[i];
+  double loss = 0, total_weight = 0;
+  int64_t right = 0, ties = 0, unrated = 0;
+  for (int64_t p = 0; p < pairs; p++) {
+    const float* gap = args.rating_gap ? args.rating_gap + p : nullptr;
+    const double weight = args.pair_weights ? args.pair_weights[p] : 1.0;
+    const PairLoss found = pair_loss(args.family, logratios[p], logratios[pairs + p], gap);
+    args.losses[p] = static_cast<float>(found.loss);
+    args.coefficients[p] = static_cast<float>(found.slope);
+    args.margins[p] = args.rewards[p] - args.rewards[pairs + p];
+    loss += weight * double(args.losses[p]);
+    total_weight += weight;
+    right += args.margins[p] > 0, ties += args.margins[p] == 0;
+    unrated += gap && std::isnan(*gap);
   }
+  const double divisor = divisor_of(args, total_weight);
+  for (int64_t p = 0; p < pairs; p++) {
+    const double weight = args.pair_weights ? args.pair_weights[p] : 1.0;
+    if (args.reduction == Reduction::none) args.loss[p] = static_cast<float>(weight * double(args.losses[p]));
+    args.coefficients[p] = static_cast<float>(double(args.coefficients[p]) * (weight / divisor));
+    args.coefficients[pairs + p] = -args.coefficients[p];
+  }
+  if (args.reduction != Reduction::none) args.loss[0] = static_cast<float>(loss / divisor);
+  args.metrics[0] = static_cast<float>(right) / static_cast<float>(pairs > 0 ? pairs : 1);
+  args.counts[0] = ties, args.counts[1] = unrated, args.counts[2] = 0;  // an invalid label has thrown
+  if (args.stats) finish_stats(args, sides[0], sides[1]);
 }
 
 void preference_bwd_cpu(const PreferenceBackward& args, int threads) {
@@ -85,7 +124,7 @@ void preference_bwd_cpu(const PreferenceBackward& args, int threads) {
   check_segments(args.cu_seqlens, sequences, args.tokens.logits.rows());
   for (int64_t s = 0; s < sequences; s++) {
     const Segment tokens = tokens_of(args.cu_seqlens, args.tokens_per_sequence, s);
-    const float gradient = args.coefficients[s] * args.grad_losses[s % args.pairs];
+    const float gradient = args.coefficients[s] * args.grad_loss[args.grad_per_pair ? s % args.pairs : 0];
     for (int64_t t = tokens.begin; t < tokens.end; t++) args.token_grad[t] = gradient;
   }
   token_logps_bwd_cpu(args.tokens, threads);

@@ -1,483 +1,249 @@
-// Log-probabilities of labels on the GPU: one read of the logits forward, one read and one write backward.
-// A block per row; every thread keeps its own running maximum and sums, so that the loop has neither barrier nor
-// shuffle. Rows begin at any address: the body between two 16-byte boundaries goes in 16-byte accesses.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <climits>
-#include <cstring>
-#include <type_traits>
-
-#include "check_cuda.h"
-#include "token_logps.h"
+// Log-probabilities of labels on the GPU, forward (gather.cuh) and backward. The backward writes
+// coefficient * (onehot - softmax) by one read of the logits and one write; a block takes a 64 KB piece of a row, and
+// each element depends on its own column alone.
+#include "gather.cuh"
 
 namespace fastpref {
 namespace {
 
-constexpr int max_threads = 256;
-constexpr int warp = 32;
-constexpr float log2e = 1.44269504088896341f;
-constexpr float log2e_lo = 1.92596299112661e-8f;  // what fp32 drops of log2(e)
-constexpr float ln2 = 0.693147180559945309f;
-constexpr float infinity = __builtin_huge_valf();
+constexpr int bwd_threads = 256;
+constexpr int piece_tiles = 4;
+template <class T>
+constexpr int piece_columns = piece_tiles * bwd_threads * loads * vec<T>;
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Arithmetic
-
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // exp2f adds instructions for results below 2^-126
-  return y;
-}
-
-// Without tanhf's branch, which would break up unrolled loops. The odd polynomial keeps the relative accuracy that
-// 1 - 2 / (e^(2|y|) + 1) loses near 0.
-__device__ inline float tanh_fast(float y) {
-  const float a = fabsf(y), q = y * y;
-  float r = fmaf(q, -0.005905162f, 0.020804758f);
-  r = fmaf(q, r, -0.053786494f);
-  r = fmaf(q, r, 0.13331956f);
-  r = fmaf(q, r, -0.333332992f);
-  const float near = fmaf(a * q, r, a);
-  const float far = 1.0f - __fdividef(2.0f, exp2_fast(a * (2.0f * log2e)) + 1.0f);
-  return copysignf(a < 0.6f ? near : far, y);
-}
-
-// 1 - tanh(y)^2 without its cancellation where tanh saturates.
-__device__ inline float tanh_slope(float y) {
-  const float e = exp2_fast(fabsf(y) * (-2.0f * log2e)), d = 1.0f + e;
-  return __fdividef(4.0f * e, d * d);
-}
-
-// What to subtract when the maximum is -inf: -inf - -inf would be NaN.
-__device__ inline float finite_or_zero(float top) { return top == -infinity ? 0.0f : top; }
-
-// Over columns: top = max v, then relative to it (t = v - top, e = exp(multiplier t)) sum = Σ e, sum_t = Σ e t,
-// squared = Σ e², and value = Σ v. k = multiplier log2(e).
-template <bool HAS_STATS>
-struct Sums {
-  float top = -infinity, sum = 0, sum_t = 0, squared = 0, value = 0;
-
-  __device__ void rebase(float new_top, float k) {
-    const float reference = finite_or_zero(new_top);
-    const float decay = exp2_fast((top - reference) * k);
-    if (HAS_STATS) {
-      // selected, not multiplied: 0 * -inf
-      sum_t = decay > 0 ? decay * fmaf(sum, finite_or_zero(top) - reference, sum_t) : 0.0f;
-      squared *= decay * decay;
-    }
-    sum *= decay;
-    top = new_top;
-  }
-
-  template <int N>
-  __device__ void add(const float (&v)[N], float k) {
-    float new_top = top;
-#pragma unroll
-    for (int i = 0; i < N; i++) new_top = fmaxf(new_top, v[i]);
-    rebase(new_top, k);
-    const float reference = finite_or_zero(new_top);
-    float new_sum = 0, new_sum_t = 0, new_squared = 0;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-      const float t = v[i] - reference, e = exp2_fast(t * k);
-      new_sum += e;
-      if (HAS_STATS) {
-        new_sum_t += e > 0 ? e * t : 0.0f;
-        new_squared = fmaf(e, e, new_squared);
-      }
-    }
-    sum += new_sum;
-    if (HAS_STATS) {
-      sum_t += new_sum_t;
-      squared += new_squared;
-    }
-  }
-
-  __device__ void merge(Sums other, float k) {
-    const float new_top = fmaxf(top, other.top);
-    rebase(new_top, k);
-    other.rebase(new_top, k);
-    sum += other.sum;
-    if (HAS_STATS) {
-      sum_t += other.sum_t;
-      squared += other.squared;
-      value += other.value;
-    }
-  }
+struct Scatter {
+  Rows logits, out;
+  int vocab;
+  Divider pieces;  // of a row
+  float multiplier, tanh_scale;
+  Labels labels;
+  const float* logps;
+  const float* lse;
+  // the gradient of a row: its own, or its sequence's coefficient times that of the loss
+  const float* row_grad;
+  const float* coefficients;  // [sequences]
+  const float* loss_grad;     // [1], or [sequences / 2]
+  bool grad_per_pair;
 };
 
-struct RowResult {
-  float logp, lse_hi, lse_lo;
-  float stats[4];  // entropy, log sum p^2, mean logit, top-1 hit
-};
-
-// others: every column but the target in top, sum, sum_t and squared; every column in value.
-template <bool HAS_STATS>
-__device__ inline RowResult finish_row(const Sums<HAS_STATS>& others, float target, float multiplier, float k,
-                                       int64_t vocab) {
-  RowResult row;
-  // logp = -softplus(d), d = log sum_{v != y} exp(z_v) - z_y: never above 0, exact for confident tokens
-  float d = fmaf(multiplier, finite_or_zero(others.top) - target, logf(others.sum));
-  if (target == infinity) d = nanf("");
-  row.logp = d == d ? 0.0f - (fmaxf(d, 0.0f) + log1pf(expf(-fabsf(d)))) : nanf("");
-
-  Sums<HAS_STATS> all = others;
-  const float target_column[1] = {target};
-  all.add(target_column, k);
-  const float log_sum = logf(all.sum);
-  // hi + error = top + quotient exactly (two-sum)
-  const float quotient = log_sum / multiplier, hi = all.top + quotient, back = hi - all.top;
-  const float error = (all.top - (hi - back)) + (quotient - back);
-  row.lse_hi = hi;
-  row.lse_lo = fabsf(hi) < infinity ? fmaf(multiplier, error, fmaf(-multiplier, quotient, log_sum)) : 0.0f;
-  if (HAS_STATS) {
-    row.stats[0] = log_sum - multiplier * (all.sum_t / all.sum);
-    row.stats[1] = logf(all.squared) - 2.0f * log_sum;
-    row.stats[2] = multiplier * (others.value / static_cast<float>(vocab));
-    row.stats[3] = target >= others.top ? 1.0f : 0.0f;
-  }
-  return row;
-}
-
-// p = exp(multiplier (v - hi) - lo). An fp32 exponent of -30 is off by 1e-6: its rounding is put back as a factor.
+// scale p, p = exp(multiplier (v - hi) - lo). An fp32 exponent of -30 is off by 1e-6: EXACT puts its rounding back as a
+// factor, which 16-bit results do not show.
+template <bool EXACT>
 struct Softmax {
-  float hi, minus_lo_exp, k, k_lo, lowest;  // k + k_lo = multiplier log2(e)
+  float hi, scale, k, k_lo, lowest;  // k + k_lo / ln 2 = multiplier log2(e)
 
-  __device__ Softmax(float hi, float lo, float multiplier)
+  __device__ Softmax(float hi, float lo, float multiplier, float scale)
       : hi(hi),
-        minus_lo_exp(expf(-lo) + (hi - hi)),  // NaN where hi is not finite
+        scale(expf(-lo) * scale + (hi - hi)),  // NaN where hi is not finite
         k(multiplier * log2e),
-        k_lo(fmaf(multiplier, log2e, -k) + multiplier * log2e_lo),
+        k_lo((fmaf(multiplier, log2e, -k) + multiplier * log2e_lo) * ln2),
         lowest(-200.0f / k) {}  // 2^-200 is 0; -inf would turn the residual into NaN
 
   __device__ float operator()(float v) const {
-    const float t = fmaxf(v - hi, lowest);
-    const float exponent = t * k;
-    const float residual = fmaf(t, k_lo, fmaf(t, k, -exponent));
-    const float e = exp2_fast(exponent);
-    return fmaf(e, residual * ln2, e) * minus_lo_exp;
+    const float t = EXACT ? fmaxf(v - hi, lowest) : v - hi;
+    const float exponent = t * k, e = exp2_fast(exponent) * scale;
+    if (!EXACT) return e;
+    return fmaf(e, fmaf(t, k_lo, fmaf(t, k, -exponent) * ln2), e);
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Rows
+template <bool HAS_SOFTCAP, bool EXACT>
+struct RowGradient {
+  Softmax<EXACT> softmax;
+  float at_target;  // before the softcap's slope
+  float tanh_scale;
 
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-
-template <class T>
-__device__ inline T from_float(float x) {
-  if constexpr (sizeof(T) == 4)
-    return x;
-  else if constexpr (std::is_same_v<T, __half>)
-    return __float2half_rn(x);
-  else
-    return __float2bfloat16_rn(x);
-}
-
-template <bool HAS_SOFTCAP>
-__device__ inline float transform(float x, float tanh_scale) {
-  return HAS_SOFTCAP ? tanh_fast(x * tanh_scale) : x;
-}
-
-template <class T>
-constexpr int vec = 16 / sizeof(T);  // columns of a 16-byte access
-constexpr int loads = 4;             // of a thread and tile, all in flight before the first is used
-constexpr int group = 16;            // columns of a thread folded at a time: what fits beside them in 64 registers
-
-template <class T>
-struct Row {
-  T* data;
-  int vocab;
-  // columns before and in the body; the body begins on a 16-byte boundary and is whole 16-byte vectors
-  int head, body;
-
-  __device__ Row(const LogitRows& rows, unsigned row)
-      : data(static_cast<T*>(rows.data)), vocab(static_cast<int>(rows.vocab)) {
-    const unsigned inner = static_cast<unsigned>(rows.inner);
-    data += int64_t(row / inner) * rows.outer_stride + int64_t(row % inner) * rows.inner_stride;
-    head = static_cast<int>((-reinterpret_cast<uintptr_t>(data) & 15) / sizeof(T));
-    head = head < vocab ? head : vocab;
-    body = (vocab - head) / vec<T> * vec<T>;
-  }
-  __device__ int phase() const { return static_cast<int>(reinterpret_cast<uintptr_t>(data) & 15); }
-  __device__ void all_scalar() { head = vocab, body = 0; }
-  __device__ uint4* vectors() const { return reinterpret_cast<uint4*>(data + head); }
-  __device__ int vector_count() const { return body / vec<T>; }
-  template <class F>
-  __device__ void for_each_outside_body(F f) const {
-    for (int col = threadIdx.x; col < head; col += blockDim.x) f(col);
-    for (int col = head + body + threadIdx.x; col < vocab; col += blockDim.x) f(col);
+  // Four columns v become their gradients. With has_target, v[target] is the label's, where there is such a column.
+  __device__ void operator()(float* v, bool has_target, int target) const {
+    float slope[4];
+    if (HAS_SOFTCAP) tanh4<true>(v, slope, tanh_scale);
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = softmax(v[i]);
+    if (has_target) {
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (i == target) v[i] = at_target;
+    }
+    if (HAS_SOFTCAP) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) v[i] *= slope[i];
+    }
   }
 };
 
-// Loads of one thread: vectors first, first + blockDim.x, ... MASKED: those from `count` on are not there.
-template <bool MASKED>
-__device__ inline void load_tile(const uint4* vectors, int first, int count, uint4 (&tile)[loads]) {
-#pragma unroll
-  for (int u = 0; u < loads; u++) {
-    const int i = first + u * blockDim.x;
-    tile[u] = !MASKED || i < count ? vectors[i] : uint4{};
-  }
-}
-
-template <class T, bool HAS_SOFTCAP>
-__device__ inline void unpack(const uint4& bits, float tanh_scale, float* v) {
-  T x[vec<T>];
-  memcpy(x, &bits, 16);
-#pragma unroll
-  for (int e = 0; e < vec<T>; e++) v[e] = transform<HAS_SOFTCAP>(to_float(x[e]), tanh_scale);
-}
-
-template <class T>
-__device__ inline uint4 pack(const float* v) {
-  T x[vec<T>];
-#pragma unroll
-  for (int e = 0; e < vec<T>; e++) x[e] = from_float<T>(v[e]);
-  uint4 bits;
-  memcpy(&bits, x, 16);
-  return bits;
-}
-
-template <bool HAS_STATS>
-__device__ inline Sums<HAS_STATS> warp_merge(Sums<HAS_STATS> sums, float k) {
-#pragma unroll
-  for (int lane = warp / 2; lane > 0; lane /= 2) {
-    Sums<HAS_STATS> other;
-    other.top = __shfl_xor_sync(0xffffffff, sums.top, lane);
-    other.sum = __shfl_xor_sync(0xffffffff, sums.sum, lane);
-    if (HAS_STATS) {
-      other.sum_t = __shfl_xor_sync(0xffffffff, sums.sum_t, lane);
-      other.squared = __shfl_xor_sync(0xffffffff, sums.squared, lane);
-      other.value = __shfl_xor_sync(0xffffffff, sums.value, lane);
-    }
-    sums.merge(other, k);
-  }
-  return sums;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Kernels
-
-template <class T, bool HAS_SOFTCAP, bool HAS_STATS>
-__global__ void __launch_bounds__(max_threads) token_logps_fwd_kernel(const TokenLogpsForward args) {
-  const unsigned row = blockIdx.x;
-  const int64_t rows = gridDim.x;
-  const int64_t label = args.labels[row];
-  const bool ignored = label == args.ignore_index;
-  if (ignored || label < 0 || label >= args.logits.vocab) {
-    if (threadIdx.x == 0) {
-      const float blank = ignored ? 0.0f : nanf("");
-      args.logps[row] = args.lse[row] = args.lse[rows + row] = blank;
-      if (HAS_STATS)
-        for (int s = 0; s < 4; s++) args.stats[s * rows + row] = blank;
-    }
-    return;
-  }
-
-  const Row<T> x(args.logits, row);
-  const float multiplier = static_cast<float>(args.transform.multiplier), tanh_scale = args.transform.tanh_scale;
-  const float k = multiplier * log2e;
-  const float target = transform<HAS_SOFTCAP>(to_float(x.data[label]), tanh_scale);
-  const int target_col = static_cast<int>(label) - x.head;  // in the body
-
-  Sums<HAS_STATS> sums;  // of every column but the target; value: of every column
-  x.for_each_outside_body([&](int col) {
-    const float v[1] = {transform<HAS_SOFTCAP>(to_float(x.data[col]), tanh_scale)};
-    if (HAS_STATS) sums.value += v[0];
-    if (col != label) sums.add(v, k);
-  });
-  const uint4* vectors = x.vectors();
-  const int count = x.vector_count(), step = loads * blockDim.x;
-  const auto add_tile = [&](int start, auto masked) {
-    constexpr bool MASKED = decltype(masked)::value;
-    constexpr int per_group = group / vec<T>;
-    const int first = start + threadIdx.x;
-    uint4 tile[loads];
-    load_tile<MASKED>(vectors, first, count, tile);
-    // one tile of the row pays for the comparisons
-    const bool has_target = static_cast<unsigned>(target_col - start * vec<T>) < static_cast<unsigned>(step * vec<T>);
-#pragma unroll
-    for (int g = 0; g < loads; g += per_group) {
-      float v[group];
-      float value = 0;
-#pragma unroll
-      for (int u = 0; u < per_group; u++) {
-        unpack<T, HAS_SOFTCAP>(tile[g + u], tanh_scale, v + u * vec<T>);
-        const int i = first + (g + u) * blockDim.x;
-        if (HAS_STATS && (!MASKED || i < count)) {
-#pragma unroll
-          for (int e = 0; e < vec<T>; e++) value += v[u * vec<T> + e];
-        }
-        if (MASKED && i >= count) {
-#pragma unroll
-          for (int e = 0; e < vec<T>; e++) v[u * vec<T> + e] = -infinity;
-        }
-      }
-      if (has_target) {
-#pragma unroll
-        for (int u = 0; u < per_group; u++)
-#pragma unroll
-          for (int e = 0; e < vec<T>; e++)
-            if ((first + (g + u) * int(blockDim.x)) * vec<T> + e == target_col) v[u * vec<T> + e] = -infinity;
-      }
-      if (HAS_STATS) sums.value += value;
-      sums.add(v, k);
-    }
+// The pieces' columns [begin, end) of a row. `out` may be the logits: no pointer is __restrict__, and a thread reads a
+// column before it writes that column.
+template <class In, class Out, class Gradient>
+__device__ inline void write_piece(const In* x, Out* out, int begin, int end, int label, const Gradient& gradient) {
+  constexpr int step = bwd_threads * vec<In>, tile = step * loads;
+  struct alignas(sizeof(Out) * vec<In>) Packed {
+    Out columns[vec<In>];
   };
-  int start = 0;
-#pragma unroll 1
-  for (; start + step <= count; start += step) add_tile(start, std::false_type{});
-  if (start < count) add_tile(start, std::true_type{});
-
-  sums = warp_merge(sums, k);
-  __shared__ __align__(16) unsigned char storage[max_threads / warp * sizeof(Sums<HAS_STATS>)];
-  Sums<HAS_STATS>* warps = reinterpret_cast<Sums<HAS_STATS>*>(storage);
-  if (threadIdx.x % warp == 0) warps[threadIdx.x / warp] = sums;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (unsigned w = 1; w < blockDim.x / warp; w++) sums.merge(warps[w], k);
-
-  const RowResult result = finish_row(sums, target, multiplier, k, x.vocab);
-  args.logps[row] = result.logp;
-  args.lse[row] = result.lse_hi;
-  args.lse[rows + row] = result.lse_lo;
-  if (HAS_STATS) {
-#pragma unroll
-    for (int s = 0; s < 4; s++) args.stats[s * rows + row] = result.stats[s];
+  // the first columns, up to a 16-byte boundary of the logits, one by one; if `out` has none there, all of them
+  int head = static_cast<int>((-reinterpret_cast<uintptr_t>(x + begin) & 15) / sizeof(In));
+  if (reinterpret_cast<uintptr_t>(out + begin + head) % sizeof(Packed) || head > end - begin) head = end - begin;
+  for (int col = begin + threadIdx.x; col < begin + head; col += bwd_threads) {
+    float v[4] = {to_float(x[col]), 0.0f, 0.0f, 0.0f};
+    gradient(v, col == label, 0);
+    out[col] = from_float<Out>(v[0]);
   }
-}
-
-// `out` may be the logits: no pointer is __restrict__, and a thread reads a column before it writes that column.
-template <class T, bool HAS_SOFTCAP>
-__global__ void __launch_bounds__(max_threads) token_logps_bwd_kernel(const TokenLogpsBackward args) {
-  const int64_t rows = gridDim.x;
-  const unsigned row = gridDim.x - 1 - blockIdx.x;  // last row first: the forward left it in L2
-  const int64_t label = args.labels[row];
-  const float grad = args.grad[row], hi = args.lse[row];
-  Row<T> out(args.out, row);
-
-  // a zero gradient, and a finite sum says that no column is NaN: nothing to read
-  if (label == args.ignore_index || (grad == 0 && fabsf(hi) < infinity)) {
-    for (int i = threadIdx.x; i < out.vector_count(); i += blockDim.x) out.vectors()[i] = uint4{};
-    out.for_each_outside_body([&](int col) { out.data[col] = from_float<T>(0.0f); });
-    return;
-  }
-
-  Row<T> x(args.logits, row);
-  if (x.phase() != out.phase()) x.all_scalar();  // no boundary is common to both
-  const float multiplier = static_cast<float>(args.transform.multiplier), tanh_scale = args.transform.tanh_scale;
-  const Softmax softmax(hi, args.lse[rows + row], multiplier);
-  const float minus_scale = -grad * (HAS_SOFTCAP ? multiplier * tanh_scale : multiplier);
-  const float minus_rest = expm1f(args.logps[row]);  // -(1 - p) of the target, exact for confident tokens
-  const auto gradient = [&](float logit, bool is_target) {
-    float p = is_target ? minus_rest : softmax(transform<HAS_SOFTCAP>(logit, tanh_scale));
-    if (HAS_SOFTCAP) p *= tanh_slope(logit * tanh_scale);
-    return p * minus_scale;
-  };
-
-  x.for_each_outside_body(
-      [&](int col) { out.data[col] = from_float<T>(gradient(to_float(x.data[col]), col == label)); });
-  const uint4* vectors = x.vectors();
-  uint4* out_vectors = reinterpret_cast<uint4*>(out.data + x.head);
-  const int count = x.vector_count(), step = loads * blockDim.x;
-  const int64_t target_col = label - x.head;  // in the body
-  const auto write_tile = [&](int start, auto masked) {
+  const int first = begin + head + threadIdx.x * vec<In>;
+  x += first, out += first;
+  int left = end - first, target = label - first;
+  const auto write_tile = [&](auto masked) {
     constexpr bool MASKED = decltype(masked)::value;
-    const int first = start + threadIdx.x;
-    uint4 tile[loads];
-    load_tile<MASKED>(vectors, first, count, tile);
-    const int64_t target_in_tile = target_col - start * vec<T>;
-    const bool has_target = target_in_tile >= 0 && target_in_tile < step * vec<T>;
+    uint4 bits[loads];
+#pragma unroll
+    for (int u = 0; u < loads; u++) bits[u] = load_columns<In, true, MASKED>(x + u * step, left - u * step);
+    // of this thread or a later one: one tile of the row pays for the comparisons
+    const bool has_target = static_cast<unsigned>(target) < static_cast<unsigned>(tile);
 #pragma unroll
     for (int u = 0; u < loads; u++) {
-      const int i = first + u * blockDim.x;
-      float v[vec<T>];
-      unpack<T, false>(tile[u], tanh_scale, v);
-      if (has_target) {
+      float v[vec<In>];
+      unpack<In>(bits[u], v);
 #pragma unroll
-        for (int e = 0; e < vec<T>; e++) v[e] = gradient(v[e], int64_t(i) * vec<T> + e == target_col);
+      for (int e = 0; e < vec<In>; e += 4) gradient(v + e, has_target, target - u * step - e);
+      Packed y;
+#pragma unroll
+      for (int e = 0; e < vec<In>; e++) y.columns[e] = from_float<Out>(v[e]);
+      if (!MASKED || left - u * step >= vec<In>) {
+        using Bits = std::conditional_t<sizeof(Packed) == 16, uint4, uint2>;
+        Bits packed;
+        memcpy(&packed, &y, sizeof(packed));
+        __stcs(reinterpret_cast<Bits*>(out + u * step), packed);
       } else {
 #pragma unroll
-        for (int e = 0; e < vec<T>; e++) v[e] = gradient(v[e], false);
+        for (int e = 0; e < vec<In>; e++)
+          if (u * step + e < left) out[u * step + e] = y.columns[e];
       }
-      if (!MASKED || i < count) out_vectors[i] = pack<T>(v);
     }
   };
-  int start = 0;
+  int columns = end - begin - head;
 #pragma unroll 1
-  for (; start + step <= count; start += step) write_tile(start, std::false_type{});
-  if (start < count) write_tile(start, std::true_type{});
+  for (; columns >= tile; columns -= tile) {
+    write_tile(std::false_type{});
+    x += tile, out += tile, left -= tile, target -= tile;
+  }
+  if (columns > 0) write_tile(std::true_type{});
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Launches
-
-int threads_per_block(const LogitRows& logits, int item_bytes) {  // 64 bytes of the row per thread and step
-  const int64_t row_bytes = logits.vocab * item_bytes;
-  return row_bytes <= 2048 ? warp : row_bytes <= 16384 ? 128 : max_threads;
+template <class Out>
+__device__ inline void write_zeros(Out* out, int begin, int end) {
+  const int to_boundary = static_cast<int>((-reinterpret_cast<uintptr_t>(out + begin) & 15) / sizeof(Out));
+  const int first = min(begin + to_boundary, end), last = first + (end - first) / vec<Out> * vec<Out>;
+  for (int col = begin + threadIdx.x; col < first; col += bwd_threads) out[col] = from_float<Out>(0.0f);
+  for (int col = first + threadIdx.x * vec<Out>; col < last; col += bwd_threads * vec<Out>)
+    __stcs(reinterpret_cast<uint4*>(out + col), uint4{});
+  for (int col = last + threadIdx.x; col < end; col += bwd_threads) out[col] = from_float<Out>(0.0f);
 }
 
-void check_size(const LogitRows& logits) {
-  check(logits.rows() <= INT_MAX, "logits must have at most 2147483647 rows, got " + std::to_string(logits.rows()));
-  check(logits.vocab <= INT_MAX - 65536,
-        "logits must have fewer than 2147418112 columns, got " + std::to_string(logits.vocab));
+// With softcap, which is bound by its arithmetic, fewer threads of more registers: 16-bit columns would spill at 64.
+template <class In, class Out, bool HAS_SOFTCAP>
+__global__ void __launch_bounds__(bwd_threads, HAS_SOFTCAP && sizeof(In) == 2 ? 3 : 4)
+    scatter_kernel(const __grid_constant__ Scatter a) {
+  const unsigned item = gridDim.x - 1 - blockIdx.x,
+                 row = a.pieces.divide(item);  // the forward left the last rows in L2
+  const Place s = locate(a.labels, row);
+  const int begin = static_cast<int>(item - row * a.pieces.divisor) * piece_columns<In>;
+  const int end = min(begin + piece_columns<In>, a.vocab);
+  const int64_t rows = a.labels.rows;
+  const bool owned = s.sequence < a.labels.sequences;
+  const int64_t label = owned ? label_at(a.labels, s, s.token) : a.labels.from.ignore_index;
+  float hi = 0, grad = 0;
+  if (label != a.labels.from.ignore_index) {
+    hi = a.lse[row];
+    if (a.row_grad) {
+      grad = a.row_grad[row];
+    } else {
+      const int pairs = a.labels.sequences / 2, pair = s.sequence < pairs ? s.sequence : s.sequence - pairs;
+      grad = a.coefficients[s.sequence] * a.loss_grad[a.grad_per_pair ? pair : 0];
+    }
+  }
+  Out* out = row_of<Out>(a.out, a.labels, s, s.token);
+  // a zero gradient, and a finite sum says that no column is NaN: nothing to read
+  if (grad == 0 && fabsf(hi) < infinity) return write_zeros(out, begin, end);
+  const In* x = row_of<In>(a.logits, a.labels, s, s.token);
+  const float minus_scale = -grad * (HAS_SOFTCAP ? a.multiplier * a.tanh_scale : a.multiplier);
+  constexpr bool exact = sizeof(Out) == 4;
+  // -(1 - p) of the target, exact for confident tokens
+  const RowGradient<HAS_SOFTCAP, exact> gradient{Softmax<exact>(hi, a.lse[rows + row], a.multiplier, minus_scale),
+                                                 expm1f(a.logps[row]) * minus_scale, a.tanh_scale};
+  write_piece(x, out, begin, end, label >= 0 && label < a.vocab ? static_cast<int>(label) : -1, gradient);
 }
 
-template <class T>
-void launch_fwd(const TokenLogpsForward& args, cudaStream_t stream) {
-  const bool softcap = args.transform.tanh_scale != 0, stats = args.stats != nullptr;
-  const auto kernel = softcap
-                          ? (stats ? token_logps_fwd_kernel<T, true, true> : token_logps_fwd_kernel<T, true, false>)
-                          : (stats ? token_logps_fwd_kernel<T, false, true> : token_logps_fwd_kernel<T, false, false>);
-  kernel<<<static_cast<unsigned>(args.logits.rows()), threads_per_block(args.logits, sizeof(T)), 0, stream>>>(args);
+template <class In, class Out>
+void launch_scatter_of(const Scatter& a, cudaStream_t stream) {
+  const auto kernel = a.tanh_scale != 0 ? scatter_kernel<In, Out, true> : scatter_kernel<In, Out, false>;
+  kernel<<<static_cast<unsigned>(a.labels.rows * a.pieces.divisor), bwd_threads, 0, stream>>>(a);
 }
 
-template <class T>
-void launch_bwd(const TokenLogpsBackward& args, cudaStream_t stream) {
-  const auto kernel =
-      args.transform.tanh_scale != 0 ? token_logps_bwd_kernel<T, true> : token_logps_bwd_kernel<T, false>;
-  kernel<<<static_cast<unsigned>(args.logits.rows()), threads_per_block(args.logits, sizeof(T)), 0, stream>>>(args);
+TokenLabels labels_of(const LogitRows& logits, const int64_t* labels, int64_t ignore_index) {
+  return {{labels, false}, {}, {}, ignore_index, logits.outer, logits.inner, false};
+}
+
+struct Prepared {
+  Gather gather;
+  int64_t bytes;
+};
+
+Prepared prepare(const TokenLogpsForward& args, void* memory) {
+  DeviceWorkspace workspace{static_cast<char*>(memory)};
+  Prepared p{};
+  p.gather.logps = args.logps, p.gather.lse = args.lse, p.gather.stats = args.stats;
+  fill_gather(p.gather, args.logits, {}, args.transform, labels_of(args.logits, args.labels, args.ignore_index),
+              args.stats != nullptr, 0, workspace);
+  p.bytes = workspace.bytes;
+  return p;
 }
 
 }  // namespace
 
-void token_logps_fwd_cuda(const TokenLogpsForward& args, void* stream) {
+int64_t token_logps_workspace_cuda(const TokenLogpsForward& args) { return prepare(args, nullptr).bytes; }
+
+void token_logps_fwd_cuda(const TokenLogpsForward& args, void* workspace, void* stream) {
   if (args.logits.rows() == 0) return;
-  check_size(args.logits);
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (args.logits.dtype) {
-    case DType::f32:
-      launch_fwd<float>(args, cuda_stream);
-      break;
-    case DType::bf16:
-      launch_fwd<__nv_bfloat16>(args, cuda_stream);
-      break;
-    case DType::f16:
-      launch_fwd<__half>(args, cuda_stream);
-      break;
-  }
-  FASTPREF_CHECK_CUDA(cudaGetLastError());
+  launch_gather(prepare(args, workspace).gather, args.logits.dtype, args.stats != nullptr,
+                static_cast<cudaStream_t>(stream));
 }
 
 void token_logps_bwd_cuda(const TokenLogpsBackward& args, void* stream) {
-  check(args.out.dtype == args.logits.dtype, "out must have the logits' dtype");
-  if (args.logits.rows() == 0) return;
-  check_size(args.logits);
+  logits_gradient_cuda({args.logits, args.transform, labels_of(args.logits, args.labels, args.ignore_index), args.logps,
+                        args.lse, args.grad, nullptr, nullptr, false, args.out},
+                       stream);
+}
+
+void logits_gradient_cuda(const LogitsGradient& args, void* stream) {
+  const DType in = args.logits.dtype, out = args.out.dtype;
+  check(out == in || in == DType::f32, "out must have the logits' dtype, or 16 bits of float32 logits");
+  const int64_t columns = in == DType::f32 ? piece_columns<float> : piece_columns<__half>;
+  const int64_t pieces = ceil_div(args.logits.vocab, columns), rows = rows_of(args.labels);
+  if (rows == 0) return;
+  check(rows * pieces <= INT_MAX, "logits must have at most " + std::to_string(INT_MAX / pieces) + " rows of " +
+                                      std::to_string(args.logits.vocab) + " columns, got " + std::to_string(rows));
+  const Scatter a{device_rows(args.logits),
+                  device_rows(args.out),
+                  static_cast<int>(args.logits.vocab),
+                  divider(pieces),
+                  static_cast<float>(args.transform.multiplier),
+                  args.transform.tanh_scale,
+                  device_labels(args.labels),
+                  args.logps,
+                  args.lse,
+                  args.row_grad,
+                  args.coefficients,
+                  args.loss_grad,
+                  args.grad_per_pair};
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (args.logits.dtype) {
-    case DType::f32:
-      launch_bwd<float>(args, cuda_stream);
-      break;
-    case DType::bf16:
-      launch_bwd<__nv_bfloat16>(args, cuda_stream);
-      break;
-    case DType::f16:
-      launch_bwd<__half>(args, cuda_stream);
-      break;
-  }
+  if (in == DType::f32 && out == DType::f32)
+    launch_scatter_of<float, float>(a, cuda_stream);
+  else if (in == DType::f32 && out == DType::bf16)
+    launch_scatter_of<float, __nv_bfloat16>(a, cuda_stream);
+  else if (in == DType::f32)
+    launch_scatter_of<float, __half>(a, cuda_stream);
+  else if (in == DType::bf16)
+    launch_scatter_of<__nv_bfloat16, __nv_bfloat16>(a, cuda_stream);
+  else
+    launch_scatter_of<__half, __half>(a, cuda_stream);
   FASTPREF_CHECK_CUDA(cudaGetLastError());
 }
 

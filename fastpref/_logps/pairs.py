@@ -21,6 +21,7 @@ class PreferenceStats(NamedTuple):
     rejected_lengths: Tensor
     ties: Tensor  # how many margins are exactly 0: neither right nor wrong
     unrated: Tensor  # how many rating gaps are NaN
+    invalid_labels: Tensor | None = None  # how many, of a loss in one launch; the CPU refuses them
     entropy: Tensor | None = None  # means over all tokens that count, where asked for by stats=
     log_sum_p2: Tensor | None = None
     top1: Tensor | None = None

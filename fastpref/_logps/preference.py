@@ -10,7 +10,7 @@ other loss, a user's own included, runs as torch on vectors between the same two
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from fastpref._logps.pairs import (
     Loss,
     PairData,
     PreferenceOutput,
+    PreferenceStats,
     Reduction,
     check_pairs,
     check_reference,
@@ -36,7 +37,7 @@ from fastpref._logps.token_logps import (
     check_call,
     logits_gradient,
     native_backward,
-    native_forward,
+    native_rows,
     token_logps,
 )
 from fastpref._logps.transform import Transform, checked_transform
@@ -44,150 +45,252 @@ from fastpref._logps.transform import Transform, checked_transform
 # ---- the fused family: one native call forward, one backward ----
 
 
+class _Layout(NamedTuple):
+    """The labels as the caller has them. The GPU's kernels read them so; the CPU's take `aligned` ones."""
+
+    labels: Tensor
+    cu_seqlens: Tensor | None
+    lengths: Tensor | None
+    shift: bool
+
+    def aligned(self, ignore_index: int) -> "_Layout":
+        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.long().contiguous()
+        labels = targets(self.labels, cu_seqlens, self.lengths, ignore_index, self.shift)
+        return _Layout(labels.contiguous(), cu_seqlens, None, False)
+
+    def contiguous(self) -> "_Layout":
+        return _Layout(*(t.contiguous() if isinstance(t, Tensor) else t for t in self))
+
+    def sequences(self) -> int:
+        return self.labels.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def native(self, ignore_index: int):
+        """Holds addresses: this value must have a name until the call."""
+        integers = [
+            _native._core.Integers(_native.address(t), t is not None and t.dtype == torch.int32)
+            for t in (self.labels, self.cu_seqlens, self.lengths)
+        ]
+        return _native._core.TokenLabels(*integers, ignore_index, self.sequences(), self.labels.shape[-1], self.shift)
+
+
+class _Outputs(NamedTuple):
+    """Of the forward operator."""
+
+    loss: Tensor  # [], or [B] with reduction="none"
+    losses: Tensor  # [B] before weights
+    logps: Tensor  # [2B]
+    rewards: Tensor  # [2B]
+    margins: Tensor  # [B]
+    lengths: Tensor  # [2B] int64
+    metrics: Tensor  # [7]: accuracy, then the means of METRICS
+    counts: Tensor  # [3] int64: ties, unrated, invalid labels
+    coefficients: Tensor  # [2B]: derivative of the loss, of the pair's with reduction="none"
+    token_logps: Tensor  # of labels' shape
+    lse: Tensor  # [2, *labels.shape]
+
+    @staticmethod
+    def empty(logits: Tensor, layout: _Layout, reduction: str) -> "_Outputs":
+        sequences, tokens = layout.sequences(), layout.labels.shape
+        pairs = sequences // 2
+
+        def empty(*shape, dtype=torch.float32):
+            return logits.new_empty(shape, dtype=dtype)
+
+        return _Outputs(
+            loss=empty(pairs) if reduction == "none" else empty(),
+            losses=empty(pairs),
+            logps=empty(sequences),
+            rewards=empty(sequences),
+            margins=empty(pairs),
+            lengths=empty(sequences, dtype=torch.int64),
+            metrics=empty(1 + len(METRICS)),
+            counts=empty(3, dtype=torch.int64),
+            coefficients=empty(sequences),
+            token_logps=empty(*tokens),
+            lse=empty(2, *tokens),
+        )
+
+
+METRICS = ("entropy", "log_sum_p2", "top1", "chosen_mean_logit", "rejected_mean_logit", "chosen_top1")
+
+
 def _fwd(
-    logits, labels, ref_logits, ref_token_logps, ref_logps, cu_seqlens, rating_gap, temperature, softcap, scale,
-    ignore_index, stats, family, drop_square,
+    logits, labels, cu_seqlens, lengths, shift, ref_logits, ref_token_logps, ref_logps, rating_gap, pair_weights,
+    num_items, reduction, temperature, softcap, scale, ignore_index, stats, numbers, drop_square,
 ):  # fmt: skip
     core = _native._core
     transform = Transform(temperature, softcap, scale, ignore_index)
+    on_cuda = _native.device_kind(logits) == "cuda"
+    layout = _Layout(labels, cu_seqlens, lengths, shift)
+    if on_cuda and ref_logits is not None and ref_logits.dtype != logits.dtype:  # one launch reads one dtype
+        aligned = layout.aligned(ignore_index).labels
+        ref_token_logps, _, _ = operators.token_logps_fwd(ref_logits, aligned, *transform, False, "native")
+        ref_logits = None
+    layout = layout.contiguous() if on_cuda else layout.aligned(ignore_index)
+    out = _Outputs.empty(logits, layout, reduction)
+    if on_cuda and layout.sequences() == 0:
+        return tuple(t.zero_() for t in out)
+    *family, items = numbers.tolist()
+    if num_items is not None and _native.device_kind(num_items) != _native.device_kind(logits):
+        num_items, items = None, float(num_items)
     rows = as_rows(logits)
-    shape = rows.shape[:2]
-    flat = labels.reshape(shape).contiguous()
-    (token_logps, lse, values), policy = native_forward(rows, flat, transform, stats)
-    reference = ref_rows = _ref_outputs = None  # named: the call below only holds their addresses
+    args = core.PreferenceForward(
+        native_rows(rows),
+        core.LogitTransform(*transform.multiplier_and_tanh_scale()),
+        layout.native(ignore_index),
+        stats,
+        getattr(core.Reduction, reduction),
+        items,
+        core.LogisticFamily(*family, drop_square),
+    )
     if ref_logits is not None:
         ref_rows = as_rows(ref_logits)
-        _ref_outputs, reference = native_forward(ref_rows, flat, transform, False)
-    inputs = [None if t is None else t.contiguous() for t in (ref_token_logps, ref_logps, cu_seqlens, rating_gap)]
-    sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    logps, logratios, coefficients = (torch.empty(sequences, dtype=torch.float32) for _ in range(3))
-    lengths = torch.empty(sequences, dtype=torch.int64)
-    pair_losses = torch.empty(sequences // 2, dtype=torch.float32)
-    core.preference_fwd_cpu(
-        policy,
-        reference,
-        _native.address(inputs[0]),
-        _native.address(inputs[1]),
-        _native.address(inputs[2]),
-        sequences // 2,
-        labels.shape[-1],
-        _native.address(inputs[3]),
-        core.LogisticFamily(*family.tolist(), drop_square),
-        logps.data_ptr(),
-        logratios.data_ptr(),
-        lengths.data_ptr(),
-        pair_losses.data_ptr(),
-        coefficients.data_ptr(),
-        torch.get_num_threads(),
-    )
-    shape = labels.shape
-    values = values.view(values.shape[0], *shape)
-    return pair_losses, logps, logratios, lengths, coefficients, token_logps.view(shape), lse.view(2, *shape), values
+        args.ref_logits = native_rows(ref_rows)
+    tensors = {
+        "ref_token_logps": ref_token_logps,
+        "ref_logps": ref_logps,
+        "rating_gap": rating_gap,
+        "pair_weights": pair_weights,
+        "num_items": num_items,
+    }
+    tensors = {name: t.float().contiguous() for name, t in tensors.items() if t is not None} | out._asdict()
+    if stats and not on_cuda:
+        tensors["token_stats"] = rows.new_empty((4, *labels.shape), dtype=torch.float32)
+    for name, tensor in tensors.items():  # they live until the call: args holds addresses
+        setattr(args, name, tensor.data_ptr())
+    if on_cuda:
+        workspace = rows.new_empty(core.preference_workspace_cuda(args), dtype=torch.uint8)
+        with _native.guard(logits):
+            core.preference_fwd_cuda(args, workspace.data_ptr(), _native.stream(logits))
+    else:
+        core.preference_fwd_cpu(args, torch.get_num_threads())
+    return tuple(out)
 
 
 def _fwd_fake(
-    logits, labels, ref_logits, ref_token_logps, ref_logps, cu_seqlens, rating_gap, temperature, softcap, scale,
-    ignore_index, stats, family, drop_square,
+    logits, labels, cu_seqlens, lengths, shift, ref_logits, ref_token_logps, ref_logps, rating_gap, pair_weights,
+    num_items, reduction, temperature, softcap, scale, ignore_index, stats, numbers, drop_square,
 ):  # fmt: skip
-    sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    empty = logits.new_empty
-    return (
-        empty(sequences // 2, dtype=torch.float32),
-        empty(sequences, dtype=torch.float32),
-        empty(sequences, dtype=torch.float32),
-        empty(sequences, dtype=torch.int64),
-        empty(sequences, dtype=torch.float32),
-        empty(labels.shape, dtype=torch.float32),
-        empty((2, *labels.shape), dtype=torch.float32),
-        empty((4 if stats else 0, *labels.shape), dtype=torch.float32),
-    )
+    return tuple(_Outputs.empty(logits, _Layout(labels, cu_seqlens, lengths, shift), reduction))
 
 
-def _write_gradient(out, grad_losses, coefficients, logits, labels, cu_seqlens, token_logps, lse, transform):
-    rows = as_rows(logits)
+def _write_gradient(out, grad_loss, coefficients, logits, layout: _Layout, token_logps, lse, transform: Transform):
+    core = _native._core
+    rows, out_rows = as_rows(logits), as_rows(out)
+    grad_loss, token_logps, lse = grad_loss.contiguous(), token_logps.contiguous(), lse.contiguous()
+    per_pair = grad_loss.dim() == 1
+    if _native.device_kind(logits) == "cuda":
+        layout = layout.contiguous()
+        args = core.LogitsGradient(
+            native_rows(rows),
+            core.LogitTransform(*transform.multiplier_and_tanh_scale()),
+            layout.native(transform.ignore_index),
+            token_logps.data_ptr(),
+            lse.data_ptr(),
+            coefficients.data_ptr(),
+            grad_loss.data_ptr(),
+            per_pair,
+            native_rows(out_rows),
+        )
+        with _native.guard(logits):
+            core.logits_gradient_cuda(args, _native.stream(logits))
+        return
+    layout = layout.aligned(transform.ignore_index)
     shape = rows.shape[:2]
-    flat = labels.reshape(shape).contiguous()
-    token_grad = torch.empty(shape, dtype=torch.float32)
-    grad_losses, cu_seqlens = grad_losses.contiguous(), None if cu_seqlens is None else cu_seqlens.contiguous()
-    saved = token_logps.reshape(shape), lse.reshape(2, *shape)
-    tokens = native_backward(token_grad, rows, flat, *saved, transform, as_rows(out))
-    _native._core.preference_bwd_cpu(
-        tokens,
+    labels, token_grad = layout.labels.view(shape), torch.empty(shape, dtype=torch.float32)
+    saved = token_logps.view(shape), lse.view(2, *shape)
+    core.preference_bwd_cpu(
+        native_backward(token_grad, rows, labels, *saved, transform, out_rows),
         token_grad.data_ptr(),
-        _native.address(cu_seqlens),
-        grad_losses.shape[0],
-        labels.shape[-1],
+        _native.address(layout.cu_seqlens),
+        layout.sequences() // 2,
+        layout.labels.shape[-1],
         coefficients.data_ptr(),
-        grad_losses.data_ptr(),
+        grad_loss.data_ptr(),
+        per_pair,
         torch.get_num_threads(),
     )
 
 
 def _bwd(
-    grad_losses, coefficients, logits, labels, cu_seqlens, token_logps, lse, temperature, softcap, scale, ignore_index
-):
+    grad_loss, coefficients, logits, labels, cu_seqlens, lengths, shift, token_logps, lse, temperature, softcap, scale,
+    ignore_index,
+):  # fmt: skip
     out = _native.empty(logits.shape, logits.dtype, logits.device)
-    transform = Transform(temperature, softcap, scale, ignore_index)
-    _write_gradient(out, grad_losses, coefficients, logits, labels, cu_seqlens, token_logps, lse, transform)
+    layout, transform = (
+        _Layout(labels, cu_seqlens, lengths, shift),
+        Transform(temperature, softcap, scale, ignore_index),
+    )
+    _write_gradient(out, grad_loss, coefficients, logits, layout, token_logps, lse, transform)
     return out
 
 
 def _bwd_fake(
-    grad_losses, coefficients, logits, labels, cu_seqlens, token_logps, lse, temperature, softcap, scale, ignore_index
-):
+    grad_loss, coefficients, logits, labels, cu_seqlens, lengths, shift, token_logps, lse, temperature, softcap, scale,
+    ignore_index,
+):  # fmt: skip
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _bwd_inplace(
-    grad_losses, coefficients, logits, labels, cu_seqlens, token_logps, lse, temperature, softcap, scale, ignore_index
-):
-    transform = Transform(temperature, softcap, scale, ignore_index)
-    _write_gradient(logits, grad_losses, coefficients, logits, labels, cu_seqlens, token_logps, lse, transform)
+    grad_loss, coefficients, logits, labels, cu_seqlens, lengths, shift, token_logps, lse, temperature, softcap, scale,
+    ignore_index,
+):  # fmt: skip
+    layout, transform = (
+        _Layout(labels, cu_seqlens, lengths, shift),
+        Transform(temperature, softcap, scale, ignore_index),
+    )
+    _write_gradient(logits, grad_loss, coefficients, logits, layout, token_logps, lse, transform)
 
 
 preference_fwd, preference_bwd = operators.preference_fwd, operators.preference_bwd
 preference_bwd_ = operators.preference_bwd_
 
-
-def _epilogue_reason(device: str) -> str | None:
-    if device != "cpu":
-        return "the fused epilogue runs on the CPU; elsewhere the loss is torch on vectors between token_logps' kernels"
-    return _native.cpu_missing()
+_library.OPS["preference_loss"] = {"native": _library.native_reason, "torch": _library.reference_reason}
 
 
-_library.OPS["preference_loss"] = {"native": _epilogue_reason, "torch": _library.reference_reason}
+class _Options(NamedTuple):
+    """What autograd has no gradient of, and no tensor in."""
+
+    shift: bool
+    reduction: str
+    transform: Transform
+    stats: bool
+    drop_square: bool
+    inplace: bool
 
 
 @_autograd.cache_signature
 class _Preference(torch.autograd.Function):
     @staticmethod
     def forward(
-        logits, labels, ref_logits, ref_token_logps, ref_logps, cu_seqlens, rating_gap, transform, stats, family,
-        drop_square, inplace,
+        logits, labels, cu_seqlens, lengths, ref_logits, ref_token_logps, ref_logps, rating_gap, pair_weights,
+        num_items, numbers, options,
     ):  # fmt: skip
-        references = ref_logits, ref_token_logps, ref_logps
-        return preference_fwd(
-            logits, labels, *references, cu_seqlens, rating_gap, *transform, stats, family, drop_square
-        )
+        layout, references = (labels, cu_seqlens, lengths, options.shift), (ref_logits, ref_token_logps, ref_logps)
+        pair_data = rating_gap, pair_weights, num_items, options.reduction
+        rest = *options.transform, options.stats, numbers, options.drop_square
+        return preference_fwd(logits, *layout, *references, *pair_data, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, labels, _, _, _, cu_seqlens, _, ctx.transform, _stats, _family, _drop_square, ctx.inplace = inputs
-        _losses, *others = output
-        _logps, _logratios, _lengths, coefficients, tokens, lse, _values = others
-        ctx.mark_non_differentiable(*others)
+        logits, labels, cu_seqlens, lengths, *_, options = inputs
+        out = _Outputs(*output)
+        ctx.mark_non_differentiable(*out[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, labels, cu_seqlens, tokens, lse, coefficients)
+        ctx.shift, ctx.transform, ctx.inplace = options.shift, options.transform, options.inplace
+        ctx.save_for_backward(logits, labels, cu_seqlens, lengths, out.token_logps, out.lse, out.coefficients)
 
     @staticmethod
-    def backward(ctx, grad_losses, *_):
-        if grad_losses is None:
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
             return _autograd.pad_gradients(ctx)
 
-        def run(op, logits, labels, cu_seqlens, tokens, lse, coefficients):
-            return op(grad_losses, coefficients, logits, labels, cu_seqlens, tokens, lse, *ctx.transform)
+        def run(op, logits, labels, cu_seqlens, lengths, tokens, lse, coefficients):
+            saved = labels, cu_seqlens, lengths, ctx.shift, tokens, lse
+            return op(grad_loss, coefficients, logits, *saved, *ctx.transform)
 
-        return _autograd.pad_gradients(ctx, logits_gradient(ctx, grad_losses, preference_bwd, preference_bwd_, run))
+        return _autograd.pad_gradients(ctx, logits_gradient(ctx, grad_loss, preference_bwd, preference_bwd_, run))
 
 
 def _family(loss: Loss, has_reference: bool) -> tuple[list[float], bool] | None:
@@ -283,17 +386,16 @@ def preference_loss(
 
     if lengths is not None:
         _checks.same_device("lengths", lengths, "logits", logits)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.long()
-    labels = targets(labels, cu_seqlens, lengths, ignore_index, shift)
     has_reference = not (ref_logits is None and ref_token_logps is None and ref_logps is None)
     family = _family(objective, has_reference) if _can_fuse(logits, ref_logits, backend) else None
     if family is not None and not (rating_gap is None and "rating_gap" in losses.get_loss(loss).needs):
-        options = family, transform, inplace_backward, bool(stats)
-        gathered = _fused(logits, labels, ref_logits, cu_seqlens, data, *options)
-    else:
-        gathered = _vectors(
-            logits, labels, ref_logits, cu_seqlens, data, objective, transform, inplace_backward, stats, backend
-        )
+        layout = _Layout(labels, cu_seqlens, lengths, shift)
+        return _fused(logits, layout, ref_logits, data, reducing, transform, stats, family, inplace_backward)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.long()
+    labels = targets(labels, cu_seqlens, lengths, ignore_index, shift)
+    gathered = _vectors(
+        logits, labels, ref_logits, cu_seqlens, data, objective, transform, inplace_backward, stats, backend
+    )
     sequences = Sequences(labels, ignore_index, cu_seqlens)
     reduced = reducing.reduce(gathered.losses)
     return preference_output(reduced, gathered, sequences, rating_gap, objective.reward_scale(), stats)
@@ -301,24 +403,48 @@ def preference_loss(
 
 def _can_fuse(logits: Tensor, ref_logits: Tensor | None, backend: str | None) -> bool:
     return (
-        _epilogue_reason(_native.device_kind(logits)) is None
+        _library.native_reason(_native.device_kind(logits)) is None
         and logits.dtype in _native.DTYPE_CODES
         and (ref_logits is None or ref_logits.dtype in _native.DTYPE_CODES)
         and backend in (None, "native")
     )
 
 
-def _fused(logits, labels, ref_logits, cu_seqlens, data: PairData, family, transform, inplace, stats) -> Gathered:
-    ref_token_logps, ref_logps, rating_gap = (
-        None if v is None else v.detach().float() for v in (data.ref_token_logps, data.ref_logps, data.rating_gap)
-    )
-    ref_logits = None if ref_logits is None else ref_logits.detach()
+def _fused(
+    logits, layout: _Layout, ref_logits, data: PairData, reducing: Reduction, transform, stats, family, inplace
+) -> PreferenceOutput:
     numbers, drop_square = family
-    pair_losses, logps, logratios, lengths, _coefficients, _tokens, _lse, values = _Preference.apply(
-        logits, labels, ref_logits, ref_token_logps, ref_logps, cu_seqlens, rating_gap, transform, stats,
-        host_numbers(numbers), drop_square, inplace,
-    )  # fmt: skip
-    return Gathered(pair_losses, logps, logratios, lengths, values)
+    items = reducing.num_items
+    of_tensor = isinstance(items, Tensor)
+    numbers = host_numbers([*numbers, 0.0 if items is None or of_tensor else items])
+    inputs = ref_logits, data.ref_token_logps, data.ref_logps, data.rating_gap, reducing.pair_weights
+    inputs = [None if t is None else t.detach() for t in (*inputs, items if of_tensor else None)]
+    options = _Options(layout.shift, reducing.kind, transform, bool(stats), drop_square, inplace)
+    labels, cu_seqlens, lengths, _ = layout
+    out = _Outputs(*_Preference.apply(logits, labels, cu_seqlens, lengths, *inputs, numbers, options))
+    pairs = out.losses.shape[0]
+    ties, unrated, invalid_labels = out.counts.unbind()
+    accuracy, *means = out.metrics.unbind()
+    wanted = {"top1": ("top1", "chosen_top1"), "mean_logit": ("chosen_mean_logit", "rejected_mean_logit")}
+    names = [name for stat in stats for name in wanted.get(stat, (stat,))]
+    return PreferenceOutput(
+        loss=out.loss,
+        chosen_logps=out.logps[:pairs],
+        rejected_logps=out.logps[pairs:],
+        chosen_rewards=out.rewards[:pairs],
+        rejected_rewards=out.rewards[pairs:],
+        margins=out.margins,
+        accuracy=accuracy,
+        stats=PreferenceStats(
+            losses=out.losses,
+            chosen_lengths=out.lengths[:pairs],
+            rejected_lengths=out.lengths[pairs:],
+            ties=ties,
+            unrated=unrated,
+            invalid_labels=invalid_labels,
+            **{name: mean for name, mean in zip(METRICS, means, strict=True) if name in names},
+        ),
+    )
 
 
 def _vectors(

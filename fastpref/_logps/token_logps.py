@@ -518,7 +518,7 @@ def _fwd_outputs(rows, labels, stats) -> tuple[Tensor, Tensor, Tensor]:
 # ---- native ----
 
 
-def _native_rows(rows: Tensor):
+def native_rows(rows: Tensor):
     outer, inner, vocab = rows.shape
     return _native._core.LogitRows(
         rows.data_ptr(), _native.DTYPE_CODES[rows.dtype], outer, inner, rows.stride(0), rows.stride(1), vocab
@@ -529,7 +529,7 @@ def native_forward(rows, labels, transform: Transform, stats):
     """Outputs, and the arguments of the call that fills them."""
     logps, lse, values = outputs = _fwd_outputs(rows, labels, stats)
     args = _native._core.TokenLogpsForward(
-        _native_rows(rows),
+        native_rows(rows),
         _native._core.LogitTransform(*transform.multiplier_and_tanh_scale()),
         labels.data_ptr(),
         transform.ignore_index,
@@ -544,7 +544,8 @@ def _native_fwd(rows, labels, transform: Transform, stats):
     outputs, args = native_forward(rows, labels, transform, stats)
     if _native.device_kind(rows) == "cuda":
         with _native.guard(rows):
-            _native._core.token_logps_fwd_cuda(args, _native.stream(rows))
+            workspace = rows.new_empty(_native._core.token_logps_workspace_cuda(args), dtype=torch.uint8)
+            _native._core.token_logps_fwd_cuda(args, workspace.data_ptr(), _native.stream(rows))
     else:
         _native._core.token_logps_fwd_cpu(args, torch.get_num_threads())
     return outputs
@@ -553,23 +554,18 @@ def _native_fwd(rows, labels, transform: Transform, stats):
 def native_backward(grad, rows, labels, logps, lse, transform: Transform, out):
     """The arguments of the call that fills `out`. They hold addresses: every tensor must have a name until then."""
     return _native._core.TokenLogpsBackward(
-        _native_rows(rows),
+        native_rows(rows),
         _native._core.LogitTransform(*transform.multiplier_and_tanh_scale()),
         labels.data_ptr(),
         transform.ignore_index,
         logps.data_ptr(),
         lse.data_ptr(),
         grad.data_ptr(),
-        _native_rows(out),
+        native_rows(out),
     )
 
 
 def _native_bwd(grad, rows, labels, logps, lse, transform: Transform, out):
-    if _native.device_kind(rows) == "cuda" and out.dtype != rows.dtype:  # the CUDA kernels keep the dtype
-        gradient = torch.empty_like(rows)
-        _native_bwd(grad, rows, labels, logps, lse, transform, gradient)
-        out.copy_(gradient)
-        return
     args = native_backward(grad, rows, labels, logps, lse, transform, out)
     if _native.device_kind(rows) == "cuda":
         with _native.guard(rows):

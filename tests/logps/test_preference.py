@@ -583,14 +583,18 @@ def test_opcheck(packed):
         logits, labels, ref_logits = logits.view(-1, 40), labels.view(-1), ref_logits.view(-1, 40)
     else:
         logits = logits.transpose(0, 1).contiguous().transpose(0, 1)  # a permuted layout
-    options = (0.7, None, 1.0, -100)
-    family = (torch.tensor([0.1, 1.0, 0.0, 0.5, 0.0, 1.0, 0.3], dtype=torch.float64), True)
-    args = (logits, labels, ref_logits, None, None, cu_seqlens, gap, *options, True, *family)
+    lengths = None if packed else torch.tensor([9, 0, 4, 9, 8, 2])
+    layout, transform = (labels, cu_seqlens, lengths, not packed), (0.7, None, 1.0, -100)
+    reduction = "none" if packed else "mean"
+    weights, items = (None, torch.tensor(7.0)) if packed else (torch.rand(3), None)
+    numbers = torch.tensor([0.1, 1.0, 0.0, 0.5, 0.0, 1.0, 0.3, 0.0], dtype=torch.float64)
+    references, pair_data = (ref_logits, None, None), (gap, weights, items, reduction)
+    args = (logits, *layout, *references, *pair_data, *transform, True, numbers, True)
     torch.library.opcheck(preference_fwd, args)
-    _, _, _, _, coefficients, tokens, lse, _ = preference_fwd(*args)
-    saved = (labels, cu_seqlens, tokens, lse, *options)
-    torch.library.opcheck(preference_bwd, (torch.randn(3), coefficients, logits, *saved))
-    torch.library.opcheck(preference_bwd_, (torch.randn(3), coefficients, logits.contiguous(), *saved))
+    loss, *_, coefficients, tokens, lse = preference_fwd(*args)
+    saved = (*layout, tokens, lse, *transform)
+    torch.library.opcheck(preference_bwd, (torch.randn_like(loss), coefficients, logits, *saved))
+    torch.library.opcheck(preference_bwd_, (torch.randn_like(loss), coefficients, logits.contiguous(), *saved))
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "rdpo", "ipo", "wpo", "ld_dpo", "aot", "kto", "orpo"])
