@@ -111,10 +111,11 @@ linear_logps_fwd = _define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fastpref._logps.linear_logps:_fwd",
 )
-# -> a gradient for each part of the head, empty where `needs` says that it is not asked for
+# spans: whether linear_logps_fwd had some -> a gradient for each part of the head, empty where `needs` says that it is
+# not asked for
 linear_logps_bwd = _define(
     f"linear_logps_bwd(Tensor grad, {_HEAD}, Tensor labels, Tensor logps, Tensor lse, Tensor index, Tensor bounds, "
-    f"{_TRANSFORM}, bool[] needs, {_BUDGET}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_TRANSFORM}, bool spans, bool[] needs, {_BUDGET}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fastpref._logps.linear_logps:_bwd",
 )
 # ref_token_logps [tokens], ref_logps and scores [2B], rating_gap and scale_of_pair [B]; losses, loss_options and

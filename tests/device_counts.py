@@ -5,11 +5,13 @@ on that data; one that mixes the two places raises, as it would with a GPU. Trit
 
 What counts: an op of torch that is no view and no bare allocation is a launch; one that is a copy and a change in one
 call is two. What CUDA makes of it inside (cub's passes, a memset) is not seen. A read is a value of the device on the
-host; an upload is a copy from the host that waits for the stream.
+host; an upload is a copy from there. The peak is the largest sum of bytes that are held at a time, without the inputs
+and what a product takes for itself.
 """
 
 import contextlib
 import traceback
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -47,6 +49,26 @@ class Counts:
     ops: Counter = field(default_factory=Counter)  # launches by name; fastpref's kernels have "kernel" in theirs
     reads: list[str] = field(default_factory=list)  # where
     uploads: list[str] = field(default_factory=list)
+    holders: Counter = field(default_factory=Counter)  # tensors over each memory that was allocated meanwhile
+    held: int = 0
+    peak: int = 0
+
+    def hold(self, tensor: "OnDevice", is_new: bool) -> None:
+        storage = tensor.held.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        if not is_new and address not in self.holders:
+            return  # an input's
+        if not self.holders[address]:
+            self.held += size
+            self.peak = max(self.peak, self.held)
+        self.holders[address] += 1
+        weakref.finalize(tensor, self.release, address, size)
+
+    def release(self, address: int, size: int) -> None:
+        self.holders[address] -= 1
+        if not self.holders[address]:
+            del self.holders[address]
+            self.held -= size
 
     def counted(self) -> Counted:
         kernels = sum(n for name, n in self.ops.items() if "kernel" in name)
@@ -128,7 +150,12 @@ class _Counting(OpenOperators):
             if not isinstance(value, Tensor):
                 return value
             same = [t for t in tensors if _held(t) is value]
-            return same[0] if same else OnDevice(value) if result_is_ours else value
+            if same or not result_is_ours:
+                return same[0] if same else value
+            wrapped = OnDevice(value)
+            memory = value.untyped_storage().data_ptr()
+            self.counts.hold(wrapped, all(memory != t.held.untyped_storage().data_ptr() for t in ours))
+            return wrapped
 
         return tree_map(back, made)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastpref import _autograd, _checks, _library, _native, operators
 from fastpref._logps.plan import check_tile, choose_kind, even_chunks
+from fastpref._logps.scaled import scaled
 from fastpref._logps.tile import (
     Budget,
     Gradients,
@@ -31,16 +32,18 @@ from fastpref._logps.tile import (
     active_rows,
     fwd_outputs,
     no_autocast,
+    refuse_invalid,
+    smaller_tile_advised,
     take_rows,
 )
 from fastpref._logps.token_logps import (
-    STATS,
+    ALL_STATS,
     TokenStats,
     check_call,
+    needs_values,
     shifted,
     token_logps_ref,
     token_stats,
-    valid_labels,
 )
 from fastpref._logps.transform import Transform, checked_transform
 
@@ -87,9 +90,9 @@ def _fwd(
     projection = Projection(hidden, weight, bias, adapter_a, adapter_b)
     transform = Transform(temperature, softcap, scale, ignore_index)
     budget = Budget(max_active_tokens, max_tile_bytes, logits_dtype, group, backend)
-    with no_autocast(hidden.device):
+    with no_autocast(hidden.device), smaller_tile_advised(max_tile_bytes):
         shard = Shard.of(group, weight)
-        valid_labels(labels, weight.shape[0] if shard is None else sum(shard.sizes), ignore_index)
+        refuse_invalid(labels, weight, shard, ignore_index)
         index, bounds, _ = active_rows(labels, ignore_index, cu_seqlens, spans, max_active_tokens)
         rows = Rows(index, bounds, labels, ignore_index, max_active_tokens, spans is not None)
         head = Head(projection, transform, stats, budget, shard)
@@ -105,6 +108,7 @@ def _fwd(
             rows.put(logps, where, row_logps)
             rows.put(lse, where, row_lse, 1)
             rows.put(values, where, row_values, 1)
+            del x  # before the next rows are gathered
         ref_logps = _ref_zeros(ref_hidden, labels)
         if ref_hidden is not None:
             ref = head.like(ref_hidden, ref_weight, ref_bias)
@@ -141,13 +145,13 @@ def _fwd_fake(
 
 def _bwd(
     grad, hidden, weight, bias, adapter_a, adapter_b, labels, logps, lse, index, bounds, temperature, softcap, scale,
-    ignore_index, needs, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
+    ignore_index, spans, needs, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
 ):  # fmt: skip
     projection = Projection(hidden, weight, bias, adapter_a, adapter_b)
     transform = Transform(temperature, softcap, scale, ignore_index)
     budget = Budget(max_active_tokens, max_tile_bytes, logits_dtype, group, backend)
-    with no_autocast(hidden.device):
-        rows = Rows(index, bounds, labels, ignore_index, max_active_tokens, True)
+    with no_autocast(hidden.device), smaller_tile_advised(max_tile_bytes):
+        rows = Rows(index, bounds, labels, ignore_index, max_active_tokens, spans)
         head = Head(projection, transform, False, budget, Shard.of(group, weight))
         chunks = even_chunks(rows.count, head.tile_rows())
         gradients = Gradients(head, hidden, needs, rows, len(chunks))
@@ -161,7 +165,7 @@ def _bwd(
 
 def _bwd_fake(
     grad, hidden, weight, bias, adapter_a, adapter_b, labels, logps, lse, index, bounds, temperature, softcap, scale,
-    ignore_index, needs, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
+    ignore_index, spans, needs, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
 ):  # fmt: skip
     return empty_gradients(Projection(hidden, weight, bias, adapter_a, adapter_b), needs)
 
@@ -194,7 +198,7 @@ class _LinearLogps(torch.autograd.Function):
         _logps, *others = found
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
-        ctx.done = False
+        ctx.done, ctx.spans = False, tokens.spans is not None
         if ctx.unit:
             ctx.save_for_backward(anchor, outputs.unit_grad, tokens.labels)
         else:
@@ -214,19 +218,10 @@ class _LinearLogps(torch.autograd.Function):
             needs = list(ctx.needs_input_grad[: len(Projection._fields)])
             saved = ctx.saved_tensors  # read once: a second read raises under checkpointing
             with torch.no_grad():
-                gradients = linear_logps_bwd(grad, *saved, *ctx.transform, needs, *ctx.budget)
+                gradients = linear_logps_bwd(grad, *saved, *ctx.transform, ctx.spans, needs, *ctx.budget)
             gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
             sources = saved[: len(needs)]
         return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients, grad, *sources))
-
-
-def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor in gradient's dtype; written over the gradient, but in a graph or under torch.func."""
-    if torch.compiler.is_compiling() or _autograd.is_mapped():
-        return (gradient * factor).to(gradient.dtype)
-    if factor.dim() == 0 and _native.device_kind(factor) == "cpu" and factor == 1:
-        return gradient.detach()  # a tensor of its own, which .grad can take over without a copy
-    return gradient.detach().mul_(factor)
 
 
 # ---- public ----
@@ -356,7 +351,7 @@ def linear_token_logps(
     hidden, weight, bias, a, b = cast_for_autocast(hidden, weight, bias, a, b)
     check_head(hidden, weight, bias, adapter if a is None else (a, b))
     transform = checked_transform(temperature, softcap, scale, ignore_index)
-    check_call(hidden, False, stats, backend)
+    check_call(hidden, False, stats, backend, ALL_STATS)
     budget = checked_budget(weight, max_active_tokens, max_tile_bytes, logits_dtype, group, backend, hidden.dtype)
     _autograd.refuse_transforms("linear_token_logps", hidden, weight, bias, a, b)
     targets = labels.long()
@@ -365,17 +360,18 @@ def linear_token_logps(
             raise ValueError("shift=True needs labels of shape [..., tokens], got a scalar")
         targets = shifted(targets, ignore_index)
     projection = Projection(hidden.reshape(-1, hidden.shape[-1]), weight, bias, a, b)
-    logps, values, _ = gather_logps(projection, Tokens(targets.reshape(-1)), transform, bool(stats), budget)
-    logps = logps.view(labels.shape)
+    found = gather_logps(projection, Tokens(targets.reshape(-1)), transform, needs_values(stats), budget)
+    logps = found.logps.view(labels.shape)
     if not stats:
         return logps
-    return logps, token_stats(values.view(len(STATS), *labels.shape), stats)
+    lse, values = (t.view(t.shape[0], *labels.shape) for t in (found.lse, found.values))
+    return logps, token_stats(values, lse, transform, stats)
 
 
 def gather_logps(
     projection: Projection, tokens: Tokens, transform: Transform, stats: bool, budget: Budget
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """logps [tokens], stats [4 or 0, tokens], and the reference's logps or None."""
+) -> LinearLogps:
+    """Differentiable in `logps`."""
     kind = "score"
     if torch.is_grad_enabled():
         hidden, *head = projection
@@ -386,5 +382,4 @@ def gather_logps(
         found = linear_logps_fwd(*projection, *tokens, *transform, stats, unit, *budget)
     else:
         *found, _anchor = _LinearLogps.apply(*projection, tokens, transform, stats, unit, budget)
-    found = LinearLogps(*found)
-    return found.logps, found.values, found.ref_logps if tokens.ref_hidden is not None else None
+    return LinearLogps(*found)

@@ -23,7 +23,6 @@ from fastpref._logps.linear_logps import (
     checked_budget,
     empty_gradients,
     gather_logps,
-    scaled,
     whole_weight,
 )
 from fastpref._logps.pairs import (
@@ -42,6 +41,7 @@ from fastpref._logps.pairs import (
     wanted_stats,
 )
 from fastpref._logps.plan import choose_kind, even_chunks, is_resident, pair_groups
+from fastpref._logps.scaled import scaled
 from fastpref._logps.sequences import Sequences, check_layout, targets
 from fastpref._logps.tile import (
     Budget,
@@ -53,9 +53,11 @@ from fastpref._logps.tile import (
     active_rows,
     join_folds,
     no_autocast,
+    refuse_invalid,
+    smaller_tile_advised,
     take_rows,
 )
-from fastpref._logps.token_logps import check_call, valid_labels
+from fastpref._logps.token_logps import check_call
 from fastpref._logps.transform import Transform, checked_transform
 
 # ---- the operator: whole pairs, forward and backward, in one tile ----
@@ -142,9 +144,9 @@ def _pair_resident(
     """LinearPreference, and the gradients of its loss by those parts of the projection that `wanted` names."""
     hidden, labels = projection.hidden, tokens.labels
     pairs, capacity, ignore_index = scale_of_pair.shape[0], budget.max_active_tokens, transform.ignore_index
-    with no_autocast(hidden.device):
+    with no_autocast(hidden.device), smaller_tile_advised(budget.max_tile_bytes):
         shard = Shard.of(budget.group, projection.weight)
-        valid_labels(labels, projection.weight.shape[0] if shard is None else sum(shard.sizes), ignore_index)
+        refuse_invalid(labels, projection.weight, shard, ignore_index)
         index, bounds, ends = active_rows(labels, ignore_index, tokens.cu_seqlens, tokens.spans, capacity)
         rows = Rows(index, bounds, labels, ignore_index, capacity, tokens.spans is not None)
         head = Head(projection, transform, wanted.stats, budget, shard)
@@ -374,11 +376,11 @@ def linear_preference_loss(
         per_pair, logps, logratios, lengths, values = gathered
         gathered = Gathered(per_pair, logps, logratios, lengths, values.view(values.shape[0], *labels.shape))
     else:
-        logps, values, ref_tokens = gather_logps(projection, tokens, transform, values_wanted, budget)
-        if ref_tokens is not None:
-            data = PairData(ref_tokens.view(labels.shape), ref_logps, rating_gap, scores)
-        values = values.view(values.shape[0], *labels.shape)
-        gathered = pair_losses(logps.view(labels.shape), values, layout, data, objective)
+        found = gather_logps(projection, tokens, transform, values_wanted, budget)
+        if ref_hidden is not None:
+            data = PairData(found.ref_logps.view(labels.shape), ref_logps, rating_gap, scores)
+        values = found.values.view(found.values.shape[0], *labels.shape)
+        gathered = pair_losses(found.logps.view(labels.shape), values, layout, data, objective)
         reduced = reducing.reduce(gathered.losses)
     return preference_output(reduced, gathered, layout, rating_gap, objective.reward_scale(), stats)
 

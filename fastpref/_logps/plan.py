@@ -20,7 +20,8 @@ from fastpref import _checks, _library, _native, losses
 CPU_TILE_BYTES = 80 << 20
 CUDA_TILE_ROWS = 2048  # below, reading and writing the weight gradient per group costs more than its product
 CUDA_TILE_SHARE = 16  # at most this part of the memory
-UPCAST_BYTES = 4 << 20  # a block of a 16-bit weight, or of its gradient, in float32
+CPU_BLOCK_BYTES = 4 << 20  # a block of a 16-bit weight, or of its gradient, in float32: what a cache holds
+CUDA_BLOCK_BYTES = 128 << 20  # and there what a product needs to fill the machine
 
 
 # of the kernels between the products
@@ -55,6 +56,26 @@ def product_of(dtype: torch.dtype, device: str, logits_dtype, backend: str, shar
     if device == "cuda" and backend != "reference" and "dtype_out" in torch.ops.aten.mm.overloads():
         return "out_dtype"
     return "upcast"
+
+
+def adds_wider() -> bool:
+    """Whether a product of 16 bits can be added to a float32 sum in its place: torch 2.8 and 2.9 refuse it
+    (pytorch#167931)."""
+    return torch.__version__ >= (2, 10)
+
+
+def block_bytes(device: str) -> int:
+    return CPU_BLOCK_BYTES if device == "cpu" else CUDA_BLOCK_BYTES
+
+
+def rows_of_block(hidden_size: int, device: str, wide: bool) -> int:
+    """Rows of a weight gradient that are formed apart before they are added to the float32 sum."""
+    return max(1, block_bytes(device) // (apart_bytes(wide) * max(hidden_size, 1)))
+
+
+def apart_bytes(wide: bool) -> int:
+    """Of an entry that is formed apart: float32, or 16 bits that the addition holds once more in float32."""
+    return 4 if wide else 2 + 4
 
 
 def logit_bytes(product: str, dtype: torch.dtype, device: str, backend: str) -> int:
@@ -203,9 +224,11 @@ def plan(
 
     item = dtype.itemsize
     accumulator = item if item >= 4 or len(pieces.sizes) == 1 else 4
+    if kind == "score" and product in ("out_dtype", "upcast"):
+        per_logit = 4  # no gradient is left beside the logits
     tile = _tile_bytes(
         kind, product, per_logit, largest, hidden_size, vocab_size, adapter_rank, hidden_grad,
-        weight_grad and accumulator != item, stats,
+        weight_grad and accumulator != item, stats, device,
     )  # fmt: skip
     in_place = tokens == total_tokens and (kind != "pair_resident" or pieces.groups <= 1)
     copies = 0 if in_place else (pieces.copied + (largest if hidden_grad else 0)) * hidden_size * item
@@ -243,15 +266,17 @@ def _cut(kind: str, lengths: Sequence[int], tile_rows: int) -> _Pieces:
 
 
 def _tile_bytes(
-    kind, product, per_logit, rows, hidden_size, vocab_size, adapter_rank, hidden_grad, adds_weight, stats
+    kind, product, per_logit, rows, hidden_size, vocab_size, adapter_rank, hidden_grad, adds_weight, stats, device
 ) -> int:
     """The largest tile with the workspaces of its products. adds_weight: to a weight gradient wider than the inputs."""
     if product != "native":
         blocks = [0]
         if product == "upcast":
-            blocks.append(rows * hidden_size * 4 + min(UPCAST_BYTES, vocab_size * hidden_size * 4))
-        if product != "out_dtype" and adds_weight:  # 16-bit blocks, and once more in float32
-            blocks.append(min(UPCAST_BYTES, vocab_size * hidden_size * (2 + 4)))
+            blocks.append(rows * hidden_size * 4 + min(block_bytes(device), vocab_size * hidden_size * 4))
+        wide = product == "out_dtype"
+        if adds_weight and not (wide and adds_wider()):
+            apart = min(vocab_size, rows_of_block(hidden_size, device, wide))
+            blocks.append(apart * hidden_size * apart_bytes(wide))
         return rows * vocab_size * per_logit + max(blocks)
     core, threads = _native._core, torch.get_num_threads()
     workspaces = [core.linear_logps_workspace(rows, hidden_size, vocab_size, 3 * adapter_rank, stats, threads)]

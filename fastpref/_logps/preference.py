@@ -32,6 +32,7 @@ from fastpref._logps.pairs import (
 )
 from fastpref._logps.sequences import Sequences, check_layout, targets
 from fastpref._logps.token_logps import (
+    STATS,
     as_rows,
     check_call,
     logits_gradient,
@@ -461,6 +462,7 @@ def _vectors(
     values = tokens.new_empty((0, *tokens.shape), dtype=torch.float32)
     if token_stats is not None:
         missing = torch.zeros_like(tokens, dtype=torch.float32)
-        values = torch.stack([missing if value is None else value for value in token_stats])
+        values = [getattr(token_stats, name) for name in STATS]
+        values = torch.stack([missing if value is None else value for value in values])
     data = PairData(ref_tokens, data.ref_logps, data.rating_gap, data.scores)
     return pair_losses(tokens, values, Sequences(labels, ignore_index, cu_seqlens), data, loss)

@@ -1,5 +1,7 @@
 """One tile of logits at a time: the rows that count, their logits formed and folded, and the gradients they add to."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -7,8 +9,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref import _autograd, _native
-from fastpref._logps.plan import UPCAST_BYTES, logit_bytes, narrows_in_place, product_of, rows_of_tile
-from fastpref._logps.token_logps import token_logps_fwd, write_gradient
+from fastpref._logps.plan import (
+    adds_wider,
+    block_bytes,
+    logit_bytes,
+    narrows_in_place,
+    product_of,
+    rows_of_block,
+    rows_of_tile,
+)
+from fastpref._logps.token_logps import token_logps_fwd, valid_labels, write_gradient
 from fastpref._logps.transform import Transform
 
 # ---- which rows ----
@@ -41,7 +51,10 @@ class Rows:
     def take(self, hidden: Tensor, where: slice | Tensor, labels: Tensor) -> Tensor:
         """Rows of hidden; those kept without counting are zero, whatever they hold."""
         x = take_rows(hidden, where)
-        return x.masked_fill((labels == self.ignore_index).unsqueeze(1), 0) if self.unchecked else x
+        if not self.unchecked:
+            return x
+        ignored = (labels == self.ignore_index).unsqueeze(1)
+        return x.masked_fill(ignored, 0) if isinstance(where, slice) else x.masked_fill_(ignored, 0)
 
     def where(self, begin: int, end: int) -> slice | Tensor:
         return slice(begin, end) if self.everything else self.index[begin:end]
@@ -103,6 +116,12 @@ class Shard(NamedTuple):
         dist.all_gather(sizes, own, group=group)
         sizes = _to_host(torch.cat(sizes))
         return cls(group, sum(sizes[: group.rank()]), sizes)
+
+
+def refuse_invalid(labels: Tensor, weight: Tensor, shard: Shard | None, ignore_index: int) -> None:
+    """Raises on the CPU for a label outside the whole vocabulary. Elsewhere nobody can know: its log-prob is NaN."""
+    if _native.device_kind(labels) == "cpu":
+        valid_labels(labels, weight.shape[0] if shard is None else sum(shard.sizes), ignore_index)
 
 
 # ---- one tile ----
@@ -214,7 +233,7 @@ class Head:
         wide = self.product in ("out_dtype", "upcast")
         self.tile = tile = self._place(x.shape[0], self.vocab, torch.float32 if wide else self.dtype)
         if self.product == "upcast":
-            step = max(1, UPCAST_BYTES // (4 * max(self.weight.shape[1], 1)))
+            step = max(1, block_bytes(_native.device_kind(x)) // (4 * max(self.weight.shape[1], 1)))
             x32 = x.float()
             for v in range(0, self.vocab, step):
                 torch.mm(x32, self.weight[v : v + step].float().t(), out=tile[:, v : v + step])
@@ -428,14 +447,18 @@ class Gradients:
             torch.addmm(total, dz.t(), x, beta=0 if fresh else 1, out=total)
         elif self.head.product == "native":
             _weight_grad_native(dz, x.contiguous(), total, not fresh)
-        elif self.head.product == "out_dtype":
-            torch.addmm(total, dz.t(), x, out_dtype=total.dtype, beta=0 if fresh else 1, out=total)
+        elif self.head.product == "out_dtype" and fresh:
+            torch.mm(dz.t(), x, out_dtype=total.dtype, out=total)
+        elif self.head.product == "out_dtype" and adds_wider():
+            torch.addmm(total, dz.t(), x, out_dtype=total.dtype, out=total)
         else:
-            # add_ holds the block once more, in float32
-            step = max(1, UPCAST_BYTES // ((dz.element_size() + total.element_size()) * x.shape[1]))
+            wide = {"out_dtype": total.dtype} if self.head.product == "out_dtype" else {}
+            step = max(1, min(total.shape[0], rows_of_block(x.shape[1], _native.device_kind(x), bool(wide))))
+            apart = torch.empty((step, x.shape[1]), dtype=total.dtype if wide else x.dtype, device=x.device)
             for v in range(0, total.shape[0], step):
-                block = dz[:, v : v + step].t() @ x
-                total[v : v + step].copy_(block) if fresh else total[v : v + step].add_(block)
+                part = total[v : v + step]
+                block = torch.mm(dz[:, v : v + step].t(), x, out=apart[: part.shape[0]], **wide)
+                part.copy_(block) if fresh else part.add_(block)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """In the inputs' dtype; whatever is not asked for is empty."""
@@ -487,6 +510,16 @@ def _weight_grad_native(dz: Tensor, x: Tensor, total: Tensor, accumulate: bool) 
 def no_autocast(device: torch.device):
     """The products have the dtypes they say, whatever autocast would make of them; the public functions cast before."""
     return torch.autocast(_native.device_kind(device), enabled=False)
+
+
+@contextlib.contextmanager
+def smaller_tile_advised(max_tile_bytes: int) -> Iterator[None]:
+    """A GPU's out-of-memory error names the argument that makes the step smaller."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        given = max_tile_bytes or "None (see fastpref.plan for the bytes of a step)"
+        raise torch.OutOfMemoryError(f"{error}\nA smaller max_tile_bytes takes less memory, got {given}") from error
 
 
 def join_folds(folded: list, hidden, labels, stats=False) -> tuple[Tensor, Tensor, Tensor]:

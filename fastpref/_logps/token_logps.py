@@ -24,15 +24,16 @@ try:
 except ImportError:  # _library.triton_reason says why
     triton = None
 
-STATS = ("entropy", "log_sum_p2", "mean_logit", "top1")
+STATS = ("entropy", "log_sum_p2", "mean_logit", "top1")  # what the kernels form beside log-probs, when asked
+ALL_STATS = (*STATS, "lse")  # and what they form in any case
 _REFERENCE_BYTES = 64 << 20  # the reference works through the rows in float64 blocks of this size
 
 
 class TokenStats(NamedTuple):
     """By-products of the same read, float32 [...] like labels, detached; None where not asked for, 0 at ignored tokens.
 
-    All are of the transformed logits z: the entropy of softmax(z) in nats, log sum_v p_v^2, mean_v z_v, and 1.0 where
-    no other column is larger than the label's (a tie is a hit).
+    All are of the transformed logits z: the entropy of softmax(z) in nats, log sum_v p_v^2, mean_v z_v, 1.0 where no
+    other column is larger than the label's (a tie is a hit), and log sum_v exp(z_v).
     """
 
     __module__ = "fastpref"
@@ -41,6 +42,7 @@ class TokenStats(NamedTuple):
     log_sum_p2: Tensor | None = None
     mean_logit: Tensor | None = None
     top1: Tensor | None = None
+    lse: Tensor | None = None
 
 
 # ---- reference: the specification ----
@@ -735,11 +737,11 @@ def check_inplace(logits: Tensor) -> None:
         )
 
 
-def check_call(logits, inplace_backward, stats, backend) -> None:
+def check_call(logits, inplace_backward, stats, backend, known_stats=STATS) -> None:
     """What every call takes beside its tensors and the transform."""
     _library.check_backend("token_logps", backend)
-    if not isinstance(stats, (tuple, list)) or not set(stats) <= set(STATS):
-        raise ValueError(f"stats must be a tuple of names out of {STATS}, got {stats!r}")
+    if not isinstance(stats, (tuple, list)) or not set(stats) <= set(known_stats):
+        raise ValueError(f"stats must be a tuple of names out of {known_stats}, got {stats!r}")
     if inplace_backward:
         check_inplace(logits)
 
@@ -769,7 +771,7 @@ def token_logps(
             last position of each sequence is ignored. Logits are never sliced or copied for it.
         inplace_backward: the backward overwrites the logits with their gradient, instead of allocating a tensor of
             their size. Anyone who reads them later gets PyTorch's version-counter error; a second backward raises.
-        stats: any of "entropy", "log_sum_p2", "mean_logit", "top1", from the same read; see TokenStats.
+        stats: any of "entropy", "log_sum_p2", "mean_logit", "top1", "lse", from the same read; see TokenStats.
         backend: None (the fastest), "native", "triton" or "reference".
 
     Returns:
@@ -785,19 +787,29 @@ def token_logps(
     _checks.logits("logits", logits)
     _checks.labels(labels, logits)
     transform = checked_transform(temperature, softcap, scale, ignore_index)
-    check_call(logits, inplace_backward, stats, backend)
+    check_call(logits, inplace_backward, stats, backend, ALL_STATS)
     _autograd.refuse_transforms("token_logps", logits)
     labels = labels.long()
     if shift:
         if labels.dim() == 0:
             raise ValueError("shift=True needs labels of shape [..., tokens], got a scalar")
         labels = shifted(labels, ignore_index)
-    logps, _, values = _TokenLogps.apply(logits, labels, transform, bool(stats), inplace_backward, backend or "")
+    options = transform, needs_values(stats), inplace_backward, backend or ""
+    logps, lse, values = _TokenLogps.apply(logits, labels, *options)
     if not stats:
         return logps
-    return logps, token_stats(values, stats)
+    return logps, token_stats(values, lse, transform, stats)
 
 
-def token_stats(values: Tensor, stats: tuple[str, ...]) -> TokenStats:
-    """values: [4, ...], in the order of STATS."""
-    return TokenStats(**{name: values[i] for i, name in enumerate(STATS) if name in stats})
+def needs_values(stats: tuple[str, ...]) -> bool:
+    """Whether the kernels have to form more than they do in any case."""
+    return any(name in STATS for name in stats)
+
+
+def token_stats(values: Tensor, lse: Tensor, transform: Transform, stats: tuple[str, ...]) -> TokenStats:
+    """values: [4, ...], in the order of STATS, or [0, ...] where none of them is asked for; lse: [2, ...]."""
+    found = {name: values[i] for i, name in enumerate(STATS) if name in stats}
+    if "lse" in stats:
+        multiplier, _ = transform.multiplier_and_tanh_scale()
+        found["lse"] = torch.add(lse[1], lse[0], alpha=multiplier).float()
+    return TokenStats(**found)

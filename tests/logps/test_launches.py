@@ -117,42 +117,42 @@ CASES = {
     "preference-stats": Case(lambda t: pairs(t, stats=STATS), LOGITS, Counted(1, 0, 91), Counted(1, 0, 14)),
     "preference-packed": Case(packed, LOGITS, Counted(1, 0, 51), Counted(1, 0, 16)),
     "preference-packed-shift": Case(lambda t: packed(t, shift=True), LOGITS, Counted(1, 0, 57), Counted(1, 0, 16)),
-    "linear_tokens-score": Case(linear_tokens, (), Counted(1, 1, 25, reads=1)),
-    "linear_tokens-frozen": Case(linear_tokens, FROZEN, Counted(2, 2, 28, reads=1), Counted(0, 0, 4)),
-    "linear_tokens-trained": Case(linear_tokens, TRAINED, Counted(1, 1, 25, reads=1), Counted(1, 3, 11)),
-    "linear_pairs-score": Case(linear_pairs, (), Counted(1, 1, 75, reads=1)),
-    "linear_pairs-score-capacity": Case(lambda t: linear_pairs(t, max_active_tokens=3 * ROWS), (), Counted(1, 1, 88)),
+    "linear_tokens-score": Case(linear_tokens, (), Counted(1, 1, 18, reads=1)),
+    "linear_tokens-frozen": Case(linear_tokens, FROZEN, Counted(2, 2, 21, reads=1), Counted(0, 0, 4)),
+    "linear_tokens-trained": Case(linear_tokens, TRAINED, Counted(1, 1, 18, reads=1), Counted(1, 3, 8)),
+    "linear_pairs-score": Case(linear_pairs, (), Counted(1, 1, 68, reads=1)),
+    "linear_pairs-score-capacity": Case(lambda t: linear_pairs(t, max_active_tokens=3 * ROWS), (), Counted(1, 1, 80)),
     "linear_pairs-score-lengths": Case(
-        lambda t: linear_pairs(t, lengths=t.lengths), (), Counted(1, 1, 69, uploads=3), on_host=("lengths",)
+        lambda t: linear_pairs(t, lengths=t.lengths), (), Counted(1, 1, 62, uploads=3), on_host=("lengths",)
     ),
-    "linear_pairs-frozen": Case(linear_pairs, FROZEN, Counted(2, 2, 78, reads=1), Counted(0, 0, 18)),
+    "linear_pairs-frozen": Case(linear_pairs, FROZEN, Counted(2, 2, 71, reads=1), Counted(0, 0, 18)),
     "linear_pairs-frozen-rdpo": Case(
-        lambda t: linear_pairs(t, "rdpo"), FROZEN, Counted(2, 2, 85, reads=1), Counted(0, 0, 18)
+        lambda t: linear_pairs(t, "rdpo"), FROZEN, Counted(2, 2, 78, reads=1), Counted(0, 0, 18)
     ),
-    "linear_pairs-trained": Case(linear_pairs, TRAINED, Counted(2, 3, 116, reads=1), Counted(0, 0, 2)),
+    "linear_pairs-trained": Case(linear_pairs, TRAINED, Counted(2, 3, 109, reads=1), Counted(2, 0, 0)),
     "linear_pairs-trained-rdpo": Case(
-        lambda t: linear_pairs(t, "rdpo"), TRAINED, Counted(2, 3, 123, reads=1), Counted(0, 0, 2)
+        lambda t: linear_pairs(t, "rdpo"), TRAINED, Counted(2, 3, 116, reads=1), Counted(2, 0, 0)
     ),
     "linear_pairs-trained-rdpo-2": Case(
         lambda t: linear_pairs(t, "rdpo", max_tile_bytes=ROWS * VOCAB * 4),
         TRAINED,
-        Counted(4, 6, 205, reads=1),
-        Counted(0, 0, 2),
+        Counted(4, 6, 198, reads=1),
+        Counted(2, 0, 0),
     ),
     "linear_pairs-trained-capacity": Case(
-        lambda t: linear_pairs(t, max_active_tokens=3 * ROWS), TRAINED, Counted(2, 3, 124), Counted(0, 0, 2)
+        lambda t: linear_pairs(t, max_active_tokens=3 * ROWS), TRAINED, Counted(2, 3, 116), Counted(2, 0, 0)
     ),
     "linear_pairs-trained-ref_hidden": Case(
-        lambda t: linear_pairs(t, ref_hidden=t.hidden), TRAINED, Counted(3, 4, 116, reads=1), Counted(0, 0, 2)
+        lambda t: linear_pairs(t, ref_hidden=t.hidden), TRAINED, Counted(3, 4, 109, reads=1), Counted(2, 0, 0)
     ),
     "linear_pairs-trained-bf16": Case(
-        linear_pairs, TRAINED, Counted(2, 3, 116, reads=1), Counted(0, 0, 2), torch.bfloat16
+        linear_pairs, TRAINED, Counted(2, 3, 109, reads=1), Counted(2, 0, 0), torch.bfloat16
     ),
     "linear_pairs-trained-bf16-2": Case(
         lambda t: linear_pairs(t, max_tile_bytes=ROWS * VOCAB * 6),
         TRAINED,
-        Counted(4, 6, 193, reads=1),
-        Counted(0, 0, 2),
+        Counted(4, 6, 186, reads=1),
+        Counted(2, 0, 0),
         torch.bfloat16,
     ),
 }
@@ -226,8 +226,8 @@ def test_a_read_names_its_place():
 # ---- CPU tensors taken for CUDA's ----
 
 
-@pytest.mark.parametrize("call", [packed, linear_pairs], ids=["preference", "linear_pairs"])
-def test_forced_cuda_registers_what_a_kernel_is_handed(call):
+@pytest.mark.parametrize("call, scaled", [(packed, 0), (linear_pairs, 2)], ids=["preference", "linear_pairs"])
+def test_forced_cuda_registers_what_a_kernel_is_handed(call, scaled):
     t = inputs(torch.float32)
     ours = t._replace(**{name: getattr(t, name).clone().requires_grad_() for name in ("logits", *TRAINED)})
     expected = call(ours)
@@ -245,7 +245,7 @@ def test_forced_cuda_registers_what_a_kernel_is_handed(call):
     with forced_cuda(lambda tensor, name: known.add(tensor.untyped_storage().data_ptr()), launch):
         loss = call(forced)
         loss.backward()
-    assert launched == ["_token_logps_fwd_kernel", "_token_logps_bwd_kernel"]
+    assert launched == ["_token_logps_fwd_kernel", "_token_logps_bwd_kernel"] + scaled * ["_scale_kernel"]
     torch.testing.assert_close(loss, expected)
     for name in ("logits", *TRAINED):
         gradient = getattr(forced, name).grad

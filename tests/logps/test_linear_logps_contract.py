@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpref
 from fastpref._logps import tile
-from fastpref._logps.token_logps import STATS, token_logps_ref
+from fastpref._logps.token_logps import ALL_STATS, token_logps_ref
 
 
 @pytest.mark.parametrize("trained", [t for t in TRAINED if t != "score"])
@@ -64,7 +64,7 @@ def test_inputs_are_left_as_they_are(place, dtype):
     before, versions = [t.clone() for t in inputs], [t._version for t in inputs]
     for trained in TRAINED.values():
         leaves = {name: t.requires_grad_(name in trained) for name, t in tensors.items()}
-        logps, _ = fused(leaves, labels, stats=STATS, backend=place.name)
+        logps, _ = fused(leaves, labels, stats=ALL_STATS, backend=place.name)
         if trained:
             logps.backward(grad)
         for now, then, version in zip(inputs, before, versions, strict=True):
@@ -167,7 +167,7 @@ def test_what_is_read_on_the_host(monkeypatch, trained, capacity):
     for shift in (False, True):
         calls.clear()
         with _NoHostReads():  # operators of this package are opaque to it; what surrounds them is not
-            logps, _ = fused(leaves, labels, shift=shift, stats=STATS, max_active_tokens=capacity)
+            logps, _ = fused(leaves, labels, shift=shift, stats=ALL_STATS, max_active_tokens=capacity)
             if trained != "score":
                 logps.sum().backward()
         assert len(calls) <= (1 if capacity is None else 0)
@@ -471,7 +471,7 @@ def test_opcheck(place, dtype):
     with _Recorder() as recorder:
         for trained, capacity in (("score", None), ("hidden", 30), ("all", None), ("all", 30)):
             leaves = {name: t.detach().requires_grad_(name in TRAINED[trained]) for name, t in tensors.items()}
-            logps, _ = fused(leaves, labels, stats=STATS, max_active_tokens=capacity, backend=place.name)
+            logps, _ = fused(leaves, labels, stats=ALL_STATS, max_active_tokens=capacity, backend=place.name)
             if trained != "score":
                 logps.sum().backward()
     assert recorder.calls

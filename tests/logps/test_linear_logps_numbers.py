@@ -32,7 +32,7 @@ from tolerance import assert_no_worse
 
 import fastpref
 from fastpref import _library, _native
-from fastpref._logps.token_logps import STATS, shifted, token_logps_ref
+from fastpref._logps.token_logps import ALL_STATS, shifted, token_logps_ref
 
 # ---- equality with the logits path ----
 
@@ -353,10 +353,10 @@ class TestProducts:
     def test_stats(self):
         tensors, labels = make((45,), 40, 1003, torch.bfloat16, bias=True)
         for transform in TRANSFORMS.values():
-            _, values = fused(tensors, labels, stats=STATS, **transform)
+            _, values = fused(tensors, labels, stats=ALL_STATS, **transform)
             logits = project(cast(tensors, torch.float64))
-            _, true_values = fastpref.token_logps(logits, labels, stats=STATS, **transform)
-            for name in STATS:
+            _, true_values = fastpref.token_logps(logits, labels, stats=ALL_STATS, **transform)
+            for name in ALL_STATS:
                 torch.testing.assert_close(
                     getattr(values, name), getattr(true_values, name), rtol=1e-5, atol=2e-5, msg=name
                 )
@@ -427,14 +427,14 @@ def test_stats(place, dtype, trained, transform):
     labels[0, 0] = project(cast(tensors, torch.float64))[0, 0].argmax()
     leaves = {name: t.requires_grad_(name in TRAINED[trained]) for name, t in tensors.items()}
     options = {"backend": place.name, **TRANSFORMS[transform]}
-    logps, values = fused(leaves, labels, stats=STATS, **options)
+    logps, values = fused(leaves, labels, stats=ALL_STATS, **options)
     _, true_values = fastpref.token_logps(
-        project(cast(tensors, torch.float64)).detach(), labels, stats=STATS, **TRANSFORMS[transform]
+        project(cast(tensors, torch.float64)).detach(), labels, stats=ALL_STATS, **TRANSFORMS[transform]
     )
     torch.testing.assert_close(logps, fused(leaves, labels, **options), rtol=0, atol=1e-6)
     assert logps.requires_grad == bool(TRAINED[trained])
     assert values.top1[0, 0] == 1
-    for name in STATS:
+    for name in ALL_STATS:
         got = getattr(values, name)
         assert not got.requires_grad
         assert got.dtype == torch.float32
@@ -443,6 +443,9 @@ def test_stats(place, dtype, trained, transform):
     assert only.entropy is None
     assert only.log_sum_p2 is None
     torch.testing.assert_close(only.top1, values.top1)
+    _, only = fused(leaves, labels, stats=("lse",), **options)
+    assert only.entropy is None
+    torch.testing.assert_close(only.lse, values.lse)
 
 
 def test_stats_do_not_change_the_gradient(place):
@@ -450,7 +453,7 @@ def test_stats_do_not_change_the_gradient(place):
     grad = torch.randn(21, device=place.device)
     for trained in ("hidden", "all"):
         with_stats = run(
-            lambda t, y: fused(t, y, stats=STATS, backend=place.name)[0], tensors, labels, grad, TRAINED[trained]
+            lambda t, y: fused(t, y, stats=ALL_STATS, backend=place.name)[0], tensors, labels, grad, TRAINED[trained]
         )
         without = run(fused, tensors, labels, grad, TRAINED[trained], backend=place.name)
         close(with_stats, without, atol=1e-6)
@@ -521,7 +524,7 @@ def test_ignored_tokens_are_not_read(place, dtype, capacity, trained, value):
         assert (got[1]["hidden"][labels == -100] == 0).all()
     expected = run(fused, {**tensors, "hidden": clean}, labels, grad.nan_to_num(), TRAINED[trained], **options)
     close(got, expected, atol=1e-6 if dtype == torch.float32 else 2**-7)
-    _, values = fused(tensors, labels, stats=STATS, **options)
+    _, values = fused(tensors, labels, stats=ALL_STATS, **options)
     for stat in values:
         assert (stat[labels == -100] == 0).all()
         assert stat.isfinite().all()
@@ -541,7 +544,7 @@ def test_all_ignored_is_a_differentiable_zero(place, capacity, dtype):
         for name, gradient in gradients.items():
             assert gradient.shape == tensors[name].shape
             assert (gradient == 0).all(), f"{plan}: {name}"
-    _, values = fused(tensors, labels, stats=STATS, **options)
+    _, values = fused(tensors, labels, stats=ALL_STATS, **options)
     assert all((value == 0).all() for value in values)
 
 
@@ -556,7 +559,7 @@ def test_no_tokens(place, lead, dtype):
         for name, gradient in gradients.items():
             assert gradient.shape == tensors[name].shape
             assert (gradient == 0).all(), f"{plan}: {name}"
-    _, values = fused(tensors, labels, stats=STATS, shift=True, backend=place.name)
+    _, values = fused(tensors, labels, stats=ALL_STATS, shift=True, backend=place.name)
     assert values.entropy.shape == lead
 
 
@@ -859,8 +862,8 @@ def test_a_fixed_capacity_changes_nothing(place, dtype, trained):
         close(got, expected, atol=loosely(dtype))
         tiled = run(fused, tensors, labels, grad, TRAINED[trained], max_tile_bytes=3 * 203 * 4, **options)
         close(tiled, expected, atol=loosely(dtype))
-        _, values = fused(tensors, labels, stats=STATS, **options)
-        _, true_values = fused(tensors, labels, stats=STATS, backend=place.name)
+        _, values = fused(tensors, labels, stats=ALL_STATS, **options)
+        _, true_values = fused(tensors, labels, stats=ALL_STATS, backend=place.name)
         torch.testing.assert_close(values, true_values, rtol=1e-5, atol=1e-5)
 
 

@@ -5,7 +5,7 @@ from cases import TRANSFORMS
 from linear_logps_cases import TRAINED, cast, close, exact, make, project, run
 
 import fastpref
-from fastpref._logps.token_logps import STATS
+from fastpref._logps.token_logps import ALL_STATS
 
 # ---- several ranks ----
 
@@ -62,7 +62,7 @@ def test_vocabulary_shards_equal_one_process(two_ranks, tmp_path):
 
     for split in (50, 70, 1, 101, 0):
         for trained in ("score", "hidden", "hidden-weight", "hidden-bias", "adapter", "all"):
-            case(split, TRAINED[trained], stats=STATS)
+            case(split, TRAINED[trained], stats=ALL_STATS)
     for transform in TRANSFORMS.values():
         case(33, transform=transform)
     for split in (70, 101):
@@ -72,7 +72,7 @@ def test_vocabulary_shards_equal_one_process(two_ranks, tmp_path):
             case(split, TRAINED[trained], dtype=torch.float32, max_tile_bytes=31 * 4 * 3, shift=True)
             case(split, TRAINED[trained], dtype=torch.bfloat16)
             case(split, TRAINED[trained], max_active_tokens=21)
-            case(split, TRAINED[trained], labels=torch.full((3, 7), -100), stats=STATS)
+            case(split, TRAINED[trained], labels=torch.full((3, 7), -100), stats=ALL_STATS)
     too_few = len(cases)
     case(70, labels=torch.zeros(3, 7, dtype=torch.long), max_active_tokens=3)
     out_of_range = len(cases)
@@ -106,7 +106,7 @@ def test_vocabulary_shards_equal_one_process(two_ranks, tmp_path):
             raise AssertionError(f"{where}: {error}") from None
         if c["options"].get("stats"):
             logits = project(cast(c["tensors"], torch.float64))
-            _, true_values = fastpref.token_logps(logits, c["labels"], stats=STATS, **c["transform"])
+            _, true_values = fastpref.token_logps(logits, c["labels"], stats=ALL_STATS, **c["transform"])
             for part in parts:
                 for value, true_value in zip(part[1], true_values, strict=True):
                     torch.testing.assert_close(value, true_value, rtol=1e-5, atol=1e-5, msg=where)

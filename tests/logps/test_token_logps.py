@@ -14,7 +14,7 @@ from tolerance import assert_no_worse
 
 import fastpref
 from fastpref._logps.token_logps import (
-    STATS,
+    ALL_STATS,
     as_rows,
     token_logps_bwd,
     token_logps_bwd_,
@@ -151,9 +151,8 @@ def test_rising_rows_are_read_again(backend):
     # every block towers 1000 nats above the one before: the running reference must move each time
     logits = torch.linspace(-4000, 4000, 9000, device=backend.device).repeat(3, 1)
     labels = torch.tensor([0, 4500, 8999], device=backend.device)
-    stats = ("entropy", "log_sum_p2", "mean_logit", "top1")
-    logps, values = fastpref.token_logps(logits, labels, stats=stats, backend=backend.name)
-    truth, true_values = fastpref.token_logps(logits.double(), labels, stats=stats)
+    logps, values = fastpref.token_logps(logits, labels, stats=ALL_STATS, backend=backend.name)
+    truth, true_values = fastpref.token_logps(logits.double(), labels, stats=ALL_STATS)
     torch.testing.assert_close(logps.double(), truth, rtol=1e-6, atol=1e-6)
     for value, true_value in zip(values, true_values, strict=True):
         torch.testing.assert_close(value, true_value, rtol=1e-5, atol=2e-4)
@@ -210,7 +209,7 @@ def test_rows_without_a_probability(backend):
     assert gradient[~impossible].isfinite().all()
     certain = torch.tensor([3, 6])
     assert (gradient[certain] == 0).all()
-    _, values = fastpref.token_logps(logits[certain], labels[certain], stats=STATS, backend=backend.name)
+    _, values = fastpref.token_logps(logits[certain], labels[certain], stats=ALL_STATS, backend=backend.name)
     for value, expected in ((values.entropy, 0.0), (values.log_sum_p2, 0.0), (values.top1, 1.0)):
         assert (value == expected).all()
 
@@ -228,7 +227,7 @@ def test_ignored_rows_are_not_read(backend):
     assert (gradient[labels == -100] == 0).all()
     assert logps.isfinite().all()
     assert gradient.isfinite().all()
-    _, values = fastpref.token_logps(logits, labels, stats=STATS, backend=backend.name)
+    _, values = fastpref.token_logps(logits, labels, stats=ALL_STATS, backend=backend.name)
     for value in values:
         assert (value[labels == -100] == 0).all()
         assert value.isfinite().all()
@@ -248,7 +247,7 @@ def test_all_ignored_is_a_differentiable_zero(backend):
 def test_empty_batch(backend, shape):
     logits = torch.empty(shape, device=backend.device, requires_grad=True)
     labels = torch.empty(shape[:-1], dtype=torch.long, device=backend.device)
-    logps, values = fastpref.token_logps(logits, labels, stats=STATS, backend=backend.name)
+    logps, values = fastpref.token_logps(logits, labels, stats=ALL_STATS, backend=backend.name)
     logps.sum().backward()
     assert logps.shape == labels.shape
     assert values.entropy.shape == labels.shape
@@ -281,7 +280,7 @@ def test_stats(backend, dtype, transform):
     logits, labels = make((3, 7, 1234), dtype, backend.device)
     labels[0, 0] = logits[0, 0].argmax()
     plain_logps = fastpref.token_logps(logits, labels, backend=backend.name, **transform)
-    logps, values = fastpref.token_logps(logits, labels, stats=STATS, backend=backend.name, **transform)
+    logps, values = fastpref.token_logps(logits, labels, stats=ALL_STATS, backend=backend.name, **transform)
     torch.testing.assert_close(logps, plain_logps, rtol=0, atol=1e-6)
     z = logits.double() * transform.get("scale", 1.0)
     if cap := transform.get("softcap"):
@@ -293,7 +292,9 @@ def test_stats(backend, dtype, transform):
         "log_sum_p2": (2 * log_p).logsumexp(-1),
         "mean_logit": z.mean(-1) / transform.get("temperature", 1.0),
         "top1": (z.argmax(-1) == labels).double(),
+        "lse": (z / transform.get("temperature", 1.0)).logsumexp(-1),
     }
+    assert expected.keys() == set(ALL_STATS)
     assert values.top1[0, 0] == 1
     for name, value in expected.items():
         if name == "top1" and dtype != torch.float32:  # a tie counts as a hit, argmax takes the first
@@ -304,6 +305,9 @@ def test_stats(backend, dtype, transform):
     _, only = fastpref.token_logps(logits, labels, stats=("top1",), backend=backend.name, **transform)
     assert only.entropy is None
     torch.testing.assert_close(only.top1, values.top1)
+    _, only = fastpref.token_logps(logits, labels, stats=("lse",), backend=backend.name, **transform)
+    assert only._replace(lse=None) == (None,) * len(ALL_STATS)
+    torch.testing.assert_close(only.lse, values.lse)
 
 
 # ---- layouts ----
@@ -395,7 +399,7 @@ def test_forward_allocates_nothing_of_the_logits_size(monkeypatch):
         return out
 
     monkeypatch.setattr(torch, "empty", recording)
-    fastpref.token_logps(logits[:, :-1], labels[:, :-1], stats=STATS, backend="native")
+    fastpref.token_logps(logits[:, :-1], labels[:, :-1], stats=ALL_STATS, backend="native")
     assert sum(allocated) == 8 * 15 * 4 * (1 + 2 + 4)
     allocated.clear()
     logits.requires_grad_()
@@ -708,9 +712,12 @@ def test_no_grad_keeps_nothing():
 
 def test_stats_are_detached():
     logits, labels = make((3, 40))
-    logps, values = fastpref.token_logps(logits.requires_grad_(), labels, stats=STATS)
+    logps, values = fastpref.token_logps(logits.requires_grad_(), labels, stats=ALL_STATS)
     assert logps.requires_grad
     assert not any(value.requires_grad for value in values)
+    assert all(value.dtype == torch.float32 for value in values)
+    _, values = fastpref.token_logps(logits.double(), labels, stats=ALL_STATS)
+    assert all(value.dtype == torch.float32 for value in values)
 
 
 def test_double_backward_is_refused():
