@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from importlib import import_module
 from pathlib import Path
 
@@ -43,6 +44,8 @@ class Compiler:
         self.process = subprocess.Popen(
             [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        # close() ends the process and its pipes; so does the end of this object, before the pipes complain of theirs
+        self.close = weakref.finalize(self, self.process.communicate)
         self.answers = {}
 
     def __call__(self, request: dict) -> dict:
@@ -55,9 +58,6 @@ class Compiler:
                 raise RuntimeError(answer["error"])
             self.answers[line] = answer
         return self.answers[line]
-
-    def close(self):
-        self.process.communicate()
 
 
 # ---- requests ----
