@@ -822,10 +822,16 @@ def on(device, *tensors):
     return [t.to(device) for t in tensors]
 
 
+def served(names, by_triton):
+    """(loss, backend): each by the fastest backend, some by Triton too, which may be another."""
+    by_triton = [pytest.param(name, "triton", id=f"{name}-triton", marks=pytest.mark.triton) for name in by_triton]
+    return [*(pytest.param(name, None, id=name) for name in names), *by_triton]
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("loss", sorted(losses.LOSSES))
-def test_cuda_is_cpu(loss, packed):
+@pytest.mark.parametrize("loss, backend", served(sorted(losses.LOSSES), FUSED))
+def test_cuda_is_cpu(loss, backend, packed):
     logits, labels, ref_logits, gap = make()
     gap = gap.nan_to_num(0.3)
     cu_seqlens = None
@@ -839,21 +845,22 @@ def test_cuda_is_cpu(loss, packed):
     for device in ("cpu", "cuda"):
         x, y, r, g, s = on(device, logits, labels, ref_logits, gap, torch.linspace(0, 1, 6))
         cu = None if cu_seqlens is None else cu_seqlens.to(device)
-        out, gradient = run(x, y, ref_logits=r, rating_gap=g, scores=s, cu_seqlens=cu, **options)
+        served_by = backend if device == "cuda" else None
+        out, gradient = run(x, y, ref_logits=r, rating_gap=g, scores=s, cu_seqlens=cu, backend=served_by, **options)
         results.append((out.loss.detach().cpu(), gradient.cpu(), {k: v.cpu() for k, v in out.as_trl().items()}))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("loss", ["sigmoid", "rdpo", "ipo", "ld_dpo", "wpo"])
-def test_a_step_is_captured_in_a_cuda_graph(loss):
+@pytest.mark.parametrize("loss, backend", served(["sigmoid", "rdpo", "ipo", "ld_dpo", "wpo"], ["rdpo"]))
+def test_a_step_is_captured_in_a_cuda_graph(loss, backend):
     """Which also proves that no value is read on the host: a capture refuses that."""
     x, labels, ref_logits, gap = on("cuda", *make())
     x.requires_grad_()
 
     def step():
         out = fastpref.preference_loss(
-            x, labels, ref_logits=ref_logits, loss=loss, rating_gap=gap, shift=True, stats=STATS
+            x, labels, ref_logits=ref_logits, loss=loss, rating_gap=gap, shift=True, stats=STATS, backend=backend
         )
         (gradient,) = torch.autograd.grad(out.loss, x)
         return out.loss.detach(), gradient, out.as_trl()["rewards/margins"]
@@ -882,8 +889,8 @@ def test_no_host_sync_on_cuda():
     options = {"ref_logits": ref_logits, "rating_gap": gap, "shift": True, "stats": STATS}
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for loss in ("sigmoid", "rdpo", "ipo"):
-            out = fastpref.preference_loss(x, labels, loss=loss, **options)
+        for loss, backend in (("sigmoid", None), ("rdpo", None), ("rdpo", "triton"), ("ipo", None)):
+            out = fastpref.preference_loss(x, labels, loss=loss, backend=backend, **options)
             out.as_trl()
             out.loss.backward()
     finally:
