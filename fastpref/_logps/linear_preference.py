@@ -27,6 +27,7 @@ from fastpref._logps.linear_logps import (
 )
 from fastpref._logps.pairs import (
     EncodedLoss,
+    Family,
     Gathered,
     Loss,
     PairData,
@@ -36,6 +37,7 @@ from fastpref._logps.pairs import (
     check_reference,
     decode_loss,
     encode_loss,
+    logistic_family,
     pair_losses,
     preference_output,
     wanted_stats,
@@ -108,12 +110,10 @@ class LinearPreference(NamedTuple):
     lengths: Tensor  # [2B]
     values: Tensor  # [4 or 0, tokens]
 
-    def put(self, rows: Rows, group: _Group, total: Tensor, gathered: Gathered) -> None:
+    def put(self, group: _Group, gathered: Gathered) -> None:
         begin, end = group.begin, group.end
         pairs = self.losses.shape[0]
-        self.loss.add_(total.detach())
         self.losses[begin:end] = gathered.losses.detach()
-        rows.put(self.values, group.where, gathered.values, 1)
         for out, own in (
             (self.logps, gathered.logps),
             (self.logratios, gathered.logratios),
@@ -129,6 +129,67 @@ def _zeros(hidden: Tensor, labels: Tensor, scale_of_pair: Tensor, stats: bool) -
     vectors = [hidden.new_zeros(shape, dtype=dtype) for shape in ((), pairs, 2 * pairs, 2 * pairs)]
     values = hidden.new_zeros((4 if stats else 0, labels.shape[0]), dtype=torch.float32)
     return LinearPreference(*vectors, labels.new_zeros(2 * pairs), values)
+
+
+def _epilogue_on_vectors(
+    group: _Group, logps, ref_tokens, values, data: PairData, scale_of_pair, loss: Loss, ignore_index, out
+) -> Tensor:
+    """Any loss of a group of pairs, as torch on vectors, into `out`; returns the gradient of each row's log-prob."""
+    begin, end = group.begin, group.end
+    with _autograd.grad_inside_an_operator():
+        row_logps = logps.detach().requires_grad_()
+        own = PairData(
+            ref_tokens,
+            _halves_of(data.ref_logps, begin, end),
+            None if data.rating_gap is None else data.rating_gap[begin:end],
+            _halves_of(data.scores, begin, end),
+        )
+        gathered = pair_losses(row_logps, values, Sequences(group.labels, ignore_index, group.bounds), own, loss)
+        total = (gathered.losses * scale_of_pair[begin:end]).sum()
+        coefficients = torch.zeros_like(row_logps)  # of a loss that does not depend on them
+        if total.requires_grad:
+            (coefficients,) = torch.autograd.grad(total, row_logps)
+    out.put(group, gathered)
+    return coefficients
+
+
+def _native_epilogue(
+    group: _Group, logps, ref_tokens, data: PairData, scale_of_pair, family: Family, ignore_index, out
+) -> Tensor:
+    """The same of the fused family, in one call of the native core."""
+    core = _native._core
+    rows = logps.shape[0]
+    numbers = core.LogisticFamily(*family.numbers, family.drop_square)
+    args = core.PairEpilogue(ignore_index, rows, group.begin, group.end, scale_of_pair.shape[0], numbers)
+    token_grad = torch.empty_like(logps)
+    floats = {
+        "token_logps": logps,
+        "ref_token_logps": ref_tokens,
+        "ref_logps": data.ref_logps,
+        "rating_gap": data.rating_gap,
+        "scale_of_pair": scale_of_pair,
+    }
+    tensors = {name: t.float().contiguous() for name, t in floats.items() if t is not None}
+    tensors |= {"labels": group.labels.contiguous(), "bounds": group.bounds.contiguous(), "token_grad": token_grad}
+    tensors |= {name: getattr(out, name) for name in ("losses", "logps", "logratios", "lengths")}
+    for name, tensor in tensors.items():  # they live until the call: args holds addresses
+        setattr(args, name, tensor.data_ptr())
+    if _native.device_kind(logps) == "cuda":
+        with _native.guard(logps):
+            core.preference_pairs_cuda(args, _native.stream(logps))
+    else:
+        core.preference_pairs_cpu(args)
+    return token_grad
+
+
+def _native_family(loss: Loss, tokens: Tokens, data: PairData, logps: Tensor, backend: str) -> Family | None:
+    """None where torch on vectors takes the epilogue."""
+    if logps.dtype != torch.float32 or backend not in ("", "native"):
+        return None
+    if _library.native_reason(_native.device_kind(logps)) is not None:
+        return None
+    references = tokens.ref_hidden, data.ref_token_logps, data.ref_logps
+    return logistic_family(loss, any(r is not None for r in references), data.rating_gap is not None)
 
 
 def _pair_resident(
@@ -158,9 +219,10 @@ def _pair_resident(
         pieces = [even_chunks(group.labels.shape[0], tile_rows) for group in groups]
         gradients = Gradients(head, hidden, wanted.gradients, rows, sum(map(len, pieces)))
         out = _zeros(hidden, labels, scale_of_pair, wanted.stats)
+        family = _native_family(loss, tokens, data, out.logps, budget.backend)
 
         def project(group: _Group, parts: list[tuple[int, int]]) -> None:
-            begin, end, where, y, bounds = group
+            where, y = group.where, group.labels
             x = rows.take(hidden, where, y)
             ref_tokens = None if data.ref_token_logps is None else take_rows(data.ref_token_logps, where)
             if ref is not None:  # before the policy, whose tile must stay
@@ -169,19 +231,14 @@ def _pair_resident(
             resident = len(parts) == 1
             folded = [head.fold(x[i:j], y[i:j], keep=resident) for i, j in parts]
             logps, lse, values = join_folds(folded, x, y, wanted.stats)
-            with _autograd.grad_inside_an_operator():
-                row_logps = logps.detach().requires_grad_()
-                own = PairData(
-                    ref_tokens,
-                    _halves_of(data.ref_logps, begin, end),
-                    None if data.rating_gap is None else data.rating_gap[begin:end],
-                    _halves_of(data.scores, begin, end),
+            if family is None:
+                coefficients = _epilogue_on_vectors(
+                    group, logps, ref_tokens, values, data, scale_of_pair, loss, ignore_index, out
                 )
-                gathered = pair_losses(row_logps, values, Sequences(y, ignore_index, bounds), own, loss)
-                total = (gathered.losses * scale_of_pair[begin:end]).sum()
-                coefficients = torch.zeros_like(row_logps)  # of a loss that does not depend on them
-                if total.requires_grad:
-                    (coefficients,) = torch.autograd.grad(total, row_logps)
+            else:
+                coefficients = _native_epilogue(
+                    group, logps, ref_tokens, data, scale_of_pair, family, ignore_index, out
+                )
             if rows.padded:
                 coefficients.masked_fill_(rows.overflow, torch.nan)
             for i, j in parts:
@@ -191,10 +248,13 @@ def _pair_resident(
                 dz = head.turn(coefficients[i:j], y[i:j], *fit)
                 part = slice(where.start + i, where.start + j) if isinstance(where, slice) else where[i:j]
                 gradients.add(dz, x[i:j], part)
-            out.put(rows, group, total, gathered)
+            if wanted.stats:
+                rows.put(out.values, where, values, 1)
 
         for group, parts in zip(groups, pieces, strict=True):
             project(group, parts)
+        if groups:
+            torch.sum(out.losses * scale_of_pair, 0, out=out.loss)
         if rows.padded:
             out.loss.masked_fill_(rows.overflow, torch.nan)
         return *out, *gradients.finish()
