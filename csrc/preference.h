@@ -118,7 +118,8 @@ struct PairEpilogue {
   float* logps;       // [2 B]
   float* logratios;   // [2 B]
   int64_t* lengths;   // [2 B]
-  float* token_grad;  // [rows], of the sum of losses times scale_of_pair
+  float* token_grad;  // [rows], of the sum of losses times scale_of_pair; rows of no sequence, whose labels are
+                      // ignored, are left as they are
 };
 
 // CPU: labels are int64, neither shifted nor cut by lengths.

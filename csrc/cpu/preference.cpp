@@ -133,7 +133,6 @@ void preference_bwd_cpu(const PreferenceBackward& args, int threads) {
 void preference_pairs_cpu(const PairEpilogue& args) {
   const int64_t group = args.end - args.begin;
   const auto sequence_of = [&](int side, int64_t p) { return side * args.pairs + args.begin + p; };
-  for (int64_t row = args.bounds[2 * group]; row < args.rows; row++) args.token_grad[row] = 0;
   for (int64_t p = 0; p < group; p++) {
     const int64_t pair = args.begin + p;
     for (int side = 0; side < 2; side++) {

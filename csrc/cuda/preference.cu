@@ -186,10 +186,6 @@ __global__ void __launch_bounds__(pair_threads) pair_kernel(const __grid_constan
   __shared__ float chosen_grad;
   const int64_t group = a.end - a.begin, p = blockIdx.x;
   const auto bound = [&](int64_t sequence) { return min(max(a.bounds[sequence], int64_t(0)), a.rows); };
-  if (p == group) {  // the last block: rows of no sequence
-    for (int64_t row = bound(2 * group) + threadIdx.x; row < a.rows; row += pair_threads) a.token_grad[row] = 0;
-    return;
-  }
   const int side = threadIdx.x / half, thread = threadIdx.x % half;
   const int64_t begin = bound(side * group + p), end = bound(side * group + p + 1);
   double sum = 0, ratio = 0;
@@ -270,8 +266,9 @@ void preference_fwd_cuda(const PreferenceForward& args, void* workspace, void* s
 }
 
 void preference_pairs_cuda(const PairEpilogue& args, void* stream) {
-  const int64_t blocks = args.end - args.begin + 1;
-  check(blocks <= INT_MAX, "a group must have at most 2147483646 pairs, got " + std::to_string(blocks - 1));
+  const int64_t blocks = args.end - args.begin;
+  if (blocks == 0) return;
+  check(blocks <= INT_MAX, "a group must have at most 2147483647 pairs, got " + std::to_string(blocks));
   pair_kernel<<<static_cast<unsigned>(blocks), pair_threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
   FASTPREF_CHECK_CUDA(cudaGetLastError());
 }

@@ -83,12 +83,12 @@ def test_matches_float64(case, dtype):
 RACE = "RACE in (global|shared)"
 BUGS = {
     "no barrier": ("  __syncthreads();\n  const float grad = side", "  const float grad = side", RACE),
-    "a bound too far": (
+    "the other side's bounds": ("bound(side * group + p + 1);", "bound((1 - side) * group + p + 1);", RACE),
+    "a bound that nothing limits": (
         "return min(max(a.bounds[sequence], int64_t(0)), a.rows); };",
-        "return a.bounds[sequence] + 1; };",
-        "OUT OF|RACE",
+        "return a.bounds[sequence] + 1000; };",
+        "OUT OF BOUNDS",
     ),
-    "rows of no sequence are left": ("if (p == group) {", "if (p == group) return;\n  if (p == group) {", "wrong"),
 }
 
 
@@ -97,11 +97,5 @@ def test_planted(planted, bug):
     old, new, said = BUGS[bug]
     given = {name: t for name, t in make().items() if name not in ("ref_hidden", "ref_logps")}
     options = {"loss": "rdpo", "backend": "native", "max_active_tokens": 40}
-    _, true_gradients = run(given, ("hidden", "weight"), on_gpu=True, **options)
-    with ptxsim.replaced(planted("preference.cu", old, new)):
-        if said == "wrong":
-            _, gradients = run(given, ("hidden", "weight"), on_gpu=True, **options)
-            assert not torch.equal(gradients[1], true_gradients[1])
-        else:
-            with pytest.raises(ptxsim.Findings, match=said):
-                run(given, ("hidden", "weight"), on_gpu=True, **options)
+    with ptxsim.replaced(planted("preference.cu", old, new)), pytest.raises(ptxsim.Findings, match=said):
+        run(given, ("hidden", "weight"), on_gpu=True, **options)
