@@ -40,6 +40,7 @@ from fastpref._logps.pairs import (
     logistic_family,
     pair_losses,
     preference_output,
+    stat_means,
     wanted_stats,
 )
 from fastpref._logps.plan import choose_kind, even_chunks, is_resident, pair_groups
@@ -442,7 +443,8 @@ def linear_preference_loss(
         values = found.values.view(found.values.shape[0], *labels.shape)
         gathered = pair_losses(found.logps.view(labels.shape), values, layout, data, objective)
         reduced = reducing.reduce(gathered.losses)
-    return preference_output(reduced, gathered, layout, rating_gap, objective.reward_scale(), stats)
+    means = stat_means(gathered.values, layout, gathered.lengths, stats)
+    return preference_output(reduced, gathered, rating_gap, objective.reward_scale(), means)
 
 
 def _is_pair_resident(projection: Projection, loss: Loss, reduction: str) -> bool:

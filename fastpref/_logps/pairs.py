@@ -275,6 +275,38 @@ def wanted_stats(stats: tuple[str, ...], loss: Loss) -> tuple[str, ...]:
     return tuple(name for name in STATS if name in stats or (wpo and name == "log_sum_p2"))
 
 
+class SequenceSums(NamedTuple):
+    """What a loss is made of, per sequence; differentiable but for the lengths."""
+
+    logps: Tensor  # [2B]
+    logratios: Tensor | None  # [2B]; None without a reference
+    lengths: Tensor  # [2B] int64
+    tail: Tensor | None = None  # [2B] log-ratios beyond the shorter of the pair
+    weights: Tensor | None = None  # [2B] WPO's
+
+    def losses(self, data: PairData, loss: Loss, dtype: torch.dtype) -> Tensor:
+        """[B], of vectors in `dtype`."""
+
+        def halves(vector):
+            if vector is None:
+                return None, None
+            vector = vector.to(dtype) if vector.dtype.is_floating_point else vector
+            return vector[: vector.shape[0] // 2], vector[vector.shape[0] // 2 :]
+
+        ref_logps = None if self.logratios is None else (self.logps - self.logratios).detach()
+        pairs = losses.Pairs(
+            *halves(self.logps),
+            *halves(ref_logps),
+            *halves(self.lengths),
+            None if data.rating_gap is None else data.rating_gap.detach().to(dtype),
+            *halves(self.logratios),
+            *halves(self.tail),
+            *halves(self.weights),
+            *halves(None if data.scores is None else data.scores.detach()),
+        )
+        return loss.per_pair(pairs)
+
+
 def pair_losses(tokens: Tensor, values: Tensor, sequences: Sequences, data: PairData, loss: Loss) -> Gathered:
     """Any loss as torch on vectors, differentiable in `tokens`, the log-probs of labels' shape.
 
@@ -289,13 +321,6 @@ def pair_losses(tokens: Tensor, values: Tensor, sequences: Sequences, data: Pair
     elif data.ref_logps is not None:
         token_ratios = None  # only their sums are known
         logratios = sums - data.ref_logps.detach().double()
-
-    def halves(vector):
-        if vector is None:
-            return None, None
-        vector = vector.to(tokens.dtype) if vector.dtype.is_floating_point else vector
-        return vector[: vector.shape[0] // 2], vector[vector.shape[0] // 2 :]
-
     lengths = sequences.lengths()
     tail = weights = None
     if "tail" in needs:
@@ -304,36 +329,23 @@ def pair_losses(tokens: Tensor, values: Tensor, sequences: Sequences, data: Pair
                 "a loss on part of the completion needs the reference per token (ref_token_logps or the reference's "
                 "logits or hidden states), got ref_logps"
             )
-        shorter = torch.minimum(*halves(lengths)).repeat(2)
+        pairs = lengths.shape[0] // 2
+        shorter = torch.minimum(lengths[:pairs], lengths[pairs:]).repeat(2)
         tail = sequences.sum(torch.where(sequences.beyond(shorter), token_ratios, 0.0))
     if "wpo" in needs:
         weights = sequences.sum(tokens.detach() - values[STATS.index("log_sum_p2")]) / lengths.clamp(min=1)
-    ref_sums = None if logratios is None else (sums - logratios).detach()
-    pairs = losses.Pairs(
-        *halves(sums),
-        *halves(ref_sums),
-        *halves(lengths),
-        None if data.rating_gap is None else data.rating_gap.detach().to(tokens.dtype),
-        *halves(logratios),
-        *halves(tail),
-        *halves(weights),
-        *halves(None if data.scores is None else data.scores.detach()),
-    )
+    per_pair = SequenceSums(sums, logratios, lengths, tail, weights).losses(data, loss, tokens.dtype)
     ratios = sums if logratios is None else logratios
-    return Gathered(loss.per_pair(pairs), sums.to(tokens.dtype), ratios.to(tokens.dtype), lengths, values)
+    return Gathered(per_pair, sums.to(tokens.dtype), ratios.to(tokens.dtype), lengths, values)
 
 
-def preference_output(
-    loss: Tensor, gathered: Gathered, sequences: Sequences, rating_gap, beta: float, stats
-) -> PreferenceOutput:
-    logps, lengths = gathered.logps.detach(), gathered.lengths
-    pairs = gathered.losses.shape[0]
-    rewards = beta * gathered.logratios.detach()
-    margins = rewards[:pairs] - rewards[pairs:]
+def stat_means(values: Tensor, sequences: Sequences, lengths: Tensor, stats: tuple[str, ...]) -> dict[str, Tensor]:
+    """Of PreferenceStats, those asked for. values: [4, *labels.shape], STATS; or empty."""
     means = {}
+    pairs = lengths.shape[0] // 2
     if stats:
         chosen, rejected = lengths[:pairs].sum().clamp(min=1), lengths[pairs:].sum().clamp(min=1)
-        for name, value in zip(STATS, gathered.values, strict=True):
+        for name, value in zip(STATS, values, strict=True):
             if name not in stats:
                 continue
             sums = sequences.sum(value).float()
@@ -344,6 +356,15 @@ def preference_output(
                 means[name] = sums.sum() / lengths.sum().clamp(min=1)
             if name == "top1":
                 means["chosen_top1"] = sums[:pairs].sum() / chosen
+    return means
+
+
+def preference_output(loss: Tensor, gathered: Gathered, rating_gap, beta: float, counted: dict) -> PreferenceOutput:
+    """counted: the other fields of PreferenceStats, stat_means among them."""
+    logps, lengths = gathered.logps.detach(), gathered.lengths
+    pairs = gathered.losses.shape[0]
+    rewards = beta * gathered.logratios.detach()
+    margins = rewards[:pairs] - rewards[pairs:]
     return PreferenceOutput(
         loss=loss,
         chosen_logps=logps[:pairs],
@@ -358,6 +379,6 @@ def preference_output(
             rejected_lengths=lengths[pairs:],
             ties=(margins == 0).sum(),
             unrated=lengths.new_zeros(()) if rating_gap is None else rating_gap.isnan().sum(),
-            **means,
+            **counted,
         ),
     )

@@ -17,18 +17,21 @@ from torch import Tensor
 
 from fastpref import _autograd, _checks, _library, _native, operators
 from fastpref._logps.pairs import (
+    Family,
     Gathered,
     Loss,
     PairData,
     PreferenceOutput,
     PreferenceStats,
     Reduction,
+    SequenceSums,
     check_pairs,
     check_reference,
     host_numbers,
     logistic_family,
     pair_losses,
     preference_output,
+    stat_means,
     wanted_stats,
 )
 from fastpref._logps.sequences import Sequences, check_layout, targets
@@ -294,6 +297,33 @@ class _Preference(torch.autograd.Function):
         return _autograd.pad_gradients(ctx, logits_gradient(ctx, grad_loss, preference_bwd, preference_bwd_, run))
 
 
+@_autograd.cache_signature
+class _PairSums(torch.autograd.Function):
+    """The sums of any loss by the same kernels: differentiable in logps, and in rewards, which are log-ratios here."""
+
+    forward = _Preference.forward
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _Preference.setup_context(ctx, inputs, output)
+        out = _Outputs(*output)
+        ctx.mark_non_differentiable(*(t for t in out if t is not out.logps and t is not out.rewards))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        of = _Outputs(*gradients)
+        given = [g for g in (of.logps, of.rewards) if g is not None]
+        if not given:
+            return _autograd.pad_gradients(ctx)
+        coefficients = sum(given[1:], start=given[0])
+
+        def run(op, logits, labels, cu_seqlens, lengths, tokens, lse, _coefficients):
+            saved = labels, cu_seqlens, lengths, ctx.shift, tokens, lse
+            return op(coefficients.new_ones(()), coefficients, logits, *saved, *ctx.transform)
+
+        return _autograd.pad_gradients(ctx, logits_gradient(ctx, coefficients, preference_bwd, preference_bwd_, run))
+
+
 # ---- public ----
 
 
@@ -373,12 +403,14 @@ def preference_loss(
     if lengths is not None:
         _checks.same_device("lengths", lengths, "logits", logits)
     has_reference = not (ref_logits is None and ref_token_logps is None and ref_logps is None)
-    family = None
     if _can_fuse(logits, ref_logits, backend):
-        family = logistic_family(objective, has_reference, rating_gap is not None)
-    if family is not None:
         layout = _Layout(labels, cu_seqlens, lengths, shift)
-        return _fused(logits, layout, ref_logits, data, reducing, transform, stats, family, inplace_backward)
+        gather = _Gather(logits, layout, ref_logits, data, transform, bool(stats), inplace_backward)
+        family = logistic_family(objective, has_reference, rating_gap is not None)
+        if family is not None:
+            return _fused(gather, family, reducing, stats)
+        if not objective.traits().needs & {"tail", "wpo"}:
+            return _on_sums(gather, has_reference, objective, reducing, stats)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.long()
     labels = targets(labels, cu_seqlens, lengths, ignore_index, shift)
     gathered = _vectors(
@@ -386,7 +418,8 @@ def preference_loss(
     )
     sequences = Sequences(labels, ignore_index, cu_seqlens)
     reduced = reducing.reduce(gathered.losses)
-    return preference_output(reduced, gathered, sequences, rating_gap, objective.reward_scale(), stats)
+    means = stat_means(gathered.values, sequences, gathered.lengths, stats)
+    return preference_output(reduced, gathered, rating_gap, objective.reward_scale(), means)
 
 
 def _can_fuse(logits: Tensor, ref_logits: Tensor | None, backend: str | None) -> bool:
@@ -398,23 +431,51 @@ def _can_fuse(logits: Tensor, ref_logits: Tensor | None, backend: str | None) ->
     )
 
 
-def _fused(
-    logits, layout: _Layout, ref_logits, data: PairData, reducing: Reduction, transform, stats, family, inplace
-) -> PreferenceOutput:
-    numbers, drop_square = family
-    items = reducing.num_items
-    of_tensor = isinstance(items, Tensor)
-    numbers = host_numbers([*numbers, 0.0 if items is None or of_tensor else items])
-    inputs = ref_logits, data.ref_token_logps, data.ref_logps, data.rating_gap, reducing.pair_weights
-    inputs = [None if t is None else t.detach() for t in (*inputs, items if of_tensor else None)]
-    options = _Options(layout.shift, reducing.kind, transform, bool(stats), drop_square, inplace)
-    labels, cu_seqlens, lengths, _ = layout
-    out = _Outputs(*_Preference.apply(logits, labels, cu_seqlens, lengths, *inputs, numbers, options))
+class _Gather(NamedTuple):
+    """One call of the forward operator, but for the loss."""
+
+    logits: Tensor
+    layout: _Layout
+    ref_logits: Tensor | None
+    data: PairData
+    transform: Transform
+    stats: bool
+    inplace: bool
+
+    def run(self, function, family: Family, reducing: Reduction) -> _Outputs:
+        data, items = self.data, reducing.num_items
+        of_tensor = isinstance(items, Tensor)
+        numbers = host_numbers([*family.numbers, 0.0 if items is None or of_tensor else items])
+        inputs = self.ref_logits, data.ref_token_logps, data.ref_logps, data.rating_gap, reducing.pair_weights
+        inputs = [None if t is None else t.detach() for t in (*inputs, items if of_tensor else None)]
+        labels, cu_seqlens, lengths, shift = self.layout
+        options = _Options(shift, reducing.kind, self.transform, self.stats, family.drop_square, self.inplace)
+        return _Outputs(*function.apply(self.logits, labels, cu_seqlens, lengths, *inputs, numbers, options))
+
+
+def _named_means(out: _Outputs, stats: tuple[str, ...]) -> dict[str, Tensor]:
+    _accuracy, *means = out.metrics.unbind()
+    several = {"top1": ("top1", "chosen_top1"), "mean_logit": ("chosen_mean_logit", "rejected_mean_logit")}
+    names = [name for stat in stats for name in several.get(stat, (stat,))]
+    return {name: mean for name, mean in zip(METRICS, means, strict=True) if name in names}
+
+
+def _on_sums(gather: _Gather, has_reference: bool, loss: Loss, reducing: Reduction, stats) -> PreferenceOutput:
+    """Any loss of whole sequences: the same two launches, and torch on vectors of the length of the batch."""
+    nothing = Family([1.0] + [0.0] * 6, False)
+    out = gather.run(_PairSums, nothing, Reduction("none", None, None))
+    sums = SequenceSums(out.logps, out.rewards if has_reference else None, out.lengths)
+    per_pair = sums.losses(gather.data, loss, torch.float32)
+    gathered = Gathered(per_pair, out.logps, out.rewards, out.lengths, out.metrics)
+    counted = _named_means(out, stats) | {"invalid_labels": out.counts[2]}
+    rating_gap, beta = gather.data.rating_gap, loss.reward_scale()
+    return preference_output(reducing.reduce(per_pair), gathered, rating_gap, beta, counted)
+
+
+def _fused(gather: _Gather, family: Family, reducing: Reduction, stats) -> PreferenceOutput:
+    out = gather.run(_Preference, family, reducing)
     pairs = out.losses.shape[0]
     ties, unrated, invalid_labels = out.counts.unbind()
-    accuracy, *means = out.metrics.unbind()
-    wanted = {"top1": ("top1", "chosen_top1"), "mean_logit": ("chosen_mean_logit", "rejected_mean_logit")}
-    names = [name for stat in stats for name in wanted.get(stat, (stat,))]
     return PreferenceOutput(
         loss=out.loss,
         chosen_logps=out.logps[:pairs],
@@ -422,7 +483,7 @@ def _fused(
         chosen_rewards=out.rewards[:pairs],
         rejected_rewards=out.rewards[pairs:],
         margins=out.margins,
-        accuracy=accuracy,
+        accuracy=out.metrics[0],
         stats=PreferenceStats(
             losses=out.losses,
             chosen_lengths=out.lengths[:pairs],
@@ -430,7 +491,7 @@ def _fused(
             ties=ties,
             unrated=unrated,
             invalid_labels=invalid_labels,
-            **{name: mean for name, mean in zip(METRICS, means, strict=True) if name in names},
+            **_named_means(out, stats),
         ),
     )
 
