@@ -145,7 +145,9 @@ def check(case: Case, found: Found, ulp: int = 0) -> None:
     off = (a - b).abs() - ulp * 1.2e-7 * largest  # jitter moves expm1 near 0, which no GPU does
     relative = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}[found.gradient.dtype]
     tiny = torch.finfo(found.gradient.dtype).tiny * torch.finfo(found.gradient.dtype).eps
-    assert (off <= relative * b.abs() + 1e-7 * largest + tiny).all(), (off / largest).max()
+    # a pair's coefficient may be a small difference: its error is one of the batch's largest
+    few = relative * b.abs() + 1e-7 * largest + (1e-5 * b.abs().max() if b.numel() else 0) + tiny
+    assert (off <= few).all(), (off / largest).max()
 
 
 def equal_bits(a: Tensor, b: Tensor) -> bool:
