@@ -594,10 +594,10 @@ def test_opcheck(packed):
     weights, items = (None, torch.tensor(7.0)) if packed else (torch.rand(3), None)
     numbers = torch.tensor([0.1, 1.0, 0.0, 0.5, 0.0, 1.0, 0.3, 0.0], dtype=torch.float64)
     references, pair_data = (ref_logits, None, None), (gap, weights, items, reduction)
-    args = (logits, *layout, *references, *pair_data, *transform, True, numbers, True)
+    args = (logits, *layout, *references, *pair_data, *transform, True, numbers, True, "")
     torch.library.opcheck(preference_fwd, args)
     loss, *_, coefficients, tokens, lse = preference_fwd(*args)
-    saved = (*layout, tokens, lse, *transform)
+    saved = (*layout, tokens, lse, *transform, "")
     torch.library.opcheck(preference_bwd, (torch.randn_like(loss), coefficients, logits, *saved))
     torch.library.opcheck(preference_bwd_, (torch.randn_like(loss), coefficients, logits.contiguous(), *saved))
 
