@@ -776,17 +776,22 @@ def test_cuda_is_cpu(loss, packed):
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
+gpu_backends = pytest.mark.parametrize("backend", ["native", "triton"])
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("loss", ["sigmoid", "rdpo", "ipo", "ld_dpo", "wpo"])
-def test_a_step_is_captured_in_a_cuda_graph(loss):
+@gpu_backends
+@pytest.mark.parametrize("loss", ["sigmoid", "rdpo", "ipo", "simpo", "ld_dpo", "wpo"])
+def test_a_step_is_captured_in_a_cuda_graph(loss, backend):
     """Which also proves that no value is read on the host: a capture refuses that."""
     x, labels, ref_logits, gap = on("cuda", *make())
     x.requires_grad_()
 
     def step():
         out = fastpref.preference_loss(
-            x, labels, ref_logits=ref_logits, loss=loss, rating_gap=gap, shift=True, stats=STATS
-        )
+            x, labels, ref_logits=None if loss == "simpo" else ref_logits, loss=loss, rating_gap=gap, shift=True,
+            stats=STATS, backend=backend,
+        )  # fmt: skip
         (gradient,) = torch.autograd.grad(out.loss, x)
         return out.loss.detach(), gradient, out.as_trl()["rewards/margins"]
 
@@ -799,12 +804,52 @@ def test_a_step_is_captured_in_a_cuda_graph(loss):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    with torch.no_grad():
-        x.copy_(torch.randn_like(x))
-    gap.copy_(torch.randn_like(gap))
-    graph.replay()
+    for _ in range(2):  # the second time the tickets are not those of a fresh allocation
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        gap.copy_(torch.randn_like(gap))
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.testing.assert_close(captured, step(), rtol=1e-5, atol=1e-6)
+
+
+def large_batch(device):
+    """Whose step takes long enough to overlap with another."""
+    labels = torch.randint(0, 32000, (8, 256), device=device)
+    return torch.randn(8, 256, 32000, device=device, dtype=torch.bfloat16), labels
+
+
+def whole_step(logits, labels, backend):
+    x = logits.detach().requires_grad_()
+    out = fastpref.preference_loss(x, labels, ref_logps=-torch.ones(8, device=x.device), backend=backend)
+    return out.loss.detach(), torch.autograd.grad(out.loss, x)[0]
+
+
+@pytest.mark.cuda
+@gpu_backends
+def test_two_streams_at_once(backend):
+    batches = [large_batch("cuda") for _ in range(2)]
+    alone = [whole_step(*batch, backend) for batch in batches]
     torch.cuda.synchronize()
-    torch.testing.assert_close(captured, step(), rtol=1e-5, atol=1e-6)
+    streams = [torch.cuda.Stream() for _ in batches]
+    for _ in range(3):
+        found = []
+        for stream, batch in zip(streams, batches, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(whole_step(*batch, backend))
+        torch.cuda.synchronize()
+        for a, b in zip(found, alone, strict=True):
+            assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+@gpu_backends
+def test_a_device_that_is_not_the_current_one(backend):
+    batch = large_batch("cuda:0")
+    expected = whole_step(*batch, backend)
+    found = whole_step(*(t.to("cuda:1") for t in batch), backend)
+    assert torch.equal(found[0].cpu(), expected[0].cpu()) and torch.equal(found[1].cpu(), expected[1].cpu())
 
 
 @pytest.mark.cuda
