@@ -139,12 +139,13 @@ class _Counting(OpenOperators):
         result_is_ours = bool(ours) if target is None else target == ELSEWHERE.type
         if name in ("copy_", "index", "index_put_"):
             result_is_ours = isinstance(args[0], OnDevice)
-        if ours or result_is_ours:
-            self._count(op, name, args, tensors, ours, result_is_ours)
         if target == ELSEWHERE.type:
             kwargs = {**kwargs, "device": "cpu"}
         plain_args, plain_kwargs = tree_map(_held, (args, kwargs))
         made = on_cpu(op, plain_args, plain_kwargs)
+        made_nothing = all(isinstance(t, Tensor) and not t.numel() for t in tree_leaves(made))
+        if (ours or result_is_ours) and not made_nothing:
+            self._count(op, name, args, tensors, ours, result_is_ours)
 
         def back(value):
             if not isinstance(value, Tensor):

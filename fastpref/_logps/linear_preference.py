@@ -8,6 +8,7 @@ and losses that couple the batch (4) go through linear_logps' two passes instead
 which.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,13 +37,14 @@ from fastpref._logps.pairs import (
     check_reference,
     decode_loss,
     encode_loss,
+    pair_gradients,
     pair_losses,
     preference_output,
     wanted_stats,
 )
-from fastpref._logps.plan import choose_kind, even_chunks, is_resident, pair_groups
+from fastpref._logps.plan import choose_kind, even_chunks, is_resident, pair_groups, rows_of_pairs
 from fastpref._logps.scaled import scaled
-from fastpref._logps.sequences import Sequences, check_layout, targets
+from fastpref._logps.sequences import Sequences, check_layout, rising, targets
 from fastpref._logps.tile import (
     Budget,
     Gradients,
@@ -63,36 +65,45 @@ from fastpref._logps.transform import Transform, checked_transform
 # ---- the operator: whole pairs, forward and backward, in one tile ----
 
 
-class _Group(NamedTuple):
-    begin: int  # of the pairs
-    end: int
-    where: slice | Tensor  # rows of hidden: all chosen, then all rejected ones
-    labels: Tensor
-    bounds: Tensor  # [2 pairs + 1] where their sequences begin among these rows
+class _Ordered(NamedTuple):
+    """The rows that count and their sequences, group after group, and within a group all chosen sequences first."""
+
+    groups: list[tuple[int, int]]  # of pairs
+    sizes: list[int]  # rows of each group
+    where: slice | Tensor  # [rows] of hidden
+    labels: Tensor  # [rows]
+    bounds: Tensor  # [2B + 1] where the sequences begin among these rows
 
 
-def _groups(rows: Rows, ends: Tensor, pairs: int, tile_rows: int) -> list[_Group]:
+def _in_groups(rows: Rows, ends: Tensor, pairs: int, tile_rows: int) -> _Ordered:
     if rows.padded:  # where a pair ends is known on the device alone
-        return [_Group(0, pairs, rows.index[: rows.count], rows.labels, ends.clamp(max=rows.count))]
-    groups = []
-    for begin, end in pair_groups(rows.bounds, tile_rows):
-        halves = [slice(rows.bounds[s + begin], rows.bounds[s + end]) for s in (0, pairs)]
-        lengths = torch.cat([ends[s + begin + 1 : s + end + 1] - ends[s + begin : s + end] for s in (0, pairs)])
-        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        if end - begin == pairs:
-            groups.append(_Group(begin, end, rows.where(0, rows.count), rows.labels, bounds))
-        else:
-            where = torch.cat([rows.index[half] for half in halves])
-            groups.append(_Group(begin, end, where, torch.cat([rows.labels[half] for half in halves]), bounds))
-    return groups
+        groups, bounds = [(0, pairs)][:pairs], ends.clamp(max=rows.count)
+        return _Ordered(groups, [rows.count] * len(groups), rows.index[: rows.count], rows.labels, bounds)
+    groups = pair_groups(rows.bounds, tile_rows)
+    if len(groups) <= 1:
+        return _Ordered(groups, [rows.count] * len(groups), rows.where(0, rows.count), rows.labels, ends)
+    spans = [slice(rows.bounds[s + begin], rows.bounds[s + end]) for begin, end in groups for s in (0, pairs)]
+    sizes = [rows_of_pairs(rows.bounds, *group) for group in groups]
+    bounds = torch.zeros_like(ends)
+    torch.cumsum(_group_after_group(ends[1:] - ends[:-1], groups), 0, out=bounds[1:])
+    where, labels = (torch.cat([vector[span] for span in spans]) for vector in (rows.index, rows.labels))
+    return _Ordered(groups, sizes, where, labels, bounds)
 
 
-def _halves_of(vector: Tensor | None, begin: int, end: int) -> Tensor | None:
-    """[2B] -> those of the pairs [begin, end), chosen and then rejected."""
-    if vector is None:
-        return None
+def _group_after_group(vector: Tensor | None, groups: list[tuple[int, int]]) -> Tensor | None:
+    """[2B], all chosen sequences first -> all chosen ones of a group first."""
+    if vector is None or len(groups) <= 1:
+        return vector
     pairs = vector.shape[0] // 2
-    return torch.cat([vector[begin:end], vector[pairs + begin : pairs + end]])
+    return torch.cat([vector[s + begin : s + end] for begin, end in groups for s in (0, pairs)])
+
+
+def _chosen_first(parts: list[Tensor]) -> Tensor:
+    """The other way round, from the parts of the groups."""
+    if len(parts) == 1:
+        return parts[0]
+    halves = [part.view(2, part.shape[0] // 2) for part in parts]
+    return torch.cat([half[side] for side in (0, 1) for half in halves])
 
 
 class Wanted(NamedTuple):
@@ -108,27 +119,17 @@ class LinearPreference(NamedTuple):
     lengths: Tensor  # [2B]
     values: Tensor  # [4 or 0, tokens]
 
-    def put(self, rows: Rows, group: _Group, total: Tensor, gathered: Gathered) -> None:
-        begin, end = group.begin, group.end
-        pairs = self.losses.shape[0]
-        self.loss.add_(total.detach())
-        self.losses[begin:end] = gathered.losses.detach()
-        rows.put(self.values, group.where, gathered.values, 1)
-        for out, own in (
-            (self.logps, gathered.logps),
-            (self.logratios, gathered.logratios),
-            (self.lengths, gathered.lengths),
-        ):
-            out[begin:end], out[pairs + begin : pairs + end] = own.detach().chunk(2)
-
 
 def _zeros(hidden: Tensor, labels: Tensor, scale_of_pair: Tensor, stats: bool) -> LinearPreference:
     """What a batch without pairs gives."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     pairs = scale_of_pair.shape[0]
     vectors = [hidden.new_zeros(shape, dtype=dtype) for shape in ((), pairs, 2 * pairs, 2 * pairs)]
-    values = hidden.new_zeros((4 if stats else 0, labels.shape[0]), dtype=torch.float32)
-    return LinearPreference(*vectors, labels.new_zeros(2 * pairs), values)
+    return LinearPreference(*vectors, labels.new_zeros(2 * pairs), _zero_values(labels, stats))
+
+
+def _zero_values(labels: Tensor, stats: bool) -> Tensor:
+    return labels.new_zeros((4 if stats else 0, labels.shape[0]), dtype=torch.float32)
 
 
 def _pair_resident(
@@ -154,36 +155,38 @@ def _pair_resident(
         if tokens.ref_hidden is not None:
             ref = head.like(tokens.ref_hidden, tokens.ref_weight, tokens.ref_bias)
         tile_rows = head.tile_rows()
-        groups = _groups(rows, ends, pairs, tile_rows)
-        pieces = [even_chunks(group.labels.shape[0], tile_rows) for group in groups]
+        ordered = _in_groups(rows, ends, pairs, tile_rows)
+        pieces = [even_chunks(size, tile_rows) for size in ordered.sizes]
         gradients = Gradients(head, hidden, wanted.gradients, rows, sum(map(len, pieces)))
-        out = _zeros(hidden, labels, scale_of_pair, wanted.stats)
+        values_out = _zero_values(labels, wanted.stats)
+        ignored = ordered.labels == ignore_index if rows.unchecked else None
+        positions = torch.arange(ordered.labels.shape[0], device=labels.device)
+        data = _ordered_data(data, ordered, positions, ignored, scale_of_pair.dtype)
 
-        def project(group: _Group, parts: list[tuple[int, int]]) -> None:
-            begin, end, where, y, bounds = group
+        def project(first: int, group: int) -> Gathered:
+            """first: of the group's rows among all."""
+            (begin, end), parts, last = ordered.groups[group], pieces[group], first + ordered.sizes[group]
+            where = ordered.where if len(ordered.groups) == 1 else ordered.where[first:last]
+            y = ordered.labels[first:last]
             x = rows.take(hidden, where, y)
-            ref_tokens = None if data.ref_token_logps is None else take_rows(data.ref_token_logps, where)
+            ref_tokens = None if data.ref_token_logps is None else data.ref_token_logps[first:last]
             if ref is not None:  # before the policy, whose tile must stay
                 ref_x = rows.take(tokens.ref_hidden, where, y)
                 ref_tokens = join_folds([ref.fold(ref_x[i:j], y[i:j], keep=False) for i, j in parts], ref_x, y)[0]
             resident = len(parts) == 1
             folded = [head.fold(x[i:j], y[i:j], keep=resident) for i, j in parts]
             logps, lse, values = join_folds(folded, x, y, wanted.stats)
-            with _autograd.grad_inside_an_operator():
-                row_logps = logps.detach().requires_grad_()
-                own = PairData(
-                    ref_tokens,
-                    _halves_of(data.ref_logps, begin, end),
-                    None if data.rating_gap is None else data.rating_gap[begin:end],
-                    _halves_of(data.scores, begin, end),
-                )
-                gathered = pair_losses(row_logps, values, Sequences(y, ignore_index, bounds), own, loss)
-                total = (gathered.losses * scale_of_pair[begin:end]).sum()
-                coefficients = torch.zeros_like(row_logps)  # of a loss that does not depend on them
-                if total.requires_grad:
-                    (coefficients,) = torch.autograd.grad(total, row_logps)
+            bounds = ordered.bounds[2 * begin : 2 * end + 1]
+            sequences = Sequences.compacted(
+                positions[: last - first],
+                bounds - bounds[0] if group else bounds,
+                None if ignored is None else ignored[first:last],
+            )
+            gathered, coefficients = pair_gradients(
+                logps, values, sequences, _of_group(data, begin, end, ref_tokens), loss, scale_of_pair[begin:end]
+            )
             if rows.padded:
-                coefficients.masked_fill_(rows.overflow, torch.nan)
+                coefficients = coefficients.masked_fill_(rows.overflow, torch.nan)
             for i, j in parts:
                 fit = logps[i:j], lse[:, i:j]
                 if not resident:
@@ -191,13 +194,60 @@ def _pair_resident(
                 dz = head.turn(coefficients[i:j], y[i:j], *fit)
                 part = slice(where.start + i, where.start + j) if isinstance(where, slice) else where[i:j]
                 gradients.add(dz, x[i:j], part)
-            out.put(rows, group, total, gathered)
+            if wanted.stats:
+                rows.put(values_out, where, values, 1)
+            return gathered
 
-        for group, parts in zip(groups, pieces, strict=True):
-            project(group, parts)
+        firsts = itertools.accumulate(ordered.sizes, initial=0)
+        gathered = [project(first, group) for group, first in zip(range(len(pieces)), firsts, strict=False)]
+        if gathered:
+            out = _joined(gathered, scale_of_pair, ends, ignored is not None)._replace(values=values_out)
+        else:
+            out = _zeros(hidden, labels, scale_of_pair, wanted.stats)
         if rows.padded:
             out.loss.masked_fill_(rows.overflow, torch.nan)
         return *out, *gradients.finish()
+
+
+def _ordered_data(
+    data: PairData, ordered: _Ordered, positions: Tensor, ignored: Tensor | None, dtype: torch.dtype
+) -> PairData:
+    """As the rows are ordered, and what every group would make of it made once. ref_logps: sums of either form."""
+    ref_tokens, ref_sums, gap, scores = data
+    if ref_tokens is not None:
+        ref_tokens = take_rows(ref_tokens, ordered.where)
+        ref_sums = Sequences.compacted(positions, ordered.bounds, ignored).sum(ref_tokens)
+    elif ref_sums is not None:
+        ref_sums = _group_after_group(ref_sums.double(), ordered.groups)
+    scores = None if scores is None else _group_after_group(scores.to(dtype), ordered.groups)
+    return PairData(ref_tokens, ref_sums, None if gap is None else gap.to(dtype), scores)
+
+
+def _of_group(data: PairData, begin: int, end: int, ref_tokens: Tensor | None) -> PairData:
+    ref_sums, gap, scores = data.ref_logps, data.rating_gap, data.scores
+    both = slice(2 * begin, 2 * end)
+    return PairData(
+        ref_tokens,
+        None if ref_sums is None else ref_sums[both],
+        None if gap is None else gap[begin:end],
+        None if scores is None else scores[both],
+    )
+
+
+def _joined(gathered: list[Gathered], scale_of_pair: Tensor, ends: Tensor, some_ignored: bool) -> LinearPreference:
+    """All groups' results; `values` is left out."""
+    per_pair = [group.losses for group in gathered]
+    per_pair = per_pair[0] if len(per_pair) == 1 else torch.cat(per_pair)
+    lengths = _chosen_first([group.lengths for group in gathered]) if some_ignored else ends[1:] - ends[:-1]
+    logps, logratios = (_chosen_first([getattr(group, name) for group in gathered]) for name in ("logps", "logratios"))
+    return LinearPreference(
+        (per_pair * scale_of_pair).sum(),
+        per_pair,
+        logps,
+        logps.clone() if logratios is logps else logratios,  # an operator returns no tensor twice
+        lengths,
+        per_pair.new_empty(0),
+    )
 
 
 def _fwd(
@@ -322,8 +372,8 @@ def linear_preference_loss(
             read from the device, and ignored tokens inside the sequences are projected too.
         shared_prefix: [B], how many leading labels the two sequences of a pair share. They add nothing to the gradient
             of a loss of the difference alone, and are left out, of log-probs, rewards and lengths too.
-        max_active_tokens: capacity for the tokens that count; without it 2B + 1 integers are read from the device. If
-            more tokens count, the loss is NaN.
+        max_active_tokens: capacity for the tokens that count; without it at most 2B + 1 integers are read from the
+            device. If more tokens count, the loss is NaN.
         stats: as in token_logps.
         sequence_group: process group over which the tokens of every sequence are spread: sums are all-reduced, loss and
             metrics are the same on all ranks, gradients are those of the rank's own tokens. Labels must be aligned.
@@ -360,16 +410,22 @@ def linear_preference_loss(
     if shared_prefix is not None:
         labels = _without_prefix(labels, shared_prefix, cu_seqlens, sequences, objective, ignore_index)
     labels = targets(labels, cu_seqlens, lengths, ignore_index, shift)
-    layout = Sequences(labels, ignore_index, cu_seqlens, sequence_group)
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(sequences + 1, device=hidden.device) * labels.shape[1]
     if ref_hidden is not None:
         ref_hidden = ref_hidden.reshape(-1, ref_hidden.shape[-1])
     projection = Projection(hidden.reshape(-1, hidden.shape[-1]), weight, bias, a, b)
-    tokens = Tokens(labels.reshape(-1), cu_seqlens, spans, ref_hidden, ref_weight, ref_bias)
+    tokens = Tokens(labels.reshape(-1), None, spans, ref_hidden, ref_weight, ref_bias)
     values_wanted = bool(wanted_stats(stats, objective))
+    resident = sequence_group is None and _is_pair_resident(projection, objective, reduction)
+    layout = None  # where the sequences lie is asked for once
+    if stats or not resident:
+        layout = Sequences(labels, ignore_index, cu_seqlens, sequence_group)
 
-    if sequence_group is None and _is_pair_resident(projection, objective, reduction):
+    if resident:
+        if cu_seqlens is None:
+            cu_seqlens = _offsets(labels)
+        else:
+            cu_seqlens = rising(cu_seqlens, labels.shape[0]) if layout is None else layout.cu_seqlens
+        tokens = tokens._replace(cu_seqlens=cu_seqlens)
         reduced, gathered = _in_one_pass(
             projection, tokens, data, transform, values_wanted, objective, reducing, budget
         )
@@ -383,6 +439,14 @@ def linear_preference_loss(
         gathered = pair_losses(found.logps.view(labels.shape), values, layout, data, objective)
         reduced = reducing.reduce(gathered.losses)
     return preference_output(reduced, gathered, layout, rating_gap, objective.reward_scale(), stats)
+
+
+def _offsets(labels: Tensor) -> Tensor:
+    """cu_seqlens of padded labels."""
+    sequences, length = labels.shape
+    if not length:
+        return torch.zeros(sequences + 1, dtype=torch.int64, device=labels.device)
+    return torch.arange(0, sequences * length + 1, length, device=labels.device)
 
 
 def _is_pair_resident(projection: Projection, loss: Loss, reduction: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import _checks, losses
+from fastpref import _autograd, _checks, losses
 from fastpref._logps.sequences import Sequences
 from fastpref._logps.token_logps import STATS
 
@@ -81,6 +81,10 @@ class Loss(NamedTuple):
     def is_list(self) -> bool:
         return isinstance(self.loss, (list, tuple))
 
+    def is_named(self) -> bool:
+        """Whether it is made of losses.LOSSES alone."""
+        return all(isinstance(part, str) for part in (self.loss if self.is_list() else [self.loss]))
+
     def traits(self) -> losses.LossTraits:
         return losses.traits(self.loss, self.options)
 
@@ -129,6 +133,8 @@ def decode_loss(encoded: EncodedLoss) -> Loss:
         index, _, option = word.partition(".")
         key, is_literal, literal = option.partition("=")
         options[int(index)][key] = ast.literal_eval(literal) if is_literal else next(numbers)
+    if weights == [1.0]:
+        return Loss(names[0], None, options[0], beta)
     return Loss(names, weights, options, beta)
 
 
@@ -153,15 +159,29 @@ class Reduction(NamedTuple):
 
     def scale_of_pair(self, like: Tensor) -> Tensor:
         """What each pair's loss is multiplied by before they are added up: [B] of like's shape, dtype and device."""
-        scale = torch.ones_like(like) if self.pair_weights is None else self.pair_weights.detach().to(like.dtype)
+        if self.pair_weights is None:
+            divisor = self._divisor(like)
+            if isinstance(divisor, Tensor):
+                return torch.ones_like(like) / divisor
+            return torch.full_like(like, 1 / divisor)
+        scale = self.pair_weights.detach().to(like.dtype)
+        return scale if self.kind != "mean" else scale / self._divisor(like)
+
+    def _divisor(self, like: Tensor) -> float | Tensor:
+        """Known on the host but where the caller's data are what it is made of."""
         if self.kind != "mean":
-            return scale
+            return 1
         if self.num_items is not None:
-            return scale / self.num_items
-        total = scale.sum()
-        return scale / torch.where(total == 0, 1.0, total)
+            return self.num_items
+        if self.pair_weights is None:
+            return max(like.shape[0], 1)
+        total = self.pair_weights.detach().to(like.dtype).sum()
+        return torch.where(total == 0, 1.0, total)
 
     def reduce(self, per_pair: Tensor) -> Tensor:
+        if self.pair_weights is None:
+            reduced = per_pair if self.kind == "none" else per_pair.sum()
+            return reduced / self._divisor(per_pair) if self.kind == "mean" else reduced
         weighted = per_pair * self.scale_of_pair(per_pair)
         return weighted if self.kind == "none" else weighted.sum()
 
@@ -250,52 +270,108 @@ def wanted_stats(stats: tuple[str, ...], loss: Loss) -> tuple[str, ...]:
     return tuple(name for name in STATS if name in stats or (wpo and name == "log_sum_p2"))
 
 
+class _TokenSums(NamedTuple):
+    """All that a loss reads of the tokens: [2B], the chosen sequences first, in the dtype of the log-probs."""
+
+    logps: Tensor
+    logratios: Tensor | None  # None without a reference
+    tail: Tensor | None  # of the log-ratios beyond the shorter of the two
+    lengths: Tensor  # int64
+    wpo: Tensor | None  # mean of log-prob - log sum p^2
+
+
+def _halves(vector: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """[2B] -> [B] and [B]. The gradient of the two is one stack."""
+    return (None, None) if vector is None else vector.view(2, vector.shape[0] // 2).unbind(0)
+
+
+def _token_sums(
+    tokens: Tensor, values: Tensor, sequences: Sequences, data: PairData, needs: frozenset[str]
+) -> _TokenSums:
+    ref_sums = None if data.ref_logps is None else data.ref_logps.detach().double()
+    if ref_sums is None and data.ref_token_logps is not None:
+        ref_sums = sequences.sum(data.ref_token_logps.detach())
+    logps, logratios = sequences.sum_logps(tokens, ref_sums)
+    lengths = sequences.lengths()
+    tail = wpo = None
+    if "tail" in needs:
+        if data.ref_token_logps is None and data.ref_logps is not None:
+            raise ValueError(
+                "a loss on part of the completion needs the reference per token (ref_token_logps or the reference's "
+                "logits or hidden states), got ref_logps"
+            )
+        ratios = tokens.double()
+        if data.ref_token_logps is not None:
+            ratios = ratios - data.ref_token_logps.detach()
+        beyond = sequences.beyond(torch.minimum(*_halves(lengths)).repeat(2))
+        tail = sequences.sum(torch.where(beyond, ratios, 0.0)).to(tokens.dtype)
+    if "wpo" in needs:
+        weights = sequences.sum(tokens.detach() - values[STATS.index("log_sum_p2")]) / lengths.clamp(min=1)
+        wpo = weights.to(tokens.dtype)
+    return _TokenSums(logps, logratios, tail, lengths, wpo)
+
+
+def _losses_of(sums: _TokenSums, data: PairData, loss: Loss) -> Tensor:
+    """[B]"""
+    dtype = sums.logps.dtype
+    ref_logps = None
+    if sums.logratios is not None and not loss.is_named():  # no loss of losses.LOSSES reads them
+        ref_logps = (sums.logps - sums.logratios).detach()
+    pairs = losses.Pairs(
+        *_halves(sums.logps),
+        *_halves(ref_logps),
+        *_halves(sums.lengths),
+        None if data.rating_gap is None else data.rating_gap.detach().to(dtype),
+        *_halves(sums.logratios),
+        *_halves(sums.tail),
+        *_halves(sums.wpo),
+        *_halves(None if data.scores is None else data.scores.detach().to(dtype)),
+    )
+    return loss.per_pair(pairs)
+
+
 def pair_losses(tokens: Tensor, values: Tensor, sequences: Sequences, data: PairData, loss: Loss) -> Gathered:
     """Any loss as torch on vectors, differentiable in `tokens`, the log-probs of labels' shape.
 
     values: [4, *labels.shape], STATS.
     """
+    sums = _token_sums(tokens, values, sequences, data, loss.traits().needs)
+    logratios = sums.logps if sums.logratios is None else sums.logratios
+    return Gathered(_losses_of(sums, data, loss), sums.logps, logratios, sums.lengths, values)
+
+
+def pair_gradients(
+    tokens: Tensor, values: Tensor, sequences: Sequences, data: PairData, loss: Loss, scale: Tensor
+) -> tuple[Gathered, Tensor]:
+    """The same, detached, and the gradient by every token of the sum of `scale` [B] times the losses.
+
+    data.ref_logps may stand beside data.ref_token_logps: their sums, which need not be formed again.
+    """
     needs = loss.traits().needs
-    sums = sequences.sum(tokens)
-    token_ratios, logratios = tokens.double(), None
-    if data.ref_token_logps is not None:
-        token_ratios = token_ratios - data.ref_token_logps.detach().double()
-        logratios = sequences.sum(token_ratios)
-    elif data.ref_logps is not None:
-        token_ratios = None  # only their sums are known
-        logratios = sums - data.ref_logps.detach().double()
-
-    def halves(vector):
-        if vector is None:
-            return None, None
-        vector = vector.to(tokens.dtype) if vector.dtype.is_floating_point else vector
-        return vector[: vector.shape[0] // 2], vector[vector.shape[0] // 2 :]
-
-    lengths = sequences.lengths()
-    tail = weights = None
-    if "tail" in needs:
-        if token_ratios is None:
-            raise ValueError(
-                "a loss on part of the completion needs the reference per token (ref_token_logps or the reference's "
-                "logits or hidden states), got ref_logps"
+    sums = _token_sums(tokens, values, sequences, data, needs)
+    with _autograd.grad_inside_an_operator():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in sums[:3]]
+        per_pair = _losses_of(_TokenSums(*leaves, *sums[3:]), data, loss)
+        gradients = [None] * len(leaves)
+        if per_pair.requires_grad:
+            given = iter(
+                torch.autograd.grad(
+                    per_pair, [t for t in leaves if t is not None], scale.to(per_pair.dtype), allow_unused=True
+                )
             )
-        shorter = torch.minimum(*halves(lengths)).repeat(2)
-        tail = sequences.sum(torch.where(sequences.beyond(shorter), token_ratios, 0.0))
-    if "wpo" in needs:
-        weights = sequences.sum(tokens.detach() - values[STATS.index("log_sum_p2")]) / lengths.clamp(min=1)
-    ref_sums = None if logratios is None else (sums - logratios).detach()
-    pairs = losses.Pairs(
-        *halves(sums),
-        *halves(ref_sums),
-        *halves(lengths),
-        None if data.rating_gap is None else data.rating_gap.detach().to(tokens.dtype),
-        *halves(logratios),
-        *halves(tail),
-        *halves(weights),
-        *halves(None if data.scores is None else data.scores.detach()),
-    )
-    ratios = sums if logratios is None else logratios
-    return Gathered(loss.per_pair(pairs), sums.to(tokens.dtype), ratios.to(tokens.dtype), lengths, values)
+            gradients = [None if t is None else next(given) for t in leaves]
+    *by_sum, by_tail = gradients
+    by_sum = [g for g in by_sum if g is not None]
+    if by_sum:
+        by_token = sequences.per_token(sum(by_sum[1:], by_sum[0]))
+    else:
+        by_token = torch.zeros_like(tokens)  # of a loss that does not depend on them
+    if by_tail is not None:
+        beyond = sequences.beyond(torch.minimum(*_halves(sums.lengths)).repeat(2))
+        by_token = by_token + torch.where(beyond, sequences.per_token(by_tail), 0.0)
+    logratios = sums.logps if sums.logratios is None else sums.logratios
+    per_pair = per_pair.detach() if loss.is_named() else per_pair.detach().clone()  # a user's may be one of its inputs
+    return Gathered(per_pair, sums.logps, logratios, sums.lengths, values), by_token
 
 
 def preference_output(
@@ -326,7 +402,7 @@ def preference_output(
         chosen_rewards=rewards[:pairs],
         rejected_rewards=rewards[pairs:],
         margins=margins,
-        accuracy=_mean((margins > 0).float()),
+        accuracy=_mean(margins > 0),
         stats=PreferenceStats(
             losses=gathered.losses.detach(),
             chosen_lengths=lengths[:pairs],
