@@ -130,20 +130,6 @@ __device__ inline float reciprocal_fast(float x) {
   return y;
 }
 
-// 2^x for x <= 8 without the special function unit, which softcap keeps busier than the multipliers: x = n + f,
-// |f| <= 1/2, and a polynomial of 2^f to 2e-6 relative.
-__device__ inline float exp2_polynomial(float x) {
-  float clamped;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(clamped) : "f"(x), "f"(-126.0f));
-  const float shifted = clamped + 12582912.0f, f = clamped - (shifted - 12582912.0f);
-  float p = fmaf(f, 1.3400432e-3f, 9.6178371e-3f);
-  p = fmaf(f, p, 5.5503324e-2f);
-  p = fmaf(f, p, 2.4022651e-1f);
-  p = fmaf(f, p, 6.9314718e-1f);
-  p = fmaf(f, p, 1.0f);
-  return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
-}
-
 // fmaxf would drop a NaN.
 __device__ inline float max_or_nan(float x, float y) {
   float z;
@@ -192,8 +178,7 @@ struct Sums {
     base = new_base;
   }
 
-  // POLYNOMIAL of eight exponentials are taken without the special function unit.
-  template <int POLYNOMIAL, int N>
+  template <int N>
   __device__ void add(const float (&v)[N], float top_of_v, float k, float slack) {
     top = fmaxf(top, top_of_v);
     if (!HAS_STATS || top - base > slack) rebase(top, k);
@@ -203,7 +188,7 @@ struct Sums {
     for (int i = 0; i < N; i++) {
       float t = v[i] - reference;
       if (HAS_STATS) t = max_or_nan(t, -1e30f);  // 0 * -inf
-      const float e = i % 8 < POLYNOMIAL ? exp2_polynomial(t * k) : exp2_fast(t * k);
+      const float e = exp2_fast(t * k);
       added += e;
       if (HAS_STATS) added_t = fmaf(e, t, added_t), added_squares = fmaf(e, e, added_squares);
     }
@@ -261,7 +246,7 @@ __device__ inline RowResult finish_row(const Sums<HAS_STATS>& others, float targ
 
   Sums<HAS_STATS> all = others;
   const float target_column[1] = {target};
-  all.template add<0>(target_column, target, k, 0.0f);
+  all.add(target_column, target, k, 0.0f);
   const float log_sum = logf(all.sum);
   // hi + error = top + quotient exactly (two-sum)
   const float quotient = log_sum / multiplier, hi = all.top + quotient, back = hi - all.top;

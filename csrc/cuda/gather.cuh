@@ -19,8 +19,7 @@ template <class T>
 constexpr int tile_columns = warp * loads * vec<T>;
 template <class T>
 constexpr int chunk_columns = chunk_tiles * tile_columns<T>;
-constexpr int column_group = 16;                      // columns of a lane folded at a time: what fits in 64 registers
-constexpr int polynomial_of_eight_under_softcap = 2;  // exponentials
+constexpr int column_group = 16;  // columns of a lane folded at a time: what fits in 64 registers
 
 inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
@@ -213,7 +212,7 @@ __device__ inline Sums<HAS_STATS> fold_chunk(const T* row, int begin, int end, i
 #pragma unroll
         for (int i = 1; i < column_group; i++) top_of_v = fmaxf(top_of_v, v[i]);
       }
-      sums.template add<HAS_SOFTCAP ? polynomial_of_eight_under_softcap : 0>(v, top_of_v, k, slack);
+      sums.add(v, top_of_v, k, slack);
     }
   };
   int columns = end - begin;

@@ -32,7 +32,9 @@ def build_folder(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def library(build_folder):
-    """libptxsim.so."""
+    """libptxsim.so: of these sources, or the one that PTXSIM_LIBRARY names."""
+    if "PTXSIM_LIBRARY" in os.environ:
+        return Path(os.environ["PTXSIM_LIBRARY"])
     if shutil.which(ptxsim_build.compiler()) is None:
         absent(f"there is no {ptxsim_build.compiler()}: the simulator is built with it")
     os.environ["PTXSIM_LIBRARY"] = str(ptxsim_build.build_library(build_folder))
@@ -77,3 +79,21 @@ def triton_compiler(library):
     compiler = Compiler()
     yield compiler
     compiler.close()
+
+
+@pytest.fixture
+def planted(tmp_path, nvcc):
+    """The kernels of an op's .cu file after one change of it or of a header of csrc/cuda."""
+
+    def compiled(op: str, old: str, new: str) -> ptxsim.Module:
+        folder = ptxsim_build.CHECKOUT / "csrc"
+        changed = []
+        for source in (folder / "cuda").iterdir():
+            text = source.read_text()
+            if old in text:
+                changed.append(source.name)
+            (tmp_path / source.name).write_text(text.replace(old, new))
+        assert len(changed) == 1, f"in {changed}: the kernels have changed, plant this bug anew"
+        return ptxsim.Module(ptxsim.nvcc_ptx(tmp_path / op, tmp_path / "changed.ptx", f"-I{folder}"))
+
+    return compiled

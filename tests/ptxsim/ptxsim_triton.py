@@ -62,8 +62,7 @@ class Compiler:
         return self.compiled[line]
 
     def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()
 
 
 class Kernel:

@@ -265,7 +265,8 @@ def test_warps_of_a_block_synchronise_by_a_ticket(space):
             first, second = np.arange(64).reshape(2, 32), np.arange(64).reshape(2, 32) * 2 + [[32], [-32]]
             assert [(o == f).all() for o, f in zip(out, first, strict=True)].count(True) == 1
             assert [(o == s).all() for o, s in zip(out, second, strict=True)].count(True) == 1
-            for broken in ({"before": ""}, {"fence": ""}, {"after": ""}):
+            of_other_lanes = "@%p1 ld.global.u32 %r9, [%rd10];"
+            for broken in ({"before": ""}, {"fence": ""}, {"fence": "", "read": of_other_lanes}, {"after": ""}):
                 found(ticket(space, **broken), "RACE in global memory: read", **arguments)
 
 
@@ -532,6 +533,20 @@ def test_what_one_kernel_lacks_does_not_stop_the_others():
     for entry, said in (("bad", "UNSUPPORTED: .*wgmma.fence.sync.aligned at PTX line 4"), ("uses", "table")):
         with pytest.raises(ptxsim.Findings, match=said):
             m.launch(entry, 1, 32, [], {})
+
+
+def test_the_device_is_what_the_options_say():
+    dynamic = ".extern .shared .align 16 .b8 buffer[];"
+    code = "mov.u32 %r2, buffer; add.u32 %r2, %r2, BYTES; st.shared.u32 [%r2-4], 7; ld.shared.u32 %r3, [%r2-4]; st.global.u32 [%rd1], %r3;"
+    for limit in ptxsim.SHARED_LIMITS:
+        with ptxsim.options(shared_limit=limit, sms=limit >> 10):
+            assert lanes(code.replace("BYTES", str(limit)), outside=dynamic, shared=limit, threads=1)[0] == 7
+            found(code.replace("BYTES", str(limit)), f"more than {limit} bytes", outside=dynamic, shared=limit + 1)
+            assert set(lanes("mov.u32 %r2, %nsmid; st.global.u32 [%rd1], %r2;")) == {limit >> 10}
+            assert (
+                lanes("mov.u32 %r2, %smid; st.global.u32 [%rd1], %r2;", threads=1, blocks=300).max()
+                == (limit >> 10) - 1
+            )
 
 
 def test_launch_checks():

@@ -88,10 +88,8 @@ long ptxsim_kernel_info(PtxModule* m, const char* entry, const char* what) {
   auto it = m->kernels.find(entry);
   if (it == m->kernels.end()) return -1;
   const Kernel& k = it->second;
-  u32 used = 0;  // without the gaps
-  for (auto [begin, end] : k.shared_vars) used += end - begin;
   const string w = what;
-  return w == "shared"        ? used
+  return w == "shared"        ? k.shared_used()
          : w == "local"       ? k.local_bytes
          : w == "params"      ? k.param_bytes
          : w == "cluster"     ? k.cluster

@@ -227,6 +227,12 @@ struct Kernel {
   const std::map<int, string>* files = nullptr;
   u32 special[SPECIALS] = {};
   vector<u64> executed, lanes;  // of the last launch, for each instruction
+
+  u32 shared_used() const {  // without the gaps
+    u32 used = 0;
+    for (auto [begin, end] : shared_vars) used += end - begin;
+    return used;
+  }
 };
 struct Module {
   std::map<string, Kernel> kernels;

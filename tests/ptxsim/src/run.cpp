@@ -457,7 +457,7 @@ void launch(Module& m, const string& entry, const PtxLaunch& shape, void** args)
   if (shape.grid[0] % cluster) throw Stop("LAUNCH of a grid that is no multiple of the cluster");
   k.dynamic_at = (k.shared_static + 127) / 128 * 128;
   const u32 shared = (k.has_dynamic ? k.dynamic_at : k.shared_static) + shape.shared;
-  if (shared > opt.shared_limit + 16 * k.shared_vars.size() + 128)
+  if (k.shared_used() + shape.shared > opt.shared_limit)
     throw Stop("LAUNCH with more than " + std::to_string(opt.shared_limit) + " bytes of shared memory in a block");
   vector<u8> params(k.param_bytes + 16);
   for (size_t p = 0; p < k.params.size(); p++) memcpy(&params[k.params[p].off], args[p], k.params[p].size);

@@ -1,0 +1,464 @@
+"""preference_loss on a GPU, executed: one launch forward and one backward, in every order of execution."""
+
+import math
+import re
+from typing import NamedTuple
+
+import ptxsim
+import pytest
+import torch
+from device_counts import counting, on_device
+from simulated import simulated
+from torch import Tensor
+
+import fastpref
+
+pytestmark = pytest.mark.usefixtures("core")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+LAYOUTS = ("padded", "lengths", "packed")
+REFERENCES = (None, "ref_logits", "ref_token_logps", "ref_logps")
+
+
+def placed(values: Tensor, offset: int = 0, gap: int = 0) -> Tensor:
+    """The same [sequences, T, V], `offset` elements behind a 128-byte boundary, NaN between rows `gap` apart."""
+    sequences, tokens, vocab = values.shape
+    stride = vocab + gap
+    store = torch.full((sequences * tokens * stride + 64 + offset,), math.nan, dtype=values.dtype)
+    begin = -store.data_ptr() % 128 // store.element_size() + offset
+    view = store[begin:].as_strided(values.shape, (tokens * stride, stride, 1))
+    return view.copy_(values)
+
+
+class Case(NamedTuple):
+    """Arguments of preference_loss."""
+
+    logits: Tensor
+    labels: Tensor
+    tensors: dict  # the others that are tensors
+    options: dict
+
+    def read(self, dtype=None) -> dict:
+        """All but the logits, floats as `dtype`."""
+        given = {
+            name: t.to(dtype) if dtype and t is not None and t.dtype.is_floating_point else t
+            for name, t in self.tensors.items()
+        }
+        return given | self.options
+
+
+def make(
+    pairs=2, tokens=5, vocab=203, *, dtype=torch.float32, layout="padded", reference="ref_token_logps", loss="rdpo",
+    int32=False, shift=True, weights=True, offset=0, gap=3, ignored=0.3, **options,
+) -> Case:  # fmt: skip
+    sequences = 2 * pairs
+    values = torch.randn(sequences, tokens, vocab) * 3
+    labels = torch.randint(0, vocab, (sequences, tokens))
+    confident = (torch.rand(labels.shape) < 0.3).unsqueeze(-1)
+    following = labels.roll(-1, 1) if shift else labels
+    values = torch.where(confident, values.scatter(-1, following.unsqueeze(-1), 25.0), values).to(dtype)
+    labels[torch.rand(labels.shape) < ignored] = -100
+    logits = placed(values, offset, gap)
+    tensors = {"rating_gap": torch.where(torch.rand(pairs) < 0.3, math.nan, torch.randn(pairs))}
+    if weights:
+        tensors["pair_weights"] = torch.rand(pairs) + 0.5
+    if reference == "ref_logits":
+        tensors[reference] = placed((values.float() + torch.randn(values.shape) / 10).to(dtype), offset, gap)
+    elif reference == "ref_token_logps":
+        tensors[reference] = -5 * torch.rand(labels.shape)
+    elif reference == "ref_logps":
+        tensors[reference] = -5 * tokens * torch.rand(sequences)
+    if layout == "lengths":
+        tensors["lengths"] = torch.randint(0, tokens + 1, (sequences,))
+    if layout == "packed":
+        keep = torch.randint(0, tokens + 1, (sequences,))
+        keep[torch.randint(0, sequences, ())] = 0  # an empty sequence
+        logits, labels, tensors = pack(logits, labels, tensors, keep)
+    integers = [name for name in ("cu_seqlens", "lengths") if name in tensors]
+    if int32:
+        labels = labels.int()
+        tensors |= {name: tensors[name].int() for name in integers}
+    return Case(logits, labels, tensors, {"loss": loss, "shift": shift, **options})
+
+
+def pack(logits, labels, tensors, keep):
+    """The first keep[s] tokens of each sequence, and the tensors that belong to tokens likewise."""
+    chosen = torch.arange(labels.shape[1]) < keep[:, None]
+    gap = logits.stride(1) - logits.shape[2]
+
+    def rows(x):
+        return placed(x[chosen].unsqueeze(0), gap=gap)[0] if x.dim() == 3 else x[chosen]
+
+    names = [name for name in ("ref_logits", "ref_token_logps") if name in tensors]
+    packed = tensors | {name: rows(tensors[name]) for name in names}
+    packed["cu_seqlens"] = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
+    return rows(logits), labels[chosen], packed
+
+
+class Found(NamedTuple):
+    output: fastpref.PreferenceOutput
+    gradient: Tensor
+
+
+def run(case: Case, upstream: float = 1.7, **more) -> Found:
+    """On the simulator, each row of the logits bounded by itself."""
+    logits = case.logits.detach().requires_grad_()
+    arguments = case.read() | more
+    rows = {"logits": logits.detach(), "ref_logits": case.tensors.get("ref_logits")}
+    others = {name: t for name, t in case.tensors.items() if name != "ref_logits"} | {"labels": case.labels}
+    with simulated(others, rows):
+        output = fastpref.preference_loss(logits, case.labels, **arguments)
+        grad = torch.full_like(output.loss, upstream)
+        (gradient,) = torch.autograd.grad(output.loss, logits, grad)
+    return Found(fastpref.PreferenceOutput(*output), gradient)
+
+
+def truth(case: Case, upstream: float = 1.7) -> Found:
+    """In float64: torch on vectors between the reference's gather and scatter."""
+    logits = case.logits.double().requires_grad_()
+    output = fastpref.preference_loss(logits, case.labels, **case.read(torch.float64))
+    (gradient,) = torch.autograd.grad(output.loss, logits, torch.full_like(output.loss, upstream))
+    return Found(output, gradient)
+
+
+def check(case: Case, found: Found, ulp: int = 0) -> None:
+    expected = truth(case)
+
+    def close(name, a, b, rtol, atol):
+        torch.testing.assert_close(
+            a.double(), b.double(), rtol=rtol, atol=atol, equal_nan=True, msg=lambda m: f"{name}: {m}"
+        )
+
+    for name, b in expected.output._asdict().items():
+        a = getattr(found.output, name)
+        if name == "stats":
+            for stat, value in b._asdict().items():
+                if value is not None:
+                    close(stat, getattr(a, stat), value, 1e-5, 2e-5)
+        elif name == "accuracy":
+            assert a == b
+        else:
+            close(name, a, b, *((2e-6, 2e-6) if "logps" in name else (1e-4, 2e-5)))
+    a, b = found.gradient.double(), expected.gradient
+    largest = b.abs().amax(-1, keepdim=True)
+    off = (a - b).abs() - ulp * 1.2e-7 * largest  # jitter moves expm1 near 0, which no GPU does
+    relative = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}[found.gradient.dtype]
+    tiny = torch.finfo(found.gradient.dtype).tiny * torch.finfo(found.gradient.dtype).eps
+    assert (off <= relative * b.abs() + 1e-7 * largest + tiny).all(), (off / largest).max()
+
+
+def equal_bits(a: Tensor, b: Tensor) -> bool:
+    """NaN equals NaN of the same bits."""
+    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(width), b.contiguous().view(width))
+
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+
+
+@dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reference", REFERENCES, ids=str)
+def test_matches_float64(dtype, layout, reference):
+    options = {} if reference else {"loss": "sigmoid", "loss_options": {"reference_free": True}}
+    case = make(dtype=dtype, layout=layout, reference=reference, int32=layout != "padded", **options)
+    check(case, run(case))
+
+
+CASES = {
+    "one-column": {"pairs": 1, "tokens": 1, "vocab": 1, "shift": False},
+    "less-than-a-vector": {"pairs": 1, "tokens": 2, "vocab": 7},
+    "a-chunk": {"pairs": 1, "tokens": 2, "vocab": 4096, "gap": 0},
+    "a-column-more": {"pairs": 1, "tokens": 2, "vocab": 4097, "gap": 0},
+    "chunks": {"pairs": 1, "tokens": 3, "vocab": 9001, "reference": "ref_logits"},
+    "groups": {"tokens": 70, "vocab": 33, "ignored": 0.9, "layout": "lengths", "reference": "ref_logits"},
+    "nothing-counts": {"tokens": 3, "vocab": 40, "ignored": 1.0},
+    "many-pairs": {"pairs": 40, "tokens": 2, "vocab": 16},
+    "softcap": {"vocab": 300, "softcap": 5.0, "temperature": 0.7},
+    "softcap-stats": {"vocab": 300, "softcap": 5.0, "stats": ("entropy", "top1"), "layout": "packed"},
+    "stats": {"tokens": 40, "vocab": 301, "stats": ("entropy", "log_sum_p2", "mean_logit", "top1")},
+    "stats-chunks": {"tokens": 3, "vocab": 5001, "stats": ("entropy", "log_sum_p2", "mean_logit", "top1")},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "num-items": {"num_items": 7.5},
+    "num-items-tensor": {"num_items": torch.tensor(7.5)},
+    "ml_rdpo": {"loss": "ml_rdpo"},
+    "ddpo": {"loss": "ddpo"},
+    "ripo": {"loss": "ripo"},
+    "robust": {"loss": "robust", "loss_options": {"label_smoothing": 0.1}},
+    "smoothed": {"loss": "sigmoid", "loss_options": {"label_smoothing": 0.1}},
+    "ipo": {"loss": "ipo", "loss_options": {"length_normalize": False}, "weights": False},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("name", CASES)
+def test_cases_match_float64(name, dtype):
+    options = dict(CASES[name])
+    case = make(dtype=dtype, **options)
+    if isinstance(options.get("num_items"), Tensor):  # the kernel reads it
+        case.tensors["num_items"] = case.options.pop("num_items").clone()
+    check(case, run(case))
+
+
+@pytest.mark.parametrize("order", range(6))
+def test_in_any_order_and_off_by_two_units(order):
+    with ptxsim.options(seed=order, quantum=order % 4, resident=1 + order % 5, ulp=2, sms=(1, 2, 132)[order % 3]):
+        options = {"reference": "ref_logits", "stats": ("entropy",)} if order % 2 else {"softcap": 9.0}
+        case = make(2, 36, 1003, ignored=0.8, layout=LAYOUTS[order % 3], **options)
+        check(case, run(case), ulp=2)
+
+
+@dtypes
+@pytest.mark.parametrize("vocab", [50, 9001])
+def test_a_row_has_the_same_bits_wherever_it_lies(dtype, vocab):
+    ptxsim.option(race=0)
+    case = make(1, 3, vocab, dtype=dtype, reference="ref_logits", gap=0, ignored=0, shift=False)
+    base = run(case)
+    for offset, gap in ((0, -vocab % 8), (0, 1), (1, 0), (3, 5), (8, 8 - vocab % 8)):
+        moved = {"ref_logits": placed(case.tensors["ref_logits"], offset, gap)}
+        there = case._replace(logits=placed(case.logits, offset, gap), tensors=case.tensors | moved)
+        found = run(there)
+        for name in ("loss", "chosen_logps", "rejected_logps", "margins"):
+            assert equal_bits(getattr(found.output, name), getattr(base.output, name)), (name, offset, gap)
+        assert equal_bits(found.gradient, base.gradient), (offset, gap)
+
+
+@dtypes
+def test_a_pair_has_the_same_bits_whatever_the_batch_and_the_schedule(dtype):
+    vocab, tokens = 9001, 34
+    few = make(1, tokens, vocab, dtype=dtype, ignored=0.8, weights=False, reduction="none")
+    base = run(few)
+    for order, pairs in enumerate((1, 2, 3)):
+        place = order % pairs
+        case = make(pairs, tokens, vocab, dtype=dtype, ignored=0.9, weights=False, reduction="none")
+        at = torch.tensor([place, pairs + place])
+        for theirs, own in ((case.logits, few.logits), (case.labels, few.labels)):
+            theirs[at] = own
+        case.tensors["ref_token_logps"][at] = few.tensors["ref_token_logps"]
+        case.tensors["rating_gap"][place] = few.tensors["rating_gap"][0]
+        with ptxsim.options(seed=order, resident=1 + order, quantum=order, race=order == 1, sms=1 + order):
+            found = run(case)
+        assert equal_bits(found.gradient[at], base.gradient)
+        for name in ("loss", "chosen_logps", "rejected_logps", "chosen_rewards", "margins"):
+            assert equal_bits(getattr(found.output, name)[[place]], getattr(base.output, name)), name
+
+
+@pytest.mark.parametrize("keep", [[5, 0, 33, 70], [0, 0, 3, 0], [0, 0], [32, 31, 1, 97, 40, 2], [1] * 80], ids=str)
+def test_packed_has_the_bits_of_padded(keep):
+    pairs, tokens, keep = len(keep) // 2, max(*keep, 1), torch.tensor(keep)
+    case = make(pairs, tokens, 37, reference="ref_logits", stats=("entropy", "top1", "mean_logit", "log_sum_p2"))
+    counted = torch.arange(tokens) < keep[:, None]
+    case.labels[~counted] = -100
+    base = run(case)
+    logits, labels, tensors = pack(case.logits, case.labels, case.tensors, keep)
+    found = run(Case(logits, labels, tensors, case.options))
+    assert equal_bits(found.gradient, base.gradient[counted])
+    for (name, a), b in zip(found.output._asdict().items(), base.output, strict=True):
+        for x, y in zip(a, b, strict=True) if name == "stats" else ((a, b),):
+            assert equal_bits(x, y), name
+
+
+@pytest.mark.parametrize("softcap", [None, 9.0])
+def test_the_gradient_overwrites_the_logits(softcap):
+    case = make(2, 5, 3003, softcap=softcap)
+    expected = run(case).gradient
+    leaf = case.logits.clone().requires_grad_()
+    with simulated(case.tensors | {"labels": case.labels}):
+        logits = leaf.clone()
+        output = fastpref.preference_loss(logits, case.labels, inplace_backward=True, **case.read())
+        (gradient,) = torch.autograd.grad(1.7 * output.loss, logits)
+    assert gradient.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
+
+
+def test_invalid_labels_are_counted_and_read_nothing():
+    case = make(2, 3, 500, shift=False, ignored=0)
+    case.labels[0, 1], case.labels[1, 2] = 500, -3
+    case.logits[2, 0, 7] = math.nan
+    found = run(case)
+    assert found.output.stats.invalid_labels == 2
+    assert found.output.chosen_logps.isnan().all()
+    assert found.output.rejected_logps.isnan().tolist() == [True, False]
+    gone = found.gradient.isnan().all(-1)
+    assert gone.all()  # of every row: one NaN reaches the mean
+    assert found.output.stats.ties == 0
+
+
+@pytest.mark.parametrize(
+    "bounds", [[0, 40, 10, 60, 70], [0, 10, 20, 30, 50], [0, 10, 20, 30, 90], [5, 10, 20, 30, 70], [70, 0, 0, 0, 70],
+               [0, -5, 20, 30, 70]], ids=str,
+)  # fmt: skip
+def test_malformed_cu_seqlens_stay_in_bounds(bounds):
+    """On a GPU nothing checks them; what comes out has no meaning, and two of these write one slot twice."""
+    ptxsim.option(race=0)
+    case = make(2, 20, 40, layout="packed")
+    case = case._replace(
+        logits=placed(torch.randn(1, 70, 40), gap=3)[0],
+        labels=torch.randint(0, 40, (70,)),
+        tensors=case.tensors | {"ref_token_logps": torch.randn(70), "cu_seqlens": torch.tensor(bounds)},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastpref._logps.preference.check_layout", lambda *arguments: None)
+        run(case)
+
+
+def test_a_batch_without_tokens():
+    for case in (make(2, 0, 9), make(0, 3, 9), make(0, 0, 9)):
+        found = run(case)
+        assert found.output.loss == (
+            math.log(2) if len(case.labels) and case.options["loss"] == "sigmoid" else found.output.loss
+        )
+        assert found.gradient.shape == case.logits.shape
+        check(case, found)
+
+
+def test_ref_logits_of_another_dtype():
+    case = make(2, 3, 300, dtype=torch.bfloat16, reference="ref_logits")
+    case.tensors["ref_logits"] = placed(case.tensors["ref_logits"].float(), gap=1)
+    check(case, run(case))
+
+
+# ---- launches ----
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_launch_forward_and_one_backward(core, layout):
+    """Beside the memset of the tickets; of the whole public call, and without a host read."""
+    case = make(layout=layout, int32=True, reference="ref_logits", stats=("entropy", "top1"))
+    called = []
+
+    class Counting:
+        def __getattr__(self, name):
+            if name.endswith("_cuda") and "workspace" not in name:
+                return lambda *arguments: called.append(name)
+            return getattr(core, name)
+
+    there = {name: on_device(t) for name, t in case.tensors.items()}
+    with pytest.MonkeyPatch.context() as patch, counting() as counts:
+        patch.setattr("fastpref._native._core", Counting())
+        logits = on_device(case.logits).requires_grad_()
+        output = fastpref.preference_loss(logits, on_device(case.labels), **there, **case.options)
+        torch.autograd.grad(output.loss, logits, on_device(torch.ones(())))
+    assert called == ["preference_fwd_cuda", "logits_gradient_cuda"]
+    assert not counts.ops and not counts.reads and not counts.uploads
+
+
+# ---- planted bugs ----
+
+RACE, OUT = "RACE in global", "OUT OF BOUNDS"
+# name: (what to replace, by what, what has to be said; "wrong": only the results show it)
+BUGS = {
+    "relaxed ticket": ("atom.add.acq_rel.gpu.global.u32", "atom.add.relaxed.gpu.global.u32", RACE),
+    "no syncwarp after the ticket": ("  __syncwarp();\n  return old == count - 1;", "  return old == count - 1;", RACE),
+    "slot by another lane than the ticket's": (
+        "  if (threadIdx.x % warp == 0) {\n    const int64_t slot",
+        "  if (threadIdx.x % warp == 1) {\n    const int64_t slot",
+        RACE,
+    ),
+    "sums by another lane than the ticket's": (
+        "  if (threadIdx.x % warp == 0) {\n    a.group_sums",
+        "  if (threadIdx.x % warp == 3) {\n    a.group_sums",
+        RACE,
+    ),
+    "slots through the read-only cache": ("first = __ldcg(a.slots", "first = __ldg(a.slots", "nc|RACE|read-only"),
+    "ticket one too early": (
+        "return old == count - 1;",
+        "return old == (count > 1 ? count - 2 : 0);",
+        RACE + "|wrong",
+    ),
+    "ticket never full": ("return old == count - 1;", "return old == count;", "wrong"),
+    "ignored rows arrive": ("__popc(valid) * sets * chunks))", "32 * sets * chunks))", "wrong"),
+    "nobody finishes an empty group": ("if (valid == 0 && s.token % warp", "if (false && s.token % warp", "wrong"),
+    "everybody finishes an empty group": ("s.token % warp == 0 && i.set == 0", "i.set == 0", RACE + "|wrong"),
+    "sequences do not arrive": ("      sequence_begins(a, item - a.row_items);", "", "wrong"),
+    "groups share a ticket": ("a.tickets + 2 + group_index,", "a.tickets + 2 + group_index / 2,", RACE + "|wrong"),
+    "an item handed out twice": ("claimed = warps + atomicAdd", "claimed = warps - 1 + atomicAdd", RACE + "|wrong"),
+    "an item left out": ("claimed = warps + atomicAdd", "claimed = warps + 1 + atomicAdd", "wrong"),
+    "a vector too far": ("!MASKED || left >= vec<T>) return", "!MASKED || left > 0) return", OUT),
+    "a column too far": ("!MASKED || e < left ? x[e]", "!MASKED || e <= left ? x[e]", OUT),
+    "target not excluded": ("(column == target) exclude<T>", "(column == target - 1) exclude<T>", "wrong"),
+    "unaligned columns begin elsewhere": (
+        "const int first = begin + threadIdx.x % warp * vec<T>;",
+        "const int first = begin + threadIdx.x % warp * vec<T> + (ALIGNED ? 0 : 64);",
+        "wrong|" + OUT,
+    ),
+    "misaligned vectors": (
+        "(reinterpret_cast<uintptr_t>(x) & 15) == 0;",
+        "(reinterpret_cast<uintptr_t>(x) & 1) == 0;",
+        "MISALIGNED",
+    ),
+    "slot of a neighbour": ("a.slots[slot] = {", "a.slots[slot + 1] = {", f"{OUT}|wrong|RACE"),
+    "pair of another sequence": (
+        "sequence < a.pairs ? sequence : sequence - a.pairs;\n  const int arrivals",
+        "sequence / 2;\n  const int arrivals",
+        RACE + "|wrong",
+    ),
+    "stats of another group": ("a.group_stats[group_index] =", "a.group_stats[group_index / 2] =", RACE + "|wrong"),
+}
+FIRST = ("relaxed ticket", "slot by another lane than the ticket's", "groups share a ticket", "a column too far")
+
+
+@pytest.mark.parametrize("bug", [b if b in FIRST else pytest.param(b, marks=pytest.mark.full) for b in BUGS])
+def test_planted(planted, bug):
+    old, new, said = BUGS[bug]
+    found = set()
+    with ptxsim.replaced(planted("preference.cu", old, new)):
+        for order in range(4):
+            ptxsim.option(seed=order, quantum=1 + order, resident=3, max_steps=3_000_000, sms=1)
+            if order < 2:
+                reference = ("ref_logits", "ref_token_logps")[order % 2]
+                case = make(2, 36, 9001, dtype=torch.bfloat16, ignored=0.9, reference=reference, gap=7)
+                case.labels[order] = -100
+            else:
+                stats = ("entropy",) if order == 3 else ()
+                case = make(2, 3, 20000, dtype=torch.bfloat16, ignored=0.2, gap=(0, 3)[order % 2], stats=stats)
+            try:
+                check(case, run(case))
+            except ptxsim.Findings as finding:
+                found.add(str(finding)[:300])
+            except AssertionError as error:
+                found.add("wrong: " + str(error)[:300])
+    assert any(re.search(said, finding) for finding in found), found
+
+
+# ---- the ledger: budgets, in issue slots a logit by the PTX ----
+
+
+@pytest.mark.parametrize(
+    "options, forward, backward",
+    [({}, 8.5, 10.5), ({"stats": ("entropy",)}, 13.0, 10.5), ({"softcap": 30.0}, 22.0, 24.0)],
+    ids=["plain", "stats", "softcap"],
+)
+def test_ledger(core, options, forward, backward):
+    vocab = 128256
+    case = make(1, 4, vocab, dtype=torch.bfloat16, gap=0, ignored=0, shift=False, reference="ref_logps", **options)
+    ptxsim.option(ledger=1, race=0, sms=1)
+    counts = {}
+
+    class Ledger:
+        def __getattr__(self, name):
+            call = getattr(core, name)
+            if not name.endswith("_cuda") or "workspace" in name:
+                return call
+
+            def counted(*arguments):
+                call(*arguments)
+                counts[name] = ptxsim.ledger()
+
+            return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastpref._native._core", Ledger())
+        run(case)
+    budgets = {"preference_fwd_cuda": (forward, 2), "logits_gradient_cuda": (backward, 4)}
+    for name, (slots, moved) in budgets.items():
+        s = ptxsim.summary(counts[name], case.logits.numel())
+        assert s["slots_per_element"] <= slots, (name, s)
+        assert s["excess_sectors"] < 1.01 and s["traffic_ratio"] < 1.02 and s["bank_conflicts"] == 0
+        assert moved <= s["bytes_per_element"] < moved * 1.01 and s["barriers_per_block"] == 0
+        assert s["active_lanes"] > 30
+        if "softcap" in options:
+            share = ptxsim.roofline(counts[name])["of_bandwidth"]
+            assert share >= (1 / 1.4 if name == "preference_fwd_cuda" else 1 / 1.25), share
