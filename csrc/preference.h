@@ -102,12 +102,34 @@ struct PreferenceBackward {
   bool grad_per_pair;
 };
 
+// Whole pairs whose tokens' log-probs are known, pairs [begin, end) of B: their losses, and the gradient of each token.
+// Sequences of the group are [bounds[0], bounds[1]), ... among its rows, the chosen ones first.
+struct PairEpilogue {
+  const float* token_logps;  // [rows]
+  const int64_t* labels;     // [rows]
+  const int64_t* bounds;     // [2 (end - begin) + 1]
+  int64_t ignore_index, rows, begin, end, pairs;
+  const float* ref_token_logps;  // [rows] or nullptr
+  const float* ref_logps;        // [2 B] or nullptr
+  const float* rating_gap;       // [B] or nullptr
+  const float* scale_of_pair;    // [B]: what each loss is multiplied by before they are added up
+  LogisticFamily family;
+  float* losses;      // [B] before weights
+  float* logps;       // [2 B]
+  float* logratios;   // [2 B]
+  int64_t* lengths;   // [2 B]
+  float* token_grad;  // [rows], of the sum of losses times scale_of_pair; rows of no sequence, whose labels are
+                      // ignored, are left as they are
+};
+
 // CPU: labels are int64, neither shifted nor cut by lengths.
 void preference_fwd_cpu(const PreferenceForward& args, int threads);
 void preference_bwd_cpu(const PreferenceBackward& args, int threads);
+void preference_pairs_cpu(const PairEpilogue& args);
 
 // CUDA, on `stream` of the current device. The backward is logits_gradient_cuda.
 int64_t preference_workspace_cuda(const PreferenceForward& args);  // bytes
 void preference_fwd_cuda(const PreferenceForward& args, void* workspace, void* stream);
+void preference_pairs_cuda(const PairEpilogue& args, void* stream);
 
 }  // namespace fastpref

@@ -187,7 +187,11 @@ def two_ranks(tmp_path):
             )
             for rank in range(2)
         ]
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
+        try:
+            errors = [process.communicate(timeout=300)[1] for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
         assert not any(process.returncode for process in ranks), "\n".join(errors)
         return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 

@@ -186,7 +186,8 @@ def _has_mask(name: str, args) -> bool:
 
 
 @contextlib.contextmanager
-def counting() -> Iterator[Counts]:
+def counting(native: bool = False) -> Iterator[Counts]:
+    """native: as in forced_cuda.devices."""
     counts = Counts()
 
     def launch_triton(kernel, grid, *args, **options):
@@ -196,7 +197,7 @@ def counting() -> Iterator[Counts]:
         counts.ops[kernel.fn.__name__] += 1
         kernel[grid](*map(_held, args), **options)
 
-    with devices(kind, launch_triton), _Counting(counts):
+    with devices(kind, launch_triton, native), _Counting(counts):
         yield counts
 
 

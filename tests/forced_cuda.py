@@ -11,7 +11,6 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -65,19 +64,14 @@ class OpenOperators(TorchDispatchMode):
         return self.run(op, args, kwargs or {}) if parts is NotImplemented else parts
 
 
-@cache
-def is_linked_to_ptxsim(core) -> bool:
-    """Whether a core's CUDA kernels run on the simulator; others would look for a GPU."""
-    return core is not None and b"libptxsim.so" in Path(core.__file__).read_bytes()
-
-
 @contextlib.contextmanager
-def devices(kind: Callable, launch_triton: Callable) -> Iterator[None]:
-    """kind: device_kind's answer; launch_triton: what is called in its place."""
-    reason = None if is_linked_to_ptxsim(_native._core) else "no GPU is here, and the core is not linked to ptxsim"
+def devices(kind: Callable, launch_triton: Callable, native: bool = False) -> Iterator[None]:
+    """kind: device_kind's answer; launch_triton: what is called in its place; native: whether the core's CUDA kernels
+    serve, which takes a core that is linked to ptxsim."""
+    why = None if native else "no GPU is here"
     with mock.patch.multiple(
         _native,
-        cuda_missing=lambda: reason,
+        cuda_missing=lambda: why,
         device_kind=kind,
         stream=lambda tensor: 0,
         guard=lambda tensor: contextlib.nullcontext(),
@@ -108,13 +102,15 @@ class _Allocations(OpenOperators):
 
 
 @contextlib.contextmanager
-def forced_cuda(register: Callable[[Tensor, str], None], launch_triton: Callable | None = None) -> Iterator[None]:
+def forced_cuda(
+    register: Callable[[Tensor, str], None], launch_triton: Callable | None = None, native: bool = False
+) -> Iterator[None]:
     """Every tensor, and every device, is taken for CUDA's.
 
     register(tensor, name) is called for each tensor that is allocated meanwhile, operators' own included, before
     anything else happens to it; all stay alive until the end. launch_triton(kernel, grid, *args, **options) is called
-    in place of Triton's launch; by default it is Triton's own, which the interpreter serves.
+    in place of Triton's launch; by default it is Triton's own, which the interpreter serves. native: as in devices.
     """
     launch = launch_triton or (lambda kernel, grid, *args, **options: kernel[grid](*args, **options))
-    with devices(lambda place: "cuda", launch), _Allocations(register):
+    with devices(lambda place: "cuda", launch, native), _Allocations(register):
         yield

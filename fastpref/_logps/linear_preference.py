@@ -28,6 +28,7 @@ from fastpref._logps.linear_logps import (
 )
 from fastpref._logps.pairs import (
     EncodedLoss,
+    Family,
     Gathered,
     Loss,
     PairData,
@@ -37,6 +38,7 @@ from fastpref._logps.pairs import (
     check_reference,
     decode_loss,
     encode_loss,
+    logistic_family,
     pair_gradients,
     pair_losses,
     preference_output,
@@ -73,6 +75,12 @@ class _Ordered(NamedTuple):
     where: slice | Tensor  # [rows] of hidden
     labels: Tensor  # [rows]
     bounds: Tensor  # [2B + 1] where the sequences begin among these rows
+
+    def bounds_of(self, group: int) -> Tensor:
+        """Where the sequences of a group begin among its rows."""
+        begin, end = self.groups[group]
+        bounds = self.bounds[2 * begin : 2 * end + 1]
+        return bounds - bounds[0] if group else bounds
 
 
 def _in_groups(rows: Rows, ends: Tensor, pairs: int, tile_rows: int) -> _Ordered:
@@ -132,6 +140,111 @@ def _zero_values(labels: Tensor, stats: bool) -> Tensor:
     return labels.new_zeros((4 if stats else 0, labels.shape[0]), dtype=torch.float32)
 
 
+# The epilogue of a group: called with its number, its rows among all ordered ones and their log-probs, it returns the
+# gradient of each; `results` are of all groups, as LinearPreference has them.
+
+
+class _EpilogueOnVectors:
+    """Any loss, as torch on vectors."""
+
+    def __init__(self, ordered: _Ordered, data: PairData, ends: Tensor, ignored: Tensor | None, scale: Tensor, loss):
+        self.ordered, self.ends, self.ignored, self.scale, self.loss = ordered, ends, ignored, scale, loss
+        self.positions = torch.arange(ordered.labels.shape[0], device=ends.device)
+        ref_tokens, ref_sums, gap, scores = data
+        if ref_tokens is not None:
+            ref_sums = Sequences.compacted(self.positions, ordered.bounds, ignored).sum(ref_tokens)
+        elif ref_sums is not None:
+            ref_sums = _group_after_group(ref_sums.double(), ordered.groups)
+        scores = None if scores is None else _group_after_group(scores.to(scale.dtype), ordered.groups)
+        self.data = PairData(ref_tokens, ref_sums, None if gap is None else gap.to(scale.dtype), scores)
+        self.gathered = []
+
+    def __call__(self, group: int, rows: slice, logps: Tensor, values: Tensor, ref_tokens: Tensor | None) -> Tensor:
+        begin, end = self.ordered.groups[group]
+        ref_sums, gap, scores = self.data[1:]
+        both = slice(2 * begin, 2 * end)
+        data = PairData(
+            ref_tokens,
+            None if ref_sums is None else ref_sums[both],
+            None if gap is None else gap[begin:end],
+            None if scores is None else scores[both],
+        )
+        ignored = None if self.ignored is None else self.ignored[rows]
+        bounds = self.ordered.bounds_of(group)
+        sequences = Sequences.compacted(self.positions[: rows.stop - rows.start], bounds, ignored)
+        gathered, gradient = pair_gradients(logps, values, sequences, data, self.loss, self.scale[begin:end])
+        self.gathered.append(gathered)
+        return gradient
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        per_pair = [group.losses for group in self.gathered]
+        per_pair = per_pair[0] if len(per_pair) == 1 else torch.cat(per_pair)
+        logps = _chosen_first([group.logps for group in self.gathered])
+        logratios = _chosen_first([group.logratios for group in self.gathered])
+        if logratios is logps:
+            logratios = logps.clone()  # an operator returns no tensor twice
+        if self.ignored is None:
+            lengths = self.ends[1:] - self.ends[:-1]
+        else:
+            lengths = _chosen_first([group.lengths for group in self.gathered])
+        return per_pair, logps, logratios, lengths
+
+
+class _NativeEpilogue:
+    """The fused family, in one call of the native core."""
+
+    def __init__(self, ordered: _Ordered, data: PairData, ignore_index: int, scale: Tensor, family: Family):
+        self.ordered, self.ignore_index = ordered, ignore_index
+        self.numbers = _native._core.LogisticFamily(*family.numbers, family.drop_square)
+        pairs = scale.shape[0]
+        self.losses, self.logps, self.logratios = (scale.new_empty(n) for n in (pairs, 2 * pairs, 2 * pairs))
+        self.lengths = ordered.bounds.new_empty(2 * pairs)
+        *inputs, _scores = data
+        self.data = PairData(*(None if t is None else t.float().contiguous() for t in inputs), None)
+        self.scale = scale.contiguous()
+
+    def __call__(self, group: int, rows: slice, logps: Tensor, values: Tensor, ref_tokens: Tensor | None) -> Tensor:
+        core, (begin, end) = _native._core, self.ordered.groups[group]
+        args = core.PairEpilogue(self.ignore_index, logps.shape[0], begin, end, self.scale.shape[0], self.numbers)
+        gradient = torch.empty_like(logps)
+        tensors = {
+            "token_logps": logps,
+            "labels": self.ordered.labels[rows],
+            "bounds": self.ordered.bounds_of(group),
+            "ref_token_logps": ref_tokens,
+            "ref_logps": self.data.ref_logps,
+            "rating_gap": self.data.rating_gap,
+            "scale_of_pair": self.scale,
+            "losses": self.losses,
+            "logps": self.logps,
+            "logratios": self.logratios,
+            "lengths": self.lengths,
+            "token_grad": gradient,
+        }
+        tensors = {name: t.contiguous() for name, t in tensors.items() if t is not None}
+        for name, tensor in tensors.items():  # they live until the call: args holds addresses
+            setattr(args, name, tensor.data_ptr())
+        if _native.device_kind(logps) == "cuda":
+            with _native.guard(logps):
+                core.preference_pairs_cuda(args, _native.stream(logps))
+        else:
+            core.preference_pairs_cpu(args)
+        return gradient
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.losses, self.logps, self.logratios, self.lengths
+
+
+def _native_family(loss: Loss, tokens: Tokens, data: PairData, scale: Tensor, backend: str) -> Family | None:
+    """None where torch on vectors takes the epilogue."""
+    if scale.dtype != torch.float32 or backend not in ("", "native"):
+        return None
+    if _library.native_reason(_native.device_kind(scale)) is not None:
+        return None
+    references = tokens.ref_hidden, data.ref_token_logps, data.ref_logps
+    return logistic_family(loss, any(r is not None for r in references), data.rating_gap is not None)
+
+
 def _pair_resident(
     projection: Projection,
     tokens: Tokens,
@@ -158,33 +271,30 @@ def _pair_resident(
         ordered = _in_groups(rows, ends, pairs, tile_rows)
         pieces = [even_chunks(size, tile_rows) for size in ordered.sizes]
         gradients = Gradients(head, hidden, wanted.gradients, rows, sum(map(len, pieces)))
+        if not ordered.groups:
+            return *_zeros(hidden, labels, scale_of_pair, wanted.stats), *gradients.finish()
+        if data.ref_token_logps is not None:
+            data = data._replace(ref_token_logps=take_rows(data.ref_token_logps, ordered.where))
+        family = _native_family(loss, tokens, data, scale_of_pair, budget.backend)
+        if family is None:
+            ignored = ordered.labels == ignore_index if rows.unchecked else None
+            epilogue = _EpilogueOnVectors(ordered, data, ends, ignored, scale_of_pair, loss)
+        else:
+            epilogue = _NativeEpilogue(ordered, data, ignore_index, scale_of_pair, family)
         values_out = _zero_values(labels, wanted.stats)
-        ignored = ordered.labels == ignore_index if rows.unchecked else None
-        positions = torch.arange(ordered.labels.shape[0], device=labels.device)
-        data = _ordered_data(data, ordered, positions, ignored, scale_of_pair.dtype)
 
-        def project(first: int, group: int) -> Gathered:
-            """first: of the group's rows among all."""
-            (begin, end), parts, last = ordered.groups[group], pieces[group], first + ordered.sizes[group]
-            where = ordered.where if len(ordered.groups) == 1 else ordered.where[first:last]
-            y = ordered.labels[first:last]
+        def project(group: int, of_group: slice) -> None:
+            parts, y = pieces[group], ordered.labels[of_group]
+            where = ordered.where if len(ordered.groups) == 1 else ordered.where[of_group]
             x = rows.take(hidden, where, y)
-            ref_tokens = None if data.ref_token_logps is None else data.ref_token_logps[first:last]
+            ref_tokens = None if data.ref_token_logps is None else epilogue.data.ref_token_logps[of_group]
             if ref is not None:  # before the policy, whose tile must stay
                 ref_x = rows.take(tokens.ref_hidden, where, y)
                 ref_tokens = join_folds([ref.fold(ref_x[i:j], y[i:j], keep=False) for i, j in parts], ref_x, y)[0]
             resident = len(parts) == 1
             folded = [head.fold(x[i:j], y[i:j], keep=resident) for i, j in parts]
             logps, lse, values = join_folds(folded, x, y, wanted.stats)
-            bounds = ordered.bounds[2 * begin : 2 * end + 1]
-            sequences = Sequences.compacted(
-                positions[: last - first],
-                bounds - bounds[0] if group else bounds,
-                None if ignored is None else ignored[first:last],
-            )
-            gathered, coefficients = pair_gradients(
-                logps, values, sequences, _of_group(data, begin, end, ref_tokens), loss, scale_of_pair[begin:end]
-            )
+            coefficients = epilogue(group, of_group, logps, values, ref_tokens)
             if rows.padded:
                 coefficients = coefficients.masked_fill_(rows.overflow, torch.nan)
             for i, j in parts:
@@ -196,58 +306,14 @@ def _pair_resident(
                 gradients.add(dz, x[i:j], part)
             if wanted.stats:
                 rows.put(values_out, where, values, 1)
-            return gathered
 
-        firsts = itertools.accumulate(ordered.sizes, initial=0)
-        gathered = [project(first, group) for group, first in zip(range(len(pieces)), firsts, strict=False)]
-        if gathered:
-            out = _joined(gathered, scale_of_pair, ends, ignored is not None)._replace(values=values_out)
-        else:
-            out = _zeros(hidden, labels, scale_of_pair, wanted.stats)
+        for group, (first, last) in enumerate(itertools.pairwise(itertools.accumulate(ordered.sizes, initial=0))):
+            project(group, slice(first, last))
+        per_pair, *others = epilogue.results()
+        out = LinearPreference((per_pair * scale_of_pair).sum(), per_pair, *others, values_out)
         if rows.padded:
             out.loss.masked_fill_(rows.overflow, torch.nan)
         return *out, *gradients.finish()
-
-
-def _ordered_data(
-    data: PairData, ordered: _Ordered, positions: Tensor, ignored: Tensor | None, dtype: torch.dtype
-) -> PairData:
-    """As the rows are ordered, and what every group would make of it made once. ref_logps: sums of either form."""
-    ref_tokens, ref_sums, gap, scores = data
-    if ref_tokens is not None:
-        ref_tokens = take_rows(ref_tokens, ordered.where)
-        ref_sums = Sequences.compacted(positions, ordered.bounds, ignored).sum(ref_tokens)
-    elif ref_sums is not None:
-        ref_sums = _group_after_group(ref_sums.double(), ordered.groups)
-    scores = None if scores is None else _group_after_group(scores.to(dtype), ordered.groups)
-    return PairData(ref_tokens, ref_sums, None if gap is None else gap.to(dtype), scores)
-
-
-def _of_group(data: PairData, begin: int, end: int, ref_tokens: Tensor | None) -> PairData:
-    ref_sums, gap, scores = data.ref_logps, data.rating_gap, data.scores
-    both = slice(2 * begin, 2 * end)
-    return PairData(
-        ref_tokens,
-        None if ref_sums is None else ref_sums[both],
-        None if gap is None else gap[begin:end],
-        None if scores is None else scores[both],
-    )
-
-
-def _joined(gathered: list[Gathered], scale_of_pair: Tensor, ends: Tensor, some_ignored: bool) -> LinearPreference:
-    """All groups' results; `values` is left out."""
-    per_pair = [group.losses for group in gathered]
-    per_pair = per_pair[0] if len(per_pair) == 1 else torch.cat(per_pair)
-    lengths = _chosen_first([group.lengths for group in gathered]) if some_ignored else ends[1:] - ends[:-1]
-    logps, logratios = (_chosen_first([getattr(group, name) for group in gathered]) for name in ("logps", "logratios"))
-    return LinearPreference(
-        (per_pair * scale_of_pair).sum(),
-        per_pair,
-        logps,
-        logps.clone() if logratios is logps else logratios,  # an operator returns no tensor twice
-        lengths,
-        per_pair.new_empty(0),
-    )
 
 
 def _fwd(

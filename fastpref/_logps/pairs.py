@@ -138,6 +138,31 @@ def decode_loss(encoded: EncodedLoss) -> Loss:
     return Loss(names, weights, options, beta)
 
 
+class Family(NamedTuple):
+    """A loss of the fused family, as the native epilogue takes it."""
+
+    numbers: list[float]  # beta of the rewards, and the numbers of losses.Logistic
+    drop_square: bool
+
+
+def logistic_family(loss: Loss, has_reference: bool, has_rating: bool) -> Family | None:
+    """None for a loss, or one without what it needs, of which torch on vectors knows more."""
+    if loss.is_list():
+        if len(loss.loss) != 1 or loss.weights not in (None, [1.0]):
+            return None
+        loss = Loss(loss.loss[0], None, loss.options[0] if loss.options else None, loss.beta)
+    options = dict(loss.options or {})
+    if bool(options.get("reference_free")) == has_reference:
+        return None
+    known = losses.get_loss(loss.loss)
+    logistic = getattr(known, "logistic", None)
+    record = logistic(**{"beta": loss.beta, **options}) if logistic else None
+    if record is None or ("rating_gap" in known.needs and not has_rating):
+        return None
+    *numbers, drop_square = record
+    return Family([loss.reward_scale(), *numbers], drop_square)
+
+
 def host_numbers(values: Sequence[float]) -> Tensor:
     """Float64 on the host.
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import _autograd, _checks, _library, _native, losses, operators
+from fastpref import _autograd, _checks, _library, _native, operators
 from fastpref._logps.pairs import (
     Gathered,
     Loss,
@@ -26,6 +26,7 @@ from fastpref._logps.pairs import (
     check_pairs,
     check_reference,
     host_numbers,
+    logistic_family,
     pair_losses,
     preference_output,
     wanted_stats,
@@ -293,21 +294,6 @@ class _Preference(torch.autograd.Function):
         return _autograd.pad_gradients(ctx, logits_gradient(ctx, grad_loss, preference_bwd, preference_bwd_, run))
 
 
-def _family(loss: Loss, has_reference: bool) -> tuple[list[float], bool] | None:
-    """Coefficients for the native epilogue, or None for a loss (or reference) it does not know."""
-    if loss.is_list():
-        return None
-    options = dict(loss.options or {})
-    if bool(options.get("reference_free")) == has_reference:
-        return None
-    logistic = getattr(losses.get_loss(loss.loss), "logistic", None)
-    record = logistic(**{"beta": loss.beta, **options}) if logistic else None
-    if record is None:
-        return None
-    *coefficients, drop_square = record
-    return [loss.reward_scale(), *coefficients], drop_square
-
-
 # ---- public ----
 
 
@@ -387,8 +373,10 @@ def preference_loss(
     if lengths is not None:
         _checks.same_device("lengths", lengths, "logits", logits)
     has_reference = not (ref_logits is None and ref_token_logps is None and ref_logps is None)
-    family = _family(objective, has_reference) if _can_fuse(logits, ref_logits, backend) else None
-    if family is not None and not (rating_gap is None and "rating_gap" in losses.get_loss(loss).needs):
+    family = None
+    if _can_fuse(logits, ref_logits, backend):
+        family = logistic_family(objective, has_reference, rating_gap is not None)
+    if family is not None:
         layout = _Layout(labels, cu_seqlens, lengths, shift)
         return _fused(logits, layout, ref_logits, data, reducing, transform, stats, family, inplace_backward)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.long()

@@ -42,7 +42,7 @@ def simulated(inputs: dict, by_row: dict | None = None) -> Iterator[None]:
         ptxsim.register(name, tensor)
 
     try:
-        with forced_cuda(note):
+        with forced_cuda(note, native=True):
             yield
     except Exception as error:
         if ptxsim.report():

@@ -336,7 +336,7 @@ def test_one_launch_forward_and_one_backward(core, layout):
             return getattr(core, name)
 
     there = {name: on_device(t) for name, t in case.tensors.items()}
-    with pytest.MonkeyPatch.context() as patch, counting() as counts:
+    with pytest.MonkeyPatch.context() as patch, counting(native=True) as counts:
         patch.setattr("fastpref._native._core", Counting())
         logits = on_device(case.logits).requires_grad_()
         output = fastpref.preference_loss(logits, on_device(case.labels), **there, **case.options)
