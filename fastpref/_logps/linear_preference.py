@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastpref import _autograd, _checks, _library, _native, operators
 from fastpref._logps.linear_logps import (
+    LinearLogps,
     Tokens,
     cast_for_autocast,
     check_head,
@@ -26,6 +27,7 @@ from fastpref._logps.linear_logps import (
     gather_logps,
     whole_weight,
 )
+from fastpref._logps.pair_epilogue import PairResults, native_family, pair_epilogue, write_pairs
 from fastpref._logps.pairs import (
     EncodedLoss,
     Family,
@@ -38,7 +40,6 @@ from fastpref._logps.pairs import (
     check_reference,
     decode_loss,
     encode_loss,
-    logistic_family,
     pair_gradients,
     pair_losses,
     preference_output,
@@ -176,7 +177,7 @@ class _EpilogueOnVectors:
         self.gathered.append(gathered)
         return gradient
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def results(self) -> PairResults:
         per_pair = [group.losses for group in self.gathered]
         per_pair = per_pair[0] if len(per_pair) == 1 else torch.cat(per_pair)
         logps = _chosen_first([group.logps for group in self.gathered])
@@ -187,62 +188,26 @@ class _EpilogueOnVectors:
             lengths = self.ends[1:] - self.ends[:-1]
         else:
             lengths = _chosen_first([group.lengths for group in self.gathered])
-        return per_pair, logps, logratios, lengths
+        return PairResults(per_pair, logps, logratios, lengths)
 
 
 class _NativeEpilogue:
     """The fused family, in one call of the native core."""
 
     def __init__(self, ordered: _Ordered, data: PairData, ignore_index: int, scale: Tensor, family: Family):
-        self.ordered, self.ignore_index = ordered, ignore_index
-        self.numbers = _native._core.LogisticFamily(*family.numbers, family.drop_square)
-        pairs = scale.shape[0]
-        self.losses, self.logps, self.logratios = (scale.new_empty(n) for n in (pairs, 2 * pairs, 2 * pairs))
-        self.lengths = ordered.bounds.new_empty(2 * pairs)
+        self.ordered, self.ignore_index, self.family = ordered, ignore_index, family
         *inputs, _scores = data
-        self.data = PairData(*(None if t is None else t.float().contiguous() for t in inputs), None)
-        self.scale = scale.contiguous()
+        self.data = PairData(*(None if t is None else t.float() for t in inputs), None)
+        self.scale, self.out = scale.contiguous(), PairResults.empty(scale)
 
     def __call__(self, group: int, rows: slice, logps: Tensor, values: Tensor, ref_tokens: Tensor | None) -> Tensor:
-        core, (begin, end) = _native._core, self.ordered.groups[group]
-        args = core.PairEpilogue(self.ignore_index, logps.shape[0], begin, end, self.scale.shape[0], self.numbers)
-        gradient = torch.empty_like(logps)
-        tensors = {
-            "token_logps": logps,
-            "labels": self.ordered.labels[rows],
-            "bounds": self.ordered.bounds_of(group),
-            "ref_token_logps": ref_tokens,
-            "ref_logps": self.data.ref_logps,
-            "rating_gap": self.data.rating_gap,
-            "scale_of_pair": self.scale,
-            "losses": self.losses,
-            "logps": self.logps,
-            "logratios": self.logratios,
-            "lengths": self.lengths,
-            "token_grad": gradient,
-        }
-        tensors = {name: t.contiguous() for name, t in tensors.items() if t is not None}
-        for name, tensor in tensors.items():  # they live until the call: args holds addresses
-            setattr(args, name, tensor.data_ptr())
-        if _native.device_kind(logps) == "cuda":
-            with _native.guard(logps):
-                core.preference_pairs_cuda(args, _native.stream(logps))
-        else:
-            core.preference_pairs_cpu(args)
-        return gradient
+        ref_tokens = None if ref_tokens is None else ref_tokens.float()  # of a float64 reference model
+        data, labels = self.data._replace(ref_token_logps=ref_tokens), self.ordered.labels[rows]
+        pairs, bounds = self.ordered.groups[group], self.ordered.bounds_of(group)
+        return write_pairs(self.out, pairs, logps, labels, bounds, data, self.scale, self.ignore_index, self.family)
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.losses, self.logps, self.logratios, self.lengths
-
-
-def _native_family(loss: Loss, tokens: Tokens, data: PairData, scale: Tensor, backend: str) -> Family | None:
-    """None where torch on vectors takes the epilogue."""
-    if scale.dtype != torch.float32 or backend not in ("", "native"):
-        return None
-    if _library.native_reason(_native.device_kind(scale)) is not None:
-        return None
-    references = tokens.ref_hidden, data.ref_token_logps, data.ref_logps
-    return logistic_family(loss, any(r is not None for r in references), data.rating_gap is not None)
+    def results(self) -> PairResults:
+        return self.out
 
 
 def _pair_resident(
@@ -275,7 +240,8 @@ def _pair_resident(
             return *_zeros(hidden, labels, scale_of_pair, wanted.stats), *gradients.finish()
         if data.ref_token_logps is not None:
             data = data._replace(ref_token_logps=take_rows(data.ref_token_logps, ordered.where))
-        family = _native_family(loss, tokens, data, scale_of_pair, budget.backend)
+        has_reference = any(t is not None for t in (ref, data.ref_token_logps, data.ref_logps))
+        family = native_family(loss, has_reference, data.rating_gap is not None, scale_of_pair, budget.backend)
         if family is None:
             ignored = ordered.labels == ignore_index if rows.unchecked else None
             epilogue = _EpilogueOnVectors(ordered, data, ends, ignored, scale_of_pair, loss)
@@ -309,8 +275,8 @@ def _pair_resident(
 
         for group, (first, last) in enumerate(itertools.pairwise(itertools.accumulate(ordered.sizes, initial=0))):
             project(group, slice(first, last))
-        per_pair, *others = epilogue.results()
-        out = LinearPreference((per_pair * scale_of_pair).sum(), per_pair, *others, values_out)
+        found = epilogue.results()
+        out = LinearPreference((found.losses * scale_of_pair).sum(), *found, values_out)
         if rows.padded:
             out.loss.masked_fill_(rows.overflow, torch.nan)
         return *out, *gradients.finish()
@@ -481,30 +447,56 @@ def linear_preference_loss(
     projection = Projection(hidden.reshape(-1, hidden.shape[-1]), weight, bias, a, b)
     tokens = Tokens(labels.reshape(-1), None, spans, ref_hidden, ref_weight, ref_bias)
     values_wanted = bool(wanted_stats(stats, objective))
-    resident = sequence_group is None and _is_pair_resident(projection, objective, reduction)
-    layout = None  # where the sequences lie is asked for once
-    if stats or not resident:
-        layout = Sequences(labels, ignore_index, cu_seqlens, sequence_group)
-
-    if resident:
-        if cu_seqlens is None:
-            cu_seqlens = _offsets(labels)
-        else:
-            cu_seqlens = rising(cu_seqlens, labels.shape[0]) if layout is None else layout.cu_seqlens
-        tokens = tokens._replace(cu_seqlens=cu_seqlens)
+    if sequence_group is None and _is_pair_resident(projection, objective, reduction):
+        tokens = tokens._replace(cu_seqlens=_bounds(labels, cu_seqlens))
         reduced, gathered = _in_one_pass(
             projection, tokens, data, transform, values_wanted, objective, reducing, budget
         )
-        per_pair, logps, logratios, lengths, values = gathered
-        gathered = Gathered(per_pair, logps, logratios, lengths, values.view(values.shape[0], *labels.shape))
+        values = gathered.values
+        gathered = gathered._replace(values=values.view(values.shape[0], *labels.shape))
     else:
         found = gather_logps(projection, tokens, transform, values_wanted, budget)
         if ref_hidden is not None:
             data = PairData(found.ref_logps.view(labels.shape), ref_logps, rating_gap, scores)
-        values = found.values.view(found.values.shape[0], *labels.shape)
-        gathered = pair_losses(found.logps.view(labels.shape), values, layout, data, objective)
-        reduced = reducing.reduce(gathered.losses)
+        layout = _Layout(labels, cu_seqlens, ignore_index, sequence_group)
+        reduced, gathered = _in_two_passes(found, data, layout, objective, reducing, budget.backend)
+    layout = Sequences(labels, ignore_index, cu_seqlens, sequence_group) if stats else None
     return preference_output(reduced, gathered, layout, rating_gap, objective.reward_scale(), stats)
+
+
+def _bounds(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[2B + 1] where the sequences begin among all tokens."""
+    return _offsets(labels) if cu_seqlens is None else rising(cu_seqlens, labels.shape[0])
+
+
+class _Layout(NamedTuple):
+    labels: Tensor
+    cu_seqlens: Tensor | None
+    ignore_index: int
+    group: dist.ProcessGroup | None
+
+
+def _in_two_passes(
+    found: LinearLogps, data: PairData, layout: _Layout, loss: Loss, reduction: Reduction, backend: str
+) -> tuple[Tensor, Gathered]:
+    """The reduced loss, or [B], differentiable in the log-probs, and what it is made of."""
+    labels, cu_seqlens, ignore_index, group = layout
+    values, family = found.values.view(found.values.shape[0], *labels.shape), None
+    if group is None and reduction.kind != "none":
+        has_reference = data.ref_token_logps is not None or data.ref_logps is not None
+        family = native_family(loss, has_reference, data.rating_gap is not None, found.logps, backend)
+    if family is None:
+        sequences = Sequences(labels, ignore_index, cu_seqlens, group)
+        gathered = pair_losses(found.logps.view(labels.shape), values, sequences, data, loss)
+        return reduction.reduce(gathered.losses), gathered
+    if data.ref_token_logps is not None:
+        data = data._replace(ref_token_logps=data.ref_token_logps.reshape(-1))
+    bounds = _bounds(labels, cu_seqlens)
+    like = found.logps.new_empty((bounds.shape[0] - 1) // 2)
+    reduced, results = pair_epilogue(
+        found.logps, labels.reshape(-1), bounds, data, reduction.scale_of_pair(like), ignore_index, family
+    )
+    return reduced, Gathered(*results, values)
 
 
 def _offsets(labels: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"),
 ]
 
+native_core = pytest.mark.skipif(_native._core is None, reason="there is no native core")
+
 PAIRS, TOKENS, VOCAB, WIDTH = 2, 4, 37, 16
 ACTIVE = 3  # tokens of a sequence that count
 
@@ -184,21 +186,69 @@ def assert_no_more(found: Counted, most: Counted) -> None:
     assert found == most._replace(others=found.others), f"{found}, {most} expected"
 
 
-@pytest.mark.parametrize("loss, most", [("sigmoid", 20), ("rdpo", 23)])
-def test_what_a_group_of_pairs_costs(loss, most):
-    """Beside its three products and two folds. A loss in one launch would leave 3 of these."""
+def cost_of_a_group(loss: str, native: bool) -> Counted:
+    """What two more groups of pairs cost, beside what any number of them costs; half of it."""
     t = Inputs(*map(on_device, inputs(torch.bfloat16, pairs=4)))
 
     def cost(groups: int) -> Counted:
         with counting():
             leaves = {name: getattr(t, name).detach().requires_grad_() for name in TRAINED}
         tile = 4 // groups * 2 * ACTIVE * VOCAB * 6
-        return counted(lambda: linear_pairs(t._replace(**leaves), loss, max_tile_bytes=tile))[0]
+        return counted(lambda: linear_pairs(t._replace(**leaves), loss, max_tile_bytes=tile), native)[0]
 
     two, four = cost(2), cost(4)
-    assert (four.kernels - two.kernels, four.products - two.products) == (2 * 2, 2 * 3)
-    assert four.others - two.others <= 2 * most
-    assert (four.reads, four.uploads) == (1, 0)
+    assert two[3:] == four[3:] == (1, 0)
+    return Counted(*((b - a) / 2 for a, b in zip(two, four, strict=True)))
+
+
+@pytest.mark.parametrize("loss, most", [("sigmoid", 20), ("rdpo", 23)])
+def test_a_group_of_pairs_with_its_loss_on_vectors(loss, most):
+    """Three products, a fold forward and one backward, and torch."""
+    assert_no_more(cost_of_a_group(loss, native=False), Counted(2, 3, most))
+
+
+@native_core
+@pytest.mark.parametrize("loss", ["sigmoid", "rdpo"])
+def test_a_group_of_pairs_with_its_loss_in_one_launch(loss):
+    """The epilogue is the third kernel; torch gathers the rows, shifts their bounds and puts their gradient back."""
+    assert_no_more(cost_of_a_group(loss, native=True), Counted(3, 3, 3))
+
+
+NATIVE_CASES = {
+    "token_logps": Case(lambda t: tokens(t, stats=STATS, shift=True), LOGITS, Counted(1, 0, 2), Counted(1, 0, 0)),
+    "preference": Case(lambda t: pairs(t, stats=STATS, shift=True), LOGITS, Counted(1, 0, 0), Counted(1, 0, 0)),
+    "preference-ref_logits": Case(
+        lambda t: pairs(t, reference="ref_logits"), LOGITS, Counted(1, 0, 0), Counted(1, 0, 0)
+    ),
+    "preference-packed": Case(lambda t: packed(t, loss="rdpo", shift=True), LOGITS, Counted(1, 0, 0), Counted(1, 0, 0)),
+    "linear_pairs-score": Case(linear_pairs, (), Counted(2, 1, 25, reads=1)),
+    "linear_pairs-frozen": Case(linear_pairs, FROZEN, Counted(3, 2, 28, reads=1), Counted(0, 0, 5)),
+    "linear_pairs-trained": Case(
+        lambda t: linear_pairs(t, "rdpo"), TRAINED, Counted(3, 3, 26, reads=1), Counted(2, 0, 0)
+    ),
+    "linear_pairs-trained-ref_hidden": Case(
+        lambda t: linear_pairs(t, "rdpo", ref_hidden=t.hidden), TRAINED, Counted(4, 4, 26, reads=1), Counted(2, 0, 0)
+    ),
+    "linear_pairs-trained-capacity": Case(
+        lambda t: linear_pairs(t, "rdpo", max_active_tokens=3 * ROWS), TRAINED, Counted(3, 3, 39), Counted(2, 0, 0)
+    ),
+}
+
+
+@native_core
+@pytest.mark.parametrize("case", NATIVE_CASES)
+def test_launches_with_native_kernels(case):
+    """Their results are nobody's: tests/ptxsim executes them."""
+    call, trained, forward, backward, dtype, _ = NATIVE_CASES[case]
+    t = Inputs(*map(on_device, inputs(dtype)))
+    with counting():
+        leaves = {name: getattr(t, name).requires_grad_() for name in trained}
+    found, out = counted(lambda: call(t._replace(**leaves)), native=True)
+    assert_no_more(found, forward)
+    if trained:
+        upstream = on_device(torch.ones(out.shape))
+        found, _ = counted(lambda: torch.autograd.grad(out, list(leaves.values()), upstream), native=True)
+        assert_no_more(found, backward)
 
 
 def test_plan_launches_nothing():
