@@ -80,11 +80,11 @@ _LAYOUT = "Tensor labels, Tensor? cu_seqlens, Tensor? lengths, bool shift"
 preference_fwd = _define(
     f"preference_fwd(Tensor logits, {_LAYOUT}, Tensor? ref_logits, Tensor? ref_token_logps, Tensor? ref_logps, "
     f"Tensor? rating_gap, Tensor? pair_weights, Tensor? num_items, str reduction, {_TRANSFORM}, bool stats, "
-    "Tensor numbers, bool drop_square) "
+    "Tensor numbers, bool drop_square, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fastpref._logps.preference:_fwd",
 )
-_SAVED = f"{_LAYOUT}, Tensor token_logps, Tensor lse, {_TRANSFORM}"
+_SAVED = f"{_LAYOUT}, Tensor token_logps, Tensor lse, {_TRANSFORM}, str backend"
 preference_bwd = _define(
     f"preference_bwd(Tensor grad_loss, Tensor coefficients, Tensor logits, {_SAVED}) -> Tensor",
     "fastpref._logps.preference:_bwd",

@@ -108,6 +108,17 @@ def backend(request):
         fastpref.set_simd_level("auto")
 
 
+@pytest.fixture
+def thin(request):
+    """thin(unless) leaves the test to --full, unless it is one of the few cases that run always."""
+
+    def skip(unless: bool = False):
+        if not (unless or request.config.getoption("full", False)):
+            pytest.skip("with --full alone")
+
+    return skip
+
+
 @pytest.fixture(
     params=[
         _param(Backend(*b)) for b in (("reference", "cpu"), ("native", "cpu"), ("native", "cuda"), ("triton", "cuda"))

@@ -43,6 +43,7 @@ from fastpref._logps.pairs import (
     pair_gradients,
     pair_losses,
     preference_output,
+    stat_means,
     wanted_stats,
 )
 from fastpref._logps.plan import choose_kind, even_chunks, is_resident, pair_groups, rows_of_pairs
@@ -460,8 +461,11 @@ def linear_preference_loss(
             data = PairData(found.ref_logps.view(labels.shape), ref_logps, rating_gap, scores)
         layout = _Layout(labels, cu_seqlens, ignore_index, sequence_group)
         reduced, gathered = _in_two_passes(found, data, layout, objective, reducing, budget.backend)
-    layout = Sequences(labels, ignore_index, cu_seqlens, sequence_group) if stats else None
-    return preference_output(reduced, gathered, layout, rating_gap, objective.reward_scale(), stats)
+    means = {}
+    if stats:
+        sequences = Sequences(labels, ignore_index, cu_seqlens, sequence_group)
+        means = stat_means(gathered.values, sequences, gathered.lengths, stats)
+    return preference_output(reduced, gathered, rating_gap, objective.reward_scale(), means)
 
 
 def _bounds(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -295,64 +295,65 @@ def wanted_stats(stats: tuple[str, ...], loss: Loss) -> tuple[str, ...]:
     return tuple(name for name in STATS if name in stats or (wpo and name == "log_sum_p2"))
 
 
-class _TokenSums(NamedTuple):
-    """All that a loss reads of the tokens: [2B], the chosen sequences first, in the dtype of the log-probs."""
-
-    logps: Tensor
-    logratios: Tensor | None  # None without a reference
-    tail: Tensor | None  # of the log-ratios beyond the shorter of the two
-    lengths: Tensor  # int64
-    wpo: Tensor | None  # mean of log-prob - log sum p^2
-
-
 def _halves(vector: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """[2B] -> [B] and [B]. The gradient of the two is one stack."""
-    return (None, None) if vector is None else vector.view(2, vector.shape[0] // 2).unbind(0)
+    return (None, None) if vector is None else vector.reshape(2, vector.shape[0] // 2).unbind(0)
 
 
-def _token_sums(
-    tokens: Tensor, values: Tensor, sequences: Sequences, data: PairData, needs: frozenset[str]
-) -> _TokenSums:
-    ref_sums = None if data.ref_logps is None else data.ref_logps.detach().double()
-    if ref_sums is None and data.ref_token_logps is not None:
-        ref_sums = sequences.sum(data.ref_token_logps.detach())
-    logps, logratios = sequences.sum_logps(tokens, ref_sums)
-    lengths = sequences.lengths()
-    tail = wpo = None
-    if "tail" in needs:
-        if data.ref_token_logps is None and data.ref_logps is not None:
-            raise ValueError(
-                "a loss on part of the completion needs the reference per token (ref_token_logps or the reference's "
-                "logits or hidden states), got ref_logps"
-            )
-        ratios = tokens.double()
-        if data.ref_token_logps is not None:
-            ratios = ratios - data.ref_token_logps.detach()
-        beyond = sequences.beyond(torch.minimum(*_halves(lengths)).repeat(2))
-        tail = sequences.sum(torch.where(beyond, ratios, 0.0)).to(tokens.dtype)
-    if "wpo" in needs:
-        weights = sequences.sum(tokens.detach() - values[STATS.index("log_sum_p2")]) / lengths.clamp(min=1)
-        wpo = weights.to(tokens.dtype)
-    return _TokenSums(logps, logratios, tail, lengths, wpo)
+class SequenceSums(NamedTuple):
+    """What a loss is made of, per sequence; differentiable but for the lengths and weights."""
+
+    logps: Tensor  # [2B]
+    logratios: Tensor | None  # [2B]; None without a reference
+    lengths: Tensor  # [2B] int64
+    tail: Tensor | None = None  # [2B] log-ratios beyond the shorter of the pair
+    weights: Tensor | None = None  # [2B] WPO's
+
+    @classmethod
+    def of(cls, tokens: Tensor, values: Tensor, sequences: Sequences, data: PairData, needs) -> "SequenceSums":
+        """Of the log-probs of labels' shape, in their dtype; values: [4, *labels.shape], STATS."""
+        ref_sums = None if data.ref_logps is None else data.ref_logps.detach().double()
+        if ref_sums is None and data.ref_token_logps is not None:
+            ref_sums = sequences.sum(data.ref_token_logps.detach())
+        logps, logratios = sequences.sum_logps(tokens, ref_sums)
+        lengths = sequences.lengths()
+        tail = weights = None
+        if "tail" in needs:
+            if data.ref_token_logps is None and data.ref_logps is not None:
+                raise ValueError(
+                    "a loss on part of the completion needs the reference per token (ref_token_logps or the "
+                    "reference's logits or hidden states), got ref_logps"
+                )
+            ratios = tokens.double()
+            if data.ref_token_logps is not None:
+                ratios = ratios - data.ref_token_logps.detach()
+            tail = sequences.sum(torch.where(_beyond_the_shorter(sequences, lengths), ratios, 0.0)).to(tokens.dtype)
+        if "wpo" in needs:
+            weights = sequences.sum(tokens.detach() - values[STATS.index("log_sum_p2")]) / lengths.clamp(min=1)
+            weights = weights.to(tokens.dtype)
+        return cls(logps, logratios, lengths, tail, weights)
+
+    def losses(self, data: PairData, loss: Loss) -> Tensor:
+        """[B]"""
+        dtype, ref_logps = self.logps.dtype, None
+        if self.logratios is not None and not loss.is_named():  # no loss of losses.LOSSES reads them
+            ref_logps = (self.logps - self.logratios).detach()
+        pairs = losses.Pairs(
+            *_halves(self.logps),
+            *_halves(ref_logps),
+            *_halves(self.lengths),
+            None if data.rating_gap is None else data.rating_gap.detach().to(dtype),
+            *_halves(self.logratios),
+            *_halves(self.tail),
+            *_halves(self.weights),
+            *_halves(None if data.scores is None else data.scores.detach().to(dtype)),
+        )
+        return loss.per_pair(pairs)
 
 
-def _losses_of(sums: _TokenSums, data: PairData, loss: Loss) -> Tensor:
-    """[B]"""
-    dtype = sums.logps.dtype
-    ref_logps = None
-    if sums.logratios is not None and not loss.is_named():  # no loss of losses.LOSSES reads them
-        ref_logps = (sums.logps - sums.logratios).detach()
-    pairs = losses.Pairs(
-        *_halves(sums.logps),
-        *_halves(ref_logps),
-        *_halves(sums.lengths),
-        None if data.rating_gap is None else data.rating_gap.detach().to(dtype),
-        *_halves(sums.logratios),
-        *_halves(sums.tail),
-        *_halves(sums.wpo),
-        *_halves(None if data.scores is None else data.scores.detach().to(dtype)),
-    )
-    return loss.per_pair(pairs)
+def _beyond_the_shorter(sequences: Sequences, lengths: Tensor) -> Tensor:
+    """Which tokens come after as many as the shorter sequence of the pair has."""
+    return sequences.beyond(torch.minimum(*_halves(lengths)).repeat(2))
 
 
 def pair_losses(tokens: Tensor, values: Tensor, sequences: Sequences, data: PairData, loss: Loss) -> Gathered:
@@ -360,9 +361,9 @@ def pair_losses(tokens: Tensor, values: Tensor, sequences: Sequences, data: Pair
 
     values: [4, *labels.shape], STATS.
     """
-    sums = _token_sums(tokens, values, sequences, data, loss.traits().needs)
+    sums = SequenceSums.of(tokens, values, sequences, data, loss.traits().needs)
     logratios = sums.logps if sums.logratios is None else sums.logratios
-    return Gathered(_losses_of(sums, data, loss), sums.logps, logratios, sums.lengths, values)
+    return Gathered(sums.losses(data, loss), sums.logps, logratios, sums.lengths, values)
 
 
 def pair_gradients(
@@ -372,44 +373,40 @@ def pair_gradients(
 
     data.ref_logps may stand beside data.ref_token_logps: their sums, which need not be formed again.
     """
-    needs = loss.traits().needs
-    sums = _token_sums(tokens, values, sequences, data, needs)
+    sums = SequenceSums.of(tokens, values, sequences, data, loss.traits().needs)
     with _autograd.grad_inside_an_operator():
-        leaves = [None if t is None else t.detach().requires_grad_() for t in sums[:3]]
-        per_pair = _losses_of(_TokenSums(*leaves, *sums[3:]), data, loss)
-        gradients = [None] * len(leaves)
+        leaves = {
+            name: getattr(sums, name).detach().requires_grad_()
+            for name in ("logps", "logratios", "tail")
+            if getattr(sums, name) is not None
+        }
+        per_pair, found = sums._replace(**leaves).losses(data, loss), {}
         if per_pair.requires_grad:
-            given = iter(
-                torch.autograd.grad(
-                    per_pair, [t for t in leaves if t is not None], scale.to(per_pair.dtype), allow_unused=True
-                )
+            gradients = torch.autograd.grad(
+                per_pair, list(leaves.values()), scale.to(per_pair.dtype), allow_unused=True
             )
-            gradients = [None if t is None else next(given) for t in leaves]
-    *by_sum, by_tail = gradients
-    by_sum = [g for g in by_sum if g is not None]
-    if by_sum:
-        by_token = sequences.per_token(sum(by_sum[1:], by_sum[0]))
+            found = {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
+    by_tail = found.pop("tail", None)
+    if found:
+        first, *rest = found.values()
+        by_token = sequences.per_token(sum(rest, first))
     else:
         by_token = torch.zeros_like(tokens)  # of a loss that does not depend on them
     if by_tail is not None:
-        beyond = sequences.beyond(torch.minimum(*_halves(sums.lengths)).repeat(2))
+        beyond = _beyond_the_shorter(sequences, sums.lengths)
         by_token = by_token + torch.where(beyond, sequences.per_token(by_tail), 0.0)
     logratios = sums.logps if sums.logratios is None else sums.logratios
     per_pair = per_pair.detach() if loss.is_named() else per_pair.detach().clone()  # a user's may be one of its inputs
     return Gathered(per_pair, sums.logps, logratios, sums.lengths, values), by_token
 
 
-def preference_output(
-    loss: Tensor, gathered: Gathered, sequences: Sequences, rating_gap, beta: float, stats
-) -> PreferenceOutput:
-    logps, lengths = gathered.logps.detach(), gathered.lengths
-    pairs = gathered.losses.shape[0]
-    rewards = beta * gathered.logratios.detach()
-    margins = rewards[:pairs] - rewards[pairs:]
+def stat_means(values: Tensor, sequences: Sequences, lengths: Tensor, stats: tuple[str, ...]) -> dict[str, Tensor]:
+    """Of PreferenceStats, those asked for. values: [4, *labels.shape], STATS; or empty."""
     means = {}
+    pairs = lengths.shape[0] // 2
     if stats:
         chosen, rejected = lengths[:pairs].sum().clamp(min=1), lengths[pairs:].sum().clamp(min=1)
-        for name, value in zip(STATS, gathered.values, strict=True):
+        for name, value in zip(STATS, values, strict=True):
             if name not in stats:
                 continue
             sums = sequences.sum(value).float()
@@ -420,6 +417,15 @@ def preference_output(
                 means[name] = sums.sum() / lengths.sum().clamp(min=1)
             if name == "top1":
                 means["chosen_top1"] = sums[:pairs].sum() / chosen
+    return means
+
+
+def preference_output(loss: Tensor, gathered: Gathered, rating_gap, beta: float, counted: dict) -> PreferenceOutput:
+    """counted: the other fields of PreferenceStats, stat_means among them."""
+    logps, lengths = gathered.logps.detach(), gathered.lengths
+    pairs = gathered.losses.shape[0]
+    rewards = beta * gathered.logratios.detach()
+    margins = rewards[:pairs] - rewards[pairs:]
     return PreferenceOutput(
         loss=loss,
         chosen_logps=logps[:pairs],
@@ -434,6 +440,6 @@ def preference_output(
             rejected_lengths=lengths[pairs:],
             ties=(margins == 0).sum(),
             unrated=lengths.new_zeros(()) if rating_gap is None else rating_gap.isnan().sum(),
-            **means,
+            **counted,
         ),
     )

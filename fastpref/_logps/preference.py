@@ -7,6 +7,7 @@
 Only the middle step knows which loss it is. For the rating-aware logistic family (`losses.Logistic`: DPO, conservative
 and robust DPO, RDPO, RIPO, ML-RDPO, DDPO, IPO on sums) all three run in one native call forward and one backward; any
 other loss, a user's own included, runs as torch on vectors between the same two kernels, with the same results.
+Where Triton takes the place of the native core, the forward is three launches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,26 +17,32 @@ import torch
 from torch import Tensor
 
 from fastpref import _autograd, _checks, _library, _native, operators
+from fastpref._logps import preference_triton
 from fastpref._logps.pairs import (
+    Family,
     Gathered,
     Loss,
     PairData,
     PreferenceOutput,
     PreferenceStats,
     Reduction,
+    SequenceSums,
     check_pairs,
     check_reference,
     host_numbers,
     logistic_family,
     pair_losses,
     preference_output,
+    stat_means,
     wanted_stats,
 )
 from fastpref._logps.sequences import Sequences, check_layout, targets
 from fastpref._logps.token_logps import (
     STATS,
+    RowLabels,
     as_rows,
     check_call,
+    launch_backward,
     logits_gradient,
     native_backward,
     native_rows,
@@ -43,7 +50,7 @@ from fastpref._logps.token_logps import (
 )
 from fastpref._logps.transform import Transform, checked_transform
 
-# ---- the fused family: one native call forward, one backward ----
+# ---- the fused family: one call forward, one backward ----
 
 
 class _Layout(NamedTuple):
@@ -64,6 +71,9 @@ class _Layout(NamedTuple):
 
     def sequences(self) -> int:
         return self.labels.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def of_rows(self) -> RowLabels:
+        return RowLabels(self.labels, self.sequences(), self.cu_seqlens, self.lengths, self.shift)
 
     def native(self, ignore_index: int):
         """Holds addresses: this value must have a name until the call."""
@@ -115,48 +125,62 @@ class _Outputs(NamedTuple):
 METRICS = ("entropy", "log_sum_p2", "top1", "chosen_mean_logit", "rejected_mean_logit", "chosen_top1")
 
 
-def _fwd(
-    logits, labels, cu_seqlens, lengths, shift, ref_logits, ref_token_logps, ref_logps, rating_gap, pair_weights,
-    num_items, reduction, temperature, softcap, scale, ignore_index, stats, numbers, drop_square,
-):  # fmt: skip
+class _PairInputs(NamedTuple):
+    """Of the forward operator, contiguous float32 where they are no logits."""
+
+    ref_logits: Tensor | None  # of the logits' shape
+    ref_token_logps: Tensor | None  # of labels' shape
+    ref_logps: Tensor | None  # [2B]
+    rating_gap: Tensor | None  # [B]
+    pair_weights: Tensor | None  # [B]
+    num_items: Tensor | None  # []
+
+    def floats(self) -> "_PairInputs":
+        logits, *rest = self
+        return _PairInputs(logits, *(None if t is None else t.float().contiguous() for t in rest))
+
+
+class _Family(NamedTuple):
+    """csrc/preference.h's LogisticFamily, and the number that replaces the mean's divisor, or 0."""
+
+    beta: float
+    a: float
+    b: float
+    c: float
+    m0: float
+    m1: float
+    offset: float
+    num_items: float
+    drop_square: bool
+
+
+# ---- native ----
+
+
+def _native_fwd(
+    logits, layout: _Layout, pairs: _PairInputs, reduction, transform: Transform, stats, family: _Family, out: _Outputs
+) -> None:
     core = _native._core
-    transform = Transform(temperature, softcap, scale, ignore_index)
-    on_cuda = _native.device_kind(logits) == "cuda"
-    layout = _Layout(labels, cu_seqlens, lengths, shift)
-    if on_cuda and ref_logits is not None and ref_logits.dtype != logits.dtype:  # one launch reads one dtype
-        aligned = layout.aligned(ignore_index).labels
-        ref_token_logps, _, _ = operators.token_logps_fwd(ref_logits, aligned, *transform, False, "native")
-        ref_logits = None
-    layout = layout.contiguous() if on_cuda else layout.aligned(ignore_index)
-    out = _Outputs.empty(logits, layout, reduction)
-    if on_cuda and layout.sequences() == 0:
-        return tuple(t.zero_() for t in out)
-    *family, items = numbers.tolist()
-    if num_items is not None and _native.device_kind(num_items) != _native.device_kind(logits):
-        num_items, items = None, float(num_items)
     rows = as_rows(logits)
+    *numbers, items, drop_square = family
     args = core.PreferenceForward(
         native_rows(rows),
         core.LogitTransform(*transform.multiplier_and_tanh_scale()),
-        layout.native(ignore_index),
+        layout.native(transform.ignore_index),
         stats,
         getattr(core.Reduction, reduction),
         items,
-        core.LogisticFamily(*family, drop_square),
+        core.LogisticFamily(*numbers, drop_square),
     )
+    ref_logits, *_ = pairs = pairs.floats()
     if ref_logits is not None:
         ref_rows = as_rows(ref_logits)
         args.ref_logits = native_rows(ref_rows)
-    tensors = {
-        "ref_token_logps": ref_token_logps,
-        "ref_logps": ref_logps,
-        "rating_gap": rating_gap,
-        "pair_weights": pair_weights,
-        "num_items": num_items,
-    }
-    tensors = {name: t.float().contiguous() for name, t in tensors.items() if t is not None} | out._asdict()
+    tensors = {name: t for name, t in pairs._asdict().items() if t is not None and name != "ref_logits"}
+    tensors |= out._asdict()
+    on_cuda = _native.device_kind(logits) == "cuda"
     if stats and not on_cuda:
-        tensors["token_stats"] = rows.new_empty((4, *labels.shape), dtype=torch.float32)
+        tensors["token_stats"] = rows.new_empty((4, *layout.labels.shape), dtype=torch.float32)
     for name, tensor in tensors.items():  # they live until the call: args holds addresses
         setattr(args, name, tensor.data_ptr())
     if on_cuda:
@@ -165,23 +189,13 @@ def _fwd(
             core.preference_fwd_cuda(args, workspace.data_ptr(), _native.stream(logits))
     else:
         core.preference_fwd_cpu(args, torch.get_num_threads())
-    return tuple(out)
 
 
-def _fwd_fake(
-    logits, labels, cu_seqlens, lengths, shift, ref_logits, ref_token_logps, ref_logps, rating_gap, pair_weights,
-    num_items, reduction, temperature, softcap, scale, ignore_index, stats, numbers, drop_square,
-):  # fmt: skip
-    return tuple(_Outputs.empty(logits, _Layout(labels, cu_seqlens, lengths, shift), reduction))
-
-
-def _write_gradient(out, grad_loss, coefficients, logits, layout: _Layout, token_logps, lse, transform: Transform):
+def _native_bwd(out, grad_loss, coefficients, logits, layout: _Layout, token_logps, lse, transform: Transform) -> None:
     core = _native._core
     rows, out_rows = as_rows(logits), as_rows(out)
-    grad_loss, token_logps, lse = grad_loss.contiguous(), token_logps.contiguous(), lse.contiguous()
     per_pair = grad_loss.dim() == 1
     if _native.device_kind(logits) == "cuda":
-        layout = layout.contiguous()
         args = core.LogitsGradient(
             native_rows(rows),
             core.LogitTransform(*transform.multiplier_and_tanh_scale()),
@@ -196,7 +210,6 @@ def _write_gradient(out, grad_loss, coefficients, logits, layout: _Layout, token
         with _native.guard(logits):
             core.logits_gradient_cuda(args, _native.stream(logits))
         return
-    layout = layout.aligned(transform.ignore_index)
     shape = rows.shape[:2]
     labels, token_grad = layout.labels.view(shape), torch.empty(shape, dtype=torch.float32)
     saved = token_logps.view(shape), lse.view(2, *shape)
@@ -213,41 +226,118 @@ def _write_gradient(out, grad_loss, coefficients, logits, layout: _Layout, token
     )
 
 
+# ---- operators: the backend is chosen here, on real tensors ----
+
+_library.OPS["preference_loss"] = {
+    "native": _library.native_reason,
+    "triton": _library.triton_reason,
+    "torch": _library.reference_reason,
+}
+
+
+def _fused_backend(device: str, backend: str) -> str | None:
+    """The one asked for, or for "" the fastest, of those that run the fused family; None: no such one serves here."""
+    reasons = _library.OPS["preference_loss"]
+    serving = (name for name in ("native", "triton") if backend in ("", name) and reasons[name](device) is None)
+    return next(serving, None)
+
+
+class _Chosen(NamedTuple):
+    """A backend, and the labels as it reads them."""
+
+    name: str
+    layout: _Layout
+
+
+def _choose(logits: Tensor, layout: _Layout, ignore_index: int, backend: str) -> _Chosen:
+    device = _native.device_kind(logits)
+    name = _fused_backend(device, backend)
+    if name is None:  # a saved program on a machine that lacks what its own had
+        reasons = {name: reason(device) for name, reason in _library.OPS["preference_loss"].items()}
+        raise RuntimeError(f"no backend of preference_fwd serves {device} tensors here: {reasons}")
+    reads_aligned = name == "native" and device == "cpu"
+    return _Chosen(name, layout.aligned(ignore_index) if reads_aligned else layout.contiguous())
+
+
+def _fwd(
+    logits, labels, cu_seqlens, lengths, shift, ref_logits, ref_token_logps, ref_logps, rating_gap, pair_weights,
+    num_items, reduction, temperature, softcap, scale, ignore_index, stats, numbers, drop_square, backend,
+):  # fmt: skip
+    transform = Transform(temperature, softcap, scale, ignore_index)
+    chosen, layout = _choose(logits, _Layout(labels, cu_seqlens, lengths, shift), ignore_index, backend)
+    on_cpu = chosen == "native" and _native.device_kind(logits) == "cpu"
+    out = _Outputs.empty(logits, layout, reduction)
+    if layout.sequences() == 0 and not on_cpu:
+        return tuple(t.zero_() for t in out)
+    if ref_logits is not None and ref_logits.dtype != logits.dtype and not on_cpu:  # one launch reads one dtype
+        aligned = layout.aligned(ignore_index).labels
+        ref_token_logps, _, _ = operators.token_logps_fwd(ref_logits, aligned, *transform, False, chosen)
+        ref_logits = None
+    *family, items = numbers.tolist()
+    if num_items is not None and _native.device_kind(num_items) != _native.device_kind(logits):
+        num_items, items = None, float(num_items)
+    pairs = _PairInputs(ref_logits, ref_token_logps, ref_logps, rating_gap, pair_weights, num_items)
+    run = {"native": _native_fwd, "triton": preference_triton.forward}[chosen]
+    run(logits, layout, pairs, reduction, transform, stats, _Family(*family, items, drop_square), out)
+    return tuple(out)
+
+
+def _fwd_fake(
+    logits, labels, cu_seqlens, lengths, shift, ref_logits, ref_token_logps, ref_logps, rating_gap, pair_weights,
+    num_items, reduction, temperature, softcap, scale, ignore_index, stats, numbers, drop_square, backend,
+):  # fmt: skip
+    return tuple(_Outputs.empty(logits, _Layout(labels, cu_seqlens, lengths, shift), reduction))
+
+
+def _write_gradient(out, grad_loss, coefficients, logits, layout: _Layout, saved, transform: Transform, backend):
+    chosen, layout = _choose(logits, layout, transform.ignore_index, backend)
+    token_logps, lse = (t.contiguous() for t in saved)
+    grad_loss = grad_loss.contiguous()
+    if chosen == "native":
+        _native_bwd(out, grad_loss, coefficients, logits, layout, token_logps, lse, transform)
+    elif layout.sequences() == 0:
+        out.zero_()
+    elif logits.numel():
+        rows, labels = as_rows(logits), layout.of_rows()
+        launch_backward(grad_loss, coefficients, rows, labels, token_logps, lse, transform, as_rows(out))
+
+
 def _bwd(
     grad_loss, coefficients, logits, labels, cu_seqlens, lengths, shift, token_logps, lse, temperature, softcap, scale,
-    ignore_index,
+    ignore_index, backend,
 ):  # fmt: skip
     out = _native.empty(logits.shape, logits.dtype, logits.device)
     layout, transform = (
         _Layout(labels, cu_seqlens, lengths, shift),
         Transform(temperature, softcap, scale, ignore_index),
     )
-    _write_gradient(out, grad_loss, coefficients, logits, layout, token_logps, lse, transform)
+    _write_gradient(out, grad_loss, coefficients, logits, layout, (token_logps, lse), transform, backend)
     return out
 
 
 def _bwd_fake(
     grad_loss, coefficients, logits, labels, cu_seqlens, lengths, shift, token_logps, lse, temperature, softcap, scale,
-    ignore_index,
+    ignore_index, backend,
 ):  # fmt: skip
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _bwd_inplace(
     grad_loss, coefficients, logits, labels, cu_seqlens, lengths, shift, token_logps, lse, temperature, softcap, scale,
-    ignore_index,
+    ignore_index, backend,
 ):  # fmt: skip
     layout, transform = (
         _Layout(labels, cu_seqlens, lengths, shift),
         Transform(temperature, softcap, scale, ignore_index),
     )
-    _write_gradient(logits, grad_loss, coefficients, logits, layout, token_logps, lse, transform)
+    _write_gradient(logits, grad_loss, coefficients, logits, layout, (token_logps, lse), transform, backend)
 
 
 preference_fwd, preference_bwd = operators.preference_fwd, operators.preference_bwd
 preference_bwd_ = operators.preference_bwd_
 
-_library.OPS["preference_loss"] = {"native": _library.native_reason, "torch": _library.reference_reason}
+
+# ---- autograd ----
 
 
 class _Options(NamedTuple):
@@ -259,6 +349,7 @@ class _Options(NamedTuple):
     stats: bool
     drop_square: bool
     inplace: bool
+    backend: str
 
 
 @_autograd.cache_signature
@@ -270,7 +361,7 @@ class _Preference(torch.autograd.Function):
     ):  # fmt: skip
         layout, references = (labels, cu_seqlens, lengths, options.shift), (ref_logits, ref_token_logps, ref_logps)
         pair_data = rating_gap, pair_weights, num_items, options.reduction
-        rest = *options.transform, options.stats, numbers, options.drop_square
+        rest = *options.transform, options.stats, numbers, options.drop_square, options.backend
         return preference_fwd(logits, *layout, *references, *pair_data, *rest)
 
     @staticmethod
@@ -280,6 +371,7 @@ class _Preference(torch.autograd.Function):
         ctx.mark_non_differentiable(*out[1:])
         ctx.set_materialize_grads(False)
         ctx.shift, ctx.transform, ctx.inplace = options.shift, options.transform, options.inplace
+        ctx.backend = options.backend
         ctx.save_for_backward(logits, labels, cu_seqlens, lengths, out.token_logps, out.lse, out.coefficients)
 
     @staticmethod
@@ -289,9 +381,36 @@ class _Preference(torch.autograd.Function):
 
         def run(op, logits, labels, cu_seqlens, lengths, tokens, lse, coefficients):
             saved = labels, cu_seqlens, lengths, ctx.shift, tokens, lse
-            return op(grad_loss, coefficients, logits, *saved, *ctx.transform)
+            return op(grad_loss, coefficients, logits, *saved, *ctx.transform, ctx.backend)
 
         return _autograd.pad_gradients(ctx, logits_gradient(ctx, grad_loss, preference_bwd, preference_bwd_, run))
+
+
+@_autograd.cache_signature
+class _PairSums(torch.autograd.Function):
+    """The sums of any loss by the same kernels: differentiable in logps, and in rewards, which are log-ratios here."""
+
+    forward = _Preference.forward
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _Preference.setup_context(ctx, inputs, output)
+        out = _Outputs(*output)
+        ctx.mark_non_differentiable(*(t for t in out if t is not out.logps and t is not out.rewards))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        of = _Outputs(*gradients)
+        given = [g for g in (of.logps, of.rewards) if g is not None]
+        if not given:
+            return _autograd.pad_gradients(ctx)
+        coefficients = sum(given[1:], start=given[0])
+
+        def run(op, logits, labels, cu_seqlens, lengths, tokens, lse, _coefficients):
+            saved = labels, cu_seqlens, lengths, ctx.shift, tokens, lse
+            return op(coefficients.new_ones(()), coefficients, logits, *saved, *ctx.transform, ctx.backend)
+
+        return _autograd.pad_gradients(ctx, logits_gradient(ctx, coefficients, preference_bwd, preference_bwd_, run))
 
 
 # ---- public ----
@@ -373,12 +492,14 @@ def preference_loss(
     if lengths is not None:
         _checks.same_device("lengths", lengths, "logits", logits)
     has_reference = not (ref_logits is None and ref_token_logps is None and ref_logps is None)
-    family = None
     if _can_fuse(logits, ref_logits, backend):
-        family = logistic_family(objective, has_reference, rating_gap is not None)
-    if family is not None:
         layout = _Layout(labels, cu_seqlens, lengths, shift)
-        return _fused(logits, layout, ref_logits, data, reducing, transform, stats, family, inplace_backward)
+        gather = _Gather(logits, layout, ref_logits, data, transform, bool(stats), inplace_backward, backend or "")
+        family = logistic_family(objective, has_reference, rating_gap is not None)
+        if family is not None:
+            return _fused(gather, family, reducing, stats)
+        if not objective.traits().needs & {"tail", "wpo"}:
+            return _on_sums(gather, has_reference, objective, reducing, stats)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.long()
     labels = targets(labels, cu_seqlens, lengths, ignore_index, shift)
     gathered = _vectors(
@@ -386,35 +507,65 @@ def preference_loss(
     )
     sequences = Sequences(labels, ignore_index, cu_seqlens)
     reduced = reducing.reduce(gathered.losses)
-    return preference_output(reduced, gathered, sequences, rating_gap, objective.reward_scale(), stats)
+    means = stat_means(gathered.values, sequences, gathered.lengths, stats)
+    return preference_output(reduced, gathered, rating_gap, objective.reward_scale(), means)
 
 
 def _can_fuse(logits: Tensor, ref_logits: Tensor | None, backend: str | None) -> bool:
     return (
-        _library.native_reason(_native.device_kind(logits)) is None
+        _fused_backend(_native.device_kind(logits), backend or "") is not None
         and logits.dtype in _native.DTYPE_CODES
         and (ref_logits is None or ref_logits.dtype in _native.DTYPE_CODES)
-        and backend in (None, "native")
     )
 
 
-def _fused(
-    logits, layout: _Layout, ref_logits, data: PairData, reducing: Reduction, transform, stats, family, inplace
-) -> PreferenceOutput:
-    numbers, drop_square = family
-    items = reducing.num_items
-    of_tensor = isinstance(items, Tensor)
-    numbers = host_numbers([*numbers, 0.0 if items is None or of_tensor else items])
-    inputs = ref_logits, data.ref_token_logps, data.ref_logps, data.rating_gap, reducing.pair_weights
-    inputs = [None if t is None else t.detach() for t in (*inputs, items if of_tensor else None)]
-    options = _Options(layout.shift, reducing.kind, transform, bool(stats), drop_square, inplace)
-    labels, cu_seqlens, lengths, _ = layout
-    out = _Outputs(*_Preference.apply(logits, labels, cu_seqlens, lengths, *inputs, numbers, options))
+class _Gather(NamedTuple):
+    """One call of the forward operator, but for the loss."""
+
+    logits: Tensor
+    layout: _Layout
+    ref_logits: Tensor | None
+    data: PairData
+    transform: Transform
+    stats: bool
+    inplace: bool
+    backend: str
+
+    def run(self, function, family: Family, reducing: Reduction) -> _Outputs:
+        data, items = self.data, reducing.num_items
+        of_tensor = isinstance(items, Tensor)
+        numbers = host_numbers([*family.numbers, 0.0 if items is None or of_tensor else items])
+        inputs = self.ref_logits, data.ref_token_logps, data.ref_logps, data.rating_gap, reducing.pair_weights
+        inputs = [None if t is None else t.detach() for t in (*inputs, items if of_tensor else None)]
+        labels, cu_seqlens, lengths, shift = self.layout
+        rest = self.transform, self.stats, family.drop_square, self.inplace, self.backend
+        options = _Options(shift, reducing.kind, *rest)
+        return _Outputs(*function.apply(self.logits, labels, cu_seqlens, lengths, *inputs, numbers, options))
+
+
+def _named_means(out: _Outputs, stats: tuple[str, ...]) -> dict[str, Tensor]:
+    _accuracy, *means = out.metrics.unbind()
+    several = {"top1": ("top1", "chosen_top1"), "mean_logit": ("chosen_mean_logit", "rejected_mean_logit")}
+    names = [name for stat in stats for name in several.get(stat, (stat,))]
+    return {name: mean for name, mean in zip(METRICS, means, strict=True) if name in names}
+
+
+def _on_sums(gather: _Gather, has_reference: bool, loss: Loss, reducing: Reduction, stats) -> PreferenceOutput:
+    """Any loss of whole sequences: the same two launches, and torch on vectors of the length of the batch."""
+    nothing = Family([1.0] + [0.0] * 6, False)
+    out = gather.run(_PairSums, nothing, Reduction("none", None, None))
+    sums = SequenceSums(out.logps, out.rewards if has_reference else None, out.lengths)
+    per_pair = sums.losses(gather.data, loss)
+    gathered = Gathered(per_pair, out.logps, out.rewards, out.lengths, out.metrics)
+    counted = _named_means(out, stats) | {"invalid_labels": out.counts[2]}
+    rating_gap, beta = gather.data.rating_gap, loss.reward_scale()
+    return preference_output(reducing.reduce(per_pair), gathered, rating_gap, beta, counted)
+
+
+def _fused(gather: _Gather, family: Family, reducing: Reduction, stats) -> PreferenceOutput:
+    out = gather.run(_Preference, family, reducing)
     pairs = out.losses.shape[0]
     ties, unrated, invalid_labels = out.counts.unbind()
-    accuracy, *means = out.metrics.unbind()
-    wanted = {"top1": ("top1", "chosen_top1"), "mean_logit": ("chosen_mean_logit", "rejected_mean_logit")}
-    names = [name for stat in stats for name in wanted.get(stat, (stat,))]
     return PreferenceOutput(
         loss=out.loss,
         chosen_logps=out.logps[:pairs],
@@ -422,7 +573,7 @@ def _fused(
         chosen_rewards=out.rewards[:pairs],
         rejected_rewards=out.rewards[pairs:],
         margins=out.margins,
-        accuracy=accuracy,
+        accuracy=out.metrics[0],
         stats=PreferenceStats(
             losses=out.losses,
             chosen_lengths=out.lengths[:pairs],
@@ -430,7 +581,7 @@ def _fused(
             ties=ties,
             unrated=unrated,
             invalid_labels=invalid_labels,
-            **{name: mean for name, mean in zip(METRICS, means, strict=True) if name in names},
+            **_named_means(out, stats),
         ),
     )
 

@@ -45,7 +45,7 @@ class Sequences:
 
         Differentiable in tokens; the gradient of a token that does not count is not 0 but its sequence's.
         """
-        found = _SequenceSums.apply(tokens, ref_sums, self.ignored, self.cu_seqlens, self.group)
+        found = _AddedTokens.apply(tokens, ref_sums, self.ignored, self.cu_seqlens, self.group)
         return (found, None) if ref_sums is None else found
 
     def lengths(self) -> Tensor:
@@ -100,7 +100,7 @@ def _per_token(values: Tensor, shape: torch.Size, cu_seqlens: Tensor | None, pos
 
 
 @_autograd.cache_signature
-class _SequenceSums(torch.autograd.Function):
+class _AddedTokens(torch.autograd.Function):
     """A loss reads its tokens through these sums alone, so its gradient is one number per sequence."""
 
     @staticmethod

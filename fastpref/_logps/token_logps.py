@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastpref import _autograd, _checks, _library, _native, operators
+from fastpref._logps import columns
 from fastpref._logps.transform import Transform, checked_transform
 
 try:
@@ -136,142 +137,71 @@ def _reference_bwd(grad, rows, labels, logps, lse, transform: Transform, out):
 # ---- Triton: NVIDIA and AMD, a program per row ----
 
 if triton is not None:
-    _LOG2E = tl.constexpr(1.4426950408889634)
-    _LOG2E_LO = tl.constexpr(1.4426950408889634 - 1.44269502162933349609375)  # what fp32 drops of it
-    _LN2 = tl.constexpr(0.6931471805599453)
-    _INF = tl.constexpr(float("inf"))
-    _NAN = tl.constexpr(float("nan"))
-    _LOADS = tl.constexpr(2)  # 16-byte loads per thread and step; with 4, 16-bit rows need over 64 registers
 
-    @triton.jit
-    def _log1p(x):
-        # x in [0, 1]. log(1 + x) loses x in the rounding of 1 + x; 2 atanh(x / (2 + x)) keeps the relative accuracy.
-        s = x / (x + 2.0)
-        q = s * s
-        r = 0.14285714286 + q * (0.11111111111 + q * (0.09090909091 + q * 0.07692307692))
-        r = 0.33333333333 + q * (0.2 + q * r)
-        return 2.0 * (s + s * q * r)
-
-    @triton.jit
-    def _expm1(x):
-        # x <= 0. exp(x) - 1 cancels near 0, where the target's gradient of a confident token lives.
-        r = 0.0083333333333 + x * (0.0013888888889 + x * (0.00019841269841 + x * 0.000024801587302))
-        r = 0.16666666667 + x * (0.041666666667 + x * r)
-        return tl.where(x > -0.5, x + x * x * (0.5 + x * r), tl.exp2(x * _LOG2E) - 1.0)
-
-    @triton.jit
-    def _tanh(y):
-        # tl has no tanh. The odd polynomial keeps the relative accuracy that 1 - 2 / (e^(2|y|) + 1) loses near 0.
-        a = tl.abs(y)
-        q = y * y
-        r = 0.13331956 + q * (-0.053786494 + q * (0.020804758 + q * -0.005905162))
-        near = a + a * q * (-0.333332992 + q * r)
-        far = 1.0 - 2.0 / (tl.exp2(a * (2.0 * _LOG2E)) + 1.0)
-        t = tl.where(a < 0.6, near, far)
-        return tl.where(y < 0.0, -t, t)
-
-    @triton.jit
-    def _tanh_slope(y):
-        # 1 - tanh(y)^2 without its cancellation where tanh saturates
-        e = tl.exp2(tl.abs(y) * (-2.0 * _LOG2E))
-        return 4.0 * e / ((1.0 + e) * (1.0 + e))
-
-    @triton.jit
-    def _transform(x, tanh_scale, HAS_SOFTCAP: tl.constexpr):
-        v = x.to(tl.float32)
-        if HAS_SOFTCAP:
-            v = _tanh(v * tanh_scale)
-        return v
-
-    @triton.jit
-    def _finite_or_zero(top):  # what to subtract when the maximum is -inf: -inf - -inf would be NaN
-        return tl.where(top == -_INF, 0.0, top)
-
-    @triton.jit
-    def _row_parts(row_ptr, V, BLOCK_V: tl.constexpr):
-        # Rows begin at any address (odd vocabularies, sliced logits). The body [head, head + body) begins on a 16-byte
-        # boundary and is a whole number of 16-byte vectors; fewer than VEC columns remain on either side of it.
-        # constexpr(): Triton before 3.4 cannot divide the bare attribute
-        ITEM_BYTES: tl.constexpr = tl.constexpr(row_ptr.dtype.element_ty.primitive_bitwidth) // 8
-        VEC: tl.constexpr = 16 // ITEM_BYTES
-        LANES: tl.constexpr = BLOCK_V // (_LOADS * VEC)
-        head = ((-row_ptr.to(tl.int64)) & 15).to(tl.int32) // ITEM_BYTES
-        body = tl.maximum(V - head, 0) // VEC * VEC
-        # a tile [LOADS, LANES, VEC]: reducing over the first and the last axis stays inside a thread
-        lane = tl.arange(0, LANES)
-        cols = tl.arange(0, _LOADS)[:, None, None] * (LANES * VEC) + lane[None, :, None] * VEC
-        cols += tl.arange(0, VEC)[None, None, :]
-        # the columns outside the body, one per lane: lanes [0, VEC) those before it, [VEC, 2 VEC) those after it
-        edge_cols = tl.where(lane < VEC, lane, head + body + lane - VEC)
-        edge_mask = (lane < 2 * VEC) & (edge_cols < tl.where(lane < VEC, tl.minimum(head, V), V))
-        return head, body, cols, edge_cols, edge_mask
-
-    @triton.jit
-    def _fold(v, top, total, exp_t, squared, k, HAS_STATS: tl.constexpr):
-        # v: [LOADS, LANES, VEC]; the running values are [LANES] and relative to top: total = sum 2^(k (v - top)), ...
-        new_top = tl.maximum(top, tl.max(tl.max(v, 2), 0))
-        ref = _finite_or_zero(new_top)
-        decay = tl.exp2((top - ref) * k)
-        t = v - ref[None, :, None]
-        e = tl.exp2(t * k)
-        if HAS_STATS:
-            # a selected, not multiplied, zero: 0 * -inf
-            moved = exp_t + total * (_finite_or_zero(top) - ref)
-            exp_t = tl.where(decay > 0.0, decay * moved, 0.0) + tl.sum(tl.sum(tl.where(e > 0.0, e * t, 0.0), 2), 0)
-            squared = squared * decay * decay + tl.sum(tl.sum(e * e, 2), 0)
-        total = total * decay + tl.sum(tl.sum(e, 2), 0)
-        return new_top, total, exp_t, squared
-
-    @triton.jit
-    def _probability(v, hi, minus_lo_exp, k, k_lo):
-        # exp(multiplier (v - hi) - lo), with k + k_lo = multiplier log2(e). An fp32 exponent of -30 is off by 1e-6: its
-        # rounding is put back as a factor.
-        t = tl.maximum(v - hi, -200.0 / k)  # 2^-200 is 0; -inf would turn the residual into NaN
-        a = t * k
-        residual = tl.fma(t, k_lo, tl.fma(t, k, -a))
-        e = tl.exp2(a)
-        return tl.fma(e, residual * _LN2, e) * minus_lo_exp
-
-    _FWD_INTS = ["inner", "outer_stride", "inner_stride", "V", "ignore_index"]
-
-    @triton.jit(do_not_specialize=_FWD_INTS)
+    @triton.jit(
+        do_not_specialize=[
+            "inner",
+            "outer_stride",
+            "inner_stride",
+            "ref_outer_stride",
+            "ref_inner_stride",
+            "V",
+            "sequences",
+            "shift",
+            "ignore_index",
+        ]
+    )
     def _token_logps_fwd_kernel(
         x_ptr,  # [outer, inner, V], columns contiguous
-        labels_ptr,  # [rows] int64
+        ref_ptr,  # the same, of a reference; or None
+        labels_ptr,  # [rows] int64 or int32: rows = outer * inner
+        cu_seqlens_ptr,  # [sequences + 1] int64 or int32; or None: `outer` sequences of `inner` rows
+        lengths_ptr,  # [sequences] int64 or int32; or None
         logps_ptr,  # [rows] fp32
+        ref_logps_ptr,  # [rows] fp32; or None
         lse_ptr,  # [2, rows] fp32: hi, lo
-        stats_ptr,  # [4, rows] fp32
+        stats_ptr,  # [4, rows] fp32; or None
         inner,
         outer_stride,
         inner_stride,
+        ref_outer_stride,
+        ref_inner_stride,
         V,
+        sequences,
+        shift,  # 1: a row's label is the next one of its sequence
         ignore_index,
         multiplier,
         tanh_scale,
         HAS_SOFTCAP: tl.constexpr,
-        HAS_STATS: tl.constexpr,
         BLOCK_V: tl.constexpr,
     ):
+        HAS_STATS: tl.constexpr = stats_ptr is not None
         row = tl.program_id(0)
-        rows = tl.num_programs(0).to(tl.int64)
+        rows = tl.num_programs(0)
         multiplier = tl.cast(multiplier, tl.float32)  # fp64 under torch.compile before torch 2.15
         tanh_scale = tl.cast(tanh_scale, tl.float32)
-        k = multiplier * _LOG2E
-        label = tl.load(labels_ptr + row)
+        k = multiplier * columns.LOG2E
+        sequence, token, length = columns.place(cu_seqlens_ptr, row, rows, inner, sequences)
+        label = columns.label_at(labels_ptr, lengths_ptr, row, sequence, token, length, shift, ignore_index)
         ignored = label == ignore_index
         valid = (label >= 0) & (label < V) & (label != ignore_index)
         # a row that must not be read has no columns
         width = tl.where(valid, V, 0)
         target_col = tl.where(valid, label, 0).to(tl.int32)
-        x_row = x_ptr + (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
-        head, body, cols, edge_cols, edge_mask = _row_parts(x_row, width, BLOCK_V)
+        outer_index = (row // inner).to(tl.int64)
+        inner_index = (row % inner).to(tl.int64)
+        x_row = x_ptr + outer_index * outer_stride + inner_index * inner_stride
+        is_ref = tl.program_id(1) == 1
+        if ref_ptr is not None:
+            x_row = tl.where(is_ref, ref_ptr + outer_index * ref_outer_stride + inner_index * ref_inner_stride, x_row)
+        head, body, cols, edge_cols, edge_mask = columns.row_parts(x_row, width, BLOCK_V)
         x_body = tl.multiple_of(x_row + head, 16)
 
-        target = _transform(tl.load(x_row + target_col, mask=valid, other=0.0), tanh_scale, HAS_SOFTCAP)
-        x = _transform(tl.load(x_row + edge_cols, mask=edge_mask, other=0.0), tanh_scale, HAS_SOFTCAP)
+        target = columns.transform(tl.load(x_row + target_col, mask=valid, other=0.0), tanh_scale, HAS_SOFTCAP)
+        x = columns.transform(tl.load(x_row + edge_cols, mask=edge_mask, other=0.0), tanh_scale, HAS_SOFTCAP)
         # each lane keeps its own maximum and sums, without the target column, to the end: no barrier in the loop
-        top = tl.where(edge_mask & (edge_cols != target_col), x, -_INF)
-        total = tl.exp2((top - _finite_or_zero(top)) * k)
+        top = tl.where(edge_mask & (edge_cols != target_col), x, -columns.INF)
+        total = tl.exp2((top - columns.finite_or_zero(top)) * k)
         exp_t = tl.zeros_like(total)
         squared = total
         value = tl.where(edge_mask, x, 0.0)
@@ -279,25 +209,25 @@ if triton is not None:
         target_col -= head
         full = body // BLOCK_V * BLOCK_V
         for start in range(0, full, BLOCK_V):
-            v = _transform(tl.load(x_body + (start + cols)), tanh_scale, HAS_SOFTCAP)
+            v = columns.transform(tl.load(x_body + (start + cols)), tanh_scale, HAS_SOFTCAP)
             if HAS_STATS:
                 value += tl.sum(tl.sum(v, 2), 0)
             if (target_col >= start) & (target_col < start + BLOCK_V):  # one block per row pays for the comparison
-                v = tl.where(cols == target_col - start, -_INF, v)
-            top, total, exp_t, squared = _fold(v, top, total, exp_t, squared, k, HAS_STATS)
+                v = tl.where(cols == target_col - start, -columns.INF, v)
+            top, total, exp_t, squared = columns.fold(v, top, total, exp_t, squared, k, HAS_STATS)
         if full < body:
             mask = cols < body - full
-            v = _transform(tl.load(x_body + (full + cols), mask=mask, other=0.0), tanh_scale, HAS_SOFTCAP)
+            v = columns.transform(tl.load(x_body + (full + cols), mask=mask, other=0.0), tanh_scale, HAS_SOFTCAP)
             if HAS_STATS:
                 value += tl.sum(tl.sum(v, 2), 0)
-            v = tl.where(mask & (cols != target_col - full), v, -_INF)
-            top, total, exp_t, squared = _fold(v, top, total, exp_t, squared, k, HAS_STATS)
+            v = tl.where(mask & (cols != target_col - full), v, -columns.INF)
+            top, total, exp_t, squared = columns.fold(v, top, total, exp_t, squared, k, HAS_STATS)
 
         row_top = tl.max(top, 0)  # over all columns but the target
-        ref = _finite_or_zero(row_top)
+        ref = columns.finite_or_zero(row_top)
         decay = tl.exp2((top - ref) * k)
         if HAS_STATS:
-            moved = exp_t + total * (_finite_or_zero(top) - ref)
+            moved = exp_t + total * (columns.finite_or_zero(top) - ref)
             exp_t = tl.sum(tl.where(decay > 0.0, decay * moved, 0.0), 0)
             squared = tl.sum(squared * decay * decay, 0)
             value = tl.sum(value, 0)
@@ -305,13 +235,13 @@ if triton is not None:
 
         # logp = -softplus(d), d = log sum_{v != y} exp(z_v) - z_y
         d = multiplier * (ref - target) + tl.log(total)
-        d = tl.where(target == _INF, _NAN, d)
-        logp = 0.0 - (tl.maximum(d, 0.0) + _log1p(tl.exp2(-tl.abs(d) * _LOG2E)))
-        logp = tl.where(d == d, logp, _NAN)
+        d = tl.where(target == columns.INF, columns.NAN, d)
+        logp = 0.0 - (tl.maximum(d, 0.0) + columns.log1p(tl.exp2(-tl.abs(d) * columns.LOG2E)))
+        logp = tl.where(d == d, logp, columns.NAN)
 
         # all columns, relative to the maximum of all
         all_top = tl.maximum(row_top, target)
-        all_ref = _finite_or_zero(all_top)
+        all_ref = columns.finite_or_zero(all_top)
         decay = tl.exp2((row_top - all_ref) * k)
         t = target - all_ref
         e = tl.exp2(t * k)
@@ -323,12 +253,16 @@ if triton is not None:
         back = hi - all_top
         error = (all_top - (hi - back)) + (quotient - back)
         lo = multiplier * error + (log_total - multiplier * quotient)
-        lo = tl.where(tl.abs(hi) < _INF, lo, 0.0)
+        lo = tl.where(tl.abs(hi) < columns.INF, lo, 0.0)
 
-        blank = tl.where(ignored, 0.0, _NAN)
-        tl.store(logps_ptr + row, tl.where(valid, logp, blank))
-        tl.store(lse_ptr + row, tl.where(valid, hi, blank))
-        tl.store(lse_ptr + rows + row, tl.where(valid, lo, blank))
+        blank = tl.where(ignored, 0.0, columns.NAN)
+        logp = tl.where(valid, logp, blank)
+        if ref_ptr is not None:  # log-probs are all that a loss wants of a reference
+            tl.store(ref_logps_ptr + row, logp, mask=is_ref)
+        is_policy = tl.program_id(1) == 0
+        tl.store(logps_ptr + row, logp, mask=is_policy)
+        tl.store(lse_ptr + row, tl.where(valid, hi, blank), mask=is_policy)
+        tl.store(lse_ptr + rows.to(tl.int64) + row, tl.where(valid, lo, blank), mask=is_policy)
         if HAS_STATS:
             moved = exp_t + total * (ref - all_ref)
             exp_t = tl.where(decay > 0.0, decay * moved, 0.0) + tl.where(e > 0.0, e * t, 0.0)
@@ -337,18 +271,32 @@ if triton is not None:
             log_sum_p2 = tl.log(squared) - 2.0 * log_total
             mean = multiplier * (value / V)
             hit = tl.where(target >= row_top, 1.0, 0.0)
-            tl.store(stats_ptr + row, tl.where(valid, entropy, blank))
-            tl.store(stats_ptr + rows + row, tl.where(valid, log_sum_p2, blank))
-            tl.store(stats_ptr + 2 * rows + row, tl.where(valid, mean, blank))
-            tl.store(stats_ptr + 3 * rows + row, tl.where(valid, hit, blank))
+            stats_row = stats_ptr + row
+            tl.store(stats_row, tl.where(valid, entropy, blank), mask=is_policy)
+            tl.store(stats_row + rows.to(tl.int64), tl.where(valid, log_sum_p2, blank), mask=is_policy)
+            tl.store(stats_row + 2 * rows.to(tl.int64), tl.where(valid, mean, blank), mask=is_policy)
+            tl.store(stats_row + 3 * rows.to(tl.int64), tl.where(valid, hit, blank), mask=is_policy)
 
-    _BWD_INTS = ["inner", "outer_stride", "inner_stride", "out_outer_stride", "out_inner_stride", "V", "ignore_index"]
-
-    @triton.jit(do_not_specialize=_BWD_INTS)
+    @triton.jit(
+        do_not_specialize=[
+            "inner",
+            "outer_stride",
+            "inner_stride",
+            "out_outer_stride",
+            "out_inner_stride",
+            "V",
+            "sequences",
+            "shift",
+            "ignore_index",
+        ]
+    )
     def _token_logps_bwd_kernel(
-        grad_ptr,  # [rows] fp32
+        grad_ptr,  # [rows] fp32, of each log-prob; with coefficients [1], or [sequences / 2] if PER_PAIR, of the loss
+        coefficients_ptr,  # [sequences] fp32: a row's gradient is its sequence's coefficient times the loss's; or None
         x_ptr,  # [outer, inner, V], columns contiguous
-        labels_ptr,  # [rows] int64
+        labels_ptr,  # [rows] int64 or int32: rows = outer * inner
+        cu_seqlens_ptr,  # [sequences + 1] int64 or int32; or None: `outer` sequences of `inner` rows
+        lengths_ptr,  # [sequences] int64 or int32; or None
         logps_ptr,  # [rows] fp32
         lse_ptr,  # [2, rows] fp32: hi, lo
         out_ptr,  # [outer, inner, V], columns contiguous; may be x_ptr
@@ -358,74 +306,78 @@ if triton is not None:
         out_outer_stride,
         out_inner_stride,
         V,
+        sequences,
+        shift,
         ignore_index,
         multiplier,
         tanh_scale,
         HAS_SOFTCAP: tl.constexpr,
         SAME_PHASE: tl.constexpr,  # rows of out lie as those of x do, modulo 16 bytes
+        PER_PAIR: tl.constexpr,
         BLOCK_V: tl.constexpr,
     ):
-        rows = tl.num_programs(0).to(tl.int64)
-        row = tl.num_programs(0) - 1 - tl.program_id(0)  # last row first: the forward left it in L2
+        rows = tl.num_programs(0)
+        row = rows - 1 - tl.program_id(0)  # last row first: the forward left it in L2
         multiplier = tl.cast(multiplier, tl.float32)
         tanh_scale = tl.cast(tanh_scale, tl.float32)
-        k = multiplier * _LOG2E
+        k = multiplier * columns.LOG2E
         outer_index = (row // inner).to(tl.int64)
         inner_index = (row % inner).to(tl.int64)
         x_row = x_ptr + outer_index * outer_stride + inner_index * inner_stride
         out_row = out_ptr + outer_index * out_outer_stride + inner_index * out_inner_stride
-        label = tl.load(labels_ptr + row)
-        grad = tl.load(grad_ptr + row)
+        sequence, token, length = columns.place(cu_seqlens_ptr, row, rows, inner, sequences)
+        label = columns.label_at(labels_ptr, lengths_ptr, row, sequence, token, length, shift, ignore_index)
+        if coefficients_ptr is None:
+            grad = tl.load(grad_ptr + row)
+        else:
+            pair = tl.where(sequence < sequences // 2, sequence, sequence - sequences // 2)
+            grad = tl.load(coefficients_ptr + sequence) * tl.load(grad_ptr + (pair if PER_PAIR else 0))
         hi = tl.load(lse_ptr + row)
-        head, body, cols, edge_cols, edge_mask = _row_parts(x_row, V, BLOCK_V)
+        head, body, cols, edge_cols, edge_mask = columns.row_parts(x_row, V, BLOCK_V)
         x_body = tl.multiple_of(x_row + head, 16)
         out_body = out_row + head
         if SAME_PHASE:
             out_body = tl.multiple_of(out_body, 16)
 
         # a zero gradient, and a finite sum says that no column is NaN: nothing to read
-        if (label == ignore_index) | ((grad == 0.0) & (tl.abs(hi) < _INF)):
+        if (label == ignore_index) | ((grad == 0.0) & (tl.abs(hi) < columns.INF)):
             zeros = tl.zeros(cols.shape, out_ptr.dtype.element_ty)
             for start in range(0, body, BLOCK_V):
                 tl.store(out_body + (start + cols), zeros, mask=cols < body - start)
             tl.store(out_row + edge_cols, tl.zeros(edge_cols.shape, out_ptr.dtype.element_ty), mask=edge_mask)
         else:
-            lo = tl.load(lse_ptr + rows + row) + (hi - hi)  # NaN where hi is not finite
-            # lo is no small number where all logits share a large offset
-            minus_lo_exp = tl.where(tl.abs(lo) < 0.25, 1.0 + _expm1(-lo), tl.exp2(-lo * _LOG2E))
-            k_lo = tl.fma(multiplier, _LOG2E, -k) + multiplier * _LOG2E_LO
-            scale = grad * multiplier
+            EXACT: tl.constexpr = tl.constexpr(out_ptr.dtype.element_ty.primitive_bitwidth) == 32
+            lo = tl.load(lse_ptr + rows.to(tl.int64) + row)
+            k_lo = (tl.fma(multiplier, columns.LOG2E, -k) + multiplier * columns.LOG2E_LO) * columns.LN2
+            minus_grad = -grad * multiplier
             if HAS_SOFTCAP:
-                scale *= tanh_scale
+                minus_grad *= tanh_scale
+            # lo is no small number where all logits share a large offset
+            scale = minus_grad * tl.where(tl.abs(lo) < 0.25, 1.0 + columns.expm1(-lo), tl.exp2(-lo * columns.LOG2E))
+            scale += hi - hi  # NaN where hi is not finite
             # -(1 - p) of the target, exact for confident tokens where the difference would cancel
-            minus_rest = _expm1(tl.load(logps_ptr + row))
+            at_target = minus_grad * columns.expm1(tl.load(logps_ptr + row))
             target_col = (label - head).to(tl.int32)
             full = body // BLOCK_V * BLOCK_V
             for start in range(0, full, BLOCK_V):
-                x = tl.load(x_body + (start + cols)).to(tl.float32)
-                v = _transform(x, tanh_scale, HAS_SOFTCAP)
-                p = _probability(v, hi, minus_lo_exp, k, k_lo)
-                if (target_col >= start) & (target_col < start + BLOCK_V):
-                    p = tl.where(cols == target_col - start, minus_rest, p)
-                if HAS_SOFTCAP:
-                    p *= _tanh_slope(x * tanh_scale)
-                tl.store(out_body + (start + cols), (p * -scale).to(out_ptr.dtype.element_ty))
+                x = tl.load(x_body + (start + cols))
+                here = (target_col >= start) & (target_col < start + BLOCK_V)
+                y = columns.gradients(
+                    x, cols, target_col - start, here, hi, k, k_lo, scale, at_target, tanh_scale, HAS_SOFTCAP, EXACT
+                )
+                tl.store(out_body + (start + cols), y.to(out_ptr.dtype.element_ty))
             if full < body:
                 mask = cols < body - full
-                x = tl.load(x_body + (full + cols), mask=mask, other=0.0).to(tl.float32)
-                v = _transform(x, tanh_scale, HAS_SOFTCAP)
-                p = _probability(v, hi, minus_lo_exp, k, k_lo)
-                p = tl.where(cols == target_col - full, minus_rest, p)
-                if HAS_SOFTCAP:
-                    p *= _tanh_slope(x * tanh_scale)
-                tl.store(out_body + (full + cols), (p * -scale).to(out_ptr.dtype.element_ty), mask=mask)
-            x = tl.load(x_row + edge_cols, mask=edge_mask, other=0.0).to(tl.float32)
-            v = _transform(x, tanh_scale, HAS_SOFTCAP)
-            p = _probability(v, hi, minus_lo_exp, k, k_lo)
-            p = tl.where(edge_cols == label, minus_rest, p)
-            if HAS_SOFTCAP:
-                p *= _tanh_slope(x * tanh_scale)
-            tl.store(out_row + edge_cols, (p * -scale).to(out_ptr.dtype.element_ty), mask=edge_mask)
+                x = tl.load(x_body + (full + cols), mask=mask, other=0.0)
+                y = columns.gradients(
+                    x, cols, target_col - full, True, hi, k, k_lo, scale, at_target, tanh_scale, HAS_SOFTCAP, EXACT
+                )
+                tl.store(out_body + (full + cols), y.to(out_ptr.dtype.element_ty), mask=mask)
+            x = tl.load(x_row + edge_cols, mask=edge_mask, other=0.0)
+            y = columns.gradients(
+                x, edge_cols, label, True, hi, k, k_lo, scale, at_target, tanh_scale, HAS_SOFTCAP, EXACT
+            )
+            tl.store(out_row + edge_cols, y.to(out_ptr.dtype.element_ty), mask=edge_mask)
 
 
 # (bytes up to which a rung serves rows, threads). A block is 32 bytes per thread, so short rows get few threads; every
@@ -436,44 +388,57 @@ _LADDER = ((2048, 32), (16384, 128), (None, 256))
 def _launch_options(V: int, item_bytes: int, warp_size: int) -> dict:
     threads = max(next(t for limit, t in _LADDER if limit is None or V * item_bytes <= limit), warp_size)
     return {
-        "BLOCK_V": threads * 16 * _LOADS.value // item_bytes,
+        "BLOCK_V": threads * 16 * columns.LOADS.value // item_bytes,
         "num_warps": threads // warp_size,
         "num_stages": 1,
         "enable_fp_fusion": True,  # the default changes to off in Triton 3.10
     }
 
 
-def _triton_fwd(rows, labels, transform: Transform, stats):
-    outputs = _fwd_outputs(rows, labels, stats)
+class RowLabels(NamedTuple):
+    """Where kernels find the label of each row of [outer, inner, V]: columns.place and columns.label_at."""
+
+    labels: Tensor  # [outer * inner] int64 or int32
+    sequences: int  # `outer` of `inner` rows, or those between cu_seqlens
+    cu_seqlens: Tensor | None = None  # [sequences + 1] int64 or int32
+    lengths: Tensor | None = None  # [sequences] int64 or int32: rows whose labels count
+    shift: bool = False  # a row's label is the next one of its sequence
+
+
+def launch_forward(rows, labels: RowLabels, transform: Transform, outputs, reference=None, ref_logps=None):
+    """outputs: of _fwd_outputs; reference, another tensor like rows, has its log-probs written to ref_logps."""
     logps, lse, values = outputs
-    if rows.numel() == 0:
-        return outputs
     multiplier, tanh_scale = transform.multiplier_and_tanh_scale()
     _native.launch_triton(
         _token_logps_fwd_kernel,
-        (labels.numel(),),
+        (logps.numel(), 1 if reference is None else 2),
         rows,
-        labels,
+        reference,
+        labels.labels,
+        labels.cu_seqlens,
+        labels.lengths,
         logps,
+        ref_logps,
         lse,
-        values if stats else lse,
+        values if len(values) else None,
         rows.shape[1],
         rows.stride(0),
         rows.stride(1),
+        0 if reference is None else reference.stride(0),
+        0 if reference is None else reference.stride(1),
         rows.shape[2],
+        labels.sequences,
+        int(labels.shift),
         transform.ignore_index,
         multiplier,
         tanh_scale,
         HAS_SOFTCAP=tanh_scale != 0,
-        HAS_STATS=stats,
         **_launch_options(rows.shape[2], rows.element_size(), _native.warp_size(rows)),
     )
-    return outputs
 
 
-def _triton_bwd(grad, rows, labels, logps, lse, transform: Transform, out):
-    if rows.numel() == 0:
-        return
+def launch_backward(grad, coefficients, rows, labels: RowLabels, logps, lse, transform: Transform, out):
+    """grad: of each log-prob; with coefficients [sequences] of the loss [1], or of each pair's [sequences / 2]."""
     multiplier, tanh_scale = transform.multiplier_and_tanh_scale()
     item_bytes = rows.element_size()
     strided = [i for i in (0, 1) if rows.shape[i] > 1]
@@ -485,10 +450,13 @@ def _triton_bwd(grad, rows, labels, logps, lse, transform: Transform, out):
         distance += [t.stride(i) * t.element_size() for t in (out, rows) for i in strided]
     _native.launch_triton(
         _token_logps_bwd_kernel,
-        (labels.numel(),),
+        (logps.numel(),),
         grad,
+        coefficients,
         rows,
-        labels,
+        labels.labels,
+        labels.cu_seqlens,
+        labels.lengths,
         logps,
         lse,
         out,
@@ -498,13 +466,28 @@ def _triton_bwd(grad, rows, labels, logps, lse, transform: Transform, out):
         out.stride(0),
         out.stride(1),
         rows.shape[2],
+        labels.sequences,
+        int(labels.shift),
         transform.ignore_index,
         multiplier,
         tanh_scale,
         HAS_SOFTCAP=tanh_scale != 0,
         SAME_PHASE=all(d % 16 == 0 for d in distance),
+        PER_PAIR=coefficients is not None and grad.dim() == 1,
         **_launch_options(rows.shape[2], item_bytes, _native.warp_size(rows)),
     )
+
+
+def _triton_fwd(rows, labels, transform: Transform, stats):
+    outputs = _fwd_outputs(rows, labels, stats)
+    if rows.numel():
+        launch_forward(rows, RowLabels(labels, rows.shape[0]), transform, outputs)
+    return outputs
+
+
+def _triton_bwd(grad, rows, labels, logps, lse, transform: Transform, out):
+    if rows.numel():
+        launch_backward(grad, None, rows, RowLabels(labels, rows.shape[0]), logps, lse, transform, out)
 
 
 def _fwd_outputs(rows, labels, stats) -> tuple[Tensor, Tensor, Tensor]:

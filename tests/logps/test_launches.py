@@ -110,15 +110,16 @@ CASES = {
     "token_logps-shift": Case(lambda t: tokens(t, shift=True), LOGITS, Counted(1, 0, 2), Counted(1, 0, 0)),
     "token_logps-inplace": Case(tokens_inplace, LOGITS, Counted(1, 0, 1), Counted(1, 0, 0)),
     "sequence_logps": Case(sums, ("ref_token_logps",), Counted(0, 0, 7), Counted(0, 0, 4)),
-    "preference": Case(pairs, LOGITS, Counted(1, 0, 27), Counted(1, 0, 7)),
+    "preference": Case(pairs, LOGITS, Counted(3, 0, 0), Counted(1, 0, 0)),
     "preference-ref_logits": Case(
-        lambda t: pairs(t, reference="ref_logits"), LOGITS, Counted(2, 0, 27), Counted(1, 0, 7)
+        lambda t: pairs(t, reference="ref_logits"), LOGITS, Counted(3, 0, 0), Counted(1, 0, 0)
     ),
-    "preference-rdpo": Case(lambda t: pairs(t, "rdpo"), LOGITS, Counted(1, 0, 31), Counted(1, 0, 7)),
-    "preference-simpo": Case(lambda t: pairs(t, "simpo", None), LOGITS, Counted(1, 0, 27), Counted(1, 0, 9)),
-    "preference-stats": Case(lambda t: pairs(t, stats=STATS), LOGITS, Counted(1, 0, 67), Counted(1, 0, 7)),
-    "preference-packed": Case(packed, LOGITS, Counted(1, 0, 34), Counted(1, 0, 9)),
-    "preference-packed-shift": Case(lambda t: packed(t, shift=True), LOGITS, Counted(1, 0, 40), Counted(1, 0, 9)),
+    "preference-rdpo": Case(lambda t: pairs(t, "rdpo"), LOGITS, Counted(3, 0, 0), Counted(1, 0, 0)),
+    "preference-simpo": Case(lambda t: pairs(t, "simpo", None), LOGITS, Counted(3, 0, 19), Counted(1, 0, 9)),
+    "preference-wpo": Case(lambda t: pairs(t, "wpo"), LOGITS, Counted(1, 0, 40), Counted(1, 0, 8)),
+    "preference-stats": Case(lambda t: pairs(t, stats=STATS), LOGITS, Counted(3, 0, 0), Counted(1, 0, 0)),
+    "preference-packed": Case(packed, LOGITS, Counted(3, 0, 0), Counted(1, 0, 0)),
+    "preference-packed-shift": Case(lambda t: packed(t, shift=True), LOGITS, Counted(3, 0, 0), Counted(1, 0, 0)),
     "linear_tokens-score": Case(linear_tokens, (), Counted(1, 1, 13, reads=1)),
     "linear_tokens-frozen": Case(linear_tokens, FROZEN, Counted(2, 2, 16, reads=1), Counted(0, 0, 4)),
     "linear_tokens-trained": Case(linear_tokens, TRAINED, Counted(1, 1, 13, reads=1), Counted(1, 3, 8)),
@@ -293,8 +294,18 @@ def test_a_read_names_its_place():
 # ---- CPU tensors taken for CUDA's ----
 
 
-@pytest.mark.parametrize("call, scaled", [(packed, 0), (linear_pairs, 2)], ids=["preference", "linear_pairs"])
-def test_forced_cuda_registers_what_a_kernel_is_handed(call, scaled):
+GATHER, SCATTER = "_token_logps_fwd_kernel", "_token_logps_bwd_kernel"
+
+
+@pytest.mark.parametrize(
+    "call, launches",
+    [
+        (packed, [GATHER, "_sequence_kernel", "_batch_kernel", SCATTER]),
+        (linear_pairs, [GATHER, SCATTER, "_scale_kernel", "_scale_kernel"]),
+    ],
+    ids=["preference", "linear_pairs"],
+)
+def test_forced_cuda_registers_what_a_kernel_is_handed(call, launches):
     t = inputs(torch.float32)
     ours = t._replace(**{name: getattr(t, name).clone().requires_grad_() for name in ("logits", *TRAINED)})
     expected = call(ours)
@@ -312,7 +323,7 @@ def test_forced_cuda_registers_what_a_kernel_is_handed(call, scaled):
     with forced_cuda(lambda tensor, name: known.add(tensor.untyped_storage().data_ptr()), launch):
         loss = call(forced)
         loss.backward()
-    assert launched == ["_token_logps_fwd_kernel", "_token_logps_bwd_kernel"] + scaled * ["_scale_kernel"]
+    assert launched == launches
     torch.testing.assert_close(loss, expected)
     for name in ("logits", *TRAINED):
         gradient = getattr(forced, name).grad

@@ -183,8 +183,11 @@ class Module:
     def info(self, entry: str, what: str) -> int:
         return library().ptxsim_kernel_info(self.handle, entry.encode(), what.encode())
 
-    def launch(self, entry, grid, block, args, tensors, shared=0, cluster=0, cooperative=False):
-        """args: ctypes values in the kernel's order (pointer(x) for an address); tensors as in launch()."""
+    def launch(self, entry, grid, block, args, tensors=None, shared=0, cluster=0, cooperative=False):
+        """args: ctypes values in the kernel's order (pointer(x) for an address); tensors as in launch().
+
+        tensors=None: the kernel may touch what is registered, and findings are left to report().
+        """
 
         def three(x):
             return (ctypes.c_uint * 3)(*((x if isinstance(x, tuple) else (x,)) + (1, 1, 1))[:3])
@@ -193,10 +196,11 @@ class Module:
         pointers = (ctypes.c_void_p * max(1, len(args)))(
             *[ctypes.cast(ctypes.pointer(a), ctypes.c_void_p) for a in args]
         )
-        launch(
-            lambda: library().ptxsim_launch(self.handle, entry.encode(), ctypes.byref(shape), pointers),
-            tensors,
-        )
+
+        def run():
+            library().ptxsim_launch(self.handle, entry.encode(), ctypes.byref(shape), pointers)
+
+        run() if tensors is None else launch(run, tensors)
 
 
 @contextlib.contextmanager

@@ -72,26 +72,26 @@ class Kernel:
         kernel: the function, compiled or interpreted.
         readonly: names of the parameters that it must not write through.
         by_row: names of those whose tensors are bounded row by row.
+        registered: what the kernel may touch is registered already (simulated.py).
         arch: compute capability to compile for.
     """
 
-    def __init__(self, compiler: Compiler, kernel, readonly=(), by_row=(), arch: int = 90):
+    def __init__(self, compiler: Compiler, kernel, readonly=(), by_row=(), registered: bool = False, arch: int = 90):
         self.compiler, self.function, self.arch = compiler, kernel.fn, arch
-        self.readonly, self.by_row = readonly, by_row
-        annotations = {p.name: str(p.annotation) for p in inspect.signature(kernel.fn).parameters.values()}
-        self.constants = {name: "constexpr" in annotation for name, annotation in annotations.items()}
+        self.readonly, self.by_row, self.registered = readonly, by_row, registered
+        self.annotations = {p.name: str(p.annotation) for p in inspect.signature(kernel.fn).parameters.values()}
 
     def __getitem__(self, grid):
         return lambda *args, **keywords: self.launch(grid, args, keywords)
 
     def launch(self, grid, args, keywords):
-        values = dict(zip(self.constants, args, strict=False))
-        values |= {name: keywords.pop(name) for name in self.constants if name in keywords}
+        values = dict(zip(self.annotations, args, strict=False))
+        values |= {name: keywords.pop(name) for name in self.annotations if name in keywords}
         compiled = self.compiler(
             {
                 "module": self.function.__module__,
                 "kernel": self.function.__name__,
-                "arguments": {name: kind(values[name], constant) for name, constant in self.constants.items()},
+                "arguments": {name: kind(values[name], annotation) for name, annotation in self.annotations.items()},
                 "options": keywords,
                 "arch": self.arch,
             }
@@ -107,21 +107,28 @@ class Kernel:
         arguments += [ctypes.c_void_p(0)] * compiled.scratch
         # lanes of one store may write values that differ in the last place to one address, as reductions do
         with ptxsim.options(collide=0):
-            compiled.module.launch(compiled.entry, grid, compiled.threads, arguments, tensors, shared=compiled.shared)
+            compiled.module.launch(
+                compiled.entry,
+                grid,
+                compiled.threads,
+                arguments,
+                None if self.registered else tensors,
+                shared=compiled.shared,
+            )
 
 
 # ---- arguments, as JSON ----
 
 
-def kind(value, constant: bool) -> dict:
+def kind(value, annotation: str) -> dict:
     """What the specialisation of an argument depends on."""
     if isinstance(value, torch.Tensor):
         return {"type": f"*{TYPES[value.dtype]}", "aligned": value.data_ptr() % 16 == 0}
-    if constant or value is None or isinstance(value, bool):
+    if "constexpr" in annotation or value is None or isinstance(value, bool):
         return {"constant": value}
     if isinstance(value, float):
         return {"type": "fp32"}
-    size = "i32" if -(2**31) <= value < 2**31 else "i64"
+    size = "i64" if "int64" in annotation or not -(2**31) <= value < 2**31 else "i32"
     return {"type": size, "aligned": value % 16 == 0, "one": value == 1}
 
 

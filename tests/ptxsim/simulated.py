@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import ptxsim
 import torch
 from forced_cuda import forced_cuda
+from ptxsim_triton import Compiler, Kernel
 from torch import Tensor
 
 POISON = {torch.int64: -7_777_777_777, torch.int32: -77_777, torch.uint8: 0xA7}
@@ -16,12 +17,13 @@ def poison(tensor: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def simulated(inputs: dict, by_row: dict | None = None) -> Iterator[None]:
+def simulated(inputs: dict, by_row: dict | None = None, compiler: Compiler | None = None) -> Iterator[None]:
     """What runs inside goes to the simulator.
 
     Args:
         inputs: {name: tensor} that kernels may read, {name: (tensor, False)} that they may write too.
         by_row: the same of [..., columns], each of whose rows is bounded by itself.
+        compiler: of Triton's kernels, in place of the core's; without one, what is Triton's alone is interpreted.
 
     Every tensor that is allocated inside is poisoned and may be written. Raises ptxsim.Findings.
     """
@@ -41,8 +43,11 @@ def simulated(inputs: dict, by_row: dict | None = None) -> Iterator[None]:
             poison(tensor)
         ptxsim.register(name, tensor)
 
+    def launch_triton(kernel, grid, *args, **options):
+        Kernel(compiler, kernel, registered=True)[grid](*args, **options)
+
     try:
-        with forced_cuda(note, native=True):
+        with forced_cuda(note, launch_triton if compiler else None, native=compiler is None):
             yield
     except Exception as error:
         if ptxsim.report():
