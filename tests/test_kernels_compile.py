@@ -169,6 +169,32 @@ def compile_residual_pass(op, target, dtype, columns, psi, everything):
     return {"target": target, "dtype": dtype, "columns": columns, "psi": psi} | usage
 
 
+def scaled_cases(full: bool):
+    """(target, dtype)"""
+    for target in ("sm_80", "sm_90", "sm_100") if full else ("sm_90",):
+        for dtype in ("fp32", "bf16", "fp16") if full else ("bf16",):
+            yield target, dtype
+
+
+def compile_scaled(op, target, dtype):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    block = op._WARPS * 32 * op._THREAD_BYTES // (4 if dtype == "fp32" else 2)
+    source = ASTSource(
+        op._scale_kernel,
+        {"x_ptr": f"*{dtype}", "factor_ptr": "*fp32", "size": "i64", "BLOCK": "constexpr"},
+        constexprs={(3,): block},
+        attrs={(0,): [["tt.divisibility", 16]]},  # as a gradient's address is
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options={"num_warps": op._WARPS})
+    usage, _ = cubin_usage(compiled)
+    ptx = compiled.asm["ptx"]
+    wide = {name: len(re.findall(rf"{name}\.global\S*\.v4\.b32", ptx)) for name in ("ld", "st")}
+    return {"target": target, "dtype": dtype} | usage | wide
+
+
 def compiled_ahead_of_time(module, full) -> list[dict]:
     """What this file prints as a script: Triton reads TRITON_INTERPRET when it is imported, perhaps here already."""
     if importlib.util.find_spec("triton") is None:
@@ -192,6 +218,17 @@ def test_residual_pass_kernels(pytestconfig):
     for result in results:
         assert result["stack"] == 0, result
         assert result["spills"] == 0, result
+
+
+@pytest.mark.slow
+def test_scaled_kernel(pytestconfig):
+    full = pytestconfig.getoption("full")
+    results = compiled_ahead_of_time("fastpref._logps.scaled", full)
+    assert len(results) == len(list(scaled_cases(full)))
+    for result in results:
+        assert result["stack"] == result["spills"] == 0, result
+        assert result["registers"] <= 64, result
+        assert result["ld"] == result["st"] == 4, result  # 64 bytes per thread and step, 16 at a time
 
 
 @pytest.mark.slow
@@ -250,6 +287,9 @@ if __name__ == "__main__":
     if sys.argv[1].endswith("residual_pass"):
         for case in residual_pass_cases(full):
             print(json.dumps(compile_residual_pass(op, *case)), flush=True)
+    elif sys.argv[1].endswith("scaled"):
+        for case in scaled_cases(full):
+            print(json.dumps(compile_scaled(op, *case)), flush=True)
     else:
         assert len(op._LADDER) == 3, "cases() names the rungs"
         for case in cases(full):

@@ -138,7 +138,7 @@ def _fwd_fake(
         *fwd_outputs(hidden, labels, stats),
         unit_grad=hidden.new_empty(hidden.shape if unit else 0),
         ref_logps=_ref_zeros(ref_hidden, labels),
-        index=labels.new_empty(labels.shape),
+        index=labels.new_empty(labels.shape[0] + 1)[1:],  # as active_rows leaves it
         bounds=torch.empty(0 if max_active_tokens >= 0 else bounds, dtype=torch.int64, device="cpu"),
     )
 

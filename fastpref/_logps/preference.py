@@ -555,7 +555,7 @@ def _on_sums(gather: _Gather, has_reference: bool, loss: Loss, reducing: Reducti
     nothing = Family([1.0] + [0.0] * 6, False)
     out = gather.run(_PairSums, nothing, Reduction("none", None, None))
     sums = SequenceSums(out.logps, out.rewards if has_reference else None, out.lengths)
-    per_pair = sums.losses(gather.data, loss, torch.float32)
+    per_pair = sums.losses(gather.data, loss)
     gathered = Gathered(per_pair, out.logps, out.rewards, out.lengths, out.metrics)
     counted = _named_means(out, stats) | {"invalid_labels": out.counts[2]}
     rating_gap, beta = gather.data.rating_gap, loss.reward_scale()
