@@ -125,9 +125,10 @@ def _preference_inputs(device, dtype, layout) -> tuple[Tensor, Tensor, dict]:
     return logits, labels, given
 
 
-def _preference(device, backend, dtype, layout, transform, stats) -> Iterator[Part]:
+def _preference(device, backend, dtype, layout, transform, stats, loss="rdpo") -> Iterator[Part]:
+    """rdpo is of the family whose epilogue is in the kernels; ipo, of mean log-probs, is torch between them."""
     logits, labels, given = _preference_inputs(device, dtype, layout)
-    options = {"loss": "rdpo", "shift": True, "stats": STATS if stats else (), **TRANSFORMS[transform]}
+    options = {"loss": loss, "shift": True, "stats": STATS if stats else (), **TRANSFORMS[transform]}
     exact = {name: t.double() if t.dtype.is_floating_point else t for name, t in given.items()}
     leaf, true_leaf = logits.requires_grad_(), logits.detach().double().requires_grad_()
     found = fastpref.preference_loss(leaf, labels, backend=backend, **given, **options)
@@ -252,6 +253,8 @@ def _variants() -> Iterator[tuple[str, Callable]]:
             for layout in ("packed", "ref_logits"):
                 options = of | {"transform": "plain", "layout": layout, "stats": False}
                 yield f"preference-{backend}-{dtype}-{layout}", item("preference", backend, _preference, **options)
+            options = of | {"transform": "plain", "layout": "padded", "stats": False, "loss": "ipo"}
+            yield f"preference-{backend}-{dtype}-ipo", item("preference", backend, _preference, **options)
             for kind in ("score", "frozen", "trained", "pairs", "pairs-frozen"):
                 op = "linear_preference" if kind.startswith("pairs") else "linear_logps"
                 yield f"{op}-{backend}-{dtype}-{kind}", item(op, backend, _linear, kind=kind, **of)
@@ -288,6 +291,8 @@ FEW = (
     "preference-native-fp32-softcap-stats",
     "preference-native-fp16-packed",
     "preference-native-bf16-ref_logits",
+    "preference-native-bf16-ipo",
+    "preference-triton-bf16-plain",
     "linear_preference-native-bf16-pairs",
     "linear_logps-native-fp32-frozen",
     "token_logps-forward-triton-bf16-plain",

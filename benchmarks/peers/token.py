@@ -19,7 +19,7 @@ from fastpref import _native
 IGNORE = -100
 TOKEN_PEERS = {}  # name -> function, the order of the tables
 PREFERENCE_PEERS = {}
-COMPILER = "inductor"  # the dry run on a CPU takes a compiler that starts faster
+COMPILER = "inductor"  # tests take one that starts faster
 
 
 def peer(table, title, available=lambda logits: None, spoils_logits=False, around=nullcontext):

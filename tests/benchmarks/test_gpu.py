@@ -52,7 +52,7 @@ def test_rehearsal(run, simulator, tmp_path):
         "describe", "build", "simulator", "contact", "measure", "low_rank", "tests", "sanitizer",
     ]  # fmt: skip
     assert results["build_info"]["native"]
-    assert len(results["contact"]) == 11
+    assert len(results["contact"]) == 13
     assert all(said["ok"] for said in results["contact"].values())
     assert {said["backend"] for said in results["contact"].values()} == {"native", "triton"}
     assert {case["op"] for case in results["cases"]} == {
@@ -65,7 +65,7 @@ def test_rehearsal(run, simulator, tmp_path):
     assert results["tests"]["failures"] == [] and results["tests"]["not_run"] == 0
     assert results["tests"]["passed"]["token_logps"]["native"]
     assert "nothing in this file was measured on a GPU" in text
-    assert "## First contact: 11 of 11 kernel variants agree with float64" in text
+    assert "## First contact: 13 of 13 kernel variants agree with float64" in text
     assert "QuACK" in text
     table = printed[printed.index("wrote ") :].splitlines()[1:]
     assert 10 < len(table) <= 40
