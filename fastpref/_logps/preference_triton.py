@@ -218,7 +218,7 @@ if triton is not None:
 
         if REDUCTION != "none":
             tl.store(loss_ptr, (tl.sum(total, 0) / divisor).to(tl.float32))
-        tl.store(metrics_ptr, tl.sum(right, 0).to(tl.float32) / pairs.to(tl.float32))
+        tl.store(metrics_ptr, (tl.sum(right, 0).to(tl.float64) / pairs.to(tl.float64)).to(tl.float32))
         tl.store(counts_ptr, tl.sum(ties, 0).to(tl.int64))
         tl.store(counts_ptr + 1, tl.sum(unrated, 0).to(tl.int64))
         tl.store(counts_ptr + 2, tl.sum(invalid, 0).to(tl.int64))

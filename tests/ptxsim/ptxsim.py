@@ -186,7 +186,7 @@ class Module:
     def launch(self, entry, grid, block, args, tensors=None, shared=0, cluster=0, cooperative=False):
         """args: ctypes values in the kernel's order (pointer(x) for an address); tensors as in launch().
 
-        tensors=None: the kernel may touch what is registered, and findings are left to report().
+        tensors=None: the kernel may touch what is registered.
         """
 
         def three(x):
@@ -200,7 +200,13 @@ class Module:
         def run():
             library().ptxsim_launch(self.handle, entry.encode(), ctypes.byref(shape), pointers)
 
-        run() if tensors is None else launch(run, tensors)
+        if tensors is not None:
+            launch(run, tensors)
+            return
+        reset()
+        run()
+        if report():
+            raise Findings(report())
 
 
 @contextlib.contextmanager

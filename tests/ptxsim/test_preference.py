@@ -1,10 +1,16 @@
-"""preference_loss on a GPU, executed: one launch forward and one backward, in every order of execution."""
+"""preference_loss on a GPU, executed in every order of execution: the core's CUDA kernels, and Triton's.
 
+Grids are thinned to squares in which every value of one axis meets every value of each other: --full fills them.
+"""
+
+import itertools
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import ptxsim
+import ptxsim_triton
 import pytest
 import torch
 from device_counts import counting, on_device
@@ -12,8 +18,7 @@ from simulated import simulated
 from torch import Tensor
 
 import fastpref
-
-pytestmark = pytest.mark.usefixtures("core")
+from fastpref import _native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -101,17 +106,47 @@ class Found(NamedTuple):
     gradient: Tensor
 
 
-def run(case: Case, upstream: float = 1.7, **more) -> Found:
-    """On the simulator, each row of the logits bounded by itself."""
-    logits = case.logits.detach().requires_grad_()
-    arguments = case.read() | more
-    rows = {"logits": logits.detach(), "ref_logits": case.tensors.get("ref_logits")}
-    others = {name: t for name, t in case.tensors.items() if name != "ref_logits"} | {"labels": case.labels}
-    with simulated(others, rows):
-        output = fastpref.preference_loss(logits, case.labels, **arguments)
-        grad = torch.full_like(output.loss, upstream)
-        (gradient,) = torch.autograd.grad(output.loss, logits, grad)
-    return Found(fastpref.PreferenceOutput(*output), gradient)
+class Runner(NamedTuple):
+    """preference_loss on the simulator, each row of the logits bounded by itself."""
+
+    compiler: Callable | None  # of Triton's kernels; None: the core's CUDA kernels run
+
+    def __call__(self, case: Case, upstream: float = 1.7) -> Found:
+        logits = case.logits.detach().requires_grad_()
+        rows = {"logits": logits.detach(), "ref_logits": case.tensors.get("ref_logits")}
+        with simulated(self.others(case), rows, self.compiler):
+            output = fastpref.preference_loss(logits, case.labels, **case.read())
+            grad = torch.full_like(output.loss, upstream)
+            (gradient,) = torch.autograd.grad(output.loss, logits, grad)
+        return Found(fastpref.PreferenceOutput(*output), gradient)
+
+    def in_place(self, case: Case, upstream: float = 1.7) -> Tensor:
+        leaf = case.logits.clone().requires_grad_()
+        with simulated(self.others(case), compiler=self.compiler):
+            logits = leaf.clone()
+            output = fastpref.preference_loss(logits, case.labels, inplace_backward=True, **case.read())
+            (gradient,) = torch.autograd.grad(upstream * output.loss, logits)
+        assert gradient.data_ptr() == logits.data_ptr()
+        return gradient
+
+    @staticmethod
+    def others(case: Case) -> dict:
+        return {name: t for name, t in case.tensors.items() if name != "ref_logits"} | {"labels": case.labels}
+
+
+@pytest.fixture
+def native(core):
+    return Runner(None)
+
+
+@pytest.fixture
+def triton(triton_compiler):
+    return Runner(triton_compiler)
+
+
+@pytest.fixture(params=["native", "triton"])
+def run(request):
+    return request.getfixturevalue(request.param)
 
 
 def truth(case: Case, upstream: float = 1.7) -> Found:
@@ -159,10 +194,18 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 
 
-@dtypes
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("reference", REFERENCES, ids=str)
-def test_matches_float64(dtype, layout, reference):
+def thinned(*axes) -> list:
+    """Their product, of which a part is run without --full: where the positions add up to a multiple of 3."""
+    cases = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        values = [axis[i] for axis, i in zip(axes, places, strict=True)]
+        name = "-".join(NAMES.get(v, str(v)) if isinstance(v, torch.dtype) else str(v) for v in values)
+        cases.append(pytest.param(*values, id=name, marks=[pytest.mark.full] * (sum(places) % 3 > 0)))
+    return cases
+
+
+@pytest.mark.parametrize("dtype, layout, reference", thinned(DTYPES, LAYOUTS, REFERENCES))
+def test_matches_float64(run, dtype, layout, reference):
     options = {} if reference else {"loss": "sigmoid", "loss_options": {"reference_free": True}}
     case = make(dtype=dtype, layout=layout, reference=reference, int32=layout != "padded", **options)
     check(case, run(case))
@@ -198,9 +241,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
-@pytest.mark.parametrize("name", CASES)
-def test_cases_match_float64(name, dtype):
+@pytest.mark.parametrize("name, dtype", thinned(list(CASES), DTYPES))
+def test_cases_match_float64(run, name, dtype):
     options = dict(CASES[name])
     case = make(dtype=dtype, **options)
     if isinstance(options.get("num_items"), Tensor):  # the kernel reads it
@@ -209,7 +251,7 @@ def test_cases_match_float64(name, dtype):
 
 
 @pytest.mark.parametrize("order", range(6))
-def test_in_any_order_and_off_by_two_units(order):
+def test_in_any_order_and_off_by_two_units(run, order):
     with ptxsim.options(seed=order, quantum=order % 4, resident=1 + order % 5, ulp=2, sms=(1, 2, 132)[order % 3]):
         options = {"reference": "ref_logits", "stats": ("entropy",)} if order % 2 else {"softcap": 9.0}
         case = make(2, 36, 1003, ignored=0.8, layout=LAYOUTS[order % 3], **options)
@@ -218,27 +260,28 @@ def test_in_any_order_and_off_by_two_units(order):
 
 @dtypes
 @pytest.mark.parametrize("vocab", [50, 9001])
-def test_a_row_has_the_same_bits_wherever_it_lies(dtype, vocab):
+def test_a_row_has_the_same_bits_wherever_it_lies(native, dtype, vocab):
     ptxsim.option(race=0)
     case = make(1, 3, vocab, dtype=dtype, reference="ref_logits", gap=0, ignored=0, shift=False)
-    base = run(case)
+    base = native(case)
     for offset, gap in ((0, -vocab % 8), (0, 1), (1, 0), (3, 5), (8, 8 - vocab % 8)):
         moved = {"ref_logits": placed(case.tensors["ref_logits"], offset, gap)}
         there = case._replace(logits=placed(case.logits, offset, gap), tensors=case.tensors | moved)
-        found = run(there)
+        found = native(there)
         for name in ("loss", "chosen_logps", "rejected_logps", "margins"):
             assert equal_bits(getattr(found.output, name), getattr(base.output, name)), (name, offset, gap)
         assert equal_bits(found.gradient, base.gradient), (offset, gap)
 
 
 @dtypes
-def test_a_pair_has_the_same_bits_whatever_the_batch_and_the_schedule(dtype):
+def test_a_pair_has_the_same_bits_whatever_the_batch_and_the_schedule(run, dtype):
     vocab, tokens = 9001, 34
-    few = make(1, tokens, vocab, dtype=dtype, ignored=0.8, weights=False, reduction="none")
+    gap = 3 if run.compiler is None else -vocab % 8  # Triton: where the row stride is a multiple of 16 bytes
+    few = make(1, tokens, vocab, dtype=dtype, ignored=0.8, weights=False, reduction="none", gap=gap)
     base = run(few)
     for order, pairs in enumerate((1, 2, 3)):
         place = order % pairs
-        case = make(pairs, tokens, vocab, dtype=dtype, ignored=0.9, weights=False, reduction="none")
+        case = make(pairs, tokens, vocab, dtype=dtype, ignored=0.9, weights=False, reduction="none", gap=gap)
         at = torch.tensor([place, pairs + place])
         for theirs, own in ((case.logits, few.logits), (case.labels, few.labels)):
             theirs[at] = own
@@ -252,7 +295,7 @@ def test_a_pair_has_the_same_bits_whatever_the_batch_and_the_schedule(dtype):
 
 
 @pytest.mark.parametrize("keep", [[5, 0, 33, 70], [0, 0, 3, 0], [0, 0], [32, 31, 1, 97, 40, 2], [1] * 80], ids=str)
-def test_packed_has_the_bits_of_padded(keep):
+def test_packed_has_the_bits_of_padded(run, keep):
     pairs, tokens, keep = len(keep) // 2, max(*keep, 1), torch.tensor(keep)
     case = make(pairs, tokens, 37, reference="ref_logits", stats=("entropy", "top1", "mean_logit", "log_sum_p2"))
     counted = torch.arange(tokens) < keep[:, None]
@@ -267,19 +310,12 @@ def test_packed_has_the_bits_of_padded(keep):
 
 
 @pytest.mark.parametrize("softcap", [None, 9.0])
-def test_the_gradient_overwrites_the_logits(softcap):
+def test_the_gradient_overwrites_the_logits(run, softcap):
     case = make(2, 5, 3003, softcap=softcap)
-    expected = run(case).gradient
-    leaf = case.logits.clone().requires_grad_()
-    with simulated(case.tensors | {"labels": case.labels}):
-        logits = leaf.clone()
-        output = fastpref.preference_loss(logits, case.labels, inplace_backward=True, **case.read())
-        (gradient,) = torch.autograd.grad(1.7 * output.loss, logits)
-    assert gradient.data_ptr() == logits.data_ptr()
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(run.in_place(case), run(case).gradient, rtol=1e-5, atol=1e-12)
 
 
-def test_invalid_labels_are_counted_and_read_nothing():
+def test_invalid_labels_are_counted_and_read_nothing(run):
     case = make(2, 3, 500, shift=False, ignored=0)
     case.labels[0, 1], case.labels[1, 2] = 500, -3
     case.logits[2, 0, 7] = math.nan
@@ -296,7 +332,7 @@ def test_invalid_labels_are_counted_and_read_nothing():
     "bounds", [[0, 40, 10, 60, 70], [0, 10, 20, 30, 50], [0, 10, 20, 30, 90], [5, 10, 20, 30, 70], [70, 0, 0, 0, 70],
                [0, -5, 20, 30, 70]], ids=str,
 )  # fmt: skip
-def test_malformed_cu_seqlens_stay_in_bounds(bounds):
+def test_malformed_cu_seqlens_stay_in_bounds(run, bounds):
     """On a GPU nothing checks them; what comes out has no meaning, and two of these write one slot twice."""
     ptxsim.option(race=0)
     case = make(2, 20, 40, layout="packed")
@@ -310,7 +346,7 @@ def test_malformed_cu_seqlens_stay_in_bounds(bounds):
         run(case)
 
 
-def test_a_batch_without_tokens():
+def test_a_batch_without_tokens(run):
     for case in (make(2, 0, 9), make(0, 3, 9), make(0, 0, 9)):
         found = run(case)
         assert found.output.loss == (
@@ -320,7 +356,7 @@ def test_a_batch_without_tokens():
         check(case, found)
 
 
-def test_ref_logits_of_another_dtype():
+def test_ref_logits_of_another_dtype(run):
     case = make(2, 3, 300, dtype=torch.bfloat16, reference="ref_logits")
     case.tensors["ref_logits"] = placed(case.tensors["ref_logits"].float(), gap=1)
     check(case, run(case))
@@ -405,11 +441,11 @@ BUGS = {
     ),
     "stats of another group": ("a.group_stats[group_index] =", "a.group_stats[group_index / 2] =", RACE + "|wrong"),
 }
-FIRST = ("relaxed ticket", "slot by another lane than the ticket's", "groups share a ticket", "a column too far")
+FIRST = ("relaxed ticket", "groups share a ticket", "a column too far")
 
 
 @pytest.mark.parametrize("bug", [b if b in FIRST else pytest.param(b, marks=pytest.mark.full) for b in BUGS])
-def test_planted(planted, bug):
+def test_planted(native, planted, bug):
     old, new, said = BUGS[bug]
     found = set()
     with ptxsim.replaced(planted("preference.cu", old, new)):
@@ -423,7 +459,7 @@ def test_planted(planted, bug):
                 stats = ("entropy",) if order == 3 else ()
                 case = make(2, 3, 20000, dtype=torch.bfloat16, ignored=0.2, gap=(0, 3)[order % 2], stats=stats)
             try:
-                check(case, run(case))
+                check(case, native(case))
             except ptxsim.Findings as finding:
                 found.add(str(finding)[:300])
             except AssertionError as error:
@@ -431,42 +467,129 @@ def test_planted(planted, bug):
     assert any(re.search(said, finding) for finding in found), found
 
 
-# ---- the ledger: budgets, in issue slots a logit by the PTX ----
+class Planted(NamedTuple):
+    old: str
+    new: str
+    said: str
+    case: dict
+
+
+PACKED = {"layout": "packed", "tokens": 40, "vocab": 203, "reference": "ref_logits"}
+PADDED = {"layout": "lengths", "tokens": 6, "vocab": 9000, "gap": 0, "ignored": 0}
+TRITON_BUGS = {
+    "a column too far": Planted("tl.minimum(head, V), V))", "tl.minimum(head, V), V + 1))", OUT, PACKED),
+    "a tail too long": Planted("mask = cols < body - full", "mask = cols <= body - full", f"{OUT}|{RACE}", PADDED),
+    "zeros behind the row": Planted("zeros, mask=cols < body", "zeros, mask=cols <= body", f"{OUT}|{RACE}", PADDED),
+    "misaligned vectors": Planted(
+        "x_body = tl.multiple_of(x_row + head, 16)\n\n", "x_body = tl.multiple_of(x_row, 16)\n\n", "MISALIGNED",
+        PADDED | {"gap": 3},
+    ),
+    "target not excluded": Planted("== target_col - start, -", "== target_col - start - 1, -", "wrong", PADDED),
+    "label of the next sequence": Planted("= token + shift < length", "= token < length", f"wrong|{OUT}", PACKED),
+    "a label too many": Planted("counts &= token + shift < tl", "counts &= token < tl", "wrong", PADDED),
+    "sequence before its time": Planted("(end <= row)", "(end <= row + 1)", f"wrong|{OUT}", PACKED),
+    "reference for the policy": Planted("is_ref = tl.program_id(1) == 1", "is_ref = row < 0", "wrong", PACKED),
+    "lse of another row": Planted("hi = tl.load(lse_ptr + row)", "hi = tl.load(lse_ptr + row // 2)", "wrong", PADDED),
+    "rows over each other": Planted("+ inner_index * out_inner_stride", "+ inner_index * 0", RACE, PADDED),
+    "gradient of another pair": Planted(
+        "pair = tl.where(sequence < sequences // 2, sequence", "pair = tl.where(sequence < 1, sequence", f"wrong|{OUT}",
+        PADDED | {"reduction": "none"},
+    ),
+    "tokens left out": Planted("range(0, length, BLOCK)", "range(0, length - BLOCK, BLOCK)", "wrong", PACKED),
+    "sums of the policy alone": Planted("ratios += logp - ref", "ratios += logp", "wrong", PACKED),
+    "square of an unrated pair": Planted(
+        "if DROP_SQUARE else c", "if not DROP_SQUARE else c", "wrong", PADDED | {"loss": "ml_rdpo"}
+    ),
+    "divisor left out": Planted("(weight / divisor)", "weight", "wrong", PADDED),
+    "a pair beyond the last": Planted(
+        "tl.store(losses_ptr + pair, loss, mask=mask)", "tl.store(losses_ptr + pair, loss)", OUT, PADDED
+    ),
+}  # fmt: skip
+FIRST_OF_TRITON = ("a tail too long", "label of the next sequence", "rows over each other", "square of an unrated pair")
 
 
 @pytest.mark.parametrize(
-    "options, forward, backward",
-    [({}, 8.5, 10.5), ({"stats": ("entropy",)}, 13.0, 10.5), ({"softcap": 30.0}, 22.0, 24.0)],
-    ids=["plain", "stats", "softcap"],
+    "bug", [b if b in FIRST_OF_TRITON else pytest.param(b, marks=pytest.mark.full) for b in TRITON_BUGS]
 )
-def test_ledger(core, options, forward, backward):
-    vocab = 128256
-    case = make(1, 4, vocab, dtype=torch.bfloat16, gap=0, ignored=0, shift=False, reference="ref_logps", **options)
-    ptxsim.option(ledger=1, race=0, sms=1)
+def test_planted_in_triton(triton_compiler, tmp_path, bug):
+    old, new, said, options = TRITON_BUGS[bug]
+    case = make(**options)
+    case.tensors["rating_gap"][0] = math.nan
+    if "lengths" in case.tensors:
+        case.tensors["lengths"][:] = torch.tensor([3, 5, 4, 6])
+    found = "nothing"
+    try:
+        check(case, Runner(ptxsim_triton.Planted(triton_compiler, tmp_path, old, new))(case, upstream=1.7))
+    except ptxsim.Findings as finding:
+        found = str(finding)
+    except AssertionError as error:
+        found = "wrong: " + str(error)
+    assert re.search(said, found), found
+
+
+# ---- the ledger: budgets, in issue slots a logit by the PTX ----
+
+
+def ledgers(run: Runner, case: Case) -> dict[str, dict]:
+    """Of each launch."""
     counts = {}
 
-    class Ledger:
+    def noted(name, launch):
+        def launched(*arguments):
+            launch(*arguments)
+            counts[name] = ptxsim.ledger()
+
+        return launched
+
+    class Core:
+        core = _native._core
+
         def __getattr__(self, name):
-            call = getattr(core, name)
-            if not name.endswith("_cuda") or "workspace" in name:
-                return call
+            call = getattr(self.core, name)
+            return noted(name, call) if name.endswith("_cuda") and "workspace" not in name else call
 
-            def counted(*arguments):
-                call(*arguments)
-                counts[name] = ptxsim.ledger()
-
-            return counted
-
+    launch = ptxsim_triton.Kernel.launch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastpref._native._core", Ledger())
+        patch.setattr(_native, "_core", Core())
+        patch.setattr(
+            ptxsim_triton.Kernel, "launch", lambda kernel, *rest: noted(kernel.function.__name__, launch)(kernel, *rest)
+        )
         run(case)
-    budgets = {"preference_fwd_cuda": (forward, 2), "logits_gradient_cuda": (backward, 4)}
-    for name, (slots, moved) in budgets.items():
+    return counts
+
+
+LEDGER = {"plain": {}, "stats": {"stats": ("entropy",)}, "softcap": {"softcap": 30.0}, "fp32": {"dtype": torch.float32}}
+# forward, backward. Triton's are at most 1.6 times the core's, 1.8 times with stats or a softcap.
+BUDGETS = {
+    "native": {"plain": (8.5, 10.5), "stats": (13.0, 10.5), "softcap": (22.0, 24.0), "fp32": (9.0, 17.0)},
+    "triton": {"plain": (9.0, 9.0), "stats": (17.0, 9.0), "softcap": (26.0, 32.0), "fp32": (9.5, 16.0)},
+}
+
+
+@pytest.mark.parametrize("options", LEDGER)
+def test_ledger(run, options):
+    vocab, backend = 128256, "native" if run.compiler is None else "triton"
+    case = make(
+        **{"pairs": 1, "tokens": 4, "vocab": vocab, "dtype": torch.bfloat16, "gap": 0, "ignored": 0, "shift": False}
+        | {"reference": "ref_logps"}
+        | LEDGER[options]
+    )
+    ptxsim.option(ledger=1, race=0, sms=1)
+    counts = ledgers(run, case)
+    moved = case.logits.element_size()
+    names = {
+        "native": ("preference_fwd_cuda", "logits_gradient_cuda"),
+        "triton": ("_token_logps_fwd_kernel", "_token_logps_bwd_kernel"),
+    }[backend]
+    for name, slots, bytes_moved in zip(names, BUDGETS[backend][options], (moved, 2 * moved), strict=True):
         s = ptxsim.summary(counts[name], case.logits.numel())
         assert s["slots_per_element"] <= slots, (name, s)
         assert s["excess_sectors"] < 1.01 and s["traffic_ratio"] < 1.02 and s["bank_conflicts"] == 0
-        assert moved <= s["bytes_per_element"] < moved * 1.01 and s["barriers_per_block"] == 0
+        assert bytes_moved <= s["bytes_per_element"] < bytes_moved * 1.01
+        # Triton's warps meet at the end of a row, once for each of its sums
+        assert s["barriers_per_block"] <= (0 if backend == "native" else 9)
         assert s["active_lanes"] > 30
-        if "softcap" in options:
+        if options == "softcap":
             share = ptxsim.roofline(counts[name])["of_bandwidth"]
-            assert share >= (1 / 1.4 if name == "preference_fwd_cuda" else 1 / 1.25), share
+            least = {"native": (1 / 1.4, 1 / 1.25), "triton": (1 / 2, 1 / 1.25)}[backend]
+            assert share >= least[name == names[1]], (name, share)
