@@ -141,8 +141,9 @@ __device__ inline float max_or_nan(float x, float y) {
 __device__ inline float finite_or_zero(float top) { return top == -infinity ? 0.0f : top; }
 
 // v becomes tanh(v tanh_scale), and slope 1 - tanh^2, of four columns for one reciprocal: with e = exp(-2 |y|) and
-// r = 1 / (1 + e), tanh |y| = (1 - e) r and the slope is 4 e r^2, neither of which cancels where tanh saturates.
-template <bool HAS_SLOPE>
+// r = 1 / (1 + e), tanh |y| = (1 - e) r and the slope is 4 e r^2, neither of which cancels where tanh saturates. Near 0
+// 1 - e does: for EXACT there is a polynomial, whose time float32's bandwidth leaves.
+template <bool EXACT, bool HAS_SLOPE>
 __device__ inline void tanh4(float* v, float* slope, float tanh_scale) {
   float e[4], d[4];
 #pragma unroll
@@ -153,7 +154,16 @@ __device__ inline void tanh4(float* v, float* slope, float tanh_scale) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     if (HAS_SLOPE) slope[i] = 4.0f * (e[i] * r[i]) * r[i];
-    v[i] = copysignf((1.0f - e[i]) * r[i], v[i]);
+    float t = (1.0f - e[i]) * r[i];
+    if (EXACT) {
+      const float y = fabsf(v[i]) * tanh_scale, q = y * y;
+      float p = fmaf(q, -0.005905162f, 0.020804758f);
+      p = fmaf(q, p, -0.053786494f);
+      p = fmaf(q, p, 0.13331956f);
+      p = fmaf(q, p, -0.333332992f);
+      if (y < 0.6f) t = fmaf(y * q, p, y);
+    }
+    v[i] = copysignf(t, v[i]);
   }
 }
 

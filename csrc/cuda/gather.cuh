@@ -193,7 +193,7 @@ __device__ inline Sums<HAS_STATS> fold_chunk(const T* row, int begin, int end, i
       } else {
         if (HAS_SOFTCAP) {
 #pragma unroll
-          for (int i = 0; i < column_group; i += 4) tanh4<false>(v + i, nullptr, tanh_scale);
+          for (int i = 0; i < column_group; i += 4) tanh4<sizeof(T) == 4, false>(v + i, nullptr, tanh_scale);
         }
         if (HAS_STATS) {
           float value = 0;

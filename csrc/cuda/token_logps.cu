@@ -56,7 +56,7 @@ struct RowGradient {
   // Four columns v become their gradients. With has_target, v[target] is the label's, where there is such a column.
   __device__ void operator()(float* v, bool has_target, int target) const {
     float slope[4];
-    if (HAS_SOFTCAP) tanh4<true>(v, slope, tanh_scale);
+    if (HAS_SOFTCAP) tanh4<EXACT, true>(v, slope, tanh_scale);
 #pragma unroll
     for (int i = 0; i < 4; i++) v[i] = softmax(v[i]);
     if (has_target) {
