@@ -337,7 +337,8 @@ def linear_token_logps(
 
     Returns:
         As token_logps: float32 (float64 for float64) of labels' shape; with stats, also a TokenStats. Gradients come in
-        the inputs' dtypes, the head's summed in float32.
+        the inputs' dtypes, the head's summed in float32. The same call gives the same bits; a row alone need not have
+        those that it has in a batch, whose products are BLAS's.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, shape, dtype or device; on CPU for an invalid label (on

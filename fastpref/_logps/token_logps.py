@@ -760,7 +760,8 @@ def token_logps(
     Returns:
         float32 (float64 for float64 logits) of labels' shape, never positive, 0 at ignored positions; with stats, also
         a TokenStats. Sums are accumulated in float32 blocks and float64 totals on CPU, in float32 on a GPU; the
-        gradient has the logits' dtype. -inf logits are columns of probability 0.
+        gradient has the logits' dtype. -inf logits are columns of probability 0. On one backend a row has the same
+        bits whatever else is in the batch, where rows lie a multiple of 16 bytes apart.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, shape, dtype or device, and on CPU for a label outside

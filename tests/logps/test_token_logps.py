@@ -428,6 +428,27 @@ def test_shift_is_hugging_faces_convention():
     torch.testing.assert_close(logps[:, :-1], by_hand, rtol=0, atol=0)
 
 
+@pytest.mark.sanitize
+@pytest.mark.numerics
+@dtypes
+@pytest.mark.parametrize("vocab", [1000, 20008])  # rows of whole 16-byte vectors
+def test_a_row_has_the_same_bits_in_any_batch(backend, vocab, dtype, thin):
+    thin(unless=not backend.interpreted or (vocab, dtype) == (1000, torch.float32))
+    logits, labels = make((1, vocab), dtype, backend.device, ignored=0)
+    grad = torch.randn(1, device=backend.device)
+    alone = forward_backward(fastpref.token_logps, logits, labels, grad, backend=backend.name, softcap=30.0)
+    for rows, at in ((2, 1), (37, 0), (37, 20)):
+        others, their_labels = make((rows, vocab), dtype, backend.device)
+        others[at], their_labels[at] = logits[0], labels[0]
+        gradients = torch.randn(rows, device=backend.device)
+        gradients[at] = grad[0]
+        found = forward_backward(
+            fastpref.token_logps, others, their_labels, gradients, backend=backend.name, softcap=30.0
+        )
+        for a, b in zip(found, alone, strict=True):
+            assert torch.equal(a[at], b[0]), (rows, at)
+
+
 LABEL_LAYOUTS = {
     "sliced": lambda y: y[:, 1:],
     "transposed": lambda y: y.T,
