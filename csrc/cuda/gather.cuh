@@ -331,11 +331,15 @@ __device__ __noinline__ void publish(const Args& a, unsigned item, unsigned vali
 // A sequence without rows has no group that could arrive for it; (preference.cu) has it for pairs.
 __device__ inline void sequence_begins(const Gather&, int) {}
 
-// Of 128 threads to a multiprocessor: 64 registers, with stats 72; with both, 16-bit columns would spill there.
+// Of 128 threads to a multiprocessor: 64 registers, with stats 72. Where they would spill at that, 80: with a softcap
+// too, and with ptxas's schedules for sm_100 and sm_120.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int stats_blocks = 6;
+#else
+constexpr int stats_blocks = 7;
+#endif
 template <bool HAS_SOFTCAP, bool HAS_STATS>
-constexpr int fwd_blocks = !HAS_STATS     ? 8
-                           : !HAS_SOFTCAP ? 7
-                                          : 6;
+constexpr int fwd_blocks = !HAS_STATS ? 8 : !HAS_SOFTCAP ? stats_blocks : 6;
 
 template <class T, bool HAS_SOFTCAP, bool HAS_STATS, class Args>
 __global__ void __launch_bounds__(fwd_threads, (fwd_blocks<HAS_SOFTCAP, HAS_STATS>))
