@@ -339,7 +339,9 @@ constexpr int stats_blocks = 6;
 constexpr int stats_blocks = 7;
 #endif
 template <bool HAS_SOFTCAP, bool HAS_STATS>
-constexpr int fwd_blocks = !HAS_STATS ? 8 : !HAS_SOFTCAP ? stats_blocks : 6;
+constexpr int fwd_blocks = !HAS_STATS     ? 8
+                           : !HAS_SOFTCAP ? stats_blocks
+                                          : 6;
 
 template <class T, bool HAS_SOFTCAP, bool HAS_STATS, class Args>
 __global__ void __launch_bounds__(fwd_threads, (fwd_blocks<HAS_SOFTCAP, HAS_STATS>))

@@ -140,7 +140,7 @@ class _PairInputs(NamedTuple):
         return _PairInputs(logits, *(None if t is None else t.float().contiguous() for t in rest))
 
 
-class _Family(NamedTuple):
+class _LogisticFamily(NamedTuple):
     """csrc/preference.h's LogisticFamily, and the number that replaces the mean's divisor, or 0."""
 
     beta: float
@@ -158,7 +158,14 @@ class _Family(NamedTuple):
 
 
 def _native_fwd(
-    logits, layout: _Layout, pairs: _PairInputs, reduction, transform: Transform, stats, family: _Family, out: _Outputs
+    logits,
+    layout: _Layout,
+    pairs: _PairInputs,
+    reduction,
+    transform: Transform,
+    stats,
+    family: _LogisticFamily,
+    out: _Outputs,
 ) -> None:
     core = _native._core
     rows = as_rows(logits)
@@ -278,7 +285,7 @@ def _fwd(
         num_items, items = None, float(num_items)
     pairs = _PairInputs(ref_logits, ref_token_logps, ref_logps, rating_gap, pair_weights, num_items)
     run = {"native": _native_fwd, "triton": preference_triton.forward}[chosen]
-    run(logits, layout, pairs, reduction, transform, stats, _Family(*family, items, drop_square), out)
+    run(logits, layout, pairs, reduction, transform, stats, _LogisticFamily(*family, items, drop_square), out)
     return tuple(out)
 
 

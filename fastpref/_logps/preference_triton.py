@@ -257,7 +257,7 @@ def _bits(number: float) -> int:
 
 
 def forward(logits, layout, pairs, reduction, transform: Transform, stats, family, out) -> None:
-    """Fills `out`, of preference.py's _Outputs, from its _Layout, _PairInputs and _Family."""
+    """Fills `out`, of preference.py's _Outputs, from its _Layout, _PairInputs and _LogisticFamily."""
     warp_size = _native.warp_size(logits)
     sequences, labels = layout.sequences(), layout.of_rows()
     rows = as_rows(logits)

@@ -104,22 +104,23 @@ class Case(NamedTuple):
 
 LOGITS, FROZEN, TRAINED = ("logits",), ("hidden",), ("hidden", "weight")
 ROWS = PAIRS * ACTIVE  # half of those that count
+FUSED = Counted(3, 0, 0), Counted(1, 0, 0)  # by Triton, whatever the batch is; the core's own: ptxsim/
 CASES = {
     "token_logps": Case(tokens, LOGITS, Counted(1, 0, 0), Counted(1, 0, 0)),
     "token_logps-stats": Case(lambda t: tokens(t, stats=STATS), LOGITS, Counted(1, 0, 0), Counted(1, 0, 0)),
     "token_logps-shift": Case(lambda t: tokens(t, shift=True), LOGITS, Counted(1, 0, 2), Counted(1, 0, 0)),
     "token_logps-inplace": Case(tokens_inplace, LOGITS, Counted(1, 0, 1), Counted(1, 0, 0)),
     "sequence_logps": Case(sums, ("ref_token_logps",), Counted(0, 0, 7), Counted(0, 0, 4)),
-    "preference": Case(pairs, LOGITS, Counted(3, 0, 0), Counted(1, 0, 0)),
-    "preference-ref_logits": Case(
-        lambda t: pairs(t, reference="ref_logits"), LOGITS, Counted(3, 0, 0), Counted(1, 0, 0)
-    ),
-    "preference-rdpo": Case(lambda t: pairs(t, "rdpo"), LOGITS, Counted(3, 0, 0), Counted(1, 0, 0)),
+    "preference": Case(pairs, LOGITS, *FUSED),
+    "preference-ref_logits": Case(lambda t: pairs(t, reference="ref_logits"), LOGITS, *FUSED),
+    "preference-rdpo": Case(lambda t: pairs(t, "rdpo"), LOGITS, *FUSED),
+    "preference-none": Case(lambda t: pairs(t, "rdpo", reduction="none", shift=True), LOGITS, *FUSED),
+    "preference-lengths": Case(lambda t: pairs(t, lengths=t.lengths), LOGITS, *FUSED),
     "preference-simpo": Case(lambda t: pairs(t, "simpo", None), LOGITS, Counted(3, 0, 19), Counted(1, 0, 9)),
     "preference-wpo": Case(lambda t: pairs(t, "wpo"), LOGITS, Counted(1, 0, 40), Counted(1, 0, 8)),
-    "preference-stats": Case(lambda t: pairs(t, stats=STATS), LOGITS, Counted(3, 0, 0), Counted(1, 0, 0)),
-    "preference-packed": Case(packed, LOGITS, Counted(3, 0, 0), Counted(1, 0, 0)),
-    "preference-packed-shift": Case(lambda t: packed(t, shift=True), LOGITS, Counted(3, 0, 0), Counted(1, 0, 0)),
+    "preference-stats": Case(lambda t: pairs(t, stats=STATS), LOGITS, *FUSED),
+    "preference-packed": Case(packed, LOGITS, *FUSED),
+    "preference-packed-shift": Case(lambda t: packed(t, shift=True), LOGITS, *FUSED),
     "linear_tokens-score": Case(linear_tokens, (), Counted(1, 1, 13, reads=1)),
     "linear_tokens-frozen": Case(linear_tokens, FROZEN, Counted(2, 2, 16, reads=1), Counted(0, 0, 4)),
     "linear_tokens-trained": Case(linear_tokens, TRAINED, Counted(1, 1, 13, reads=1), Counted(1, 3, 8)),

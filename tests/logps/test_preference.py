@@ -124,6 +124,75 @@ def test_options_reach_the_native_epilogue(loss, loss_options, monkeypatch):
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=2e-6)
 
 
+def packed_of(tensor, keep):
+    """The first keep[s] tokens of each sequence."""
+    return tensor[torch.arange(tensor.shape[1]) < keep[:, None]]
+
+
+TRITON = {
+    "dpo": {"loss": "sigmoid"},
+    "rdpo-packed": {"loss": "rdpo", "keep": [9, 0, 4, 9, 8, 2], "shift": True},
+    "ml_rdpo-lengths": {"loss": "ml_rdpo", "lengths": [3, 9, 0, 1, 9, 8]},
+    "robust-none": {"loss": "robust", "loss_options": {"label_smoothing": 0.1}, "reduction": "none", "shift": True},
+    "ddpo-sum": {"loss": "ddpo", "reduction": "sum", "softcap": 3.0},
+    "ripo-items": {"loss": "ripo", "num_items": 7.5, "shift": True},
+}
+
+
+@pytest.mark.triton
+@pytest.mark.numerics
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize("form", ["ref_logits", "ref_token_logps", "ref_logps"])
+@pytest.mark.parametrize("case", TRITON)
+def test_triton_is_the_native_call(case, form, monkeypatch):
+    """Under the interpreter; compiled: ptxsim/test_preference.py."""
+    logits, labels, ref_logits, gap = make()
+    options = {"rating_gap": gap, "beta": 0.4, "pair_weights": torch.rand(3), "stats": STATS} | TRITON[case]
+    reference = references(ref_logits, labels, options.get("shift", False))[form]
+    if "lengths" in options:
+        options["lengths"] = torch.tensor(options["lengths"], dtype=torch.int32)
+    if "keep" in options:
+        keep = torch.tensor(options.pop("keep"))
+        logits, labels = packed_of(logits, keep), packed_of(labels, keep)
+        reference = reference if form == "ref_logps" else packed_of(reference, keep)
+        options["cu_seqlens"] = F.pad(keep.cumsum(0), (1, 0))
+    options[form] = reference
+    native, expected = run(logits, labels, upstream=3.0, **options)
+    monkeypatch.setattr("fastpref._logps.preference._vectors", None)  # it must not be needed
+    triton, gradient = run(logits, labels.int(), upstream=3.0, backend="triton", **options)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+    for name, value in triton._asdict().items():
+        if name != "stats":
+            torch.testing.assert_close(value, getattr(native, name), rtol=1e-5, atol=1e-5, msg=name)
+    for name, value in triton.stats._asdict().items():
+        if value is not None:
+            torch.testing.assert_close(value, getattr(native.stats, name), rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_triton_counts_invalid_labels():
+    logits, labels, ref_logits, _ = make()
+    labels[:, :4] = torch.tensor([0, 1, 2, -100])
+    labels[0, 0], labels[4, 1], labels[4, 2] = 40, -1, 41
+    out, gradient = run(logits, labels, backend="triton", ref_logits=ref_logits)
+    assert out.stats.invalid_labels == 3
+    assert out.chosen_logps.isnan().tolist() == [True, False, False]
+    assert out.rejected_logps.isnan().tolist() == [False, True, False]
+    gone = torch.tensor([True, True, False]).repeat(2).unsqueeze(-1) & (labels != -100)
+    assert gradient[gone].isnan().all() and gradient[~gone].isfinite().all() and not gradient[labels == -100].any()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)], ids=str)
+def test_triton_takes_a_batch_without_tokens(shape):
+    pairs, tokens = shape
+    logits, labels, ref_logits, _ = make(pairs, tokens)
+    out, gradient = run(logits, labels, backend="triton", ref_logits=ref_logits)
+    assert out.loss.item() == pytest.approx(math.log(2) if pairs else 0)
+    assert gradient.shape == logits.shape and not gradient.any()
+
+
 @pytest.mark.parametrize("loss", sorted(losses.LOSSES))
 def test_every_loss_trains_through_the_kernels(loss):
     """The gradient by autograd through plain float64 PyTorch, for each name in the table."""
@@ -580,8 +649,12 @@ def test_errors_say_what_came():
 # ---- torch citizenship ----
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_opcheck(packed):
+@pytest.mark.parametrize(
+    "packed, backend", [(False, "native"), (True, "native"), pytest.param(True, "triton", marks=pytest.mark.triton)]
+)
+def test_opcheck(packed, backend):
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
     logits, labels, ref_logits, gap = make()
     cu_seqlens = torch.arange(0, 55, 9) if packed else None
     if packed:
@@ -594,10 +667,10 @@ def test_opcheck(packed):
     weights, items = (None, torch.tensor(7.0)) if packed else (torch.rand(3), None)
     numbers = torch.tensor([0.1, 1.0, 0.0, 0.5, 0.0, 1.0, 0.3, 0.0], dtype=torch.float64)
     references, pair_data = (ref_logits, None, None), (gap, weights, items, reduction)
-    args = (logits, *layout, *references, *pair_data, *transform, True, numbers, True, "")
+    args = (logits, *layout, *references, *pair_data, *transform, True, numbers, True, backend)
     torch.library.opcheck(preference_fwd, args)
     loss, *_, coefficients, tokens, lse = preference_fwd(*args)
-    saved = (*layout, tokens, lse, *transform, "")
+    saved = (*layout, tokens, lse, *transform, backend)
     torch.library.opcheck(preference_bwd, (torch.randn_like(loss), coefficients, logits, *saved))
     torch.library.opcheck(preference_bwd_, (torch.randn_like(loss), coefficients, logits.contiguous(), *saved))
 
