@@ -22,10 +22,6 @@ struct LogisticFamily {
 
 enum class Reduction { mean, sum, none };
 
-constexpr int preference_metrics = 7;  // accuracy; means of entropy, log sum p^2 and top-1 over all tokens, of the mean
-                                       // logit over chosen and over rejected tokens, of top-1 over chosen tokens
-constexpr int preference_counts = 3;   // ties, unrated pairs, invalid labels
-
 // Sequences 0 to B - 1 are chosen, B to 2 B - 1 rejected, in the same order.
 struct PreferenceForward {
   LogitRows logits, reference;  // reference.data == nullptr: no live reference
@@ -47,8 +43,9 @@ struct PreferenceForward {
   float* margins;       // [B]
   int64_t* lengths;     // [2 B] tokens that count
   float* coefficients;  // [2 B] derivative of the reduced loss, or of the pair's, by the sequence's log-prob
-  float* metrics;       // [preference_metrics]; without stats, the first
-  int64_t* counts;      // [preference_counts]
+  float* metrics;       // [7] accuracy; with stats also the means of entropy, log sum p^2 and top-1 over all tokens, of
+                        // the mean logit over chosen and over rejected tokens, of top-1 over chosen tokens
+  int64_t* counts;      // [3] ties, unrated pairs, invalid labels
   float* token_logps;   // [rows]
   float* lse;           // [2, rows]
   float* token_stats;   // CPU: [4, rows], workspace of the stats
@@ -118,8 +115,7 @@ struct PairEpilogue {
   float* logps;       // [2 B]
   float* logratios;   // [2 B]
   int64_t* lengths;   // [2 B]
-  float* token_grad;  // [rows], of the sum of losses times scale_of_pair; rows of no sequence, whose labels are
-                      // ignored, are left as they are
+  float* token_grad;  // [rows], of the sum of losses times scale_of_pair; rows of no sequence are left as they are
 };
 
 // CPU: labels are int64, neither shifted nor cut by lengths.

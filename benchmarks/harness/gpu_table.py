@@ -44,7 +44,9 @@ def own_backend(name: str) -> str | None:
 def unproven(results: dict, op: str, backend: str | None) -> str | None:
     """Why a row of this op, by this backend where it has one, is not proved by what ran in this run; None if it is."""
     contact = results["contact"]
-    met = {name: c for name, c in contact.items() if c.get("op") == op and backend in (None, c.get("backend"))}
+    if ended := [name for name, c in contact.items() if "op" not in c]:  # a variant that took its process with it
+        return f"first contact: {ended[0]} did not end"
+    met = {name: c for name, c in contact.items() if c["op"] == op and backend in (None, c.get("backend"))}
     if backend and not met:
         return "no first contact"
     if wrong := [name for name, c in met.items() if not c.get("ok")]:

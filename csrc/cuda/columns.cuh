@@ -173,9 +173,12 @@ __device__ inline void tanh4(float* v, float* slope, float tanh_scale) {
 // costs more than it spares.
 constexpr float slack_exponent = 8;
 
+//
+// With softcap and stats, largest = max of the logits: a tanh of four columns is rounded by its neighbours, and a tie
+// of the label with the largest logit must be one.
 template <bool HAS_STATS>
 struct Sums {
-  float top = -infinity, base = -infinity, sum = 0, sum_t = 0, squared = 0, value = 0;
+  float top = -infinity, base = -infinity, sum = 0, sum_t = 0, squared = 0, value = 0, largest = -infinity;
 
   __device__ void rebase(float new_base, float k) {
     const float reference = finite_or_zero(new_base), decay = exp2_fast((base - reference) * k);
@@ -212,7 +215,10 @@ struct Sums {
     other.rebase(new_top, k);
     top = new_top;
     sum += other.sum;
-    if (HAS_STATS) sum_t += other.sum_t, squared += other.squared, value += other.value;
+    if (HAS_STATS) {
+      sum_t += other.sum_t, squared += other.squared, value += other.value;
+      largest = fmaxf(largest, other.largest);
+    }
   }
 };
 
@@ -235,6 +241,9 @@ __device__ inline Sums<HAS_STATS> warp_merge(Sums<HAS_STATS> sums, float k) {
     sums.sum_t = warp_sum(sums.sum_t);
     sums.squared = warp_sum(sums.squared);
     sums.value = warp_sum(sums.value);
+#pragma unroll
+    for (int lane = warp / 2; lane > 0; lane /= 2)
+      sums.largest = fmaxf(sums.largest, __shfl_xor_sync(0xffffffff, sums.largest, lane));
   }
   return sums;
 }
@@ -246,7 +255,8 @@ struct RowResult {
 
 // others: every column but the target in top, sum, sum_t and squared; every column in value.
 template <bool HAS_STATS>
-__device__ inline RowResult finish_row(const Sums<HAS_STATS>& others, float target, float multiplier, int vocab) {
+__device__ inline RowResult finish_row(const Sums<HAS_STATS>& others, float target, float target_logit,
+                                       float multiplier, int vocab) {
   RowResult row;
   const float k = multiplier * log2e;
   // logp = -softplus(d), d = log sum_{v != y} exp(z_v) - z_y: never above 0, exact for confident tokens
@@ -267,7 +277,7 @@ __device__ inline RowResult finish_row(const Sums<HAS_STATS>& others, float targ
     row.stats[0] = log_sum - multiplier * (all.sum_t / all.sum);
     row.stats[1] = logf(all.squared) - 2.0f * log_sum;
     row.stats[2] = multiplier * (others.value / static_cast<float>(vocab));
-    row.stats[3] = target >= others.top ? 1.0f : 0.0f;
+    row.stats[3] = target_logit >= others.largest ? 1.0f : 0.0f;
   }
   return row;
 }

@@ -1,6 +1,6 @@
 // Log-probabilities of labels on the GPU, forward (gather.cuh) and backward. The backward writes
 // coefficient * (onehot - softmax) by one read of the logits and one write; a block takes a 64 KB piece of a row, and
-// each element depends on its own column alone.
+// each element depends on its own column alone, with a softcap also on the rounding of three others.
 #include "gather.cuh"
 
 namespace fastpref {

@@ -258,6 +258,7 @@ def _pair_resident(
             if ref is not None:  # before the policy, whose tile must stay
                 ref_x = rows.take(tokens.ref_hidden, where, y)
                 ref_tokens = join_folds([ref.fold(ref_x[i:j], y[i:j], keep=False) for i, j in parts], ref_x, y)[0]
+                del ref_x
             resident = len(parts) == 1
             folded = [head.fold(x[i:j], y[i:j], keep=resident) for i, j in parts]
             logps, lse, values = join_folds(folded, x, y, wanted.stats)
@@ -268,9 +269,8 @@ def _pair_resident(
                 fit = logps[i:j], lse[:, i:j]
                 if not resident:
                     fit = head.form(x[i:j], y[i:j], *fit)
-                dz = head.turn(coefficients[i:j], y[i:j], *fit)
                 part = slice(where.start + i, where.start + j) if isinstance(where, slice) else where[i:j]
-                gradients.add(dz, x[i:j], part)
+                gradients.add(head.turn(coefficients[i:j], y[i:j], *fit), x[i:j], part)  # one such tile at a time
             if wanted.stats:
                 rows.put(values_out, where, values, 1)
 
@@ -407,7 +407,7 @@ def linear_preference_loss(
             of a loss of the difference alone, and are left out, of log-probs, rewards and lengths too.
         max_active_tokens: capacity for the tokens that count; without it at most 2B + 1 integers are read from the
             device. If more tokens count, the loss is NaN.
-        stats: as in token_logps.
+        stats: as in token_logps, but for "lse".
         sequence_group: process group over which the tokens of every sequence are spread: sums are all-reduced, loss and
             metrics are the same on all ranks, gradients are those of the rank's own tokens. Labels must be aligned.
 
@@ -459,8 +459,8 @@ def linear_preference_loss(
         found = gather_logps(projection, tokens, transform, values_wanted, budget)
         if ref_hidden is not None:
             data = PairData(found.ref_logps.view(labels.shape), ref_logps, rating_gap, scores)
-        layout = _Layout(labels, cu_seqlens, ignore_index, sequence_group)
-        reduced, gathered = _in_two_passes(found, data, layout, objective, reducing, budget.backend)
+        given = _Labels(labels, cu_seqlens, ignore_index, sequence_group)
+        reduced, gathered = _in_two_passes(found, data, given, objective, reducing, budget.backend)
     means = {}
     if stats:
         sequences = Sequences(labels, ignore_index, cu_seqlens, sequence_group)
@@ -473,7 +473,7 @@ def _bounds(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return _offsets(labels) if cu_seqlens is None else rising(cu_seqlens, labels.shape[0])
 
 
-class _Layout(NamedTuple):
+class _Labels(NamedTuple):
     labels: Tensor
     cu_seqlens: Tensor | None
     ignore_index: int
@@ -481,10 +481,10 @@ class _Layout(NamedTuple):
 
 
 def _in_two_passes(
-    found: LinearLogps, data: PairData, layout: _Layout, loss: Loss, reduction: Reduction, backend: str
+    found: LinearLogps, data: PairData, given: _Labels, loss: Loss, reduction: Reduction, backend: str
 ) -> tuple[Tensor, Gathered]:
     """The reduced loss, or [B], differentiable in the log-probs, and what it is made of."""
-    labels, cu_seqlens, ignore_index, group = layout
+    labels, cu_seqlens, ignore_index, group = given
     values, family = found.values.view(found.values.shape[0], *labels.shape), None
     if group is None and reduction.kind != "none":
         has_reference = data.ref_token_logps is not None or data.ref_logps is not None

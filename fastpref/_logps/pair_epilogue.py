@@ -56,7 +56,7 @@ def write_pairs(
     core = _native._core
     numbers = core.LogisticFamily(*family.numbers, family.drop_square)
     args = core.PairEpilogue(ignore_index, token_logps.shape[0], *pairs, scale.shape[0], numbers)
-    gradient = torch.empty_like(token_logps)
+    gradient = torch.zeros_like(token_logps)  # of rows that are of no sequence
     tensors = {
         "token_logps": token_logps,
         "labels": labels,

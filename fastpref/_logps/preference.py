@@ -10,6 +10,7 @@ other loss, a user's own included, runs as torch on vectors between the same two
 Where Triton takes the place of the native core, the forward is three launches.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -281,8 +282,8 @@ def _fwd(
         ref_token_logps, _, _ = operators.token_logps_fwd(ref_logits, aligned, *transform, False, chosen)
         ref_logits = None
     *family, items = numbers.tolist()
-    if num_items is not None and _native.device_kind(num_items) != _native.device_kind(logits):
-        num_items, items = None, float(num_items)
+    if num_items is not None and num_items.device != logits.device:
+        num_items, items = None, float(num_items) or math.nan  # 0 says that there is none
     pairs = _PairInputs(ref_logits, ref_token_logps, ref_logps, rating_gap, pair_weights, num_items)
     run = {"native": _native_fwd, "triton": preference_triton.forward}[chosen]
     run(logits, layout, pairs, reduction, transform, stats, _LogisticFamily(*family, items, drop_square), out)
@@ -299,7 +300,7 @@ def _fwd_fake(
 def _write_gradient(out, grad_loss, coefficients, logits, layout: _Layout, saved, transform: Transform, backend):
     chosen, layout = _choose(logits, layout, transform.ignore_index, backend)
     token_logps, lse = (t.contiguous() for t in saved)
-    grad_loss = grad_loss.contiguous()
+    grad_loss, coefficients = grad_loss.contiguous(), coefficients.contiguous()
     if chosen == "native":
         _native_bwd(out, grad_loss, coefficients, logits, layout, token_logps, lse, transform)
     elif layout.sequences() == 0:
@@ -469,10 +470,11 @@ def preference_loss(
         pair_weights: [B]; the mean is normalised by their sum. Like ratings and scores they are data: no gradient.
         reduction: "mean" over pairs, "sum", or "none" for [B].
         num_items: replaces the mean's divisor: the pairs (or weights) of all accumulated micro-batches and ranks.
-        cu_seqlens: [2B + 1], int32 or int64, offsets of packed sequences.
+        cu_seqlens: [2B + 1], int32 or int64, offsets of packed sequences, rising from 0 to the number of tokens. On a
+            GPU nothing looks at them: where they fall, results have no meaning, but no read is out of bounds.
         lengths: [2B], positions of each padded sequence that are real; later ones are ignored whatever their label.
         shift, temperature, softcap, scale, ignore_index, inplace_backward, stats, backend: as in token_logps; shift
-            respects packed boundaries.
+            respects packed boundaries, and stats has no "lse".
 
     Returns:
         PreferenceOutput; nothing in it is read on the host. A sequence with no token that counts has log-prob 0 and no

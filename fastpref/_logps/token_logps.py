@@ -112,8 +112,8 @@ def _reference_fwd(rows, labels, transform: Transform, stats):
             p = log_p.exp()
             target = z.gather(-1, y.masked_fill(skip, 0).unsqueeze(-1)).squeeze(-1)
             entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1)
-            columns = (entropy, (2 * log_p).logsumexp(-1), z.mean(-1), (target >= z.amax(-1)).double())
-            for i, value in enumerate(columns):
+            found = (entropy, (2 * log_p).logsumexp(-1), z.mean(-1), (target >= z.amax(-1)).double())
+            for i, value in enumerate(found):
                 values[(i, *block)] = value.float().masked_fill(skip, 0)
     for out in (logps, lse, values):
         out.masked_fill_(invalid, torch.nan)
@@ -761,7 +761,7 @@ def token_logps(
         float32 (float64 for float64 logits) of labels' shape, never positive, 0 at ignored positions; with stats, also
         a TokenStats. Sums are accumulated in float32 blocks and float64 totals on CPU, in float32 on a GPU; the
         gradient has the logits' dtype. -inf logits are columns of probability 0. On one backend a row has the same
-        bits whatever else is in the batch, where rows lie a multiple of 16 bytes apart.
+        bits whatever else is in the batch, where rows begin at multiples of 16 bytes.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, shape, dtype or device, and on CPU for a label outside

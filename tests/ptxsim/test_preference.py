@@ -316,15 +316,16 @@ def test_the_gradient_overwrites_the_logits(run, softcap):
 
 
 def test_invalid_labels_are_counted_and_read_nothing(run):
-    case = make(2, 3, 500, shift=False, ignored=0)
+    case = make(3, 3, 500, shift=False, ignored=0)
     case.labels[0, 1], case.labels[1, 2] = 500, -3
-    case.logits[2, 0, 7] = math.nan
+    case.logits[3, 0, 7] = math.nan
     found = run(case)
     assert found.output.stats.invalid_labels == 2
-    assert found.output.chosen_logps.isnan().all()
-    assert found.output.rejected_logps.isnan().tolist() == [True, False]
-    gone = found.gradient.isnan().all(-1)
-    assert gone.all()  # of every row: one NaN reaches the mean
+    assert found.output.loss.isnan()
+    assert found.output.chosen_logps.isnan().tolist() == [True, True, False]
+    assert found.output.rejected_logps.isnan().tolist() == [True, False, False]
+    gone = found.gradient.isnan()
+    assert gone[[0, 1, 3, 4]].all() and not gone[[2, 5]].any()  # a pair's gradient is its own
     assert found.output.stats.ties == 0
 
 
@@ -343,15 +344,15 @@ def test_malformed_cu_seqlens_stay_in_bounds(run, bounds):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastpref._logps.preference.check_layout", lambda *arguments: None)
-        run(case)
+        found = run(case)
+    if bounds == sorted(bounds) and bounds[-1] <= 70:
+        row = torch.arange(70)
+        assert (found.gradient[(row < bounds[0]) | (row >= bounds[-1])] == 0).all()  # of no sequence
 
 
 def test_a_batch_without_tokens(run):
     for case in (make(2, 0, 9), make(0, 3, 9), make(0, 0, 9)):
         found = run(case)
-        assert found.output.loss == (
-            math.log(2) if len(case.labels) and case.options["loss"] == "sigmoid" else found.output.loss
-        )
         assert found.gradient.shape == case.logits.shape
         check(case, found)
 
@@ -406,7 +407,7 @@ BUGS = {
         "  if (threadIdx.x % warp == 3) {\n    a.group_sums",
         RACE,
     ),
-    "slots through the read-only cache": ("first = __ldcg(a.slots", "first = __ldg(a.slots", "nc|RACE|read-only"),
+    "slots through the read-only cache": ("first = __ldcg(a.slots", "first = __ldg(a.slots", r"\.nc|RACE|read-only"),
     "ticket one too early": (
         "return old == count - 1;",
         "return old == (count > 1 ? count - 2 : 0);",
