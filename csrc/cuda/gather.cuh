@@ -334,16 +334,16 @@ __device__ __noinline__ void publish(const Args& a, unsigned item, unsigned vali
 __device__ inline void sequence_begins(const Gather&, int) {}
 
 // Of 128 threads to a multiprocessor: 64 registers, with stats 72. Where they would spill at that, 80, with ptxas's
-// schedules for sm_100 and sm_120, and 96 with a softcap too, whose time is arithmetic's.
+// schedules for sm_100 and sm_120, and 128 with a softcap too, whose time is arithmetic's.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int stats_blocks = 6;
 #else
 constexpr int stats_blocks = 7;
 #endif
 template <bool HAS_SOFTCAP, bool HAS_STATS>
-constexpr int fwd_blocks = !HAS_STATS     ? 8
-                           : !HAS_SOFTCAP ? stats_blocks
-                                          : 6;
+constexpr int fwd_blocks = !HAS_STATS    ? 8
+                           : HAS_SOFTCAP ? 4
+                                         : stats_blocks;
 
 template <class T, bool HAS_SOFTCAP, bool HAS_STATS, class Args>
 __global__ void __launch_bounds__(fwd_threads, (fwd_blocks<HAS_SOFTCAP, HAS_STATS>))
