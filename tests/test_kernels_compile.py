@@ -1,296 +1,331 @@
 """Ahead-of-time gates for the GPU kernels, without a GPU: no spills, bounded registers, 16-byte accesses, one read.
 
-Run as a script, `test_kernels_compile.py MODULE [--full]`, it compiles Triton kernels and prints a JSON line for each.
+Triton's kernels are compiled as real calls have them: the calls are made, and noted in place of the launch. The
+installed Triton compiles, and each that FASTPREF_TRITON_PATHS names, folders as `pip install --target FOLDER
+triton==3.3.1` makes them, separated as in PATH. Without --full, grids are thinned to what differs.
 """
 
-import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
+import queue
 import re
 import shutil
 import subprocess
-import sys
-import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import pytest
+import torch
+from ahead_of_time import Compiler, bound, request, spills_in_loops
+from forced_cuda import devices
+
+import fastpref
+from fastpref import _native
+from fastpref._logps import scaled, token_logps
+from fastpref._logps.transform import Transform
+from fastpref._lowrank import residual_pass
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "i8": torch.int8}
+
+pytestmark = pytest.mark.slow
+
+
+# ---- Triton ----
+
+
+class Case(NamedTuple):
+    target: str
+    dtype: str
+    name: str
+    call: Callable[[], object]  # launches what is compiled
+
+
+class Gate(NamedTuple):
+    case: Case
+    kernel: str
+    request: dict
+
+
+def gates_of(case: Case) -> list[Gate]:
+    gates, warp_size = [], 64 if case.target.startswith("gfx") else 32
+
+    def launch(kernel, grid, *args, **keywords):
+        asked = request(kernel, *bound(kernel, args, keywords), case.target, "usage")
+        gates.append(Gate(case, kernel.fn.__name__, asked))
+
+    with devices(lambda place: "cuda", launch), mock.patch.object(_native, "warp_size", lambda tensor: warp_size):
+        case.call()
+    return gates
+
+
+def different(cases: Iterable[Case]) -> list[Gate]:
+    """Of these calls, what is to be compiled, once."""
+    return list({str(gate.request): gate for case in cases for gate in gates_of(case)}.values())
+
+
+def tritons() -> list[str | None]:
+    return [None, *filter(None, os.environ.get("FASTPREF_TRITON_PATHS", "").split(os.pathsep))]
+
+
+@pytest.fixture(scope="module", params=tritons(), ids=lambda folder: Path(folder).name if folder else "installed")
+def compiled(request) -> Callable[[list[Gate]], list[dict]]:
+    """By one process a CPU."""
+    if request.param is None:
+        if importlib.util.find_spec("triton") is None:
+            pytest.skip("Triton is not installed")
+        version = importlib.metadata.version("triton")
+        if tuple(map(int, version.split(".")[:2])) < (3, 3):
+            pytest.skip(f"Triton {version} compiles ahead of time by another interface; 3.3 and later are checked")
+    compilers = [Compiler(request.param) for _ in range(os.cpu_count())]
+    idle = queue.SimpleQueue()
+    for compiler in compilers:
+        idle.put(compiler)
+
+    def usage(gate: Gate) -> dict:
+        compiler = idle.get()
+        try:
+            return compiler(gate.request)
+        finally:
+            idle.put(compiler)
+
+    def run(gates: list[Gate]) -> list[dict]:
+        with ThreadPoolExecutor(len(compilers)) as threads:
+            return list(threads.map(usage, gates))
+
+    yield run
+    for compiler in compilers:
+        compiler.close()
+
+
+def told(gate: Gate, usage: dict) -> str:
+    return f"{gate.case.target} {gate.case.dtype} {gate.case.name} {gate.kernel}: {usage}"
+
 
 # Half of an SM's 64 warps (48 on sm_120) fit in these; half hide the latency of the memory these kernels wait for.
-# A softcap makes them wait for arithmetic instead, where ptxas buys independent instructions with registers.
-MAX_REGISTERS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 80, "gfx942": 128}
-MAX_REGISTERS_SOFTCAP = 128
+# The backward of a softcap waits for arithmetic, where ptxas buys independent instructions with registers.
+STREAMING = {"_token_logps_fwd_kernel", "_token_logps_bwd_kernel"}
+MOST_REGISTERS = {"stream": 64, "stats": 72, "softcap": 104, "vectors": 128}  # vectors: of length B, or of tokens
+MOST_REGISTERS_OF_AMD = 128
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a")
+KINDS = ("forward", "stats", "backward")
+NARROWING = "backward to bf16"  # of the float32 tile that bf16 hidden states and weights give
 
-KINDS = ("fwd", "fwd+stats", "bwd")
-NARROWING = "bwd to bf16"  # of the float32 tile that bf16 hidden states and weights give
+
+def token_call(dtype: torch.dtype, rung: int, kind: str, softcap: float | None) -> None:
+    limit, transform = token_logps._LADDER[rung][0], Transform(softcap=softcap)
+    rows = torch.empty(1, 2, limit // dtype.itemsize if limit else 1 << 17, dtype=dtype)
+    labels, logps, lse = torch.zeros(1, 2, dtype=torch.long), torch.empty(1, 2), torch.empty(2, 1, 2)
+    if kind in ("forward", "stats"):
+        token_logps._triton_fwd(rows, labels, transform, kind == "stats")
+    else:
+        out = torch.empty_like(rows, dtype=torch.bfloat16 if kind == NARROWING else dtype)
+        token_logps._triton_bwd(logps, rows, labels, logps, lse, transform, out)
 
 
-def cases(full: bool):
-    """(target, dtype, rung, kind, softcap).
+def preference_call(dtype: torch.dtype, packed: bool, softcap: float | None) -> None:
+    """With everything that a call can have, padded or packed."""
+    logits = torch.empty(2, 3, 1 << 17, dtype=dtype)
+    labels, given = torch.zeros(2, 3, dtype=torch.int32), {"lengths": torch.tensor([3, 2])}
+    if packed:
+        logits, labels, given = logits[0], labels[0], {"cu_seqlens": torch.tensor([0, 2, 3])}
+    reference = torch.empty_like(logits)
+    logits = logits.requires_grad_()
+    out = fastpref.preference_loss(
+        logits, labels, ref_logits=reference, loss="rdpo", rating_gap=torch.ones(1), pair_weights=torch.ones(1),
+        shift=True, softcap=softcap, stats=("entropy",), backend="triton", **given,
+    )  # fmt: skip
+    torch.autograd.grad(out.loss, logits, torch.ones(()))
 
-    Rungs differ in threads, not in the code of a thread, and fp16 from bf16 in a conversion: one target takes every
-    rung and dtype, the others the last rung. The full product would take four times as long. Without --full a rung
-    takes one dtype, another target bf16, and what is beside them (a softcap, a narrowing) NVIDIA's and AMD's target.
-    """
-    dtypes = ("fp32", "bf16", "fp16")
-    beside = MAX_REGISTERS if full else ("sm_90", "gfx942")
+
+def stream_cases(full: bool) -> Iterator[Case]:
+    """Rungs differ in threads, not in the code of a thread, and fp16 from bf16 in a conversion: one target takes every
+    rung and dtype, the others the last rung. Without --full a rung takes one dtype, another target bf16, and what is
+    beside them (a softcap, a narrowing) NVIDIA's and AMD's target."""
+    beside = TARGETS if full else ("sm_90", "gfx942")
+
+    def of_tokens(target, dtype, rung, kind, softcap=None):
+        name = f"{kind}, rung {rung}" + (", softcap" if softcap else "")
+        return Case(target, dtype, name, lambda: token_call(DTYPES[dtype], rung, kind, softcap))
+
     for kind in KINDS:
-        for rung in range(3):
-            for dtype in dtypes if full else dtypes[rung : rung + 1]:
-                yield "sm_90", dtype, rung, kind, False
-        for target in ("sm_80", "sm_100", "sm_120", "gfx942"):
+        for rung in range(len(token_logps._LADDER)):
+            names = ("fp32", "bf16", "fp16")
+            for dtype in names if full else names[rung : rung + 1]:
+                yield of_tokens("sm_90", dtype, rung, kind)
+        for target in TARGETS:
             for dtype in ("fp32", "bf16") if full else ("bf16",):
-                yield target, dtype, -1, kind, False
+                yield of_tokens(target, dtype, -1, kind)
         for target in beside:
-            yield target, "bf16", -1, kind, True
+            yield of_tokens(target, "bf16", -1, kind, 30.0)
     for target in beside:
-        yield target, "fp32", -1, NARROWING, False
+        yield of_tokens(target, "fp32", -1, NARROWING)
+    for target in TARGETS:
+        for packed in (True, False) if full or target in beside else (True,):
+            for softcap in (None, 30.0) if full else (None,):
+                for dtype in ("fp32", "bf16") if full else ("bf16",):
+                    name = f"preference{', packed' * packed}{', softcap' * bool(softcap)}"
+
+                    def call(dtype=dtype, packed=packed, softcap=softcap):
+                        preference_call(DTYPES[dtype], packed, softcap)
+
+                    yield Case(target, dtype, name, call)
+    yield Case("sm_90", "bf16", "scaled", lambda: scaled._triton_scale(torch.empty(1 << 20).bfloat16(), torch.ones(())))
 
 
-def find_cuobjdump() -> str:
+def most_registers(gate: Gate) -> int:
+    if gate.case.target.startswith("gfx"):
+        return MOST_REGISTERS_OF_AMD
+    backward = gate.kernel == "_token_logps_bwd_kernel"
+    if gate.kernel not in STREAMING:
+        return MOST_REGISTERS["vectors"]
+    if "softcap" in gate.case.name and backward:
+        return MOST_REGISTERS["softcap"]
+    stats = not backward and "constant" not in gate.request["arguments"]["stats_ptr"]
+    return MOST_REGISTERS["stats" if stats else "stream"]
+
+
+def test_streaming_kernels(compiled, pytestconfig):
+    gates = different(stream_cases(pytestconfig.getoption("full")))
+    wrong = []
+    for gate, usage in zip(gates, compiled(gates), strict=True):
+        fine = usage["stack"] == 0 and usage["spills"] == 0 and usage["registers"] <= most_registers(gate)
+        if gate.kernel in STREAMING:
+            # two loads of 16 bytes in the loop over whole blocks, two in the ragged block after it: one read of the
+            # row; AMD reads both ends of a packed sequence at once, too
+            both_ends = gate.case.target.startswith("gfx") and "packed" in gate.case.name
+            fine = fine and usage["wide_loads"] == 4 + both_ends
+            # the same for the gradient, and two for the rows that are only zeroed; a narrow one is half as wide
+            if NARROWING not in gate.case.name:
+                fine = fine and usage["wide_stores"] == (6 if gate.kernel == "_token_logps_bwd_kernel" else 0)
+        if not fine:
+            wrong.append(told(gate, usage))
+    assert not wrong, "\n".join(wrong)
+
+
+def residual_pass_call(dtype: torch.dtype, columns: int, psi: str, everything: bool) -> None:
+    matrix, factor = torch.empty(1024, 1024).to(dtype), torch.empty(1024, columns)
+    weights = torch.empty(1024) if everything else None
+    terms = residual_pass._Terms(psi, 0.7, 1.0, everything, weights, weights, everything)
+    residual_pass._triton_pass(matrix, factor, factor, terms)
+
+
+def residual_pass_cases(full: bool) -> Iterator[Case]:
+    """The widest factors need the most registers. Without --full one target takes all of them, the others bf16."""
+    for target in ("sm_80", "sm_90", "sm_100"):
+        whole = full or target == "sm_90"
+        variants = [
+            (dtype, columns, "cauchy", columns == 64)
+            for dtype in (("fp32", "bf16", "i8") if whole else ("bf16",))
+            for columns in ((10, 64) if whole else (64,))
+        ]
+        variants += [("fp16", 64, psi, True) for psi in ("hard", "soft", "identity")] if whole else []
+        for dtype, columns, psi, everything in variants:
+
+            def call(dtype=dtype, columns=columns, psi=psi, everything=everything):
+                residual_pass_call(DTYPES[dtype], columns, psi, everything)
+
+            yield Case(target, dtype, f"{columns} columns, {psi}", call)
+
+
+# What ptxas spills at the 128 registers of two blocks to a multiprocessor: addresses that the inner loop does not need.
+MOST_STACK_OF_RESIDUAL_PASS = 32
+
+
+def test_residual_pass_kernels(compiled, pytestconfig):
+    gates = different(residual_pass_cases(pytestconfig.getoption("full")))
+    wrong = [
+        told(gate, usage)
+        for gate, usage in zip(gates, compiled(gates), strict=True)
+        if usage["stack"] > MOST_STACK_OF_RESIDUAL_PASS or usage["spills_in_loops"]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+# ---- CUDA C++ ----
+
+ARCHITECTURES = ("80", "90", "100")  # and, with --full, those that have the instructions of one of these
+MORE_ARCHITECTURES = ("86", "89", "120")
+KERNELS = {"token_logps": 22, "preference": 12}  # 3 dtypes x softcap x stats, and 5 pairs of dtypes x softcap
+# With stats, ptxas wants more than 72 registers for these. What it spills is of a row and not of a column, and a block
+# less on each multiprocessor would cost more.
+MAY_SPILL = ("100", "120")
+MOST_SPILLED = 32  # bytes
+
+
+class Cubin(NamedTuple):
+    op: str
+    architecture: str
+    said: str  # by ptxas
+    sass: str
+
+
+def most_registers_of_cuda(name: str) -> int:
+    """What the blocks of its __launch_bounds__ leave each thread."""
+    flags = [int(flag) for flag in re.findall(r"Lb([01])E", name)]
+    if "scatter_kernel" in name:
+        (softcap,) = flags
+        return 80 if softcap else 64
+    softcap, stats = flags
+    return (80 if softcap else 72) if stats else 64
+
+
+def spilled(said: str) -> dict[str, int]:
+    """Bytes of stack and of spills by function, of those that have any."""
+    parts = (
+        r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    )
+    found = {name: max(map(int, counts)) for name, *counts in re.findall(parts, said)}
+    return {name: most for name, most in found.items() if most}
+
+
+def find_cuobjdump() -> str | None:
     triton = importlib.util.find_spec("triton")
     bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton else None
     return str(bundled) if bundled and bundled.exists() else shutil.which("cuobjdump")
 
 
-def cubin_usage(compiled) -> tuple[dict, str]:
-    """Registers, spills and stack of a kernel compiled for an NVIDIA GPU, and its SASS."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.check_output([find_cuobjdump(), "--dump-resource-usage", cubin], text=True)
-        sass = subprocess.check_output([find_cuobjdump(), "--dump-sass", cubin], text=True)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return {"registers": int(registers), "spills": spills, "stack": int(stack)}, sass
-
-
-def compile_triton(op, target, dtype, rung, kind, softcap):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    amd = target.startswith("gfx")
-    item_bytes = 4 if dtype == "fp32" else 2
-    limit = op._LADDER[rung][0]
-    options = op._launch_options(limit // item_bytes if limit else 1 << 17, item_bytes, 64 if amd else 32)
-    constants = {"HAS_SOFTCAP": softcap, "BLOCK_V": options.pop("BLOCK_V")}
-    backward = kind in ("bwd", NARROWING)
-    constants |= {"SAME_PHASE": True} if backward else {"HAS_STATS": kind == "fwd+stats"}
-    kernel = op._token_logps_bwd_kernel if backward else op._token_logps_fwd_kernel
-
-    def type_of(name):
-        if name in constants:
-            return "constexpr"
-        if name == "out_ptr" and kind == NARROWING:
-            return "*bf16"
-        if name in ("x_ptr", "out_ptr"):
-            return f"*{dtype}"
-        if name == "labels_ptr":
-            return "*i64"
-        if name.endswith("_ptr"):
-            return "*fp32"
-        return "fp32" if name in ("multiplier", "tanh_scale") else "i32"
-
-    source = ASTSource(
-        kernel,
-        {name: type_of(name) for name in kernel.arg_names},
-        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-    )
-    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
-    compiled = triton.compile(source, target=gpu, options=options)
-    result = {"target": target, "dtype": dtype, "kind": kind, "softcap": softcap, "num_warps": options["num_warps"]}
-    if amd:
-        asm = compiled.asm["amdgcn"]
-        number = {
-            key: int(re.search(rf"\.{key}:\s+(\d+)", asm).group(1))
-            for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-        }
-        result |= {
-            "registers": number["vgpr_count"],
-            "spills": number["vgpr_spill_count"] + number["sgpr_spill_count"],
-            "stack": number["private_segment_fixed_size"],
-            "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", asm)),
-            "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", asm)),
-        }
-    else:
-        usage, sass = cubin_usage(compiled)
-        # PTX: ptxas may unroll a loop and so repeat its loads
-        ptx = compiled.asm["ptx"]
-        result |= usage | {
-            "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
-            "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
-        }
-        result["wide_loads"] *= bool(re.search(r"LDG\.E\S*\.128", sass))
-        result["wide_stores"] *= bool(re.search(r"STG\.E\S*\.128", sass))
-    return result
-
-
-def residual_pass_cases(full: bool):
-    """(target, dtype, columns of the factors, psi, everything else on); the widest factors need the most registers.
-
-    Without --full one target takes all of them, the others the widest factors of bf16.
-    """
-    for target in ("sm_80", "sm_90", "sm_100"):
-        whole = full or target == "sm_90"
-        for dtype in ("fp32", "bf16", "i8") if whole else ("bf16",):
-            for columns in (10, 64) if whole else (64,):
-                yield target, dtype, columns, "cauchy", columns == 64
-        for psi in ("hard", "soft", "identity") if whole else ():
-            yield target, "fp16", 64, psi, True
-
-
-def compile_residual_pass(op, target, dtype, columns, psi, everything):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, block = op._residual_pass_kernel, op._factor_block(columns)
-    constants = dict.fromkeys(("UPPER", "WEIGHTED", "SQUARES"), everything) | {"PSI": op._PSI[psi], "STATS": True}
-    constants |= {"BLOCK_M": op._BLOCK_M, "BLOCK_N": op._BLOCK_N, "BLOCK_K": block, "BLOCK_Q": block}
-
-    def type_of(name):
-        if name in constants:
-            return "constexpr"
-        if name.endswith("_ptr"):
-            return {"matrix_ptr": f"*{dtype}", "counts_ptr": "*i32", "histogram_ptr": "*i32"}.get(name, "*fp32")
-        return "fp32" if name in ("scale", "zeta", "inverse_zeta") else "i32"
-
-    source = ASTSource(
-        kernel,
-        {name: type_of(name) for name in kernel.arg_names},
-        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options=dict(op._LAUNCH))
-    usage, _ = cubin_usage(compiled)
-    return {"target": target, "dtype": dtype, "columns": columns, "psi": psi} | usage
-
-
-def scaled_cases(full: bool):
-    """(target, dtype)"""
-    for target in ("sm_80", "sm_90", "sm_100") if full else ("sm_90",):
-        for dtype in ("fp32", "bf16", "fp16") if full else ("bf16",):
-            yield target, dtype
-
-
-def compile_scaled(op, target, dtype):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    block = op._WARPS * 32 * op._THREAD_BYTES // (4 if dtype == "fp32" else 2)
-    source = ASTSource(
-        op._scale_kernel,
-        {"x_ptr": f"*{dtype}", "factor_ptr": "*fp32", "size": "i64", "BLOCK": "constexpr"},
-        constexprs={(3,): block},
-        attrs={(0,): [["tt.divisibility", 16]]},  # as a gradient's address is
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options={"num_warps": op._WARPS})
-    usage, _ = cubin_usage(compiled)
-    ptx = compiled.asm["ptx"]
-    wide = {name: len(re.findall(rf"{name}\.global\S*\.v4\.b32", ptx)) for name in ("ld", "st")}
-    return {"target": target, "dtype": dtype} | usage | wide
-
-
-def compiled_ahead_of_time(module, full) -> list[dict]:
-    """What this file prints as a script: Triton reads TRITON_INTERPRET when it is imported, perhaps here already."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    version = importlib.metadata.version("triton")
-    if tuple(map(int, version.split(".")[:2])) < (3, 3):
-        pytest.skip(f"Triton {version} compiles ahead of time by another interface; 3.3 and later are checked")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__, module, *["--full"] * full], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-@pytest.mark.slow
-def test_residual_pass_kernels(pytestconfig):
-    full = pytestconfig.getoption("full")
-    results = compiled_ahead_of_time("fastpref._lowrank.residual_pass", full)
-    assert len(results) == len(list(residual_pass_cases(full)))
-    for result in results:
-        assert result["stack"] == 0, result
-        assert result["spills"] == 0, result
-
-
-@pytest.mark.slow
-def test_scaled_kernel(pytestconfig):
-    full = pytestconfig.getoption("full")
-    results = compiled_ahead_of_time("fastpref._logps.scaled", full)
-    assert len(results) == len(list(scaled_cases(full)))
-    for result in results:
-        assert result["stack"] == result["spills"] == 0, result
-        assert result["registers"] <= 64, result
-        assert result["ld"] == result["st"] == 4, result  # 64 bytes per thread and step, 16 at a time
-
-
-@pytest.mark.slow
-def test_triton_kernels(pytestconfig):
-    full = pytestconfig.getoption("full")
-    results = compiled_ahead_of_time("fastpref._logps.token_logps", full)
-    assert len(results) == len(list(cases(full)))
-    for result in results:
-        assert result["stack"] == 0, result
-        assert result["spills"] == 0, result
-        limit = MAX_REGISTERS_SOFTCAP if result["softcap"] else MAX_REGISTERS[result["target"]]
-        assert result["registers"] <= limit, result
-        # Two loads of 16 bytes in the loop over whole blocks and two in the ragged block after it: one read of the row.
-        assert result["wide_loads"] == 4, result
-        # The same for the gradient, and two for the rows that are only zeroed.
-        if result["kind"] != NARROWING:  # half as wide there
-            assert result["wide_stores"] == (6 if result["kind"] == "bwd" else 0), result
-
-
-@pytest.mark.slow
-def test_cuda_kernels(tmp_path):
+def test_cuda_kernels(tmp_path, pytestconfig):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not on PATH")
     if not CSRC.is_dir():
         pytest.skip(f"the sources are not beside the tests: {CSRC}")
-    architectures = ("80", "90", "100", "120")
     known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
-    architectures = [a for a in architectures if f"sm_{a}" in known]  # sm_100 and sm_120 need CUDA 12.8
-    cubins = {a: tmp_path / f"sm_{a}.cubin" for a in architectures}
-    for architecture, cubin in cubins.items():
+    wanted = ARCHITECTURES + MORE_ARCHITECTURES * pytestconfig.getoption("full")
+    architectures = [a for a in wanted if f"sm_{a}" in known]  # sm_100 and sm_120 need CUDA 12.8
+    cuobjdump = find_cuobjdump()
+
+    def compile_one(op, architecture):
+        path = tmp_path / f"{op}.sm_{architecture}.cubin"
         command = [nvcc, "-std=c++17", "-O3", "-I", CSRC, "-cubin", f"-arch=sm_{architecture}", "-Werror=all-warnings"]
-        command += ["-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error"]
-        done = subprocess.run([*command, CSRC / "cuda/token_logps.cu", "-o", cubin], capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "-Xptxas=-v", CSRC / f"cuda/{op}.cu", "-o", path], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
-        registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
-        assert len(registers) == 18, done.stderr  # 3 dtypes x (forward: softcap x stats, backward: softcap)
-        assert max(registers) <= 64, done.stderr
-        stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-        assert set(stacks) == {("0", "0", "0")}, done.stderr
-    if find_cuobjdump() is None:
+        sass = subprocess.check_output([cuobjdump, "--dump-sass", path], text=True) if cuobjdump else ""
+        return Cubin(op, architecture, done.stderr, sass)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        cubins = list(threads.map(compile_one, *zip(*((o, a) for a in architectures for o in KERNELS), strict=True)))
+    for cubin in cubins:
+        used = re.findall(r"Compiling entry function '(\S+)'.*?Used (\d+) registers", cubin.said, re.DOTALL)
+        assert len(used) == KERNELS[cubin.op], cubin.said
+        for name, registers in used:
+            assert int(registers) <= most_registers_of_cuda(name), (cubin.architecture, name, registers)
+        for name, most in spilled(cubin.said).items():
+            assert cubin.architecture in MAY_SPILL and "Lb0ELb1E" in name and most <= MOST_SPILLED, cubin.said
+    if cuobjdump is None:
         pytest.skip("compiled without spills, but there is no cuobjdump to show the width of the loads")
-    for cubin in cubins.values():
-        sass = subprocess.check_output([find_cuobjdump(), "--dump-sass", cubin], text=True)
-        functions = re.split(r"Function : ", sass)[1:]
-        assert len(functions) == 18
-        for function in functions:
-            name = function.split()[0]
-            assert re.search(r"LDG\.E\S*\.128", function), name
-            assert bool(re.search(r"STG\.E\S*\.128", function)) == ("bwd" in name), name
-
-
-if __name__ == "__main__":
-    full = "--full" in sys.argv
-    op = importlib.import_module(sys.argv[1])
-    if sys.argv[1].endswith("residual_pass"):
-        for case in residual_pass_cases(full):
-            print(json.dumps(compile_residual_pass(op, *case)), flush=True)
-    elif sys.argv[1].endswith("scaled"):
-        for case in scaled_cases(full):
-            print(json.dumps(compile_scaled(op, *case)), flush=True)
-    else:
-        assert len(op._LADDER) == 3, "cases() names the rungs"
-        for case in cases(full):
-            print(json.dumps(compile_triton(op, *case)), flush=True)
+    for cubin in cubins:
+        functions = {text.split()[0]: text for text in re.split(r"Function : ", cubin.sass)[1:]}
+        kernels = {name: text for name, text in functions.items() if "_kernel" in name}
+        assert len(kernels) == KERNELS[cubin.op]
+        for name, text in kernels.items():
+            assert spills_in_loops(text) == 0, (cubin.architecture, name)
+            assert re.search(r"LDG\.E\S*\.128", text), (cubin.architecture, name)
+            assert "scatter" not in name or re.search(r"STG\.E\S*\.128", text), (cubin.architecture, name)

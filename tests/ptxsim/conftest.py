@@ -9,7 +9,7 @@ from pathlib import Path
 import ptxsim
 import ptxsim_build
 import pytest
-from ptxsim_triton import Compiler
+from ahead_of_time import Compiler
 
 from fastpref import _native
 

@@ -1,12 +1,12 @@
 """fastpref's public functions on the simulator: their CUDA paths, on tensors of the CPU, every access checked."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import ptxsim
 import torch
 from forced_cuda import forced_cuda
-from ptxsim_triton import Compiler, Kernel
+from ptxsim_triton import Kernel
 from torch import Tensor
 
 POISON = {torch.int64: -7_777_777_777, torch.int32: -77_777, torch.uint8: 0xA7}
@@ -17,7 +17,7 @@ def poison(tensor: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def simulated(inputs: dict, by_row: dict | None = None, compiler: Compiler | None = None) -> Iterator[None]:
+def simulated(inputs: dict, by_row: dict | None = None, compiler: Callable | None = None) -> Iterator[None]:
     """What runs inside goes to the simulator.
 
     Args:

@@ -553,7 +553,9 @@ def ledgers(run: Runner, case: Case) -> dict[str, dict]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native, "_core", Core())
         patch.setattr(
-            ptxsim_triton.Kernel, "launch", lambda kernel, *rest: noted(kernel.function.__name__, launch)(kernel, *rest)
+            ptxsim_triton.Kernel,
+            "launch",
+            lambda kernel, *rest: noted(kernel.kernel.fn.__name__, launch)(kernel, *rest),
         )
         run(case)
     return counts
