@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,8 @@ class Compiler:
     def __init__(self, triton: str | None = None):
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [triton, *sys.path]))
+        # early versions link AMD's code by ROCm's linker; what is looked at comes before that
+        env.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
         self.process = subprocess.Popen(
             [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -153,7 +156,8 @@ def amd_usage(asm: str) -> dict:
     return {
         "registers": number("vgpr_count"),
         "stack": number("private_segment_fixed_size"),
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "spills": number("vgpr_spill_count"),
+        "scalar_spills": number("sgpr_spill_count"),  # into lanes of vector registers
         "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", asm)),
         "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", asm)),
     }

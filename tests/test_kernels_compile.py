@@ -196,9 +196,9 @@ def test_streaming_kernels(compiled, pytestconfig):
         fine = usage["stack"] == 0 and usage["spills"] == 0 and usage["registers"] <= most_registers(gate)
         if gate.kernel in STREAMING:
             # two loads of 16 bytes in the loop over whole blocks, two in the ragged block after it: one read of the
-            # row; AMD reads both ends of a packed sequence at once, too
+            # row; AMD may read both ends of a packed sequence at once, too
             both_ends = gate.case.target.startswith("gfx") and "packed" in gate.case.name
-            fine = fine and usage["wide_loads"] == 4 + both_ends
+            fine = fine and usage["wide_loads"] in (4, 4 + both_ends) and not usage.get("scalar_spills")
             # the same for the gradient, and two for the rows that are only zeroed; a narrow one is half as wide
             if NARROWING not in gate.case.name:
                 fine = fine and usage["wide_stores"] == (6 if gate.kernel == "_token_logps_bwd_kernel" else 0)

@@ -381,7 +381,8 @@ if triton is not None:
 
 
 # (bytes up to which a rung serves rows, threads). A block is 32 bytes per thread, so short rows get few threads; every
-# row is a program of its own, so more than 256 threads would gain nothing.
+# row is a program of its own, so more than 256 threads would gain nothing. Fewer rows than a GPU has room for, some 400
+# on a large one, do not fill it: the native kernels divide rows.
 _LADDER = ((2048, 32), (16384, 128), (None, 256))
 
 
@@ -760,8 +761,9 @@ def token_logps(
     Returns:
         float32 (float64 for float64 logits) of labels' shape, never positive, 0 at ignored positions; with stats, also
         a TokenStats. Sums are accumulated in float32 blocks and float64 totals on CPU, in float32 on a GPU; the
-        gradient has the logits' dtype. -inf logits are columns of probability 0. On one backend a row has the same
-        bits whatever else is in the batch, where rows begin at multiples of 16 bytes.
+        gradient has the logits' dtype. -inf logits are columns of probability 0. Where the row stride is a multiple of
+        16 bytes, a row's results have the same bits whatever else is in the batch, from one backend; the reference's
+        may differ.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, shape, dtype or device, and on CPU for a label outside

@@ -282,9 +282,10 @@ def test_ledger(kernels):
     forward = ptxsim.ledger()
     kernels.backward(case, saved, torch.empty_like(case.logits))
     backward = ptxsim.ledger()
-    for counts, moved in ((forward, 2), (backward, 4)):
+    most = (8.5, 10.5, 0) if kernels.compiler is None else (9.5, 9.5, 20)
+    for counts, moved, slots in ((forward, 2, most[0]), (backward, 4, most[1])):
         s = ptxsim.summary(counts, case.logits.numel())
         assert s["excess_sectors"] < 1.01 and s["traffic_ratio"] < 1.05 and s["bank_conflicts"] == 0
-        assert s["active_lanes"] > 30 and s["barriers_per_block"] <= (0 if kernels.compiler is None else 3)
+        assert s["active_lanes"] > 30 and s["barriers_per_block"] <= most[2]
         assert moved <= s["bytes_per_element"] < moved * 1.01
-        assert s["slots_per_element"] <= {2: 8.5, 4: 10.5}[moved], s
+        assert s["slots_per_element"] <= slots, s
