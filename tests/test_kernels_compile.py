@@ -270,7 +270,7 @@ def most_registers_of_cuda(name: str, architecture: str) -> int:
         (softcap,) = flags
         return 80 if softcap else 64
     softcap, stats = flags
-    with_stats = 128 if softcap else 72 if int(architecture) < 100 else 80
+    with_stats = 128 if softcap else 72 if int(architecture) < 100 else 96
     return with_stats if stats else 64
 
 
@@ -318,7 +318,7 @@ def test_cuda_kernels(tmp_path, pytestconfig):
         for name, registers in used:
             most = most_registers_of_cuda(name, cubin.architecture)
             assert int(registers) <= most, (cubin.architecture, name, registers)
-        assert not spilled(cubin.said), cubin.said
+        assert not spilled(cubin.said), (cubin.op, cubin.architecture, spilled(cubin.said))
     if cuobjdump is None:
         pytest.skip("compiled without spills, but there is no cuobjdump to show the width of the loads")
     for cubin in cubins:

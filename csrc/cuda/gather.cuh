@@ -333,10 +333,10 @@ __device__ __noinline__ void publish(const Args& a, unsigned item, unsigned vali
 // A sequence without rows has no group that could arrive for it; (preference.cu) has it for pairs.
 __device__ inline void sequence_begins(const Gather&, int) {}
 
-// Of 128 threads to a multiprocessor: 64 registers, with stats 72. Where they would spill at that, 80, with ptxas's
+// Of 128 threads to a multiprocessor: 64 registers, with stats 72. Where they would spill at that, 96, with ptxas's
 // schedules for sm_100 and sm_120, and 128 with a softcap too, whose time is arithmetic's.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int stats_blocks = 6;
+constexpr int stats_blocks = 5;
 #else
 constexpr int stats_blocks = 7;
 #endif
