@@ -1,11 +1,16 @@
 """Builds, tests and measures fastpref on a GPU, in one command and under nine minutes: `python benchmarks/gpu.py`.
 
 For any machine with a GPU; needs no internet. Builds into a scratch folder against the torch that is there (no
-isolation, no dependencies), runs the GPU tests, then the benchmarks, and writes JSON and Markdown after every stage: a
-stage that fails or runs out of time is recorded with the end of its log, and the next goes on. A backend whose numerics
-tests fail, or did not run, is not measured. `--dry-run` walks the same path on a CPU, under Triton's interpreter.
+isolation, no dependencies); launches every variant of every kernel once against float64; measures the loss half and the
+low-rank half against their peers; runs all GPU tests, and a memory checker where there is one. JSON and Markdown are
+written after every stage: what fails or runs out of time is recorded with the end of its log, and the next goes on.
+Red numerics do not stop a measurement: its row says that it is not proved, and why. The last lines on stdout are a
+short table. FASTPREF_COMMIT names the commit where there is no .git.
 
-Exit code: 0 done, 1 a stage failed (results are written all the same), 2 there is no GPU.
+`--dry-run` runs the same code at tiny shapes on a CPU whose tensors are taken for a GPU's: the kernels' PTX is executed
+by the simulator of tests/ptxsim, every access checked. It needs nvcc, cmake and g++. `--few` leaves most items out.
+
+Exit code: 0 done, 1 something failed (results are written all the same), 2 there is no GPU, or nothing to simulate it.
 """
 
 import argparse
@@ -15,22 +20,24 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
-from harness import report, verify
+from harness import gpu_table, report, verify
+from harness.children import Ended, call, work
+from peers.published import PUBLISHED
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LIMIT_S = 520
-BACKENDS = ("native", "triton")
 # what later stages are sure to keep, in their order; what a stage leaves over goes to those after it
-KEPT_S = {"describe": 70, "build": 110, "numerics": 90, "measure": 130, "tests": 80, "sanitizer": 45}
+KEPT_S = {"describe": 30, "build": 110, "contact": 60, "measure": 130, "low_rank": 85, "tests": 75, "sanitizer": 30}
+CUDA_TESTS = ("logps", "lowrank", "preference_matrix")  # folders of tests/ with every test that is marked cuda
+PROCESSES, CONTACT_S = 8, 60  # that meet the kernels first: most of the time goes into Triton's compiler
 
 
 def main(argv=None) -> int:
@@ -42,50 +49,47 @@ def main(argv=None) -> int:
             print(f"torch could not be asked about this machine: see {run.path}.json", file=sys.stderr)
             return 1
         if run.results["machine"]["gpu"] is None and not arguments.dry_run:
-            print("no GPU is visible to torch; --dry-run walks the same path on a CPU", file=sys.stderr)
+            print("no GPU is visible to torch; --dry-run executes the same on a CPU", file=sys.stderr)
             return 2
-        for stage in (run.build, run.numerics, run.measure, run.tests, run.sanitizer):
+        for stage in (run.build, run.contact, run.measure, run.low_rank, run.tests, run.sanitizer):
             stage()
             run.write()
         run.results["finished"] = True
         run.write()
     print(f"wrote {run.path}.json and .md")
-    return 1 if any(stage["status"] not in ("done", "left out") for stage in run.results["stages"].values()) else 0
+    print("\n".join(run.table()))
+    return 1 if run.has_failed() else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = os.environ.get("OUT") or HERE / "results"
     parser.add_argument("--out", type=Path, default=default, help="folder for the results ($OUT, or %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny shapes, Triton's interpreter")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny shapes, kernels on the simulator")
+    parser.add_argument("--few", action="store_true", help="some items of each stage, to see that the command works")
+    parser.add_argument(
+        "--simulator", type=Path, default=ROOT / ".pytest_cache" / "d" / "ptxsim",
+        help="where a dry run's simulator is built, or is already (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--installed", action="store_true", help="take the fastpref that is installed: no build")
     parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="for everything (%(default)s)")
     return parser
-
-
-class Ended(NamedTuple):
-    status: str  # done, failed or "out of time"
-    seconds: float
-    output: str  # stdout
-    log: str  # both, the end
 
 
 class Run:
     """The stages in their order, and the results they fill in."""
 
     def __init__(self, arguments, scratch: Path):
-        self.dry_run, self.installed, self.scratch = arguments.dry_run, arguments.installed, scratch
+        self.dry_run, self.few, self.installed = arguments.dry_run, arguments.few, arguments.installed
+        self.simulator, self.scratch = arguments.simulator, scratch
         self.start, self.limit = time.monotonic(), arguments.limit_s
         self.out = Path(arguments.out)
         self.path = None
         self.outcomes = scratch / "outcomes.jsonl"
         self.environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH")])),
             "FASTPREF_TEST_SEED": os.environ.get("FASTPREF_TEST_SEED", "0"),
             "FASTPREF_OUTCOMES": str(self.outcomes),
         }
-        if self.dry_run:
-            self.environment["TRITON_INTERPRET"] = "1"
         self.results = {
             "kind": "gpu",
             "dry_run": self.dry_run,
@@ -94,11 +98,13 @@ class Run:
             "build_info": None,
             "bandwidth": {},
             "stages": {},
+            "contact": {},
             "tests": None,
-            "refused": {},
+            "published": PUBLISHED,
             "not_run": {},
             "cases": [],
         }
+        self._lock = threading.Lock()
 
     # ---- stages ----
 
@@ -118,15 +124,18 @@ class Run:
             self.leave_out("build", "--installed: the fastpref that is there")
         else:
             self._build()
-        code = "import fastpref, json; print(json.dumps(fastpref.build_info(), default=str))"
-        ended = self.call("import", [sys.executable, "-c", code], kept=60)
-        if ended.status == "done":
-            self.results["build_info"] = info = json.loads(ended.output.splitlines()[-1])
-            self.results["machine"]["versions"]["fastpref"] = info["version"]
+        if self.dry_run:
+            command = [sys.executable, verify.TESTS / "ptxsim" / "ptxsim_build.py", self.simulator, "--core"]
+            ended = self.call("simulator", command, kept=self.seconds_for("build"))
+            if ended.status == "done":
+                library, core = ended.output.splitlines()[-2:]
+                self.environment["PTXSIM_LIBRARY"] = library.partition("=")[2]
+                self.environment["FASTPREF_SIMULATED_CORE"] = core
 
     def _build(self):
         site = self.scratch / "site"
-        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), self.environment["PYTHONPATH"]]))
+        paths = [str(site), self.environment.get("PYTHONPATH", "")]
+        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps"]
         pip += ["--target", site, "-C", f"build-dir={self.scratch / 'build'}"]
         cuda = ["-C", f"cmake.define.FASTPREF_CUDA={'OFF' if self.dry_run else 'ON'}"]
@@ -140,76 +149,108 @@ class Run:
         shutil.rmtree(site, ignore_errors=True)
         self.call("build without native code", [*pip, ROOT], kept=60, environment={"FASTPREF_PURE": "1"})
 
-    def numerics(self):
-        """What the benchmarks are gated by."""
-        words = "(test_one_row or test_leading_dimensions) and cpu" if self.dry_run else ""
-        status = self.pytest("numerics", _gate_files(), "" if self.dry_run else "cuda and numerics", words)
-        counts = self.results["tests"]["by_backend"]
-        for backend in BACKENDS:
-            count = counts.get(self.tested(backend), {"passed": 0, "failed": 0})
-            if count["failed"] or not count["passed"] or status == "out of time":
-                tests = f"{count['failed']} numerics tests failed and {count['passed']} passed ({status})"
-                self.results["refused"][backend] = f"not reported, because {tests}"
+    def contact(self):
+        """Every variant of every kernel once, a line each; Triton's cache is warm afterwards."""
+
+        def take(name, result):
+            if "build_info" in result:
+                self.results["build_info"] = info = result["build_info"]
+                self.results["machine"]["versions"]["fastpref"] = info["version"]
+                return
+            self.results["contact"][name] = result
+            parts = ", ".join(f"{part} {said['error']:.1e}" if isinstance(said["error"], float) else f"{part} {said}"
+                              for part, said in result.get("parts", {}).items())  # fmt: skip
+            word = "ok" if result.get("ok") else result.get("failed") or result.get("not_run") or "WRONG"
+            print(f"{name}: {word}{': ' if parts else ''}{parts}", flush=True)
+
+        self.items("contact", take, 1 if self.dry_run else PROCESSES)
 
     def measure(self):
-        ended = self.call("bandwidth", self.child("bandwidth"), kept=60)
-        if ended.status != "done":
-            self.results["not_run"]["benchmarks"] = "the bandwidth could not be measured"
-            return
-        seconds = self.seconds_for("measure") - 15
-        command = self.child("cases", seconds, json.dumps(self.results["refused"]))
-        self.call("measure", [*command, "--bandwidth", json.dumps(self.results["bandwidth"])])
+        self.items("measure", self.take_case)
+
+    def low_rank(self):
+        self.items("low_rank", self.take_case)
 
     def tests(self):
-        """All GPU tests that were not part of the numerics."""
+        """All that are marked cuda, the numerics of every op first."""
         if self.dry_run:
-            self.pytest("tests", verify.tests_of("logps/token_logps"), words="test_int32_labels")
-            return
-        others = sorted(set(verify.TESTS.rglob("test_*.py")) - set(_gate_files()))
-        self.pytest("numerics of other ops", others, "cuda and numerics", kept=self.seconds_for("tests") / 2)
-        self.pytest("tests", [verify.TESTS], "cuda and not numerics")
+            self.pytest("tests", verify.tests_of("logps/token_logps"), "", "test_int32_labels or test_one_row")
+        else:
+            self.pytest("tests", [verify.TESTS / folder for folder in CUDA_TESTS], "cuda")
 
     def sanitizer(self):
+        """The native kernels' variants once more, under a memory checker."""
+        if self.dry_run:
+            self.leave_out("sanitizer", "the simulator has checked every access")
+            return
         tool = shutil.which("compute-sanitizer")
-        if tool is None and not self.dry_run:
+        if tool is None:
             self.leave_out("sanitizer", "compute-sanitizer is not on the PATH")
             self.results["not_run"]["compute-sanitizer"] = "it is not on the PATH"
             return
-        watched = [] if self.dry_run else [tool, "--tool", "memcheck", "--error-exitcode", "9"]
+        watched = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
         # with torch's caching allocator an access beyond a tensor stays inside its pool, unseen
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        ended = self.call("sanitizer", [*watched, *self.child("tiny")], environment=environment)
-        if self.dry_run or ended.status != "done":
-            reason = (
-                "a dry run has no GPU" if self.dry_run else f"{ended.status}: its log is in the JSON, stages.sanitizer"
-            )
-            self.results["not_run"]["compute-sanitizer"] = reason
+        command = [*watched, *self.worker("contact"), "--few"]
+        ended = self.call("sanitizer", command, environment=environment)
+        if ended.status != "done":
+            self.results["not_run"]["compute-sanitizer"] = f"{ended.status}: its log is in the JSON, stages.sanitizer"
 
     # ---- how a stage runs ----
 
-    def child(self, *arguments):
-        dry = ["--dry-run"] if self.dry_run else []
-        return [sys.executable, HERE / "harness" / "gpu_measure.py", *map(str, arguments), *dry]
+    def worker(self, kind: str) -> list:
+        return [sys.executable, HERE / "harness" / "worker.py", kind]
 
-    def tested(self, backend: str) -> str:
-        """How test ids name it; under the dry run the CPU stands in."""
-        return f"{backend}-cpu" if self.dry_run else f"{backend}-cuda"
+    def items(self, kind: str, take, processes: int = 1):
+        """The items of a kind, in so many processes at a time. take(name, result) of each."""
+        start, seconds = time.monotonic(), self.seconds_for(kind)
+        if kind == "contact" and not self.dry_run:
+            seconds = min(seconds, CONTACT_S)
+        print(f"{kind}: at most {seconds:.0f} s", flush=True)
 
-    def pytest(self, stage, files, markers="", words="", kept=None) -> str:
+        def locked(name, result):
+            with self._lock:
+                take(name, result)
+
+        def share(i: int) -> str:
+            command = [*self.worker(kind), *(["--few"] if self.few else []), "--share", i, processes]
+            return work(command, self.environment, start + seconds, self.scratch / f"{kind}-{i}", locked)
+
+        with ThreadPoolExecutor(processes) as pool:
+            statuses = set(pool.map(share, range(processes)))
+        status = "done" if statuses == {"done"} else max(statuses - {"done"}, key=len)
+        record = {"status": status.partition(":")[0], "seconds": round(time.monotonic() - start, 1)}
+        if ":" in status:
+            record["log_tail"] = status
+            self.results["not_run"][kind] = "its processes failed: their log is in the JSON"
+        self.results["stages"][kind] = record
+        print(f"{kind}: {record['status']} after {record['seconds']:.0f} s", flush=True)
+
+    def take_case(self, name: str, result: dict):
+        """What a measuring child has done so far is kept at once, should this process not live to see its end."""
+        if "case" in result:
+            self.results["cases"].append(result["case"])
+            print(f"{name}: measured in {result['item_seconds']:.1f} s", flush=True)
+            self.write()
+        elif "bandwidth" in result:
+            self.results["bandwidth"] |= result["bandwidth"]
+        else:
+            self.results["not_run"][name] = reason = " ".join((result.get("failed") or result["not_run"]).split())
+            print(f"{name}: {reason}", flush=True)
+
+    def pytest(self, stage, paths, markers="", words=""):
         """markers, words: pytest's -m and -k, "" for all tests."""
-        command = [sys.executable, "-m", "pytest", *files, "-q", "-m", markers, "-k", words]
-        command += ["-p", "harness.outcomes", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-        if not self.dry_run and importlib.util.find_spec("xdist"):  # most of the time goes into Triton's compiler
-            command += ["-n", str(min(8, os.cpu_count() or 1))]
-        path = os.pathsep.join(filter(None, [self.environment["PYTHONPATH"], str(HERE)]))
-        ended = self.call(stage, command, kept, environment={"PYTHONPATH": path})
+        command = [*pytest_command(paths, markers, words), "-p", "harness.outcomes"]
+        if not self.dry_run and importlib.util.find_spec("xdist"):
+            command += ["-n", str(min(12, os.cpu_count() or 1))]
+        path = os.pathsep.join(filter(None, [self.environment.get("PYTHONPATH", ""), str(HERE)]))
+        self.call(stage, command, environment={"PYTHONPATH": path})
         self.results["tests"] = _tally(self.outcomes)
-        return ended.status
 
     def call(self, stage, command, kept=None, environment=None) -> Ended:
         seconds = self.seconds_for(stage) if kept is None else min(kept, self.seconds_for("sanitizer"))
         print(f"{stage}: at most {seconds:.0f} s", flush=True)
-        ended = _call(command, self.environment | (environment or {}), seconds, self.scratch, self.take)
+        ended = call(command, self.environment | (environment or {}), seconds, self.scratch / stage.replace(" ", "-"))
         record = {"status": ended.status, "seconds": round(ended.seconds, 1)}
         if ended.status != "done":
             record["log_tail"] = ended.log
@@ -238,68 +279,62 @@ class Run:
             value = value.replace(str(path), name)
         return re.sub(r"(?<![\w.>:/])/(?:[\w.+@-]+/)+", ".../", value)
 
-    def take(self, output: str):
-        """What a measuring child has printed so far: kept at once, should this process not live to see its end."""
-        pieces = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
-        fresh = [piece["case"] for piece in pieces if "case" in piece and piece["case"] not in self.results["cases"]]
-        self.results["cases"] += fresh
-        for piece in pieces:
-            self.results["bandwidth"] |= piece.get("bandwidth", {})
-            self.results["not_run"] |= piece.get("not_run", {})
-        if fresh:
-            self.write()
+    def has_failed(self) -> bool:
+        stages = (stage["status"] for stage in self.results["stages"].values())
+        return (
+            any(status not in ("done", "left out") for status in stages)
+            or not all(contact.get("ok") for contact in self.results["contact"].values())
+            or bool(self.results["not_run"])
+        )
 
     def write(self):
+        gpu_table.mark(self.results)
         results = self.scrubbed(self.results)
         never = dict(results["not_run"])
-        for backend, reason in results["refused"].items():
-            never[f"benchmarks of {backend}"] = reason
         if self.dry_run:
             never["everything on a GPU"] = "this is a dry run"
         self.path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         self.path.with_suffix(".md").write_text(report.markdown(results | {"not_run": never}))
 
-
-def _gate_files() -> list[Path]:
-    """The tests whose numerics say which backends are measured."""
-    return [path for op in ("logps/token_logps", "logps/linear_logps") for path in verify.tests_of(op)]
+    def table(self) -> list[str]:
+        return gpu_table.short(self.results)
 
 
-def _call(command, environment, seconds, folder, take) -> Ended:
-    """In a process group of its own, which a time-out ends whole. `take` gets what was printed, as it grows."""
-    start = time.monotonic()
-    with open(folder / "stdout", "w+") as stdout, open(folder / "stderr", "w+") as stderr:
-        process = subprocess.Popen(
-            list(map(str, command)), stdout=stdout, stderr=stderr, env=environment, cwd=folder, start_new_session=True
-        )
-        try:
-            while process.poll() is None and time.monotonic() < start + seconds:
-                time.sleep(0.2)
-                take(Path(stdout.name).read_text())
-            status = {None: "out of time", 0: "done"}.get(process.poll(), f"failed, exit code {process.returncode}")
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    output, errors = Path(stdout.name).read_text(), Path(stderr.name).read_text()
-    take(output)
-    return Ended(status, time.monotonic() - start, output, output[-3000:] + errors[-3000:])
+def pytest_command(paths, markers: str, words: str = "") -> list:
+    options = ["-q", "-m", markers, "-k", words, "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    return [sys.executable, "-m", "pytest", *paths, *options]
 
 
 def _tally(outcomes: Path) -> dict:
-    """Counts per backend, failures with their reasons, reasons of skips."""
-    by_backend, failures, skips = {}, [], {}
-    lines = outcomes.read_text().splitlines() if outcomes.exists() else []
-    for line in map(json.loads, lines):
-        outcome = "failed" if line["outcome"] in ("failed", "error") else line["outcome"]
-        backend = re.search(r"\[.*?(native|triton|reference)-(cpu|cuda)", line["test"])
-        group = f"{backend[1]}-{backend[2]}" if backend else "other"
-        by_backend.setdefault(group, {"passed": 0, "failed": 0, "skipped": 0})[outcome] += 1
-        if outcome == "failed":
-            failures.append({"test": line["test"], "reason": line["reason"]})
-        elif outcome == "skipped":
+    """Counts per backend, passes per op and backend, failures with their reasons, reasons of skips, how many did not
+    run. A test that failed in a process that then ended may have two lines."""
+    lines = [json.loads(line) for line in outcomes.read_text().splitlines()] if outcomes.exists() else []
+    collected = max((line["collected"] for line in lines if "collected" in line), default=0)
+    tests = {}
+    for line in lines:
+        if "test" in line and tests.get(line["test"], {}).get("outcome") != "failed":
+            tests[line["test"]] = line | {"outcome": "failed" if line["outcome"] == "error" else line["outcome"]}
+    by_backend, passed, failures, skips = {}, {}, [], {}
+    for test, line in tests.items():
+        found = re.search(r"\[.*?(native|triton|reference)-(cpu|cuda)", test)
+        group = f"{found[1]}-{found[2]}" if found else "other"
+        by_backend.setdefault(group, {"passed": 0, "failed": 0, "skipped": 0})[line["outcome"]] += 1
+        if line["outcome"] == "failed":
+            failures.append({"test": test, "reason": line["reason"]})
+        elif line["outcome"] == "skipped":
             skips[line["reason"]] = skips.get(line["reason"], 0) + 1
-    return {"by_backend": by_backend, "failures": failures, "skip_reasons": skips}
+        else:
+            counts = passed.setdefault(gpu_table.op_of_test(test) or "other", {})
+            backend = gpu_table.backend_of_test(test) or "any"
+            counts[backend] = counts.get(backend, 0) + 1
+    return {
+        "by_backend": by_backend,
+        "passed": passed,
+        "failures": failures,
+        "skip_reasons": skips,
+        "collected": collected,
+        "not_run": max(collected - len(tests), 0),
+    }
 
 
 def _unused(path: Path) -> Path:

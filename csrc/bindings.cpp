@@ -255,6 +255,27 @@ void bind_preference(py::module_& m) {
   bind_address(args, "token_logps", &Args::token_logps);
   bind_address(args, "lse", &Args::lse);
   bind_address(args, "token_stats", &Args::token_stats);
+  py::class_<PairEpilogue> epilogue(m, "PairEpilogue");
+  epilogue.def(py::init(
+      [](int64_t ignore_index, int64_t rows, int64_t begin, int64_t end, int64_t pairs, const LogisticFamily& family) {
+        PairEpilogue made{};
+        made.ignore_index = ignore_index, made.rows = rows, made.begin = begin, made.end = end, made.pairs = pairs;
+        made.family = family;
+        return made;
+      }));
+  bind_address(epilogue, "token_logps", &PairEpilogue::token_logps);
+  bind_address(epilogue, "labels", &PairEpilogue::labels);
+  bind_address(epilogue, "bounds", &PairEpilogue::bounds);
+  bind_address(epilogue, "ref_token_logps", &PairEpilogue::ref_token_logps);
+  bind_address(epilogue, "ref_logps", &PairEpilogue::ref_logps);
+  bind_address(epilogue, "rating_gap", &PairEpilogue::rating_gap);
+  bind_address(epilogue, "scale_of_pair", &PairEpilogue::scale_of_pair);
+  bind_address(epilogue, "losses", &PairEpilogue::losses);
+  bind_address(epilogue, "logps", &PairEpilogue::logps);
+  bind_address(epilogue, "logratios", &PairEpilogue::logratios);
+  bind_address(epilogue, "lengths", &PairEpilogue::lengths);
+  bind_address(epilogue, "token_grad", &PairEpilogue::token_grad);
+  m.def("preference_pairs_cpu", &preference_pairs_cpu, release());
   m.def("preference_fwd_cpu", &preference_fwd_cpu, release());
   m.def(
       "preference_bwd_cpu",
@@ -267,6 +288,10 @@ void bind_preference(py::module_& m) {
       },
       release());
 #ifdef FASTPREF_WITH_CUDA
+  m.def(
+      "preference_pairs_cuda",
+      [](const PairEpilogue& args, uintptr_t stream) { preference_pairs_cuda(args, pointer<void>(stream)); },
+      release());
   m.def("preference_workspace_cuda", &preference_workspace_cuda);
   m.def(
       "preference_fwd_cuda",

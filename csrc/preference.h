@@ -22,10 +22,6 @@ struct LogisticFamily {
 
 enum class Reduction { mean, sum, none };
 
-constexpr int preference_metrics = 7;  // accuracy; means of entropy, log sum p^2 and top-1 over all tokens, of the mean
-                                       // logit over chosen and over rejected tokens, of top-1 over chosen tokens
-constexpr int preference_counts = 3;   // ties, unrated pairs, invalid labels
-
 // Sequences 0 to B - 1 are chosen, B to 2 B - 1 rejected, in the same order.
 struct PreferenceForward {
   LogitRows logits, reference;  // reference.data == nullptr: no live reference
@@ -47,8 +43,9 @@ struct PreferenceForward {
   float* margins;       // [B]
   int64_t* lengths;     // [2 B] tokens that count
   float* coefficients;  // [2 B] derivative of the reduced loss, or of the pair's, by the sequence's log-prob
-  float* metrics;       // [preference_metrics]; without stats, the first
-  int64_t* counts;      // [preference_counts]
+  float* metrics;       // [7] accuracy; with stats also the means of entropy, log sum p^2 and top-1 over all tokens, of
+                        // the mean logit over chosen and over rejected tokens, of top-1 over chosen tokens
+  int64_t* counts;      // [3] ties, unrated pairs, invalid labels
   float* token_logps;   // [rows]
   float* lse;           // [2, rows]
   float* token_stats;   // CPU: [4, rows], workspace of the stats
@@ -102,12 +99,33 @@ struct PreferenceBackward {
   bool grad_per_pair;
 };
 
+// Whole pairs whose tokens' log-probs are known, pairs [begin, end) of B: their losses, and the gradient of each token.
+// Sequences of the group are [bounds[0], bounds[1]), ... among its rows, the chosen ones first.
+struct PairEpilogue {
+  const float* token_logps;  // [rows]
+  const int64_t* labels;     // [rows]
+  const int64_t* bounds;     // [2 (end - begin) + 1]
+  int64_t ignore_index, rows, begin, end, pairs;
+  const float* ref_token_logps;  // [rows] or nullptr
+  const float* ref_logps;        // [2 B] or nullptr
+  const float* rating_gap;       // [B] or nullptr
+  const float* scale_of_pair;    // [B]: what each loss is multiplied by before they are added up
+  LogisticFamily family;
+  float* losses;      // [B] before weights
+  float* logps;       // [2 B]
+  float* logratios;   // [2 B]
+  int64_t* lengths;   // [2 B]
+  float* token_grad;  // [rows], of the sum of losses times scale_of_pair; rows of no sequence are left as they are
+};
+
 // CPU: labels are int64, neither shifted nor cut by lengths.
 void preference_fwd_cpu(const PreferenceForward& args, int threads);
 void preference_bwd_cpu(const PreferenceBackward& args, int threads);
+void preference_pairs_cpu(const PairEpilogue& args);
 
 // CUDA, on `stream` of the current device. The backward is logits_gradient_cuda.
 int64_t preference_workspace_cuda(const PreferenceForward& args);  // bytes
 void preference_fwd_cuda(const PreferenceForward& args, void* workspace, void* stream);
+void preference_pairs_cuda(const PairEpilogue& args, void* stream);
 
 }  // namespace fastpref

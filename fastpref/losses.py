@@ -152,10 +152,11 @@ def mixture(pairs: Pairs, losses: Sequence, weights=None, options=None, beta: fl
         raise ValueError(f"losses must be a non-empty list of names or callables, got {losses!r}")
     weights = _per_loss("loss_weights", weights, losses, 1.0)
     options = _per_loss("loss_options", options, losses, None)
-    return sum(
+    terms = [
         weight * pair_loss(pairs, loss, beta=beta, options=own)
         for loss, weight, own in zip(losses, weights, options, strict=True)
-    )
+    ]
+    return sum(terms[1:], terms[0])
 
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -339,14 +340,14 @@ def logistic_pair_loss(pairs: Pairs, beta: float, coefficients: Logistic, refere
     needs = needs if reference_free else needs | {"reference"}
     pairs = _resolve(pairs, "logistic_pair_loss", frozenset(needs), reference_free)
     margin = _margin(pairs, beta)
-    gap, rated = _rating(pairs) if "rating_gap" in needs else (0.0, True)
-    loss = torch.zeros_like(margin)
+    gap = _zero_if_nan(pairs.rating_gap, margin) if m1 or offset else None
+    terms = []
     if a or b:
-        loss = loss + _cross_entropy(margin - offset * gap, a, b)
+        terms.append(_cross_entropy(margin - offset * gap if offset else margin, a, b))
     if c:
-        square = 0.5 * c * (margin - (m0 + m1 * gap)).square()
-        loss = loss + (torch.where(rated, square, 0.0) if drop_square_when_unrated else square)
-    return loss
+        square = 0.5 * c * (margin - (m0 + m1 * gap if m1 else m0)).square()
+        terms.append(square.masked_fill(pairs.rating_gap.isnan(), 0.0) if drop_square_when_unrated else square)
+    return sum(terms[1:], terms[0]) if terms else torch.zeros_like(margin)
 
 
 def _margin(pairs: Pairs, beta: float) -> Tensor:
@@ -365,7 +366,7 @@ def _rating(pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 def _zero_if_nan(value: Tensor, like: Tensor) -> Tensor:
-    return value.to(like.dtype).masked_fill(value.isnan(), 0.0)
+    return value.to(like.dtype).nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
 
 def _mean(logps: Tensor, length: Tensor) -> Tensor:

@@ -130,6 +130,17 @@ linear_preference_fwd = _define(
 )
 
 
+# token_logps and labels [tokens], bounds [2B + 1] of the sequences among them, ref_token_logps [tokens] or ref_logps
+# [2B], rating_gap and scale_of_pair [B]; numbers: float64 [7] on the host, beta and those of losses.Logistic -> the sum
+# of scale_of_pair times the losses, losses [B], logps, logratios and lengths [2B], and that sum's gradient [tokens]
+pair_epilogue = _define(
+    "pair_epilogue(Tensor token_logps, Tensor labels, Tensor bounds, Tensor? ref_token_logps, Tensor? ref_logps, "
+    "Tensor? rating_gap, Tensor scale_of_pair, int ignore_index, Tensor numbers, bool drop_square) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "fastpref._logps.pair_epilogue:_fwd",
+)
+
+
 # ---- low rank ----
 
 # matrix [batch, M, N], threshold [batch] -> low_rank [batch, M, N], rank [batch]

@@ -52,6 +52,11 @@ class Backend:
     def __repr__(self):
         return "-".join(filter(None, (self.name, self.device.type, self.simd)))
 
+    @property
+    def interpreted(self) -> bool:
+        """By Triton's interpreter, which takes seconds where compiled kernels (tests/ptxsim) take none."""
+        return self.name == "triton" and self.device.type == "cpu"
+
     def missing(self) -> str | None:
         if self.device.type == "cuda" and not torch.cuda.is_available():
             return "no GPU is visible to torch"

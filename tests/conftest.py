@@ -108,6 +108,17 @@ def backend(request):
         fastpref.set_simd_level("auto")
 
 
+@pytest.fixture
+def thin(request):
+    """thin(unless) leaves the test to --full, unless it is one of the few cases that run always."""
+
+    def skip(unless: bool = False):
+        if not (unless or request.config.getoption("full", False)):
+            pytest.skip("with --full alone")
+
+    return skip
+
+
 @pytest.fixture(
     params=[
         _param(Backend(*b)) for b in (("reference", "cpu"), ("native", "cpu"), ("native", "cuda"), ("triton", "cuda"))
@@ -187,7 +198,11 @@ def two_ranks(tmp_path):
             )
             for rank in range(2)
         ]
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
+        try:
+            errors = [process.communicate(timeout=300)[1] for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
         assert not any(process.returncode for process in ranks), "\n".join(errors)
         return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 

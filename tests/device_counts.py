@@ -16,11 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from forced_cuda import OpenOperators, devices, on_cpu
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+
+from fastpref import _native
 
 ELSEWHERE = torch.device("meta")  # torch has no other device whose guard is there without a GPU
 
@@ -46,7 +49,7 @@ class Counted(NamedTuple):
 
 @dataclass
 class Counts:
-    ops: Counter = field(default_factory=Counter)  # launches by name; fastpref's kernels have "kernel" in theirs
+    ops: Counter = field(default_factory=Counter)  # launches by name; fastpref's end with _kernel or _cuda
     reads: list[str] = field(default_factory=list)  # where
     uploads: list[str] = field(default_factory=list)
     holders: Counter = field(default_factory=Counter)  # tensors over each memory that was allocated meanwhile
@@ -71,7 +74,7 @@ class Counts:
             self.held -= size
 
     def counted(self) -> Counted:
-        kernels = sum(n for name, n in self.ops.items() if "kernel" in name)
+        kernels = sum(n for name, n in self.ops.items() if name.endswith(("_kernel", "_cuda")))
         products = sum(n for name, n in self.ops.items() if name in PRODUCTS)
         others = sum(self.ops.values()) - kernels - products
         return Counted(kernels, products, others, len(self.reads), len(self.uploads))
@@ -139,12 +142,13 @@ class _Counting(OpenOperators):
         result_is_ours = bool(ours) if target is None else target == ELSEWHERE.type
         if name in ("copy_", "index", "index_put_"):
             result_is_ours = isinstance(args[0], OnDevice)
-        if ours or result_is_ours:
-            self._count(op, name, args, tensors, ours, result_is_ours)
         if target == ELSEWHERE.type:
             kwargs = {**kwargs, "device": "cpu"}
         plain_args, plain_kwargs = tree_map(_held, (args, kwargs))
         made = on_cpu(op, plain_args, plain_kwargs)
+        made_nothing = all(isinstance(t, Tensor) and not t.numel() for t in tree_leaves(made))
+        if (ours or result_is_ours) and not made_nothing:
+            self._count(op, name, args, tensors, ours, result_is_ours)
 
         def back(value):
             if not isinstance(value, Tensor):
@@ -184,9 +188,23 @@ def _has_mask(name: str, args) -> bool:
     return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in index)
 
 
+class _CountedCore:
+    """The native core, whose CUDA kernels are counted and do nothing."""
+
+    def __init__(self, core, counts: Counts):
+        self.core, self.counts = core, counts
+
+    def __getattr__(self, name: str):
+        if not name.endswith("_cuda"):
+            return getattr(self.core, name)
+        if "workspace" in name:
+            return lambda args: 1
+        return lambda *args: self.counts.ops.update([name])
+
+
 @contextlib.contextmanager
 def counting(native: bool = False) -> Iterator[Counts]:
-    """native: as in forced_cuda.devices."""
+    """native: with the native core's CUDA kernels, which leave their outputs as they are; else with Triton's."""
     counts = Counts()
 
     def launch_triton(kernel, grid, *args, **options):
@@ -196,11 +214,12 @@ def counting(native: bool = False) -> Iterator[Counts]:
         counts.ops[kernel.fn.__name__] += 1
         kernel[grid](*map(_held, args), **options)
 
-    with devices(kind, launch_triton, native), _Counting(counts):
+    core = _CountedCore(_native._core, counts) if native else _native._core
+    with mock.patch.object(_native, "_core", core), devices(kind, launch_triton, native), _Counting(counts):
         yield counts
 
 
-def counted(call: Callable) -> tuple[Counted, object]:
-    with counting() as counts:
+def counted(call: Callable, native: bool = False) -> tuple[Counted, object]:
+    with counting(native) as counts:
         result = call()
     return counts.counted(), result

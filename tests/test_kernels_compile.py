@@ -250,11 +250,8 @@ def test_residual_pass_kernels(compiled, pytestconfig):
 
 ARCHITECTURES = ("80", "90", "100")  # and, with --full, those that have the instructions of one of these
 MORE_ARCHITECTURES = ("86", "89", "120")
-KERNELS = {"token_logps": 22, "preference": 12}  # 3 dtypes x softcap x stats, and 5 pairs of dtypes x softcap
-# With stats, ptxas wants more than 72 registers for these. What it spills is of a row and not of a column, and a block
-# less on each multiprocessor would cost more.
-MAY_SPILL = ("100", "120")
-MOST_SPILLED = 32  # bytes
+# 3 dtypes x softcap x stats; 5 pairs of dtypes x softcap; the epilogue of pairs
+KERNELS = {"token_logps": 12 + 10, "preference": 12 + 1}
 
 
 class Cubin(NamedTuple):
@@ -264,14 +261,17 @@ class Cubin(NamedTuple):
     sass: str
 
 
-def most_registers_of_cuda(name: str) -> int:
-    """What the blocks of its __launch_bounds__ leave each thread."""
+def most_registers_of_cuda(name: str, architecture: str) -> int:
+    """What the blocks of its __launch_bounds__ leave each thread. A softcap is bound by arithmetic."""
+    if "pair_kernel" in name:
+        return 64
     flags = [int(flag) for flag in re.findall(r"Lb([01])E", name)]
     if "scatter_kernel" in name:
         (softcap,) = flags
         return 80 if softcap else 64
     softcap, stats = flags
-    return (80 if softcap else 72) if stats else 64
+    with_stats = 128 if softcap else 72 if int(architecture) < 100 else 96
+    return with_stats if stats else 64
 
 
 def spilled(said: str) -> dict[str, int]:
@@ -316,9 +316,9 @@ def test_cuda_kernels(tmp_path, pytestconfig):
         used = re.findall(r"Compiling entry function '(\S+)'.*?Used (\d+) registers", cubin.said, re.DOTALL)
         assert len(used) == KERNELS[cubin.op], cubin.said
         for name, registers in used:
-            assert int(registers) <= most_registers_of_cuda(name), (cubin.architecture, name, registers)
-        for name, most in spilled(cubin.said).items():
-            assert cubin.architecture in MAY_SPILL and "Lb0ELb1E" in name and most <= MOST_SPILLED, cubin.said
+            most = most_registers_of_cuda(name, cubin.architecture)
+            assert int(registers) <= most, (cubin.architecture, name, registers)
+        assert not spilled(cubin.said), (cubin.op, cubin.architecture, spilled(cubin.said))
     if cuobjdump is None:
         pytest.skip("compiled without spills, but there is no cuobjdump to show the width of the loads")
     for cubin in cubins:
@@ -327,5 +327,5 @@ def test_cuda_kernels(tmp_path, pytestconfig):
         assert len(kernels) == KERNELS[cubin.op]
         for name, text in kernels.items():
             assert spills_in_loops(text) == 0, (cubin.architecture, name)
-            assert re.search(r"LDG\.E\S*\.128", text), (cubin.architecture, name)
+            assert "pair_kernel" in name or re.search(r"LDG\.E\S*\.128", text), (cubin.architecture, name)
             assert "scatter" not in name or re.search(r"STG\.E\S*\.128", text), (cubin.architecture, name)

@@ -115,7 +115,9 @@ def test_build_info():
     assert set(backends) == {"cpu", "cuda"}
     assert backends["cpu"]["native"] == "available"
     assert backends["cpu"]["reference"] == "available"
-    assert info["backends"]["preference_loss"]["cpu"]["native"] == "available"
+    step = info["backends"]["preference_loss"]
+    assert step["cpu"]["native"] == "available"
+    assert (step["cuda"]["native"] == "available") == ("cuda" in info["native"])
     assert "openmp" in info["native"]["threads"] or info["native"]["threads"] == "std::thread"
 
 

@@ -39,10 +39,11 @@ class Case(NamedTuple):
     masked: float = 0.0  # share of tokens that are ignored
     sequences: int = 4
     loss: str = ""
+    variant: str = ""  # of a preference step: ref_logits, packed or stats
 
     def __str__(self):
         parts = [self.loss, self.mode, f"{self.tokens}x{self.vocab}", self.dtype, f"masked{round(100 * self.masked)}"]
-        return "-".join(part for part in parts if part)
+        return "-".join(part for part in [*parts, self.variant] if part)
 
     def logits_bytes(self) -> int:
         return self.tokens * self.vocab * getattr(torch, self.dtype).itemsize
@@ -54,7 +55,8 @@ class Case(NamedTuple):
     def floor_bytes(self) -> int:
         """What must move: logits that count are read, by each pass; a backward writes every logit's gradient."""
         read = round((1 - self.masked) * self.logits_bytes())
-        return read if self.mode == "forward" else 2 * read + self.logits_bytes()
+        forward = 2 * read if self.variant == "ref_logits" else read
+        return forward if self.mode == "forward" else forward + read + self.logits_bytes()
 
 
 class LinearCase(NamedTuple):
@@ -172,6 +174,11 @@ class Contest(_Contest):
         for row in summary.values():
             row["gbps"] = case.floor_bytes() / row["median_ms"] / 1e6
             row["bandwidth_share"] = row["gbps"] / bandwidth[f"{kind}_gbps"]
+            if "backward_ms" in row:
+                forward, whole = case._replace(mode="forward").floor_bytes(), case.floor_bytes()
+                reading = bandwidth.get("read_gbps", bandwidth["copy_gbps"])
+                row["forward_share"] = forward / row["forward_ms"] / 1e6 / reading
+                row["backward_share"] = (whole - forward) / row["backward_ms"] / 1e6 / bandwidth["copy_gbps"]
         return self._record(
             summary,
             floor_bytes=case.floor_bytes(),
@@ -284,11 +291,24 @@ def _token_logps(contest: Contest, labels):
 
 def _preference(contest: Contest, labels):
     case, logits = contest.case, contest.logits
+    ref_logits = None
     with torch.no_grad():
         noise = 0.1 * torch.randn(labels.shape, device=labels.device)
         ref_token_logps = torch.where(labels == token.IGNORE, 0.0, token.one_pass(logits.values, labels) + noise)
+        if case.variant == "ref_logits":
+            ref_logits, ref_token_logps = logits.values + 0.1 * torch.randn_like(logits.values), None
+    lengths = None
+    if case.variant == "packed":
+        lengths = [labels.shape[1]] * case.sequences
+        logits.values, labels, ref_token_logps = (
+            logits.values.flatten(0, 1),
+            labels.flatten(),
+            ref_token_logps.flatten(),
+        )
     gap = torch.rand(case.sequences // 2, device=labels.device)
-    batch = token.Batch(labels, ref_token_logps, gap, case.loss)
+    stats = ("entropy", "top1") if case.variant == "stats" else ()
+    options = {"ref_logits": ref_logits, "lengths": lengths, "stats": stats}
+    batch = token.Batch(labels, ref_token_logps, gap, case.loss, **options)
 
     def call(function):
         return lambda x: function(x, batch)
@@ -298,7 +318,7 @@ def _preference(contest: Contest, labels):
         for name, function in contest.present(token.PREFERENCE_PEERS, logits.values).items()
     ]
     true_logps = _float64_logps(logits.values, labels).requires_grad_()
-    loss, margins = token.logistic_loss(true_logps, batch)
+    loss, margins = token.logistic_loss(true_logps, batch.scored(_float64_logps))
     loss.backward()
     truth = Truth(logits.values, labels, true_logps.grad)
     return competitors, truth, lambda got: (got.double() - margins).abs().max().item()
@@ -360,7 +380,7 @@ def _linear_preference(contest: LinearContest, hidden, weight, labels):
     else:
         ref_hidden = hidden + 0.02 * torch.randn(hidden.shape, device=hidden.device).to(hidden.dtype)
         batch = linear.HeadBatch(labels, None, ref_hidden, case.loss)
-    _, margins, _ = step_truth(truth, batch, case.trained)
+    _, margins, _ = step_truth(truth, batch, case.trained, case.mode == "step")
     contest.compared_error = lambda got: (got.double() - margins).abs().max().item()
 
     def call(function):
@@ -373,13 +393,14 @@ def _linear_preference(contest: LinearContest, hidden, weight, labels):
     ]
 
 
-def step_truth(truth: HeadTruth, batch, trained: bool) -> tuple[HeadTruth, Tensor, Tensor]:
+def step_truth(truth: HeadTruth, batch, trained: bool, gradients=True) -> tuple[HeadTruth, Tensor, Tensor]:
     """truth with the gradients of the step's loss; the margins; the coefficients of the tokens. All in float64."""
     exact = batch.scored(lambda hidden, _, labels: truth.of(hidden).logps, truth.weight)
     token_logps = truth.logps.requires_grad_()
     loss, margins = token.logistic_loss(token_logps, exact)
     loss.backward()
-    truth.differentiate(token_logps.grad, trained)
+    if gradients:
+        truth.differentiate(token_logps.grad, trained)
     return truth, margins.detach(), token_logps.grad
 
 

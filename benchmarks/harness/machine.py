@@ -21,6 +21,7 @@ PACKAGES = (
     "numpy",
     "trl",
     "transformers",
+    "datasets",
     "liger-kernel",
     "cut-cross-entropy",
     "pytest",
@@ -50,7 +51,10 @@ def facts() -> dict:
 
 
 def commit() -> str:
-    """The commit of the tree the benchmarks come from, "+changes" if it differs, or why it is unknown."""
+    """The commit of the tree the benchmarks come from, "+changes" if it differs, or why it is unknown. Without .git it
+    is what FASTPREF_COMMIT says."""
+    if not (ROOT / ".git").exists():  # a repository around a copy of the tree would name its own commit
+        return os.environ.get("FASTPREF_COMMIT", "unknown: not a git checkout")
     try:
         head = _git("rev-parse", "HEAD")
         return head + (" +changes" if _git("status", "--porcelain") else "")

@@ -362,13 +362,14 @@ def _bytes_of(field: str, path: str) -> int:
 # ---- bandwidth ----
 
 
-def read_gbps(total_bytes=1 << 30, repeats=5) -> float:
-    """Read bandwidth of this machine's memory, all threads: the faster of torch's sum and amax and libc's memchr."""
-    data = torch.full((total_bytes // 4,), 1.0)
+def read_gbps(device: torch.device = CPU, total_bytes=1 << 30, repeats=5) -> float:
+    """Read bandwidth of the device's memory: the faster of torch's sum and amax and, of all threads, libc's memchr."""
+    data = torch.full((total_bytes // 4,), 1.0, device=device)
     readers = [data.sum, data.amax]
-    if (memchr := getattr(ctypes.CDLL(None), "memchr", None)) is not None:
+    memchr = getattr(ctypes.CDLL(None), "memchr", None)
+    if memchr is not None and device.type == "cpu":
         readers.append(lambda: _search(memchr, data))
-    best = min(_wall_seconds(reader) for reader in readers for _ in range(repeats))
+    best = min(_seconds(reader, device) for reader in readers for _ in range(repeats))
     return total_bytes / best / 1e9
 
 
@@ -390,20 +391,34 @@ def copy_gbps(device: torch.device, total_bytes=1 << 30, repeats=7) -> float:
     source = torch.ones(total_bytes // 4, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    seconds = []
-    for _ in range(repeats):
-        marks = new_marks(device)
-        marks()
-        target.copy_(source)
-        marks()
-        seconds.append(marks.read_ms()[0] / 1e3)
-    return 2 * total_bytes / min(seconds) / 1e9
+    return 2 * total_bytes / min(_seconds(lambda: target.copy_(source), device) for _ in range(repeats)) / 1e9
 
 
-def _wall_seconds(function) -> float:
-    start = time.perf_counter()
+def gemm_tflops(device: torch.device, m: int, n: int, k: int, dtype: torch.dtype, repeats=7) -> float:
+    """Of torch's own product [m, k] x [k, n] on random data; the fastest of `repeats`."""
+    rows, weight = (torch.randn(size, k, device=device).to(dtype) for size in (m, n))
+    gemm = Gemm(rows, weight)
+    gemm.run()
+    return 2 * m * n * k / min(_seconds(gemm.run, device) for _ in range(repeats)) / 1e12
+
+
+def _seconds(function, device: torch.device) -> float:
+    marks = new_marks(device)
+    between_runs(device)
+    marks()
     function()
-    return time.perf_counter() - start
+    marks()
+    return marks.read_ms()[0] / 1e3
+
+
+SLEEP_CYCLES = 2_000_000  # about a millisecond
+
+
+def between_runs(device: torch.device) -> None:
+    """Last before the start mark: the GPU is kept busy while the host enqueues what is timed, so that the host's own
+    time up to the first kernel is not measured as the GPU's."""
+    if device.type == "cuda":
+        torch.cuda._sleep(SLEEP_CYCLES)
 
 
 # ---- error against float64 ----

@@ -1,15 +1,27 @@
 """A pytest plugin (-p harness.outcomes): a JSON line per test as it ends, so that a run that is cut short still tells.
 
-The lines are appended to the file that FASTPREF_OUTCOMES names.
+The lines are appended to the file that FASTPREF_OUTCOMES names, after one that says how many tests there are. What is
+marked `numerics` runs first. A worker of pytest-xdist whose GPU context an error has left unusable writes its line and
+ends: every later test would fail in it, and xdist starts another.
 """
 
 import json
 import os
 
+import pytest
+
 
 def pytest_configure(config):
-    if not hasattr(config, "workerinput"):  # pytest-xdist's controller hears of its workers' tests too
+    if hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Worker(), "fastpref-worker")
+    else:  # pytest-xdist's controller hears of its workers' tests too
         config.pluginmanager.register(Outcomes(), "fastpref-outcomes")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("numerics") is None)
+    _append({"collected": len(items)})
 
 
 class Outcomes:
@@ -22,11 +34,34 @@ class Outcomes:
             _write(report.nodeid, "error", report)
 
 
+class _Worker:
+    def pytest_runtest_logreport(self, report):
+        if report.outcome == "failed" and not _context_works():
+            _write(report.nodeid, "failed", report)
+            os._exit(3)
+
+
+def _context_works() -> bool:
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+        return torch.ones(2, device="cuda").sum().item() == 2
+    except Exception:
+        return False
+
+
 def _write(test, outcome, report):
     line = {"test": test, "outcome": outcome, "seconds": round(getattr(report, "duration", 0.0), 3)}
     if outcome == "skipped":
         line["reason"] = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     elif outcome != "passed":
         line["reason"] = report.longreprtext[-1500:]
+    _append(line)
+
+
+def _append(line: dict):
     with open(os.environ["FASTPREF_OUTCOMES"], "a") as file:
         file.write(json.dumps(line) + "\n")

@@ -61,36 +61,79 @@ def judge_by(truth, dims):
 # ---- rounds ----
 
 
+class _FirstRuns:
+    """Each competitor once, for its verdict and for how many rounds it can afford. One that takes longer than `seconds`
+    has no further run, one that takes a tenth has two."""
+
+    def __init__(self, competitors, judge, device, seconds):
+        self.competitors, self.times, self.verdicts = competitors, {}, {}
+        for competitor in competitors:
+            answer, taken = _timed(competitor, device)
+            if device.type == "cuda" and taken < seconds:  # without what is compiled and allocated once
+                answer, taken = _timed(competitor, device)
+            self.times[competitor.name], self.verdicts[competitor.name] = taken, judge(answer)
+        subject = competitors[0].name
+        self.playing = [c for c in competitors if self.times[c.name] <= seconds or c.name == subject]
+        self.few = [c.name for c in self.playing if self.times[c.name] > seconds / 10]
+        each = sum(self.times[c.name] for c in self.playing if c.name not in self.few or c.name == subject)
+        self.count = min(50, round(seconds / each))
+
+    def rows(self, rounds: Rounds | None) -> dict:
+        """Of the table, by name; without rounds those of the first runs."""
+        summary = rounds.summary() if rounds else {}
+        subject = self.competitors[0].name
+        fastest = summary[subject]["median_ms"] if rounds else 1e3 * self.times[subject]
+        rows = {}
+        for c in self.competitors:
+            once = 1e3 * self.times[c.name]
+            alone = {"title": c.title, "rounds": 1, "median_ms": once, "min_ms": once, "max_ms": once}
+            rows[c.name] = summary.get(c.name) or alone | {"times_subject": once / fastest}
+            rows[c.name] |= self.verdicts[c.name]
+        return rows
+
+
+def _timed(competitor, device):
+    start = time.perf_counter()
+    answer = competitor.run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return answer, time.perf_counter() - start
+
+
 def measured(
     benchmark, op: str, name: str, competitors, judge, seconds: float = 20, notes=(), absent=None, **facts
 ) -> dict:
     """Rounds of all competitors, the first of which is fastpref; returns the rows of the table, by name.
 
-    judge(answer) -> dict of what the table says of an answer. Every competitor runs once before, for that; one that
-    takes longer than `seconds` has no further run, one that takes a tenth has two. absent: {peer: reason}.
+    judge(answer) -> dict of what the table says of an answer. absent: {peer: reason}.
     """
-    first, verdicts = {}, {}
-    for competitor in competitors:
-        start = time.perf_counter()
-        answer = competitor.run()
-        first[competitor.name] = time.perf_counter() - start
-        verdicts[competitor.name] = judge(answer)
-    subject = competitors[0].name
-    playing = [c for c in competitors if first[c.name] <= seconds or c.name == subject]
-    few = [c.name for c in playing if first[c.name] > seconds / 10]
-    each = sum(first[c.name] for c in playing if c.name not in few or c.name == subject)
-    rounds = Rounds(playing, CPU, subject, few=few)
-    count = max(3, min(50, round(seconds / each)))
+    first = _FirstRuns(competitors, judge, CPU, seconds)
+    rounds, count = Rounds(first.playing, CPU, competitors[0].name, few=first.few), max(3, first.count)
     benchmark.pedantic(rounds.play_subject, setup=rounds.play_others, teardown=rounds.end_round, rounds=count)
-    summary = rounds.summary()
-    rows = {}
-    for c in competitors:
-        once = 1e3 * first[c.name]
-        alone = {"title": c.title, "rounds": 1, "median_ms": once, "min_ms": once, "max_ms": once}
-        rows[c.name] = summary.get(c.name) or alone | {"times_subject": once / summary[subject]["median_ms"]}
-        rows[c.name] |= verdicts[c.name]
-    benchmark.extra_info.update(
-        op=op, name=name, problem=True, rounds=count, competitors=rows, notes=list(notes), absent=absent or {},
-        threads=torch.get_num_threads(), **facts,
-    )  # fmt: skip
+    rows = first.rows(rounds)
+    benchmark.extra_info.update(_record(op, name, count, rows, notes, absent), **facts)
     return rows
+
+
+def played(op: str, name: str, competitors, judge, device, seconds: float, before, notes=(), absent=None) -> dict:
+    """The same on any device and without pytest-benchmark: the record. A subject that takes longer than `seconds` has
+    the one run. before(): ahead of every sample."""
+    first = _FirstRuns(competitors, judge, device, seconds)
+    rounds, count = None, 1
+    if first.times[competitors[0].name] <= seconds:
+        rounds, count = Rounds(first.playing, device, competitors[0].name, before, few=first.few), max(2, first.count)
+        rounds.play(count)
+    return _record(op, name, count, first.rows(rounds), notes, absent)
+
+
+def _record(op, name, count, rows, notes, absent) -> dict:
+    return {
+        "op": op,
+        "name": name,
+        "problem": True,
+        "rounds": count,
+        "competitors": rows,
+        "notes": list(notes),
+        "absent": absent or {},
+        "threads": torch.get_num_threads(),
+    }

@@ -47,7 +47,7 @@ def markdown(results: dict) -> str:
     device = gpu["name"] if gpu else machine.get("cpu", "unknown device")
     parts = [f"# Benchmarks, {machine.get('date', 'no date')[:10]}, {device}", _facts(results)]
     parts[1:1] = _caution(results)
-    parts += _stages(results) + _tests(results)
+    parts += _stages(results) + _contact(results) + _tests(results) + _published(results)
     problems = [record for record in results["cases"] if "problem" in record]
     linear = [record for record in results["cases"] if "hidden_size" in record]
     parts += [_LEGEND] if len(linear) + len(problems) < len(results["cases"]) else []
@@ -101,8 +101,13 @@ def _facts(results: dict) -> str:
         f"{machine.get('THP_MEM_ALLOC_ENABLE')}",
         "load average at the start": machine.get("load_average"),
         "measured bandwidth": ", ".join(
-            f"{key.removesuffix('_gbps')} {v:.1f} GB/s" for key, v in results["bandwidth"].items()
+            f"{key.removesuffix('_gbps')} {v:.1f} GB/s"
+            for key, v in results["bandwidth"].items()
+            if key.endswith("_gbps")
         ),
+        "measured product": f"{results['bandwidth'].get('gemm_tflops', 0):.0f} TFLOP/s (cuBLAS, bf16)"
+        if "gemm_tflops" in results["bandwidth"]
+        else None,
     }
     return "\n".join(f"- {name}: {value}" for name, value in lines.items() if value)
 
@@ -111,7 +116,7 @@ def _caution(results: dict) -> list[str]:
     parts = []
     if results.get("dry_run"):
         parts.append(
-            "**Dry run on a CPU, Triton under its interpreter, tiny shapes: nothing in this file was measured on a "
+            "**Dry run on a CPU, the kernels' PTX on a simulator, tiny shapes: nothing in this file was measured on a "
             "GPU, and no time in it means anything.**"
         )
     if results.get("not_run"):
@@ -130,6 +135,36 @@ def _stages(results: dict) -> list[str]:
     return ["\n".join(["## Stages", "", "| stage | status | s | |", "|---|---|---|---|", *rows])]
 
 
+def _contact(results: dict) -> list[str]:
+    """Every variant's largest share of what its outputs may be off by, and those that are not ok in words."""
+    contact = results.get("contact")
+    if not contact:
+        return []
+    rows = []
+    for name, said in contact.items():
+        parts = said.get("parts", {})
+        word = "ok" if said.get("ok") else said.get("failed") or said.get("not_run") or "wrong"
+        errors = ", ".join(f"{part} {_power(p['error'])} of {p['bound']:.0e}" for part, p in parts.items())
+        rows.append(f"| {name} | {_cell(word)} | {errors} |")
+    ok = sum(bool(said.get("ok")) for said in contact.values())
+    title = f"## First contact: {ok} of {len(contact)} kernel variants agree with float64"
+    legend = "Errors relative to the norm of each output, and what they may be."
+    return ["\n".join([title, "", legend, "", "| variant | | errors |", "|---|---|---|", *rows])]
+
+
+def _power(error) -> str:
+    return error if isinstance(error, str) else f"{error:.0e}"
+
+
+def _published(results: dict) -> list[str]:
+    published = results.get("published")
+    if not published:
+        return []
+    rows = [f"| {what} | {figure} |" for what, figure in published.items()]
+    legend = "Theirs, as they state them for an H200 at T=8192, H=4096, V=128256, bf16. No run here has repeated them."
+    return ["\n".join(["## Published figures of others", "", legend, "", "| | |", "|---|---|", *rows])]
+
+
 def _tests(results: dict) -> list[str]:
     tests = results.get("tests")
     if not tests:
@@ -139,6 +174,8 @@ def _tests(results: dict) -> list[str]:
         for group, count in tests["by_backend"].items()
     ]
     parts = ["\n".join(["## Tests", "", "| backend | passed | failed | skipped |", "|---|---|---|---|", *rows])]
+    if tests.get("not_run"):
+        parts.append(f"{tests['not_run']} of {tests['collected']} tests did not run.")
     if tests["failures"]:
         lines = [f"- `{failure['test']}`: {_last_line(failure['reason'])}" for failure in tests["failures"]]
         parts.append("### Failures\n\n" + "\n".join(lines))
@@ -147,8 +184,14 @@ def _tests(results: dict) -> list[str]:
 
 def _case(record: dict) -> str:
     if "problem" in record:
-        return _problem_case(record)
-    return _linear_case(record) if "hidden_size" in record else _logits_case(record)
+        text = _problem_case(record)
+    else:
+        text = _linear_case(record) if "hidden_size" in record else _logits_case(record)
+    doubts = {}
+    for row in record["competitors"].values():
+        if "unproven" in row:
+            doubts.setdefault(row["unproven"], []).append(row["title"])
+    return text + "".join(f"\n\n**Unproven**: {', '.join(t)}: {reason}." for reason, t in doubts.items())
 
 
 def _logits_case(record: dict) -> str:
@@ -156,9 +199,12 @@ def _logits_case(record: dict) -> str:
     title = f"{record['op']}, {'forward and backward' if step else 'forward'}, T={record['tokens']}, "
     title += f"V={record['vocab']}, {record['dtype']}, {100 * record['masked']:.0f} % ignored"
     title += f", {record['loss']}" if record["loss"] else ""
+    title += f", {record['variant']}" if record.get("variant") else ""
     title += ", THP_MEM_ALLOC_ENABLE=1" if record.get("huge_page_allocator") else ""
     head = ["", "ms", "min–max", "over plain", "GB/s", f"of {record['bandwidth_kind']} bandwidth", "peak MiB", "error"]
     head += ["gradient error"] if step else []
+    apart = any("forward_share" in row for row in record["competitors"].values()) and record.get("device") == "cuda"
+    head += ["forward, of reading", "backward, of copying"] if apart else []
     rows = []
     for row in record["competitors"].values():
         cells = [
@@ -171,7 +217,9 @@ def _logits_case(record: dict) -> str:
             _mebibytes(row, "peak_bytes"),
             f"{row['error']:.1e}",
         ]
-        rows.append(cells + ([f"{row['gradient_error']:.1e}"] if step else []))
+        cells += [f"{row['gradient_error']:.1e}"] if step else []
+        cells += [f"{100 * row[key]:.0f} %" for key in ("forward_share", "backward_share")] if apart else []
+        rows.append(cells)
     rounds = f"{record['rounds']} rounds; gradient {record['gradient_bytes'] / 2**20:.1f} MiB."
     return "\n".join([f"## {title}\n\n{table(head, rows)}\n", rounds, *_absent(record)])
 

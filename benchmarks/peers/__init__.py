@@ -3,4 +3,5 @@
 token     from logits: log-probs of tokens, and a preference step
 linear    the same from hidden states and LM head
 low_rank  robust PCA, singular-value thresholding, Bradley-Terry fits
+published figures that others state of kernels which no run here has
 """

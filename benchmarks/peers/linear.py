@@ -7,6 +7,7 @@ Each peer is called as its own users call it. Tokens that do not count are dropp
 do so themselves; "of the tokens that count" is what a user of plain PyTorch can do by hand.
 """
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import fastpref
+from fastpref import _native
 from peers import token
 from peers.token import IGNORE, import_reason, logistic_loss, peer
 
@@ -112,6 +114,22 @@ def _fastpref_step(hidden, weight, batch, **options):
 
 
 _enter_fastpref(LOGPS_PEERS, _fastpref_logps, "fastpref_linear", "fastpref")
+
+
+def _enter_stats(backend, title):
+    def available(inputs):
+        on_cpu = _native.device_kind(inputs.device) == "cpu"
+        return "by-products are measured on GPUs" if on_cpu else token.backend_reason(backend)(inputs)
+
+    def function(hidden, weight, labels):
+        return _fastpref_logps(hidden, weight, labels, backend=backend, stats=("entropy", "top1"))[0]
+
+    function.__name__ = f"fastpref_linear_stats_{backend}"
+    peer(LOGPS_PEERS, title, available)(function)
+
+
+_enter_stats("native", "fastpref, native, entropy and top-1")
+_enter_stats("triton", "fastpref, Triton, entropy and top-1")
 _enter_fastpref(STEP_PEERS, _fastpref_step, "fastpref_linear_step", "fastpref")
 
 
@@ -155,44 +173,67 @@ def torch_linear_cross_entropy(hidden, weight, labels):
 
 # ---- TRL ----
 
+TRAINED_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what DPOTrainer asks the head for
+
 
 def _trl_reason(inputs):
-    return import_reason("trl.kernels.chunked_logprob")
+    return import_reason("trl.trainer.utils")
 
 
-def _trl_rows(hidden, weight, labels):
-    """[rows, H], [rows] -> log-probs alone, without the metrics that DPOTrainer asks for beside them."""
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+class _Backbone(NamedTuple):
+    """What add_fused_lm_head reads of a causal LM's backbone's output."""
 
-    return ChunkedLogProbFunction.apply(
-        hidden, weight, None, labels, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",)
-    )[0]
+    last_hidden_state: Tensor
 
 
-def _trl_compacts_itself(inputs):
-    if reason := _trl_reason(inputs):
-        return reason
-    if inputs.device.type == "cuda":
-        return "TRL drops tokens itself on a GPU: see its other row"
-    return None
+class _FusedModel:
+    """As much of a transformers model as TRL's add_fused_lm_head needs: hidden states that are there, and a head."""
+
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
+
+    def __init__(self, hidden, weight):
+        self.hidden, self.head = hidden, SimpleNamespace(weight=weight, bias=None)
+
+    def forward(self):
+        raise NotImplementedError("only fused_lm_head=True is called")
+
+    def base_model(self, **kwargs):
+        return _Backbone(self.hidden)
+
+    def get_output_embeddings(self):
+        return self.head
 
 
-@peer(LOGPS_PEERS, "TRL 1.16 LM head, as on a CPU: all tokens", _trl_compacts_itself)
+def _trl_logps(hidden, weight, labels, outputs=TRAINED_OUTPUTS):
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = _FusedModel(hidden, weight)
+    add_fused_lm_head(model, outputs=outputs)
+    return model.forward(shift_labels=labels, fused_lm_head=True).log_probs
+
+
+@peer(LOGPS_PEERS, "TRL 1.16 as DPOTrainer trains: add_fused_lm_head, with entropy, mean logit and top-1", _trl_reason)
 def trl_head(hidden, weight, labels):
-    rows = _trl_rows(hidden.flatten(0, -2), weight, labels.clamp(min=0).flatten())
-    return rows.view(labels.shape).masked_fill(labels == IGNORE, 0.0)
+    """TRL scores the tokens that count on a GPU, and all of them on a CPU."""
+    return _trl_logps(hidden, weight, labels)
+
+
+@peer(LOGPS_PEERS, "TRL 1.16 add_fused_lm_head, log-probs alone", _trl_reason)
+def trl_head_plain(hidden, weight, labels):
+    return _trl_logps(hidden, weight, labels, ("log_probs",))
 
 
 def _trl_counted_reason(inputs):
     if reason := _trl_reason(inputs):
         return reason
-    return None if inputs.device.type == "cuda" else _nothing_masked(inputs)
+    if inputs.device.type == "cuda":
+        return "TRL drops tokens itself on a GPU: see its other rows"
+    return _nothing_masked(inputs)
 
 
-@peer(LOGPS_PEERS, "TRL 1.16 LM head, as on a GPU: tokens that count", _trl_counted_reason)
+@peer(LOGPS_PEERS, "TRL 1.16 add_fused_lm_head, log-probs of the tokens that count, as on a GPU", _trl_counted_reason)
 def trl_head_counted(hidden, weight, labels):
-    return counted(_trl_rows)(hidden, weight, labels)
+    return counted(trl_head_plain)(hidden, weight, labels)
 
 
 # ---- Liger ----

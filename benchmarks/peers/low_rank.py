@@ -94,3 +94,16 @@ def by_evalica(wins):
         return torch.tensor([scores[name] for name in names], dtype=torch.float64).log()
 
     return run
+
+
+def residual_composed(zeta):
+    """What a user writes for a residual pass with the Cauchy psi: R and E are tensors of the matrix's size."""
+
+    def composed(matrix, left, right):
+        residual = matrix - left @ right.t()
+        seen = ~residual.isnan()
+        e = torch.where(seen, residual / (1 + (residual / zeta).square()), 0.0)
+        kept = residual.abs() <= zeta
+        return e @ right, e.t() @ left, e.square().sum(), seen.sum(), kept.sum()
+
+    return composed

@@ -19,7 +19,7 @@ from fastpref import _native
 IGNORE = -100
 TOKEN_PEERS = {}  # name -> function, the order of the tables
 PREFERENCE_PEERS = {}
-COMPILER = "inductor"  # the dry run on a CPU takes a compiler that starts faster
+COMPILER = "inductor"  # tests take one that starts faster
 
 
 def peer(table, title, available=lambda logits: None, spoils_logits=False, around=nullcontext):
@@ -49,7 +49,7 @@ def backend_reason(backend):
     """Why that backend of fastpref cannot take tensors like those given, or None."""
 
     def available(given):
-        found = fastpref.build_info()["backends"]["token_logps"][given.device.type][backend]
+        found = fastpref.build_info()["backends"]["token_logps"][_native.device_kind(given.device)][backend]
         return None if found == "available" else found
 
     return available
@@ -103,6 +103,24 @@ def fastpref_triton(logits, labels):
 @peer(TOKEN_PEERS, "fastpref, Triton, inplace_backward", backend_reason("triton"), spoils_logits=True)
 def fastpref_triton_inplace(logits, labels):
     return fastpref.token_logps(logits, labels, backend="triton", inplace_backward=logits.requires_grad)
+
+
+def _on_a_gpu(backend):
+    def available(logits):
+        on_cpu = _native.device_kind(logits) == "cpu"
+        return "by-products are measured on GPUs" if on_cpu else backend_reason(backend)(logits)
+
+    return available
+
+
+@peer(TOKEN_PEERS, "fastpref, native, entropy and top-1", _on_a_gpu("native"))
+def fastpref_native_stats(logits, labels):
+    return fastpref.token_logps(logits, labels, backend="native", stats=("entropy", "top1"))[0]
+
+
+@peer(TOKEN_PEERS, "fastpref, Triton, entropy and top-1", _on_a_gpu("triton"))
+def fastpref_triton_stats(logits, labels):
+    return fastpref.token_logps(logits, labels, backend="triton", stats=("entropy", "top1"))[0]
 
 
 # ---- plain PyTorch ----
@@ -190,7 +208,7 @@ def _trl_reason(logits):
     return import_reason("trl.trainer.utils")
 
 
-@peer(TOKEN_PEERS, "TRL selective_log_softmax", _trl_reason)
+@peer(TOKEN_PEERS, "TRL selective_log_softmax (DPOTrainer 1.16 has no logits and does not call it)", _trl_reason)
 def trl_selective(logits, labels):
     from trl.trainer.utils import selective_log_softmax
 
@@ -250,20 +268,44 @@ def liger(logits, labels):
 
 
 class Batch:
-    """What a step needs beside the logits: labels [2B, T], reference log-probs per token, rating gaps [B]."""
+    """What a step needs beside the logits.
 
-    def __init__(self, labels: Tensor, ref_token_logps: Tensor, rating_gap: Tensor, loss: str, beta=0.1):
+    labels [2B, T], or [tokens] of packed sequences whose `lengths` the host knows; the reference as log-probs per token
+    or as logits; rating gaps [B]. stats: by-products that fastpref is asked for beside the loss; no peer forms them.
+    """
+
+    def __init__(
+        self, labels: Tensor, ref_token_logps: Tensor | None, rating_gap: Tensor, loss: str, beta=0.1, *,
+        ref_logits: Tensor | None = None, lengths: list[int] | None = None, stats: tuple[str, ...] = (),
+    ):  # fmt: skip
         self.labels, self.ref_token_logps, self.rating_gap = labels, ref_token_logps, rating_gap
         self.loss, self.beta, self.beta_rating = loss, beta, 0.3
+        self.ref_logits, self.lengths, self.stats = ref_logits, lengths, stats
+        self.cu_seqlens = None
+        if lengths is not None:
+            self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(labels.device, copy=True)
 
     @property
     def options(self) -> dict:
         return {"beta_rating": self.beta_rating} if self.loss == "rdpo" else {}
 
+    def scored(self, logps) -> "Batch":
+        """The same with the reference's log-probs, by the peer's own logps(logits, labels), where logits are given."""
+        if self.ref_logits is None:
+            return self
+        with torch.no_grad():
+            ref_token_logps = logps(self.ref_logits, self.labels)
+        return Batch(self.labels, ref_token_logps, self.rating_gap, self.loss, self.beta, lengths=self.lengths)
+
 
 def logistic_loss(token_logps, batch) -> tuple[Tensor, Tensor]:
     """DPO, or RDPO with its rating gap, as a user writes it: loss of the batch, margins [B]."""
-    chosen, rejected = (token_logps - batch.ref_token_logps.to(token_logps.dtype)).sum(-1).chunk(2)
+    difference = token_logps - batch.ref_token_logps.to(token_logps.dtype)
+    if batch.lengths is None:
+        sums = difference.sum(-1)
+    else:
+        sums = torch.stack([part.sum() for part in difference.split(batch.lengths)])
+    chosen, rejected = sums.chunk(2)
     margins = batch.beta * (chosen - rejected)
     offset = batch.beta / batch.beta_rating * batch.rating_gap if batch.loss == "rdpo" else 0.0
     return -torch.nn.functional.logsigmoid(margins - offset).mean(), margins
@@ -297,29 +339,31 @@ def fastpref_step_triton(logits, batch):
 
 
 def _fastpref_step(logits, batch, **more):
-    options = {"loss": batch.loss, "loss_options": batch.options, "beta": batch.beta} | more
-    out = fastpref.preference_loss(
-        logits, batch.labels, ref_token_logps=batch.ref_token_logps, rating_gap=batch.rating_gap, **options
-    )
+    options = {"loss": batch.loss, "loss_options": batch.options, "beta": batch.beta, "stats": batch.stats} | more
+    reference = {"ref_token_logps": batch.ref_token_logps, "ref_logits": batch.ref_logits}
+    if batch.cu_seqlens is not None:
+        options["cu_seqlens"] = batch.cu_seqlens
+    out = fastpref.preference_loss(logits, batch.labels, rating_gap=batch.rating_gap, **reference, **options)
     return out.loss, out.margins
 
 
-def _plain_step(logits, batch):
-    return logistic_loss(eager(logits, batch.labels), batch)
+def _step(logps, logits, batch):
+    """A peer's log-probs, then the formula."""
+    return logistic_loss(logps(logits, batch.labels), batch.scored(logps))
 
 
 @peer(PREFERENCE_PEERS, "log_softmax + gather + logsigmoid")
 def eager_step(logits, batch):
-    return _plain_step(logits, batch)
+    return _step(eager, logits, batch)
 
 
 @peer(PREFERENCE_PEERS, "the same of logits.float()", half_precision)
 def eager_fp32_step(logits, batch):
-    return _plain_step(logits.float(), batch)
+    return _step(lambda x, labels: eager(x.float(), labels), logits, batch)
 
 
 def _tensors_step(logits, labels, ref_token_logps, rating_gap, loss):
-    return _plain_step(logits, Batch(labels, ref_token_logps, rating_gap, loss))
+    return _step(eager, logits, Batch(labels, ref_token_logps, rating_gap, loss))
 
 
 @peer(PREFERENCE_PEERS, "torch.compile of the plain step")
@@ -330,14 +374,19 @@ def compiled_step(logits, batch):
 
 @peer(PREFERENCE_PEERS, "one pass in plain torch + logsigmoid")
 def one_pass_step(logits, batch):
-    return logistic_loss(one_pass(logits, batch.labels), batch)
+    return _step(one_pass, logits, batch)
 
 
-@peer(PREFERENCE_PEERS, "TRL selective_log_softmax + its DPO formula", _trl_reason)
+@peer(PREFERENCE_PEERS, "TRL selective_log_softmax (DPOTrainer 1.16 does not call it) + its DPO formula", _trl_reason)
 def trl_step(logits, batch):
-    return logistic_loss(trl_selective(logits, batch.labels), batch)
+    return _step(trl_selective, logits, batch)
 
 
 @peer(PREFERENCE_PEERS, "TRL Triton kernel + its DPO formula", _trl_kernel_reason)
 def trl_kernel_step(logits, batch):
-    return logistic_loss(trl_kernel(logits, batch.labels), batch)
+    return _step(trl_kernel, logits, batch)
+
+
+@peer(PREFERENCE_PEERS, "Liger cross entropy + logsigmoid", _liger_reason, spoils_logits=True)
+def liger_step(logits, batch):
+    return _step(liger, logits, batch)

@@ -130,4 +130,34 @@ void preference_bwd_cpu(const PreferenceBackward& args, int threads) {
   token_logps_bwd_cpu(args.tokens, threads);
 }
 
+void preference_pairs_cpu(const PairEpilogue& args) {
+  const int64_t group = args.end - args.begin;
+  const auto sequence_of = [&](int side, int64_t p) { return side * args.pairs + args.begin + p; };
+  for (int64_t p = 0; p < group; p++) {
+    const int64_t pair = args.begin + p;
+    for (int side = 0; side < 2; side++) {
+      const int64_t sequence = sequence_of(side, p);
+      double sum = 0, logratio = 0;
+      int64_t length = 0;
+      for (int64_t row = args.bounds[side * group + p]; row < args.bounds[side * group + p + 1]; row++) {
+        if (args.labels[row] == args.ignore_index) continue;
+        const double logp = args.token_logps[row];
+        sum += logp, length++;
+        logratio += args.ref_token_logps ? logp - double(args.ref_token_logps[row]) : logp;
+      }
+      if (args.ref_logps) logratio = sum - double(args.ref_logps[sequence]);
+      args.logps[sequence] = static_cast<float>(sum);
+      args.logratios[sequence] = static_cast<float>(logratio);
+      args.lengths[sequence] = length;
+    }
+    const PairLoss found = pair_loss(args.family, args.logratios[sequence_of(0, p)], args.logratios[sequence_of(1, p)],
+                                     args.rating_gap ? args.rating_gap + pair : nullptr);
+    args.losses[pair] = static_cast<float>(found.loss);
+    const float chosen = static_cast<float>(found.slope * args.scale_of_pair[pair]);
+    for (int side = 0; side < 2; side++)
+      for (int64_t row = args.bounds[side * group + p]; row < args.bounds[side * group + p + 1]; row++)
+        args.token_grad[row] = args.labels[row] == args.ignore_index ? 0.0f : side == 0 ? chosen : -chosen;
+  }
+}
+
 }  // namespace fastpref

@@ -141,8 +141,9 @@ __device__ inline float max_or_nan(float x, float y) {
 __device__ inline float finite_or_zero(float top) { return top == -infinity ? 0.0f : top; }
 
 // v becomes tanh(v tanh_scale), and slope 1 - tanh^2, of four columns for one reciprocal: with e = exp(-2 |y|) and
-// r = 1 / (1 + e), tanh |y| = (1 - e) r and the slope is 4 e r^2, neither of which cancels where tanh saturates.
-template <bool HAS_SLOPE>
+// r = 1 / (1 + e), tanh |y| = (1 - e) r and the slope is 4 e r^2, neither of which cancels where tanh saturates. Near 0
+// 1 - e does: for EXACT there is a polynomial, whose time float32's bandwidth leaves.
+template <bool EXACT, bool HAS_SLOPE>
 __device__ inline void tanh4(float* v, float* slope, float tanh_scale) {
   float e[4], d[4];
 #pragma unroll
@@ -153,7 +154,16 @@ __device__ inline void tanh4(float* v, float* slope, float tanh_scale) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     if (HAS_SLOPE) slope[i] = 4.0f * (e[i] * r[i]) * r[i];
-    v[i] = copysignf((1.0f - e[i]) * r[i], v[i]);
+    float t = (1.0f - e[i]) * r[i];
+    if (EXACT) {
+      const float y = fabsf(v[i]) * tanh_scale, q = y * y;
+      float p = fmaf(q, -0.005905162f, 0.020804758f);
+      p = fmaf(q, p, -0.053786494f);
+      p = fmaf(q, p, 0.13331956f);
+      p = fmaf(q, p, -0.333332992f);
+      if (y < 0.6f) t = fmaf(y * q, p, y);
+    }
+    v[i] = copysignf(t, v[i]);
   }
 }
 
@@ -163,9 +173,12 @@ __device__ inline void tanh4(float* v, float* slope, float tanh_scale) {
 // costs more than it spares.
 constexpr float slack_exponent = 8;
 
+//
+// With softcap and stats, largest = max of the logits: a tanh of four columns is rounded by its neighbours, and a tie
+// of the label with the largest logit must be one.
 template <bool HAS_STATS>
 struct Sums {
-  float top = -infinity, base = -infinity, sum = 0, sum_t = 0, squared = 0, value = 0;
+  float top = -infinity, base = -infinity, sum = 0, sum_t = 0, squared = 0, value = 0, largest = -infinity;
 
   __device__ void rebase(float new_base, float k) {
     const float reference = finite_or_zero(new_base), decay = exp2_fast((base - reference) * k);
@@ -202,7 +215,10 @@ struct Sums {
     other.rebase(new_top, k);
     top = new_top;
     sum += other.sum;
-    if (HAS_STATS) sum_t += other.sum_t, squared += other.squared, value += other.value;
+    if (HAS_STATS) {
+      sum_t += other.sum_t, squared += other.squared, value += other.value;
+      largest = fmaxf(largest, other.largest);
+    }
   }
 };
 
@@ -225,6 +241,9 @@ __device__ inline Sums<HAS_STATS> warp_merge(Sums<HAS_STATS> sums, float k) {
     sums.sum_t = warp_sum(sums.sum_t);
     sums.squared = warp_sum(sums.squared);
     sums.value = warp_sum(sums.value);
+#pragma unroll
+    for (int lane = warp / 2; lane > 0; lane /= 2)
+      sums.largest = fmaxf(sums.largest, __shfl_xor_sync(0xffffffff, sums.largest, lane));
   }
   return sums;
 }
@@ -236,7 +255,8 @@ struct RowResult {
 
 // others: every column but the target in top, sum, sum_t and squared; every column in value.
 template <bool HAS_STATS>
-__device__ inline RowResult finish_row(const Sums<HAS_STATS>& others, float target, float multiplier, int vocab) {
+__device__ inline RowResult finish_row(const Sums<HAS_STATS>& others, float target, float target_logit,
+                                       float multiplier, int vocab) {
   RowResult row;
   const float k = multiplier * log2e;
   // logp = -softplus(d), d = log sum_{v != y} exp(z_v) - z_y: never above 0, exact for confident tokens
@@ -257,7 +277,7 @@ __device__ inline RowResult finish_row(const Sums<HAS_STATS>& others, float targ
     row.stats[0] = log_sum - multiplier * (all.sum_t / all.sum);
     row.stats[1] = logf(all.squared) - 2.0f * log_sum;
     row.stats[2] = multiplier * (others.value / static_cast<float>(vocab));
-    row.stats[3] = target >= others.top ? 1.0f : 0.0f;
+    row.stats[3] = target_logit >= others.largest ? 1.0f : 0.0f;
   }
   return row;
 }

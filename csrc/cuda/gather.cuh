@@ -65,7 +65,7 @@ struct Gather {
   unsigned* tickets;  // [ticket_count], zero: the queue's, the batch's, and of groups of 32 rows
   int64_t ticket_count;
   float2* slots;        // [groups, sets, chunks, 32]: top, sum
-  float4* stats_slots;  // the same: sum_t, squared, value
+  float4* stats_slots;  // the same: sum_t, squared, value, largest
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -191,9 +191,10 @@ __device__ inline Sums<HAS_STATS> fold_chunk(const T* row, int begin, int end, i
       if constexpr (PACKED) {
         top_of_v = largest<T, per_group>(&tile[g]);
       } else {
+        if (HAS_SOFTCAP && HAS_STATS) sums.largest = fmaxf(sums.largest, largest<T, per_group>(&tile[g]));
         if (HAS_SOFTCAP) {
 #pragma unroll
-          for (int i = 0; i < column_group; i += 4) tanh4<false>(v + i, nullptr, tanh_scale);
+          for (int i = 0; i < column_group; i += 4) tanh4<sizeof(T) == 4, false>(v + i, nullptr, tanh_scale);
         }
         if (HAS_STATS) {
           float value = 0;
@@ -268,12 +269,12 @@ __device__ __noinline__ void finish_group(const Args& a, unsigned first_row) {
       other.top = other.base = first.x, other.sum = first.y;
       if (STATS) {
         const float4 more = __ldcg(a.stats_slots + slot + c * warp);
-        other.sum_t = more.x, other.squared = more.y, other.value = more.z;
+        other.sum_t = more.x, other.squared = more.y, other.value = more.z, other.largest = more.w;
       }
       sums.merge(other, a.k);
     }
-    const float target = transform_one<HAS_SOFTCAP>(to_float(row_of<T>(x, a.labels, s, token)[label]), a.tanh_scale);
-    return finish_row(sums, target, a.multiplier, a.vocab);
+    const float logit = to_float(row_of<T>(x, a.labels, s, token)[label]);
+    return finish_row(sums, transform_one<HAS_SOFTCAP>(logit, a.tanh_scale), logit, a.multiplier, a.vocab);
   };
 
   TokenResult token_result;
@@ -322,7 +323,8 @@ __device__ __noinline__ void publish(const Args& a, unsigned item, unsigned vali
   if (threadIdx.x % warp == 0) {
     const int64_t slot = ((group_index * sets + i.set) * chunks + i.chunk) * warp + s.token % warp;
     a.slots[slot] = {sums.top, sums.sum};
-    if (HAS_STATS && !i.set) a.stats_slots[slot] = {sums.sum_t, sums.squared, sums.value, 0};
+    if (HAS_STATS && !i.set)
+      a.stats_slots[slot] = {sums.sum_t, sums.squared, sums.value, HAS_SOFTCAP ? sums.largest : sums.top};
   }
   if (is_last(a.tickets + 2 + group_index, __popc(valid) * sets * chunks))
     finish_group<T, HAS_SOFTCAP, HAS_STATS>(a, i.row);
@@ -331,11 +333,17 @@ __device__ __noinline__ void publish(const Args& a, unsigned item, unsigned vali
 // A sequence without rows has no group that could arrive for it; (preference.cu) has it for pairs.
 __device__ inline void sequence_begins(const Gather&, int) {}
 
-// Of 128 threads to a multiprocessor: 64 registers, with stats 72; with both, 16-bit columns would spill there.
+// Of 128 threads to a multiprocessor: 64 registers, with stats 72. Where they would spill at that, 96, with ptxas's
+// schedules for sm_100 and sm_120, and 128 with a softcap too, whose time is arithmetic's.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int stats_blocks = 5;
+#else
+constexpr int stats_blocks = 7;
+#endif
 template <bool HAS_SOFTCAP, bool HAS_STATS>
-constexpr int fwd_blocks = !HAS_STATS     ? 8
-                           : !HAS_SOFTCAP ? 7
-                                          : 6;
+constexpr int fwd_blocks = !HAS_STATS    ? 8
+                           : HAS_SOFTCAP ? 4
+                                         : stats_blocks;
 
 template <class T, bool HAS_SOFTCAP, bool HAS_STATS, class Args>
 __global__ void __launch_bounds__(fwd_threads, (fwd_blocks<HAS_SOFTCAP, HAS_STATS>))

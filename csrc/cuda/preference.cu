@@ -174,6 +174,60 @@ __device__ inline void group_finished(const PairGather& a, const Place& s, int64
   sequence_begins(a, s.sequence);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// The epilogue alone, behind log-probs of tokens: a block per pair, half of it to a sequence
+
+constexpr int pair_threads = 256;
+
+__global__ void __launch_bounds__(pair_threads) pair_kernel(const __grid_constant__ PairEpilogue a) {
+  constexpr int half = pair_threads / 2, half_warps = half / warp;
+  __shared__ double2 sums[2][half_warps];  // of log-probs, of policy - reference
+  __shared__ int counts[2][half_warps];
+  __shared__ float chosen_grad;
+  const int64_t group = a.end - a.begin, p = blockIdx.x;
+  const auto bound = [&](int64_t sequence) { return min(max(a.bounds[sequence], int64_t(0)), a.rows); };
+  const int side = threadIdx.x / half, thread = threadIdx.x % half;
+  const int64_t begin = bound(side * group + p), end = bound(side * group + p + 1);
+  double sum = 0, ratio = 0;
+  int length = 0;
+#pragma unroll 4
+  for (int64_t row = begin + thread; row < end; row += half) {
+    if (a.labels[row] == a.ignore_index) continue;
+    const double logp = a.token_logps[row];
+    sum += logp, length++;
+    ratio += a.ref_token_logps ? logp - double(a.ref_token_logps[row]) : logp;
+  }
+  sum = warp_sum(sum), ratio = warp_sum(ratio), length = warp_sum(length);
+  if (thread % warp == 0) sums[side][thread / warp] = {sum, ratio}, counts[side][thread / warp] = length;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float logratio[2];
+#pragma unroll
+    for (int of = 0; of < 2; of++) {
+      double2 total{};
+      int tokens = 0;
+#pragma unroll
+      for (int w = 0; w < half_warps; w++) {
+        total.x += sums[of][w].x, total.y += sums[of][w].y;
+        tokens += counts[of][w];
+      }
+      const int64_t sequence = of * a.pairs + a.begin + p;
+      logratio[of] = static_cast<float>(a.ref_logps ? total.x - double(a.ref_logps[sequence]) : total.y);
+      a.logps[sequence] = static_cast<float>(total.x);
+      a.logratios[sequence] = logratio[of];
+      a.lengths[sequence] = tokens;
+    }
+    const int64_t pair = a.begin + p;
+    const PairLoss found = pair_loss(a.family, logratio[0], logratio[1], a.rating_gap ? a.rating_gap + pair : nullptr);
+    a.losses[pair] = static_cast<float>(found.loss);
+    chosen_grad = static_cast<float>(found.slope * a.scale_of_pair[pair]);
+  }
+  __syncthreads();
+  const float grad = side == 0 ? chosen_grad : -chosen_grad;
+  for (int64_t row = begin + thread; row < end; row += half)
+    a.token_grad[row] = a.labels[row] == a.ignore_index ? 0.0f : grad;
+}
+
 struct Prepared {
   PairGather gather;
   int64_t bytes;
@@ -209,6 +263,14 @@ int64_t preference_workspace_cuda(const PreferenceForward& args) { return prepar
 void preference_fwd_cuda(const PreferenceForward& args, void* workspace, void* stream) {
   check(args.pairs() > 0, "a batch must have at least one pair");
   launch_gather(prepare(args, workspace).gather, args.logits.dtype, args.stats, static_cast<cudaStream_t>(stream));
+}
+
+void preference_pairs_cuda(const PairEpilogue& args, void* stream) {
+  const int64_t blocks = args.end - args.begin;
+  if (blocks == 0) return;
+  check(blocks <= INT_MAX, "a group must have at most 2147483647 pairs, got " + std::to_string(blocks));
+  pair_kernel<<<static_cast<unsigned>(blocks), pair_threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  FASTPREF_CHECK_CUDA(cudaGetLastError());
 }
 
 }  // namespace fastpref

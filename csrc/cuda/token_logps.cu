@@ -1,6 +1,6 @@
 // Log-probabilities of labels on the GPU, forward (gather.cuh) and backward. The backward writes
 // coefficient * (onehot - softmax) by one read of the logits and one write; a block takes a 64 KB piece of a row, and
-// each element depends on its own column alone.
+// each element depends on its own column alone, with a softcap also on the rounding of three others.
 #include "gather.cuh"
 
 namespace fastpref {
@@ -56,7 +56,7 @@ struct RowGradient {
   // Four columns v become their gradients. With has_target, v[target] is the label's, where there is such a column.
   __device__ void operator()(float* v, bool has_target, int target) const {
     float slope[4];
-    if (HAS_SOFTCAP) tanh4<true>(v, slope, tanh_scale);
+    if (HAS_SOFTCAP) tanh4<EXACT, true>(v, slope, tanh_scale);
 #pragma unroll
     for (int i = 0; i < 4; i++) v[i] = softmax(v[i]);
     if (has_target) {

@@ -94,7 +94,9 @@ if triton is not None:
                 sequence += tl.sum((end <= row).to(tl.int32), 0)
             begin, length = sequence_at(cu_seqlens_ptr, sequence, rows, tokens)
             token = row - begin
-            length = tl.where((token >= 0) & (token < length), length, 0)
+            inside = (token >= 0) & (token < length)
+            token = tl.where(inside, token, 0)
+            length = tl.where(inside, length, 0)
         return sequence, token, length
 
     @triton.jit

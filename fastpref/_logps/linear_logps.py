@@ -138,7 +138,7 @@ def _fwd_fake(
         *fwd_outputs(hidden, labels, stats),
         unit_grad=hidden.new_empty(hidden.shape if unit else 0),
         ref_logps=_ref_zeros(ref_hidden, labels),
-        index=labels.new_empty(labels.shape),
+        index=labels.new_empty(labels.shape[0] + 1)[1:],  # as active_rows leaves it
         bounds=torch.empty(0 if max_active_tokens >= 0 else bounds, dtype=torch.int64, device="cpu"),
     )
 
@@ -337,7 +337,8 @@ def linear_token_logps(
 
     Returns:
         As token_logps: float32 (float64 for float64) of labels' shape; with stats, also a TokenStats. Gradients come in
-        the inputs' dtypes, the head's summed in float32.
+        the inputs' dtypes, the head's summed in float32. The same call gives the same bits; a row alone need not have
+        those that it has in a batch, whose products are BLAS's.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, shape, dtype or device; on CPU for an invalid label (on

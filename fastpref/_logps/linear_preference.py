@@ -8,6 +8,7 @@ and losses that couple the batch (4) go through linear_logps' two passes instead
 which.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fastpref import _autograd, _checks, _library, _native, operators
 from fastpref._logps.linear_logps import (
+    LinearLogps,
     Tokens,
     cast_for_autocast,
     check_head,
@@ -25,8 +27,10 @@ from fastpref._logps.linear_logps import (
     gather_logps,
     whole_weight,
 )
+from fastpref._logps.pair_epilogue import PairResults, native_family, pair_epilogue, write_pairs
 from fastpref._logps.pairs import (
     EncodedLoss,
+    Family,
     Gathered,
     Loss,
     PairData,
@@ -36,13 +40,15 @@ from fastpref._logps.pairs import (
     check_reference,
     decode_loss,
     encode_loss,
+    pair_gradients,
     pair_losses,
     preference_output,
+    stat_means,
     wanted_stats,
 )
-from fastpref._logps.plan import choose_kind, even_chunks, is_resident, pair_groups
+from fastpref._logps.plan import choose_kind, even_chunks, is_resident, pair_groups, rows_of_pairs
 from fastpref._logps.scaled import scaled
-from fastpref._logps.sequences import Sequences, check_layout, targets
+from fastpref._logps.sequences import Sequences, check_layout, rising, targets
 from fastpref._logps.tile import (
     Budget,
     Gradients,
@@ -63,36 +69,51 @@ from fastpref._logps.transform import Transform, checked_transform
 # ---- the operator: whole pairs, forward and backward, in one tile ----
 
 
-class _Group(NamedTuple):
-    begin: int  # of the pairs
-    end: int
-    where: slice | Tensor  # rows of hidden: all chosen, then all rejected ones
-    labels: Tensor
-    bounds: Tensor  # [2 pairs + 1] where their sequences begin among these rows
+class _Ordered(NamedTuple):
+    """The rows that count and their sequences, group after group, and within a group all chosen sequences first."""
+
+    groups: list[tuple[int, int]]  # of pairs
+    sizes: list[int]  # rows of each group
+    where: slice | Tensor  # [rows] of hidden
+    labels: Tensor  # [rows]
+    bounds: Tensor  # [2B + 1] where the sequences begin among these rows
+
+    def bounds_of(self, group: int) -> Tensor:
+        """Where the sequences of a group begin among its rows."""
+        begin, end = self.groups[group]
+        bounds = self.bounds[2 * begin : 2 * end + 1]
+        return bounds - bounds[0] if group else bounds
 
 
-def _groups(rows: Rows, ends: Tensor, pairs: int, tile_rows: int) -> list[_Group]:
+def _in_groups(rows: Rows, ends: Tensor, pairs: int, tile_rows: int) -> _Ordered:
     if rows.padded:  # where a pair ends is known on the device alone
-        return [_Group(0, pairs, rows.index[: rows.count], rows.labels, ends.clamp(max=rows.count))]
-    groups = []
-    for begin, end in pair_groups(rows.bounds, tile_rows):
-        halves = [slice(rows.bounds[s + begin], rows.bounds[s + end]) for s in (0, pairs)]
-        lengths = torch.cat([ends[s + begin + 1 : s + end + 1] - ends[s + begin : s + end] for s in (0, pairs)])
-        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        if end - begin == pairs:
-            groups.append(_Group(begin, end, rows.where(0, rows.count), rows.labels, bounds))
-        else:
-            where = torch.cat([rows.index[half] for half in halves])
-            groups.append(_Group(begin, end, where, torch.cat([rows.labels[half] for half in halves]), bounds))
-    return groups
+        groups, bounds = [(0, pairs)][:pairs], ends.clamp(max=rows.count)
+        return _Ordered(groups, [rows.count] * len(groups), rows.index[: rows.count], rows.labels, bounds)
+    groups = pair_groups(rows.bounds, tile_rows)
+    if len(groups) <= 1:
+        return _Ordered(groups, [rows.count] * len(groups), rows.where(0, rows.count), rows.labels, ends)
+    spans = [slice(rows.bounds[s + begin], rows.bounds[s + end]) for begin, end in groups for s in (0, pairs)]
+    sizes = [rows_of_pairs(rows.bounds, *group) for group in groups]
+    bounds = torch.zeros_like(ends)
+    torch.cumsum(_group_after_group(ends[1:] - ends[:-1], groups), 0, out=bounds[1:])
+    where, labels = (torch.cat([vector[span] for span in spans]) for vector in (rows.index, rows.labels))
+    return _Ordered(groups, sizes, where, labels, bounds)
 
 
-def _halves_of(vector: Tensor | None, begin: int, end: int) -> Tensor | None:
-    """[2B] -> those of the pairs [begin, end), chosen and then rejected."""
-    if vector is None:
-        return None
+def _group_after_group(vector: Tensor | None, groups: list[tuple[int, int]]) -> Tensor | None:
+    """[2B], all chosen sequences first -> all chosen ones of a group first."""
+    if vector is None or len(groups) <= 1:
+        return vector
     pairs = vector.shape[0] // 2
-    return torch.cat([vector[begin:end], vector[pairs + begin : pairs + end]])
+    return torch.cat([vector[s + begin : s + end] for begin, end in groups for s in (0, pairs)])
+
+
+def _chosen_first(parts: list[Tensor]) -> Tensor:
+    """The other way round, from the parts of the groups."""
+    if len(parts) == 1:
+        return parts[0]
+    halves = [part.view(2, part.shape[0] // 2) for part in parts]
+    return torch.cat([half[side] for side in (0, 1) for half in halves])
 
 
 class Wanted(NamedTuple):
@@ -108,27 +129,86 @@ class LinearPreference(NamedTuple):
     lengths: Tensor  # [2B]
     values: Tensor  # [4 or 0, tokens]
 
-    def put(self, rows: Rows, group: _Group, total: Tensor, gathered: Gathered) -> None:
-        begin, end = group.begin, group.end
-        pairs = self.losses.shape[0]
-        self.loss.add_(total.detach())
-        self.losses[begin:end] = gathered.losses.detach()
-        rows.put(self.values, group.where, gathered.values, 1)
-        for out, own in (
-            (self.logps, gathered.logps),
-            (self.logratios, gathered.logratios),
-            (self.lengths, gathered.lengths),
-        ):
-            out[begin:end], out[pairs + begin : pairs + end] = own.detach().chunk(2)
-
 
 def _zeros(hidden: Tensor, labels: Tensor, scale_of_pair: Tensor, stats: bool) -> LinearPreference:
     """What a batch without pairs gives."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     pairs = scale_of_pair.shape[0]
     vectors = [hidden.new_zeros(shape, dtype=dtype) for shape in ((), pairs, 2 * pairs, 2 * pairs)]
-    values = hidden.new_zeros((4 if stats else 0, labels.shape[0]), dtype=torch.float32)
-    return LinearPreference(*vectors, labels.new_zeros(2 * pairs), values)
+    return LinearPreference(*vectors, labels.new_zeros(2 * pairs), _zero_values(labels, stats))
+
+
+def _zero_values(labels: Tensor, stats: bool) -> Tensor:
+    return labels.new_zeros((4 if stats else 0, labels.shape[0]), dtype=torch.float32)
+
+
+# The epilogue of a group: called with its number, its rows among all ordered ones and their log-probs, it returns the
+# gradient of each; `results` are of all groups, as LinearPreference has them.
+
+
+class _EpilogueOnVectors:
+    """Any loss, as torch on vectors."""
+
+    def __init__(self, ordered: _Ordered, data: PairData, ends: Tensor, ignored: Tensor | None, scale: Tensor, loss):
+        self.ordered, self.ends, self.ignored, self.scale, self.loss = ordered, ends, ignored, scale, loss
+        self.positions = torch.arange(ordered.labels.shape[0], device=ends.device)
+        ref_tokens, ref_sums, gap, scores = data
+        if ref_tokens is not None:
+            ref_sums = Sequences.compacted(self.positions, ordered.bounds, ignored).sum(ref_tokens)
+        elif ref_sums is not None:
+            ref_sums = _group_after_group(ref_sums.double(), ordered.groups)
+        scores = None if scores is None else _group_after_group(scores.to(scale.dtype), ordered.groups)
+        self.data = PairData(ref_tokens, ref_sums, None if gap is None else gap.to(scale.dtype), scores)
+        self.gathered = []
+
+    def __call__(self, group: int, rows: slice, logps: Tensor, values: Tensor, ref_tokens: Tensor | None) -> Tensor:
+        begin, end = self.ordered.groups[group]
+        ref_sums, gap, scores = self.data[1:]
+        both = slice(2 * begin, 2 * end)
+        data = PairData(
+            ref_tokens,
+            None if ref_sums is None else ref_sums[both],
+            None if gap is None else gap[begin:end],
+            None if scores is None else scores[both],
+        )
+        ignored = None if self.ignored is None else self.ignored[rows]
+        bounds = self.ordered.bounds_of(group)
+        sequences = Sequences.compacted(self.positions[: rows.stop - rows.start], bounds, ignored)
+        gathered, gradient = pair_gradients(logps, values, sequences, data, self.loss, self.scale[begin:end])
+        self.gathered.append(gathered)
+        return gradient
+
+    def results(self) -> PairResults:
+        per_pair = [group.losses for group in self.gathered]
+        per_pair = per_pair[0] if len(per_pair) == 1 else torch.cat(per_pair)
+        logps = _chosen_first([group.logps for group in self.gathered])
+        logratios = _chosen_first([group.logratios for group in self.gathered])
+        if logratios is logps:
+            logratios = logps.clone()  # an operator returns no tensor twice
+        if self.ignored is None:
+            lengths = self.ends[1:] - self.ends[:-1]
+        else:
+            lengths = _chosen_first([group.lengths for group in self.gathered])
+        return PairResults(per_pair, logps, logratios, lengths)
+
+
+class _NativeEpilogue:
+    """The fused family, in one call of the native core."""
+
+    def __init__(self, ordered: _Ordered, data: PairData, ignore_index: int, scale: Tensor, family: Family):
+        self.ordered, self.ignore_index, self.family = ordered, ignore_index, family
+        *inputs, _scores = data
+        self.data = PairData(*(None if t is None else t.float() for t in inputs), None)
+        self.scale, self.out = scale.contiguous(), PairResults.empty(scale)
+
+    def __call__(self, group: int, rows: slice, logps: Tensor, values: Tensor, ref_tokens: Tensor | None) -> Tensor:
+        ref_tokens = None if ref_tokens is None else ref_tokens.float()  # of a float64 reference model
+        data, labels = self.data._replace(ref_token_logps=ref_tokens), self.ordered.labels[rows]
+        pairs, bounds = self.ordered.groups[group], self.ordered.bounds_of(group)
+        return write_pairs(self.out, pairs, logps, labels, bounds, data, self.scale, self.ignore_index, self.family)
+
+    def results(self) -> PairResults:
+        return self.out
 
 
 def _pair_resident(
@@ -154,47 +234,50 @@ def _pair_resident(
         if tokens.ref_hidden is not None:
             ref = head.like(tokens.ref_hidden, tokens.ref_weight, tokens.ref_bias)
         tile_rows = head.tile_rows()
-        groups = _groups(rows, ends, pairs, tile_rows)
-        pieces = [even_chunks(group.labels.shape[0], tile_rows) for group in groups]
+        ordered = _in_groups(rows, ends, pairs, tile_rows)
+        pieces = [even_chunks(size, tile_rows) for size in ordered.sizes]
         gradients = Gradients(head, hidden, wanted.gradients, rows, sum(map(len, pieces)))
-        out = _zeros(hidden, labels, scale_of_pair, wanted.stats)
+        if not ordered.groups:
+            return *_zeros(hidden, labels, scale_of_pair, wanted.stats), *gradients.finish()
+        if data.ref_token_logps is not None:
+            data = data._replace(ref_token_logps=take_rows(data.ref_token_logps, ordered.where))
+        has_reference = any(t is not None for t in (ref, data.ref_token_logps, data.ref_logps))
+        family = native_family(loss, has_reference, data.rating_gap is not None, scale_of_pair, budget.backend)
+        if family is None:
+            ignored = ordered.labels == ignore_index if rows.unchecked else None
+            epilogue = _EpilogueOnVectors(ordered, data, ends, ignored, scale_of_pair, loss)
+        else:
+            epilogue = _NativeEpilogue(ordered, data, ignore_index, scale_of_pair, family)
+        values_out = _zero_values(labels, wanted.stats)
 
-        def project(group: _Group, parts: list[tuple[int, int]]) -> None:
-            begin, end, where, y, bounds = group
+        def project(group: int, of_group: slice) -> None:
+            parts, y = pieces[group], ordered.labels[of_group]
+            where = ordered.where if len(ordered.groups) == 1 else ordered.where[of_group]
             x = rows.take(hidden, where, y)
-            ref_tokens = None if data.ref_token_logps is None else take_rows(data.ref_token_logps, where)
+            ref_tokens = None if data.ref_token_logps is None else epilogue.data.ref_token_logps[of_group]
             if ref is not None:  # before the policy, whose tile must stay
                 ref_x = rows.take(tokens.ref_hidden, where, y)
                 ref_tokens = join_folds([ref.fold(ref_x[i:j], y[i:j], keep=False) for i, j in parts], ref_x, y)[0]
+                del ref_x
             resident = len(parts) == 1
             folded = [head.fold(x[i:j], y[i:j], keep=resident) for i, j in parts]
             logps, lse, values = join_folds(folded, x, y, wanted.stats)
-            with _autograd.grad_inside_an_operator():
-                row_logps = logps.detach().requires_grad_()
-                own = PairData(
-                    ref_tokens,
-                    _halves_of(data.ref_logps, begin, end),
-                    None if data.rating_gap is None else data.rating_gap[begin:end],
-                    _halves_of(data.scores, begin, end),
-                )
-                gathered = pair_losses(row_logps, values, Sequences(y, ignore_index, bounds), own, loss)
-                total = (gathered.losses * scale_of_pair[begin:end]).sum()
-                coefficients = torch.zeros_like(row_logps)  # of a loss that does not depend on them
-                if total.requires_grad:
-                    (coefficients,) = torch.autograd.grad(total, row_logps)
+            coefficients = epilogue(group, of_group, logps, values, ref_tokens)
             if rows.padded:
-                coefficients.masked_fill_(rows.overflow, torch.nan)
+                coefficients = coefficients.masked_fill_(rows.overflow, torch.nan)
             for i, j in parts:
                 fit = logps[i:j], lse[:, i:j]
                 if not resident:
                     fit = head.form(x[i:j], y[i:j], *fit)
-                dz = head.turn(coefficients[i:j], y[i:j], *fit)
                 part = slice(where.start + i, where.start + j) if isinstance(where, slice) else where[i:j]
-                gradients.add(dz, x[i:j], part)
-            out.put(rows, group, total, gathered)
+                gradients.add(head.turn(coefficients[i:j], y[i:j], *fit), x[i:j], part)  # one such tile at a time
+            if wanted.stats:
+                rows.put(values_out, where, values, 1)
 
-        for group, parts in zip(groups, pieces, strict=True):
-            project(group, parts)
+        for group, (first, last) in enumerate(itertools.pairwise(itertools.accumulate(ordered.sizes, initial=0))):
+            project(group, slice(first, last))
+        found = epilogue.results()
+        out = LinearPreference((found.losses * scale_of_pair).sum(), *found, values_out)
         if rows.padded:
             out.loss.masked_fill_(rows.overflow, torch.nan)
         return *out, *gradients.finish()
@@ -322,9 +405,9 @@ def linear_preference_loss(
             read from the device, and ignored tokens inside the sequences are projected too.
         shared_prefix: [B], how many leading labels the two sequences of a pair share. They add nothing to the gradient
             of a loss of the difference alone, and are left out, of log-probs, rewards and lengths too.
-        max_active_tokens: capacity for the tokens that count; without it 2B + 1 integers are read from the device. If
-            more tokens count, the loss is NaN.
-        stats: as in token_logps.
+        max_active_tokens: capacity for the tokens that count; without it at most 2B + 1 integers are read from the
+            device. If more tokens count, the loss is NaN.
+        stats: as in token_logps, but for "lse".
         sequence_group: process group over which the tokens of every sequence are spread: sums are all-reduced, loss and
             metrics are the same on all ranks, gradients are those of the rank's own tokens. Labels must be aligned.
 
@@ -360,29 +443,72 @@ def linear_preference_loss(
     if shared_prefix is not None:
         labels = _without_prefix(labels, shared_prefix, cu_seqlens, sequences, objective, ignore_index)
     labels = targets(labels, cu_seqlens, lengths, ignore_index, shift)
-    layout = Sequences(labels, ignore_index, cu_seqlens, sequence_group)
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(sequences + 1, device=hidden.device) * labels.shape[1]
     if ref_hidden is not None:
         ref_hidden = ref_hidden.reshape(-1, ref_hidden.shape[-1])
     projection = Projection(hidden.reshape(-1, hidden.shape[-1]), weight, bias, a, b)
-    tokens = Tokens(labels.reshape(-1), cu_seqlens, spans, ref_hidden, ref_weight, ref_bias)
+    tokens = Tokens(labels.reshape(-1), None, spans, ref_hidden, ref_weight, ref_bias)
     values_wanted = bool(wanted_stats(stats, objective))
-
     if sequence_group is None and _is_pair_resident(projection, objective, reduction):
+        tokens = tokens._replace(cu_seqlens=_bounds(labels, cu_seqlens))
         reduced, gathered = _in_one_pass(
             projection, tokens, data, transform, values_wanted, objective, reducing, budget
         )
-        per_pair, logps, logratios, lengths, values = gathered
-        gathered = Gathered(per_pair, logps, logratios, lengths, values.view(values.shape[0], *labels.shape))
+        values = gathered.values
+        gathered = gathered._replace(values=values.view(values.shape[0], *labels.shape))
     else:
         found = gather_logps(projection, tokens, transform, values_wanted, budget)
         if ref_hidden is not None:
             data = PairData(found.ref_logps.view(labels.shape), ref_logps, rating_gap, scores)
-        values = found.values.view(found.values.shape[0], *labels.shape)
-        gathered = pair_losses(found.logps.view(labels.shape), values, layout, data, objective)
-        reduced = reducing.reduce(gathered.losses)
-    return preference_output(reduced, gathered, layout, rating_gap, objective.reward_scale(), stats)
+        given = _Labels(labels, cu_seqlens, ignore_index, sequence_group)
+        reduced, gathered = _in_two_passes(found, data, given, objective, reducing, budget.backend)
+    means = {}
+    if stats:
+        sequences = Sequences(labels, ignore_index, cu_seqlens, sequence_group)
+        means = stat_means(gathered.values, sequences, gathered.lengths, stats)
+    return preference_output(reduced, gathered, rating_gap, objective.reward_scale(), means)
+
+
+def _bounds(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[2B + 1] where the sequences begin among all tokens."""
+    return _offsets(labels) if cu_seqlens is None else rising(cu_seqlens, labels.shape[0])
+
+
+class _Labels(NamedTuple):
+    labels: Tensor
+    cu_seqlens: Tensor | None
+    ignore_index: int
+    group: dist.ProcessGroup | None
+
+
+def _in_two_passes(
+    found: LinearLogps, data: PairData, given: _Labels, loss: Loss, reduction: Reduction, backend: str
+) -> tuple[Tensor, Gathered]:
+    """The reduced loss, or [B], differentiable in the log-probs, and what it is made of."""
+    labels, cu_seqlens, ignore_index, group = given
+    values, family = found.values.view(found.values.shape[0], *labels.shape), None
+    if group is None and reduction.kind != "none":
+        has_reference = data.ref_token_logps is not None or data.ref_logps is not None
+        family = native_family(loss, has_reference, data.rating_gap is not None, found.logps, backend)
+    if family is None:
+        sequences = Sequences(labels, ignore_index, cu_seqlens, group)
+        gathered = pair_losses(found.logps.view(labels.shape), values, sequences, data, loss)
+        return reduction.reduce(gathered.losses), gathered
+    if data.ref_token_logps is not None:
+        data = data._replace(ref_token_logps=data.ref_token_logps.reshape(-1))
+    bounds = _bounds(labels, cu_seqlens)
+    like = found.logps.new_empty((bounds.shape[0] - 1) // 2)
+    reduced, results = pair_epilogue(
+        found.logps, labels.reshape(-1), bounds, data, reduction.scale_of_pair(like), ignore_index, family
+    )
+    return reduced, Gathered(*results, values)
+
+
+def _offsets(labels: Tensor) -> Tensor:
+    """cu_seqlens of padded labels."""
+    sequences, length = labels.shape
+    if not length:
+        return torch.zeros(sequences + 1, dtype=torch.int64, device=labels.device)
+    return torch.arange(0, sequences * length + 1, length, device=labels.device)
 
 
 def _is_pair_resident(projection: Projection, loss: Loss, reduction: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import _checks, losses
+from fastpref import _autograd, _checks, losses
 from fastpref._logps.sequences import Sequences
 from fastpref._logps.token_logps import STATS
 
@@ -81,6 +81,10 @@ class Loss(NamedTuple):
     def is_list(self) -> bool:
         return isinstance(self.loss, (list, tuple))
 
+    def is_named(self) -> bool:
+        """Whether it is made of losses.LOSSES alone."""
+        return all(isinstance(part, str) for part in (self.loss if self.is_list() else [self.loss]))
+
     def traits(self) -> losses.LossTraits:
         return losses.traits(self.loss, self.options)
 
@@ -129,7 +133,34 @@ def decode_loss(encoded: EncodedLoss) -> Loss:
         index, _, option = word.partition(".")
         key, is_literal, literal = option.partition("=")
         options[int(index)][key] = ast.literal_eval(literal) if is_literal else next(numbers)
+    if weights == [1.0]:
+        return Loss(names[0], None, options[0], beta)
     return Loss(names, weights, options, beta)
+
+
+class Family(NamedTuple):
+    """A loss of the fused family, as the native epilogue takes it."""
+
+    numbers: list[float]  # beta of the rewards, and the numbers of losses.Logistic
+    drop_square: bool
+
+
+def logistic_family(loss: Loss, has_reference: bool, has_rating: bool) -> Family | None:
+    """None for a loss, or one without what it needs, of which torch on vectors knows more."""
+    if loss.is_list():
+        if len(loss.loss) != 1 or loss.weights not in (None, [1.0]):
+            return None
+        loss = Loss(loss.loss[0], None, loss.options[0] if loss.options else None, loss.beta)
+    options = dict(loss.options or {})
+    if bool(options.get("reference_free")) == has_reference:
+        return None
+    known = losses.get_loss(loss.loss)
+    logistic = getattr(known, "logistic", None)
+    record = logistic(**{"beta": loss.beta, **options}) if logistic else None
+    if record is None or ("rating_gap" in known.needs and not has_rating):
+        return None
+    *numbers, drop_square = record
+    return Family([loss.reward_scale(), *numbers], drop_square)
 
 
 def host_numbers(values: Sequence[float]) -> Tensor:
@@ -153,15 +184,29 @@ class Reduction(NamedTuple):
 
     def scale_of_pair(self, like: Tensor) -> Tensor:
         """What each pair's loss is multiplied by before they are added up: [B] of like's shape, dtype and device."""
-        scale = torch.ones_like(like) if self.pair_weights is None else self.pair_weights.detach().to(like.dtype)
+        if self.pair_weights is None:
+            divisor = self._divisor(like)
+            if isinstance(divisor, Tensor):
+                return torch.ones_like(like) / divisor
+            return torch.full_like(like, 1 / divisor)
+        scale = self.pair_weights.detach().to(like.dtype)
+        return scale if self.kind != "mean" else scale / self._divisor(like)
+
+    def _divisor(self, like: Tensor) -> float | Tensor:
+        """Known on the host but where the caller's data are what it is made of."""
         if self.kind != "mean":
-            return scale
+            return 1
         if self.num_items is not None:
-            return scale / self.num_items
-        total = scale.sum()
-        return scale / torch.where(total == 0, 1.0, total)
+            return self.num_items
+        if self.pair_weights is None:
+            return max(like.shape[0], 1)
+        total = self.pair_weights.detach().to(like.dtype).sum()
+        return torch.where(total == 0, 1.0, total)
 
     def reduce(self, per_pair: Tensor) -> Tensor:
+        if self.pair_weights is None:
+            reduced = per_pair if self.kind == "none" else per_pair.sum()
+            return reduced / self._divisor(per_pair) if self.kind == "mean" else reduced
         weighted = per_pair * self.scale_of_pair(per_pair)
         return weighted if self.kind == "none" else weighted.sum()
 
@@ -250,65 +295,118 @@ def wanted_stats(stats: tuple[str, ...], loss: Loss) -> tuple[str, ...]:
     return tuple(name for name in STATS if name in stats or (wpo and name == "log_sum_p2"))
 
 
+def _halves(vector: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """[2B] -> [B] and [B]. The gradient of the two is one stack."""
+    return (None, None) if vector is None else vector.reshape(2, vector.shape[0] // 2).unbind(0)
+
+
+class SequenceSums(NamedTuple):
+    """What a loss is made of, per sequence; differentiable but for the lengths and weights."""
+
+    logps: Tensor  # [2B]
+    logratios: Tensor | None  # [2B]; None without a reference
+    lengths: Tensor  # [2B] int64
+    tail: Tensor | None = None  # [2B] log-ratios beyond the shorter of the pair
+    weights: Tensor | None = None  # [2B] WPO's
+
+    @classmethod
+    def of(cls, tokens: Tensor, values: Tensor, sequences: Sequences, data: PairData, needs) -> "SequenceSums":
+        """Of the log-probs of labels' shape, in their dtype; values: [4, *labels.shape], STATS."""
+        ref_sums = None if data.ref_logps is None else data.ref_logps.detach().double()
+        if ref_sums is None and data.ref_token_logps is not None:
+            ref_sums = sequences.sum(data.ref_token_logps.detach())
+        logps, logratios = sequences.sum_logps(tokens, ref_sums)
+        lengths = sequences.lengths()
+        tail = weights = None
+        if "tail" in needs:
+            if data.ref_token_logps is None and data.ref_logps is not None:
+                raise ValueError(
+                    "a loss on part of the completion needs the reference per token (ref_token_logps or the "
+                    "reference's logits or hidden states), got ref_logps"
+                )
+            ratios = tokens.double()
+            if data.ref_token_logps is not None:
+                ratios = ratios - data.ref_token_logps.detach()
+            tail = sequences.sum(torch.where(_beyond_the_shorter(sequences, lengths), ratios, 0.0)).to(tokens.dtype)
+        if "wpo" in needs:
+            weights = sequences.sum(tokens.detach() - values[STATS.index("log_sum_p2")]) / lengths.clamp(min=1)
+            weights = weights.to(tokens.dtype)
+        return cls(logps, logratios, lengths, tail, weights)
+
+    def losses(self, data: PairData, loss: Loss) -> Tensor:
+        """[B]"""
+        dtype, ref_logps = self.logps.dtype, None
+        if self.logratios is not None and not loss.is_named():  # no loss of losses.LOSSES reads them
+            ref_logps = (self.logps - self.logratios).detach()
+        pairs = losses.Pairs(
+            *_halves(self.logps),
+            *_halves(ref_logps),
+            *_halves(self.lengths),
+            None if data.rating_gap is None else data.rating_gap.detach().to(dtype),
+            *_halves(self.logratios),
+            *_halves(self.tail),
+            *_halves(self.weights),
+            *_halves(None if data.scores is None else data.scores.detach().to(dtype)),
+        )
+        return loss.per_pair(pairs)
+
+
+def _beyond_the_shorter(sequences: Sequences, lengths: Tensor) -> Tensor:
+    """Which tokens come after as many as the shorter sequence of the pair has."""
+    return sequences.beyond(torch.minimum(*_halves(lengths)).repeat(2))
+
+
 def pair_losses(tokens: Tensor, values: Tensor, sequences: Sequences, data: PairData, loss: Loss) -> Gathered:
     """Any loss as torch on vectors, differentiable in `tokens`, the log-probs of labels' shape.
 
     values: [4, *labels.shape], STATS.
     """
-    needs = loss.traits().needs
-    sums = sequences.sum(tokens)
-    token_ratios, logratios = tokens.double(), None
-    if data.ref_token_logps is not None:
-        token_ratios = token_ratios - data.ref_token_logps.detach().double()
-        logratios = sequences.sum(token_ratios)
-    elif data.ref_logps is not None:
-        token_ratios = None  # only their sums are known
-        logratios = sums - data.ref_logps.detach().double()
+    sums = SequenceSums.of(tokens, values, sequences, data, loss.traits().needs)
+    logratios = sums.logps if sums.logratios is None else sums.logratios
+    return Gathered(sums.losses(data, loss), sums.logps, logratios, sums.lengths, values)
 
-    def halves(vector):
-        if vector is None:
-            return None, None
-        vector = vector.to(tokens.dtype) if vector.dtype.is_floating_point else vector
-        return vector[: vector.shape[0] // 2], vector[vector.shape[0] // 2 :]
 
-    lengths = sequences.lengths()
-    tail = weights = None
-    if "tail" in needs:
-        if token_ratios is None:
-            raise ValueError(
-                "a loss on part of the completion needs the reference per token (ref_token_logps or the reference's "
-                "logits or hidden states), got ref_logps"
+def pair_gradients(
+    tokens: Tensor, values: Tensor, sequences: Sequences, data: PairData, loss: Loss, scale: Tensor
+) -> tuple[Gathered, Tensor]:
+    """The same, detached, and the gradient by every token of the sum of `scale` [B] times the losses.
+
+    data.ref_logps may stand beside data.ref_token_logps: their sums, which need not be formed again.
+    """
+    sums = SequenceSums.of(tokens, values, sequences, data, loss.traits().needs)
+    with _autograd.grad_inside_an_operator():
+        leaves = {
+            name: getattr(sums, name).detach().requires_grad_()
+            for name in ("logps", "logratios", "tail")
+            if getattr(sums, name) is not None
+        }
+        per_pair, found = sums._replace(**leaves).losses(data, loss), {}
+        if per_pair.requires_grad:
+            gradients = torch.autograd.grad(
+                per_pair, list(leaves.values()), scale.to(per_pair.dtype), allow_unused=True
             )
-        shorter = torch.minimum(*halves(lengths)).repeat(2)
-        tail = sequences.sum(torch.where(sequences.beyond(shorter), token_ratios, 0.0))
-    if "wpo" in needs:
-        weights = sequences.sum(tokens.detach() - values[STATS.index("log_sum_p2")]) / lengths.clamp(min=1)
-    ref_sums = None if logratios is None else (sums - logratios).detach()
-    pairs = losses.Pairs(
-        *halves(sums),
-        *halves(ref_sums),
-        *halves(lengths),
-        None if data.rating_gap is None else data.rating_gap.detach().to(tokens.dtype),
-        *halves(logratios),
-        *halves(tail),
-        *halves(weights),
-        *halves(None if data.scores is None else data.scores.detach()),
-    )
-    ratios = sums if logratios is None else logratios
-    return Gathered(loss.per_pair(pairs), sums.to(tokens.dtype), ratios.to(tokens.dtype), lengths, values)
+            found = {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
+    by_tail = found.pop("tail", None)
+    if found:
+        first, *rest = found.values()
+        by_token = sequences.per_token(sum(rest, first))
+    else:
+        by_token = torch.zeros_like(tokens)  # of a loss that does not depend on them
+    if by_tail is not None:
+        beyond = _beyond_the_shorter(sequences, sums.lengths)
+        by_token = by_token + torch.where(beyond, sequences.per_token(by_tail), 0.0)
+    logratios = sums.logps if sums.logratios is None else sums.logratios
+    per_pair = per_pair.detach() if loss.is_named() else per_pair.detach().clone()  # a user's may be one of its inputs
+    return Gathered(per_pair, sums.logps, logratios, sums.lengths, values), by_token
 
 
-def preference_output(
-    loss: Tensor, gathered: Gathered, sequences: Sequences, rating_gap, beta: float, stats
-) -> PreferenceOutput:
-    logps, lengths = gathered.logps.detach(), gathered.lengths
-    pairs = gathered.losses.shape[0]
-    rewards = beta * gathered.logratios.detach()
-    margins = rewards[:pairs] - rewards[pairs:]
+def stat_means(values: Tensor, sequences: Sequences, lengths: Tensor, stats: tuple[str, ...]) -> dict[str, Tensor]:
+    """Of PreferenceStats, those asked for. values: [4, *labels.shape], STATS; or empty."""
     means = {}
+    pairs = lengths.shape[0] // 2
     if stats:
         chosen, rejected = lengths[:pairs].sum().clamp(min=1), lengths[pairs:].sum().clamp(min=1)
-        for name, value in zip(STATS, gathered.values, strict=True):
+        for name, value in zip(STATS, values, strict=True):
             if name not in stats:
                 continue
             sums = sequences.sum(value).float()
@@ -319,6 +417,15 @@ def preference_output(
                 means[name] = sums.sum() / lengths.sum().clamp(min=1)
             if name == "top1":
                 means["chosen_top1"] = sums[:pairs].sum() / chosen
+    return means
+
+
+def preference_output(loss: Tensor, gathered: Gathered, rating_gap, beta: float, counted: dict) -> PreferenceOutput:
+    """counted: the other fields of PreferenceStats, stat_means among them."""
+    logps, lengths = gathered.logps.detach(), gathered.lengths
+    pairs = gathered.losses.shape[0]
+    rewards = beta * gathered.logratios.detach()
+    margins = rewards[:pairs] - rewards[pairs:]
     return PreferenceOutput(
         loss=loss,
         chosen_logps=logps[:pairs],
@@ -326,13 +433,13 @@ def preference_output(
         chosen_rewards=rewards[:pairs],
         rejected_rewards=rewards[pairs:],
         margins=margins,
-        accuracy=_mean((margins > 0).float()),
+        accuracy=_mean(margins > 0),
         stats=PreferenceStats(
             losses=gathered.losses.detach(),
             chosen_lengths=lengths[:pairs],
             rejected_lengths=lengths[pairs:],
             ties=(margins == 0).sum(),
             unrated=lengths.new_zeros(()) if rating_gap is None else rating_gap.isnan().sum(),
-            **means,
+            **counted,
         ),
     )

@@ -10,26 +10,31 @@ other loss, a user's own included, runs as torch on vectors between the same two
 Where Triton takes the place of the native core, the forward is three launches.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastpref import _autograd, _checks, _library, _native, losses, operators
+from fastpref import _autograd, _checks, _library, _native, operators
 from fastpref._logps import preference_triton
 from fastpref._logps.pairs import (
+    Family,
     Gathered,
     Loss,
     PairData,
     PreferenceOutput,
     PreferenceStats,
     Reduction,
+    SequenceSums,
     check_pairs,
     check_reference,
     host_numbers,
+    logistic_family,
     pair_losses,
     preference_output,
+    stat_means,
     wanted_stats,
 )
 from fastpref._logps.sequences import Sequences, check_layout, targets
@@ -277,8 +282,8 @@ def _fwd(
         ref_token_logps, _, _ = operators.token_logps_fwd(ref_logits, aligned, *transform, False, chosen)
         ref_logits = None
     *family, items = numbers.tolist()
-    if num_items is not None and _native.device_kind(num_items) != _native.device_kind(logits):
-        num_items, items = None, float(num_items)
+    if num_items is not None and num_items.device != logits.device:
+        num_items, items = None, float(num_items) or math.nan  # 0 says that there is none
     pairs = _PairInputs(ref_logits, ref_token_logps, ref_logps, rating_gap, pair_weights, num_items)
     run = {"native": _native_fwd, "triton": preference_triton.forward}[chosen]
     run(logits, layout, pairs, reduction, transform, stats, _LogisticFamily(*family, items, drop_square), out)
@@ -295,7 +300,7 @@ def _fwd_fake(
 def _write_gradient(out, grad_loss, coefficients, logits, layout: _Layout, saved, transform: Transform, backend):
     chosen, layout = _choose(logits, layout, transform.ignore_index, backend)
     token_logps, lse = (t.contiguous() for t in saved)
-    grad_loss = grad_loss.contiguous()
+    grad_loss, coefficients = grad_loss.contiguous(), coefficients.contiguous()
     if chosen == "native":
         _native_bwd(out, grad_loss, coefficients, logits, layout, token_logps, lse, transform)
     elif layout.sequences() == 0:
@@ -389,19 +394,31 @@ class _Preference(torch.autograd.Function):
         return _autograd.pad_gradients(ctx, logits_gradient(ctx, grad_loss, preference_bwd, preference_bwd_, run))
 
 
-def _family(loss: Loss, has_reference: bool) -> tuple[list[float], bool] | None:
-    """Coefficients for the fused epilogue, or None for a loss (or reference) it does not know."""
-    if loss.is_list():
-        return None
-    options = dict(loss.options or {})
-    if bool(options.get("reference_free")) == has_reference:
-        return None
-    logistic = getattr(losses.get_loss(loss.loss), "logistic", None)
-    record = logistic(**{"beta": loss.beta, **options}) if logistic else None
-    if record is None:
-        return None
-    *coefficients, drop_square = record
-    return [loss.reward_scale(), *coefficients], drop_square
+@_autograd.cache_signature
+class _PairSums(torch.autograd.Function):
+    """The sums of any loss by the same kernels: differentiable in logps, and in rewards, which are log-ratios here."""
+
+    forward = _Preference.forward
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _Preference.setup_context(ctx, inputs, output)
+        out = _Outputs(*output)
+        ctx.mark_non_differentiable(*(t for t in out if t is not out.logps and t is not out.rewards))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        of = _Outputs(*gradients)
+        given = [g for g in (of.logps, of.rewards) if g is not None]
+        if not given:
+            return _autograd.pad_gradients(ctx)
+        coefficients = sum(given[1:], start=given[0])
+
+        def run(op, logits, labels, cu_seqlens, lengths, tokens, lse, _coefficients):
+            saved = labels, cu_seqlens, lengths, ctx.shift, tokens, lse
+            return op(coefficients.new_ones(()), coefficients, logits, *saved, *ctx.transform, ctx.backend)
+
+        return _autograd.pad_gradients(ctx, logits_gradient(ctx, coefficients, preference_bwd, preference_bwd_, run))
 
 
 # ---- public ----
@@ -453,10 +470,11 @@ def preference_loss(
         pair_weights: [B]; the mean is normalised by their sum. Like ratings and scores they are data: no gradient.
         reduction: "mean" over pairs, "sum", or "none" for [B].
         num_items: replaces the mean's divisor: the pairs (or weights) of all accumulated micro-batches and ranks.
-        cu_seqlens: [2B + 1], int32 or int64, offsets of packed sequences.
+        cu_seqlens: [2B + 1], int32 or int64, offsets of packed sequences, rising from 0 to the number of tokens. On a
+            GPU nothing looks at them: where they fall, results have no meaning, but no read is out of bounds.
         lengths: [2B], positions of each padded sequence that are real; later ones are ignored whatever their label.
         shift, temperature, softcap, scale, ignore_index, inplace_backward, stats, backend: as in token_logps; shift
-            respects packed boundaries.
+            respects packed boundaries, and stats has no "lse".
 
     Returns:
         PreferenceOutput; nothing in it is read on the host. A sequence with no token that counts has log-prob 0 and no
@@ -483,11 +501,14 @@ def preference_loss(
     if lengths is not None:
         _checks.same_device("lengths", lengths, "logits", logits)
     has_reference = not (ref_logits is None and ref_token_logps is None and ref_logps is None)
-    family = _family(objective, has_reference) if _can_fuse(logits, ref_logits, backend) else None
-    if family is not None and not (rating_gap is None and "rating_gap" in losses.get_loss(loss).needs):
+    if _can_fuse(logits, ref_logits, backend):
         layout = _Layout(labels, cu_seqlens, lengths, shift)
-        options = _Options(shift, reduction, transform, bool(stats), family[1], inplace_backward, backend or "")
-        return _fused(logits, layout, ref_logits, data, reducing, family[0], options, stats)
+        gather = _Gather(logits, layout, ref_logits, data, transform, bool(stats), inplace_backward, backend or "")
+        family = logistic_family(objective, has_reference, rating_gap is not None)
+        if family is not None:
+            return _fused(gather, family, reducing, stats)
+        if not objective.traits().needs & {"tail", "wpo"}:
+            return _on_sums(gather, has_reference, objective, reducing, stats)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.long()
     labels = targets(labels, cu_seqlens, lengths, ignore_index, shift)
     gathered = _vectors(
@@ -495,7 +516,8 @@ def preference_loss(
     )
     sequences = Sequences(labels, ignore_index, cu_seqlens)
     reduced = reducing.reduce(gathered.losses)
-    return preference_output(reduced, gathered, sequences, rating_gap, objective.reward_scale(), stats)
+    means = stat_means(gathered.values, sequences, gathered.lengths, stats)
+    return preference_output(reduced, gathered, rating_gap, objective.reward_scale(), means)
 
 
 def _can_fuse(logits: Tensor, ref_logits: Tensor | None, backend: str | None) -> bool:
@@ -506,21 +528,53 @@ def _can_fuse(logits: Tensor, ref_logits: Tensor | None, backend: str | None) ->
     )
 
 
-def _fused(
-    logits, layout: _Layout, ref_logits, data: PairData, reducing: Reduction, numbers, options: _Options, stats
-) -> PreferenceOutput:
-    items = reducing.num_items
-    of_tensor = isinstance(items, Tensor)
-    numbers = host_numbers([*numbers, 0.0 if items is None or of_tensor else items])
-    inputs = ref_logits, data.ref_token_logps, data.ref_logps, data.rating_gap, reducing.pair_weights
-    inputs = [None if t is None else t.detach() for t in (*inputs, items if of_tensor else None)]
-    labels, cu_seqlens, lengths, _ = layout
-    out = _Outputs(*_Preference.apply(logits, labels, cu_seqlens, lengths, *inputs, numbers, options))
+class _Gather(NamedTuple):
+    """One call of the forward operator, but for the loss."""
+
+    logits: Tensor
+    layout: _Layout
+    ref_logits: Tensor | None
+    data: PairData
+    transform: Transform
+    stats: bool
+    inplace: bool
+    backend: str
+
+    def run(self, function, family: Family, reducing: Reduction) -> _Outputs:
+        data, items = self.data, reducing.num_items
+        of_tensor = isinstance(items, Tensor)
+        numbers = host_numbers([*family.numbers, 0.0 if items is None or of_tensor else items])
+        inputs = self.ref_logits, data.ref_token_logps, data.ref_logps, data.rating_gap, reducing.pair_weights
+        inputs = [None if t is None else t.detach() for t in (*inputs, items if of_tensor else None)]
+        labels, cu_seqlens, lengths, shift = self.layout
+        rest = self.transform, self.stats, family.drop_square, self.inplace, self.backend
+        options = _Options(shift, reducing.kind, *rest)
+        return _Outputs(*function.apply(self.logits, labels, cu_seqlens, lengths, *inputs, numbers, options))
+
+
+def _named_means(out: _Outputs, stats: tuple[str, ...]) -> dict[str, Tensor]:
+    _accuracy, *means = out.metrics.unbind()
+    several = {"top1": ("top1", "chosen_top1"), "mean_logit": ("chosen_mean_logit", "rejected_mean_logit")}
+    names = [name for stat in stats for name in several.get(stat, (stat,))]
+    return {name: mean for name, mean in zip(METRICS, means, strict=True) if name in names}
+
+
+def _on_sums(gather: _Gather, has_reference: bool, loss: Loss, reducing: Reduction, stats) -> PreferenceOutput:
+    """Any loss of whole sequences: the same two launches, and torch on vectors of the length of the batch."""
+    nothing = Family([1.0] + [0.0] * 6, False)
+    out = gather.run(_PairSums, nothing, Reduction("none", None, None))
+    sums = SequenceSums(out.logps, out.rewards if has_reference else None, out.lengths)
+    per_pair = sums.losses(gather.data, loss)
+    gathered = Gathered(per_pair, out.logps, out.rewards, out.lengths, out.metrics)
+    counted = _named_means(out, stats) | {"invalid_labels": out.counts[2]}
+    rating_gap, beta = gather.data.rating_gap, loss.reward_scale()
+    return preference_output(reducing.reduce(per_pair), gathered, rating_gap, beta, counted)
+
+
+def _fused(gather: _Gather, family: Family, reducing: Reduction, stats) -> PreferenceOutput:
+    out = gather.run(_Preference, family, reducing)
     pairs = out.losses.shape[0]
     ties, unrated, invalid_labels = out.counts.unbind()
-    accuracy, *means = out.metrics.unbind()
-    wanted = {"top1": ("top1", "chosen_top1"), "mean_logit": ("chosen_mean_logit", "rejected_mean_logit")}
-    names = [name for stat in stats for name in wanted.get(stat, (stat,))]
     return PreferenceOutput(
         loss=out.loss,
         chosen_logps=out.logps[:pairs],
@@ -528,7 +582,7 @@ def _fused(
         chosen_rewards=out.rewards[:pairs],
         rejected_rewards=out.rewards[pairs:],
         margins=out.margins,
-        accuracy=accuracy,
+        accuracy=out.metrics[0],
         stats=PreferenceStats(
             losses=out.losses,
             chosen_lengths=out.lengths[:pairs],
@@ -536,7 +590,7 @@ def _fused(
             ties=ties,
             unrated=unrated,
             invalid_labels=invalid_labels,
-            **{name: mean for name, mean in zip(METRICS, means, strict=True) if name in names},
+            **_named_means(out, stats),
         ),
     )
 

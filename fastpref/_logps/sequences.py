@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import _checks, _native
+from fastpref import _autograd, _checks, _native
 from fastpref._logps.token_logps import shifted
 
 
@@ -20,40 +20,110 @@ class Sequences:
     """Where the sequences lie in labels: rows of [sequences, T], or segments of [tokens] between cu_seqlens."""
 
     def __init__(self, labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None, group=None):
-        self.counted = labels != ignore_index
-        # only the CPU in eager mode has checked them: nothing may be read out of bounds elsewhere
-        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.clamp(0, labels.shape[0]).cummax(0).values
-        self.count = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.ignored = labels == ignore_index
+        self.cu_seqlens = None if cu_seqlens is None else rising(cu_seqlens, labels.shape[0])
+        self.shape, self.positions = labels.shape, None
         self.group = group  # over which the tokens of each sequence are spread
+
+    @classmethod
+    def compacted(cls, positions: Tensor, bounds: Tensor, ignored: Tensor | None) -> "Sequences":
+        """Of rows that all count, but those that are `ignored` where rows were kept without counting.
+
+        positions: [rows], 0, 1, ...
+        """
+        found = cls.__new__(cls)
+        found.ignored, found.cu_seqlens, found.group = ignored, bounds, None
+        found.shape, found.positions = positions.shape, positions
+        return found
 
     def sum(self, values: Tensor) -> Tensor:
         """Tokens that count, added up per sequence in float64; the others are selected out, NaN or not."""
-        values = torch.where(self.counted, values.double(), 0.0)
-        if self.cu_seqlens is None:
-            sums = values.sum(-1)
-        else:
-            sums = torch.segment_reduce(values, "sum", offsets=self.cu_seqlens, initial=0.0)
-        return sums if self.group is None else _SumOverRanks.apply(sums, self.group)
+        return _add(values, self.ignored, self.cu_seqlens, self.group)
+
+    def sum_logps(self, tokens: Tensor, ref_sums: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """[sequences] in tokens' dtype: their sums, and the sums less ref_sums (float64) where there is a reference.
+
+        Differentiable in tokens; the gradient of a token that does not count is not 0 but its sequence's.
+        """
+        found = _AddedTokens.apply(tokens, ref_sums, self.ignored, self.cu_seqlens, self.group)
+        return (found, None) if ref_sums is None else found
 
     def lengths(self) -> Tensor:
-        return self.sum(self.counted).long()
+        """[sequences] int64, how many tokens count."""
+        if self.ignored is None:
+            return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+        if self.cu_seqlens is None and self.group is None:
+            return (~self.ignored).sum(-1)
+        return self.sum(~self.ignored).long()
 
     def per_token(self, values: Tensor) -> Tensor:
         """[sequences] -> the shape of labels."""
-        if self.cu_seqlens is None:
-            return values.unsqueeze(-1).expand_as(self.counted)
-        positions = torch.arange(self.counted.shape[0], device=values.device)
-        return values[torch.searchsorted(self.cu_seqlens[1:-1].contiguous(), positions, right=True)]
+        return _per_token(values, self.shape, self.cu_seqlens, self.positions)
 
     def beyond(self, length: Tensor) -> Tensor:
         """Which tokens come after the first `length[sequence]` that count."""
         if self.group is not None:
             raise ValueError("sequence_group must be None for a loss on part of the completion: no rank sees it whole")
-        rank = self.counted.cumsum(-1)
+        if self.ignored is None:
+            counted = torch.ones(self.shape, dtype=torch.bool, device=length.device)
+        else:
+            counted = ~self.ignored
+        rank = counted.cumsum(-1)
         if self.cu_seqlens is not None:
             before = torch.nn.functional.pad(rank, (1, 0))[self.cu_seqlens[:-1]]
             rank = rank - self.per_token(before)
-        return self.counted & (rank > self.per_token(length))
+        return counted & (rank > self.per_token(length))
+
+
+def rising(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Only the CPU in eager mode has checked them: nothing may be read out of bounds elsewhere."""
+    return cu_seqlens.clamp(0, tokens).cummax(0).values
+
+
+def _add(values: Tensor, ignored: Tensor | None, cu_seqlens: Tensor | None, group) -> Tensor:
+    wide = values.double()
+    if ignored is not None:
+        wide = wide.masked_fill(ignored, 0.0) if wide is values else wide.masked_fill_(ignored, 0.0)
+    if cu_seqlens is None:
+        sums = wide.sum(-1)
+    else:
+        sums = torch.segment_reduce(wide, "sum", offsets=cu_seqlens, initial=0.0)
+    return sums if group is None else _SumOverRanks.apply(sums, group)
+
+
+def _per_token(values: Tensor, shape: torch.Size, cu_seqlens: Tensor | None, positions: Tensor | None = None) -> Tensor:
+    if cu_seqlens is None:
+        return values.unsqueeze(-1).expand(shape)
+    if positions is None:
+        positions = torch.arange(shape[0], device=values.device)
+    return values.index_select(0, torch.searchsorted(cu_seqlens[1:-1].contiguous(), positions, right=True))
+
+
+@_autograd.cache_signature
+class _AddedTokens(torch.autograd.Function):
+    """A loss reads its tokens through these sums alone, so its gradient is one number per sequence."""
+
+    @staticmethod
+    def forward(tokens, ref_sums, ignored, cu_seqlens, group):
+        sums = _add(tokens, ignored, cu_seqlens, group)
+        if ref_sums is None:
+            return sums.to(tokens.dtype)
+        return sums.to(tokens.dtype), (sums - ref_sums).to(tokens.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        tokens, _ref_sums, _ignored, cu_seqlens, _group = inputs
+        ctx.shape = tokens.shape
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(cu_seqlens)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        (cu_seqlens,) = ctx.saved_tensors
+        given = [g for g in gradients if g is not None]
+        # every rank computes the same loss of the sum over ranks, so each addend's gradient is the sum's
+        gradient = _per_token(sum(given[1:], given[0]), ctx.shape, cu_seqlens) if given else None
+        return _autograd.pad_gradients(ctx, gradient)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -74,7 +74,7 @@ def take_rows(tensor: Tensor, where: slice | Tensor) -> Tensor:
 
 def active_rows(labels, ignore_index, cu_seqlens, spans, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """index [N], of which the leading entries are the tokens that count, and bounds [S + 1] of the sequences there, or
-    without cu_seqlens how many they are, [1].
+    without cu_seqlens how many they are, [1]. cu_seqlens must rise, and end within the tokens.
 
     bounds is on the host: by one copy of its integers, unless the caller has `spans`, [S, 2] begins and ends of the
     sequences on the host (whose ignored tokens are then kept), or a capacity (then it is empty). The same bounds on
@@ -86,14 +86,13 @@ def active_rows(labels, ignore_index, cu_seqlens, spans, capacity: int) -> tuple
         bounds = torch.nn.functional.pad((spans[:, 1] - spans[:, 0]).cumsum(0), (1, 0))
         return index[:tokens].to(labels.device, non_blocking=True), bounds, bounds.to(labels.device, non_blocking=True)
     counted = labels != ignore_index
-    before = torch.nn.functional.pad(counted.cumsum(0), (1, 0))
-    index = torch.zeros(tokens + 1, dtype=torch.int64, device=labels.device)
-    # a stable partition without asking how many there are: the others land on the last place, which is dropped
-    places = torch.where(counted, before[:-1], tokens)
-    index.scatter_(0, places, torch.arange(tokens, device=labels.device))
-    ends = before[-1:] if cu_seqlens is None else before[cu_seqlens.clamp(0, tokens)]
+    before, index = (torch.zeros(tokens + 1, dtype=torch.int64, device=labels.device) for _ in range(2))
+    torch.cumsum(counted, 0, out=before[1:])
+    # a stable partition without asking how many there are: the others land on the first place, which is dropped
+    index.scatter_(0, before[1:] * counted, torch.arange(tokens, device=labels.device))
+    ends = before[-1:] if cu_seqlens is None else before[cu_seqlens]
     on_host = [] if capacity >= 0 else _to_host(ends)
-    return index[:tokens], torch.tensor(on_host, dtype=torch.int64), ends
+    return index[1:], torch.tensor(on_host, dtype=torch.int64), ends
 
 
 # ---- vocabulary shards ----

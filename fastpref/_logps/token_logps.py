@@ -112,8 +112,8 @@ def _reference_fwd(rows, labels, transform: Transform, stats):
             p = log_p.exp()
             target = z.gather(-1, y.masked_fill(skip, 0).unsqueeze(-1)).squeeze(-1)
             entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1)
-            columns = (entropy, (2 * log_p).logsumexp(-1), z.mean(-1), (target >= z.amax(-1)).double())
-            for i, value in enumerate(columns):
+            found = (entropy, (2 * log_p).logsumexp(-1), z.mean(-1), (target >= z.amax(-1)).double())
+            for i, value in enumerate(found):
                 values[(i, *block)] = value.float().masked_fill(skip, 0)
     for out in (logps, lse, values):
         out.masked_fill_(invalid, torch.nan)

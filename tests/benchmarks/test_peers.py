@@ -1,5 +1,6 @@
 """Every peer computes the same thing: it agrees with float64, or is absent with a reason."""
 
+import importlib.util
 import warnings
 
 import pytest
@@ -37,6 +38,19 @@ def test_peers_agree_with_float64(load, op, dtype, monkeypatch, full):
         assert check["gradient_error"] <= (1e-5 if dtype == "float32" else 2e-2), name
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("variant", ["ref_logits", "packed", "stats"])
+def test_variants_of_a_step_agree_with_float64(load, variant):
+    contest, peers = load("harness.contest"), load("peers.token")
+    kept = {"fastpref_step", "fastpref_vectors", "eager_step", "one_pass_step"}
+    leave_out = dict.fromkeys(peers.PREFERENCE_PEERS.keys() - kept, "not here")
+    case = contest.Case("preference", "step", 16, 300, "float32", 0.5, loss="rdpo", variant=variant)
+    made = contest.Contest(case, CPU, leave_out=leave_out)
+    assert made.checks.keys() == kept
+    for name, check in made.checks.items():
+        assert check["error"] <= 1e-5 and check["gradient_error"] <= 1e-5, name
+
+
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
@@ -57,6 +71,8 @@ def test_peers_agree_with_float64_from_hidden_states(load, linear_case, op, dtyp
     assert made.checks.keys() >= {LINEAR_SUBJECTS[op], plain}
     assert made.checks.keys() | made.absent.keys() == table.keys()  # present, or absent with a reason
     assert all(made.absent.values())
+    if importlib.util.find_spec("trl"):  # as its trainer runs it, and of the tokens that count as on a GPU
+        assert sum(name.startswith("trl_head") for name in made.checks) == 3
     for name, check in made.checks.items():
         exact = dtype == "float32" or (name.startswith("fastpref") and "rounded" not in name)
         assert check["error"] <= (1e-5 if exact else 0.2), name

@@ -8,7 +8,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 COMMANDS = (
     "gpu.py",
-    "harness/gpu_measure.py",
+    "harness/worker.py",
     "harness/report.py",
     "studies/accuracy.py",
     "studies/files.py",

@@ -645,13 +645,22 @@ def test_an_interrupt_leaves_nothing(tmp_path, sign):
     torch.manual_seed(0)
     np.save(tmp_path / "in.npy", torch.randn(6000, 500).numpy())
     command = [sys.executable, "-m", "fastpref", "denoise", "in.npy", "out.npy", *ENDLESS]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while len(os.listdir(tmp_path)) == 1 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert len(os.listdir(tmp_path)) == 2, process.communicate()[1]  # the temporary file: it is under way
-    process.send_signal(sign)
-    _, err = process.communicate(timeout=60)
+
+    def heed_interrupts():  # which a shell has its background jobs ignore, and their children with them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while len(os.listdir(tmp_path)) == 1 and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert len(os.listdir(tmp_path)) == 2, process.poll()  # the temporary file: it is under way
+            process.send_signal(sign)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, err) == (130, "fastpref denoise: interrupted\n")
     assert os.listdir(tmp_path) == ["in.npy"]
 

@@ -614,7 +614,11 @@ def test_two_ranks_are_one_process_with_their_batches(llama, tmp_path):
         )
         for rank in range(2)
     ]
-    ends = [process.communicate(timeout=300)[1] for process in ranks]
+    try:
+        ends = [process.communicate(timeout=300)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
     for process, errors in zip(ranks, ends, strict=True):
         assert process.returncode == 0, errors
     processes, history, evaluation, (plain, low) = torch.load(tmp_path / "result.pt")

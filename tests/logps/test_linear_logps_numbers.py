@@ -387,7 +387,7 @@ class TestProducts:
             check(tensors, labels, TRAINED["hidden"])
         torch.testing.assert_close(results[2:4], results[4:6], rtol=0, atol=0)
         for other in results[1:]:
-            torch.testing.assert_close(other[0], results[0][0], rtol=0, atol=1e-6)
+            torch.testing.assert_close(other[0], results[0][0], rtol=3e-7, atol=1e-6)  # sizes of 16 are 2e-6 apart
             close(other, results[0], atol=2**-6)
 
 

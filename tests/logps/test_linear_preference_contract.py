@@ -223,12 +223,12 @@ def host_copies(monkeypatch):
 
 
 @pytest.mark.parametrize("which", ["pair_resident", "unit", "recompute"])
-def test_one_host_copy_of_2b_plus_1_integers(which, host_copies):
+def test_one_host_copy_of_at_most_2b_plus_1_integers(which, host_copies):
     batch = make()
     run(batch, **chosen_plan(which), loss="rdpo", rating_gap=batch.gap, stats=STATS, **batch.reference)
     if not host_copies:
         pytest.skip("tensors on the CPU are read where they lie")
-    assert host_copies == [(7, torch.int64)]
+    assert host_copies == [(7 if which == "pair_resident" else 1, torch.int64)]
 
 
 @pytest.mark.parametrize("which", ["pair_resident", "unit", "recompute"])

@@ -465,17 +465,22 @@ def test_rewards_are_those_of_the_loss():
         torch.testing.assert_close(own.margins, expected.margins)
 
 
-def test_wrong_offsets_read_nothing_out_of_bounds_when_compiled():
+@pytest.mark.parametrize("loss", ["ipo", "wpo"])
+def test_wrong_offsets_read_nothing_out_of_bounds_when_compiled(loss):
     torch._dynamo.reset()
     logits, labels, ref_logits = torch.randn(20, 30), torch.randint(0, 30, (20,)), torch.randn(20, 30)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(cu_seqlens):
-        options = {"ref_logits": ref_logits, "loss": "ipo", "cu_seqlens": cu_seqlens}
+        options = {"ref_logits": ref_logits, "loss": loss, "cu_seqlens": cu_seqlens}
         return fastpref.preference_loss(logits, labels, **options).loss
 
     for wrong in ([0, 5, 10_000], [0, -7, 20], [3, 50, 4]):
-        assert step(torch.tensor(wrong)).isfinite()
+        if loss == "wpo":  # torch on vectors, which looks at no value
+            assert step(torch.tensor(wrong)).isfinite()
+        else:  # the native core
+            with pytest.raises(ValueError, match="cu_seqlens must"):
+                step(torch.tensor(wrong))
 
 
 def test_lengths_hide_padding_whatever_its_label():
@@ -822,16 +827,10 @@ def on(device, *tensors):
     return [t.to(device) for t in tensors]
 
 
-def served(names, by_triton):
-    """(loss, backend): each by the fastest backend, some by Triton too, which may be another."""
-    by_triton = [pytest.param(name, "triton", id=f"{name}-triton", marks=pytest.mark.triton) for name in by_triton]
-    return [*(pytest.param(name, None, id=name) for name in names), *by_triton]
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("loss, backend", served(sorted(losses.LOSSES), FUSED))
-def test_cuda_is_cpu(loss, backend, packed):
+@pytest.mark.parametrize("loss", sorted(losses.LOSSES))
+def test_cuda_is_cpu(loss, packed):
     logits, labels, ref_logits, gap = make()
     gap = gap.nan_to_num(0.3)
     cu_seqlens = None
@@ -845,14 +844,17 @@ def test_cuda_is_cpu(loss, backend, packed):
     for device in ("cpu", "cuda"):
         x, y, r, g, s = on(device, logits, labels, ref_logits, gap, torch.linspace(0, 1, 6))
         cu = None if cu_seqlens is None else cu_seqlens.to(device)
-        served_by = backend if device == "cuda" else None
-        out, gradient = run(x, y, ref_logits=r, rating_gap=g, scores=s, cu_seqlens=cu, backend=served_by, **options)
+        out, gradient = run(x, y, ref_logits=r, rating_gap=g, scores=s, cu_seqlens=cu, **options)
         results.append((out.loss.detach().cpu(), gradient.cpu(), {k: v.cpu() for k, v in out.as_trl().items()}))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
+gpu_backends = pytest.mark.parametrize("backend", ["native", "triton"])
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("loss, backend", served(["sigmoid", "rdpo", "ipo", "ld_dpo", "wpo"], ["rdpo"]))
+@gpu_backends
+@pytest.mark.parametrize("loss", ["sigmoid", "rdpo", "ipo", "simpo", "ld_dpo", "wpo"])
 def test_a_step_is_captured_in_a_cuda_graph(loss, backend):
     """Which also proves that no value is read on the host: a capture refuses that."""
     x, labels, ref_logits, gap = on("cuda", *make())
@@ -860,8 +862,9 @@ def test_a_step_is_captured_in_a_cuda_graph(loss, backend):
 
     def step():
         out = fastpref.preference_loss(
-            x, labels, ref_logits=ref_logits, loss=loss, rating_gap=gap, shift=True, stats=STATS, backend=backend
-        )
+            x, labels, ref_logits=None if loss == "simpo" else ref_logits, loss=loss, rating_gap=gap, shift=True,
+            stats=STATS, backend=backend,
+        )  # fmt: skip
         (gradient,) = torch.autograd.grad(out.loss, x)
         return out.loss.detach(), gradient, out.as_trl()["rewards/margins"]
 
@@ -874,12 +877,52 @@ def test_a_step_is_captured_in_a_cuda_graph(loss, backend):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    with torch.no_grad():
-        x.copy_(torch.randn_like(x))
-    gap.copy_(torch.randn_like(gap))
-    graph.replay()
+    for _ in range(2):  # the second time the tickets are not those of a fresh allocation
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        gap.copy_(torch.randn_like(gap))
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.testing.assert_close(captured, step(), rtol=1e-5, atol=1e-6)
+
+
+def large_batch(device):
+    """Whose step takes long enough to overlap with another."""
+    labels = torch.randint(0, 32000, (8, 256), device=device)
+    return torch.randn(8, 256, 32000, device=device, dtype=torch.bfloat16), labels
+
+
+def whole_step(logits, labels, backend):
+    x = logits.detach().requires_grad_()
+    out = fastpref.preference_loss(x, labels, ref_logps=-torch.ones(8, device=x.device), backend=backend)
+    return out.loss.detach(), torch.autograd.grad(out.loss, x)[0]
+
+
+@pytest.mark.cuda
+@gpu_backends
+def test_two_streams_at_once(backend):
+    batches = [large_batch("cuda") for _ in range(2)]
+    alone = [whole_step(*batch, backend) for batch in batches]
     torch.cuda.synchronize()
-    torch.testing.assert_close(captured, step(), rtol=1e-5, atol=1e-6)
+    streams = [torch.cuda.Stream() for _ in batches]
+    for _ in range(3):
+        found = []
+        for stream, batch in zip(streams, batches, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(whole_step(*batch, backend))
+        torch.cuda.synchronize()
+        for a, b in zip(found, alone, strict=True):
+            assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+@gpu_backends
+def test_a_device_that_is_not_the_current_one(backend):
+    batch = large_batch("cuda:0")
+    expected = whole_step(*batch, backend)
+    found = whole_step(*(t.to("cuda:1") for t in batch), backend)
+    assert torch.equal(found[0].cpu(), expected[0].cpu()) and torch.equal(found[1].cpu(), expected[1].cpu())
 
 
 @pytest.mark.cuda
@@ -889,8 +932,8 @@ def test_no_host_sync_on_cuda():
     options = {"ref_logits": ref_logits, "rating_gap": gap, "shift": True, "stats": STATS}
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for loss, backend in (("sigmoid", None), ("rdpo", None), ("rdpo", "triton"), ("ipo", None)):
-            out = fastpref.preference_loss(x, labels, loss=loss, backend=backend, **options)
+        for loss in ("sigmoid", "rdpo", "ipo"):
+            out = fastpref.preference_loss(x, labels, loss=loss, **options)
             out.as_trl()
             out.loss.backward()
     finally:

@@ -58,6 +58,15 @@ def test_planted_sources_are_first(seed):
     assert z[audit.z != 0].std() < 1e-9  # one scale for all
 
 
+@pytest.mark.cuda
+@pytest.mark.numerics
+def test_an_audit_on_a_gpu_is_the_cpus():
+    scores = sources_matrix()
+    expected, found = (audit_sources(scores.to(place)) for place in ("cpu", "cuda"))
+    assert (torch.as_tensor(found.flagged).cpu() == torch.as_tensor(expected.flagged)).all()
+    torch.testing.assert_close(torch.as_tensor(found.outlyingness).cpu(), torch.as_tensor(expected.outlyingness))
+
+
 @pytest.mark.parametrize(
     ("prompts", "sources", "rank"), [(200, 30, 1), (200, 30, 3), (60, 75, 3), (130, 12, 10), (60, 60, 5)]
 )

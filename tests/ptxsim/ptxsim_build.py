@@ -119,7 +119,7 @@ def build_core(library: Path) -> Path:
         "SKBUILD_PROJECT_VERSION": "0",
     }
     versions = sys.version, pybind11.__version__, run("nvcc", "--version")
-    folder = library.parent / f"core-{digest(*map(str, defined.values()), *versions)}"
+    folder = library.parent / f"core-{digest(str(CHECKOUT), *map(str, defined.values()), *versions)}"
     with locked(folder):
         if not (folder / "CMakeCache.txt").exists():
             generator = ["-G", "Ninja"] if shutil.which("ninja") else []

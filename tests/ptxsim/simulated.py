@@ -23,7 +23,7 @@ def simulated(inputs: dict, by_row: dict | None = None, compiler: Callable | Non
     Args:
         inputs: {name: tensor} that kernels may read, {name: (tensor, False)} that they may write too.
         by_row: the same of [..., columns], each of whose rows is bounded by itself.
-        compiler: of Triton's kernels, in place of the core's.
+        compiler: of Triton's kernels, in place of the core's; without one, what is Triton's alone is interpreted.
 
     Every tensor that is allocated inside is poisoned and may be written. Raises ptxsim.Findings.
     """
@@ -47,7 +47,7 @@ def simulated(inputs: dict, by_row: dict | None = None, compiler: Callable | Non
         Kernel(compiler, kernel, registered=True)[grid](*args, **options)
 
     try:
-        with forced_cuda(note, launch_triton, native=compiler is None):
+        with forced_cuda(note, launch_triton if compiler else None, native=compiler is None):
             yield
     except Exception as error:
         if ptxsim.report():

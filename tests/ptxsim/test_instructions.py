@@ -536,6 +536,19 @@ def test_setp_float(op, ty):
     assert got.astype(bool).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("op", ["lt", "neu", "num"])
+@pytest.mark.parametrize("ty", ["f16", "bf16"])
+def test_setp_of_pairs(op, ty):
+    """Each half has a predicate of its own: the low half the first."""
+    raw = {"f16": F16.view(np.uint16), "bf16": BF16}[ty]
+    a, b = pairs(raw)
+    one = apply(f"setp.{op}.{ty} %p1, {{0}}, {{1}}; selp.u32 {{d}}, 1, 0, %p1;", "u32", (ty, a), (ty, b))
+    wide = [x.astype(np.uint32) | np.roll(x, 1).astype(np.uint32) << 16 for x in (a, b)]
+    code = f"setp.{op}.{ty}x2 %p1|%p2, {{0}}, {{1}}; selp.u32 %r1, 2, 0, %p2; selp.u32 {{d}}, 1, 0, %p1; or.b32 {{d}}, {{d}}, %r1;"
+    two = apply(code, "u32", *((f"{ty}x2", x) for x in wide))
+    assert two.tolist() == (one + 2 * np.roll(one, 1)).tolist()
+
+
 @pytest.mark.parametrize("op", COMPARISONS)
 @pytest.mark.parametrize("ty", INTEGERS)
 def test_setp_integer(op, ty):

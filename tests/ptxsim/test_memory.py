@@ -285,7 +285,7 @@ ACQUIRE = """setp.ge.u32 %p1, %r1, THREADS; mov.u64 %rd9, flag; mov.u64 %rd8, wo
   MEET: SYNC ld.global.u32 %r4, [%rd8]; st.global.u32 [%rd1], %r4; END:"""
 
 
-def test_an_acquiring_lane_speaks_for_itself():
+def test_a_lane_acquires_for_itself_alone():
     def code(sync, threads):
         return ACQUIRE.replace("SYNC", sync).replace("THREADS", str(threads))
 

@@ -180,7 +180,9 @@ def check(case: Case, found: Found, ulp: int = 0) -> None:
     off = (a - b).abs() - ulp * 1.2e-7 * largest  # jitter moves expm1 near 0, which no GPU does
     relative = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}[found.gradient.dtype]
     tiny = torch.finfo(found.gradient.dtype).tiny * torch.finfo(found.gradient.dtype).eps
-    assert (off <= relative * b.abs() + 1e-7 * largest + tiny).all(), (off / largest).max()
+    # a pair's coefficient may be a small difference: its error is one of the batch's largest
+    few = relative * b.abs() + 1e-7 * largest + (1e-5 * b.abs().max() if b.numel() else 0) + tiny
+    assert (off <= few).all(), (off / largest).max()
 
 
 def equal_bits(a: Tensor, b: Tensor) -> bool:
@@ -231,6 +233,10 @@ CASES = {
     "ripo": {"loss": "ripo"},
     "robust": {"loss": "robust", "loss_options": {"label_smoothing": 0.1}},
     "smoothed": {"loss": "sigmoid", "loss_options": {"label_smoothing": 0.1}},
+    "simpo": {"loss": "simpo", "reference": None},
+    "aot": {"loss": "aot", "layout": "packed", "stats": ("entropy", "top1")},
+    "kto": {"loss": "kto", "reference": "ref_logits", "reduction": "none"},
+    "mixture": {"loss": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3], "num_items": 3.0},
     "ipo": {"loss": "ipo", "loss_options": {"length_normalize": False}, "weights": False},
 }
 
@@ -310,15 +316,16 @@ def test_the_gradient_overwrites_the_logits(run, softcap):
 
 
 def test_invalid_labels_are_counted_and_read_nothing(run):
-    case = make(2, 3, 500, shift=False, ignored=0)
+    case = make(3, 3, 500, shift=False, ignored=0)
     case.labels[0, 1], case.labels[1, 2] = 500, -3
-    case.logits[2, 0, 7] = math.nan
+    case.logits[3, 0, 7] = math.nan
     found = run(case)
     assert found.output.stats.invalid_labels == 2
-    assert found.output.chosen_logps.isnan().all()
-    assert found.output.rejected_logps.isnan().tolist() == [True, False]
-    gone = found.gradient.isnan().all(-1)
-    assert gone.all()  # of every row: one NaN reaches the mean
+    assert found.output.loss.isnan()
+    assert found.output.chosen_logps.isnan().tolist() == [True, True, False]
+    assert found.output.rejected_logps.isnan().tolist() == [True, False, False]
+    gone = found.gradient.isnan()
+    assert gone[[0, 1, 3, 4]].all() and not gone[[2, 5]].any()  # a pair's gradient is its own
     assert found.output.stats.ties == 0
 
 
@@ -337,15 +344,15 @@ def test_malformed_cu_seqlens_stay_in_bounds(run, bounds):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastpref._logps.preference.check_layout", lambda *arguments: None)
-        run(case)
+        found = run(case)
+    if bounds == sorted(bounds) and bounds[-1] <= 70:
+        row = torch.arange(70)
+        assert (found.gradient[(row < bounds[0]) | (row >= bounds[-1])] == 0).all()  # of no sequence
 
 
 def test_a_batch_without_tokens(run):
     for case in (make(2, 0, 9), make(0, 3, 9), make(0, 0, 9)):
         found = run(case)
-        assert found.output.loss == (
-            math.log(2) if len(case.labels) and case.options["loss"] == "sigmoid" else found.output.loss
-        )
         assert found.gradient.shape == case.logits.shape
         check(case, found)
 
@@ -359,10 +366,11 @@ def test_ref_logits_of_another_dtype(run):
 # ---- launches ----
 
 
+@pytest.mark.parametrize("loss", ["rdpo", "aot"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_launch_forward_and_one_backward(core, layout):
+def test_one_launch_forward_and_one_backward(core, layout, loss):
     """Beside the memset of the tickets; of the whole public call, and without a host read."""
-    case = make(layout=layout, int32=True, reference="ref_logits", stats=("entropy", "top1"))
+    case = make(layout=layout, int32=True, reference="ref_logits", loss=loss, stats=("entropy", "top1"))
     called = []
 
     class Counting:
@@ -378,7 +386,8 @@ def test_one_launch_forward_and_one_backward(core, layout):
         output = fastpref.preference_loss(logits, on_device(case.labels), **there, **case.options)
         torch.autograd.grad(output.loss, logits, on_device(torch.ones(())))
     assert called == ["preference_fwd_cuda", "logits_gradient_cuda"]
-    assert not counts.ops and not counts.reads and not counts.uploads
+    assert not counts.reads and not counts.uploads
+    assert loss == "aot" or not counts.ops  # others: torch on vectors of the length of the batch
 
 
 # ---- planted bugs ----
@@ -398,7 +407,7 @@ BUGS = {
         "  if (threadIdx.x % warp == 3) {\n    a.group_sums",
         RACE,
     ),
-    "slots through the read-only cache": ("first = __ldcg(a.slots", "first = __ldg(a.slots", "nc|RACE|read-only"),
+    "slots through the read-only cache": ("first = __ldcg(a.slots", "first = __ldg(a.slots", r"\.nc|RACE|read-only"),
     "ticket one too early": (
         "return old == count - 1;",
         "return old == (count > 1 ? count - 2 : 0);",

@@ -140,6 +140,18 @@ def test_in_any_order_and_off_by_two_units(kernels, order):
         run(kernels, make(4, 3001, order % 2, transform=transform))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_tie_under_a_softcap_is_a_hit(kernels, dtype):
+    """Whatever the neighbours of the two columns are, with which a tanh may share its rounding."""
+    case = make(9, 1003, dtype=dtype, transform=TRANSFORMS["softcap"])
+    largest = case.logits.float().amax(-1)
+    case.labels[:] = torch.randint(0, 500, case.labels.shape)
+    for row in range(9):
+        case.logits[0, row, case.labels[0, row]] = largest[0, row]
+        case.logits[0, row, 500 + torch.randint(0, 503, ())] = largest[0, row]
+    assert (kernels.forward(case).stats[3] == 1).all()
+
+
 @pytest.mark.parametrize("pad", [0, 3])
 def test_in_place(kernels, pad):
     case = make(3, 3000, 0, pad)

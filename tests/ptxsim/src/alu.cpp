@@ -386,13 +386,19 @@ bool compare(int c, T a, T b) {
       return nan;
   }
 }
-template <class T>
-void setp(Warp& w, const Ins& i, u32 m) {  // mode: comparison, and with s[2]: 16 or, 32 xor, else and
+// mode: comparison, and with s[2]: 16 or, 32 xor, else and. Of N = 2 values each half has a predicate of its own.
+template <class T, int N = 1>
+void setp(Warp& w, const Ins& i, u32 m) {
   const T *a = w.S<T>(i.s[0]), *b = w.S<T>(i.s[1]);
-  u32 r = 0;
+  u32 r = 0, high = 0;
   const auto all = [&](auto c) {
-    for (int l = 0; l < 32; l++)
-      r |= u32(compare<T>(c, i.ftz ? flushed(a[l]) : a[l], i.ftz ? flushed(b[l]) : b[l])) << l;
+    const auto one = [&](int at) {
+      return u32(compare<T>(c, i.ftz ? flushed(a[at]) : a[at], i.ftz ? flushed(b[at]) : b[at]));
+    };
+    for (int l = 0; l < 32; l++) {
+      r |= one(N * l) << l;
+      if (N == 2) high |= one(2 * l + 1) << l;
+    }
   };
   switch (i.mode & 15) {  // the usual ones without a switch for each lane
     case LT:
@@ -410,7 +416,7 @@ void setp(Warp& w, const Ins& i, u32 m) {  // mode: comparison, and with s[2]: 1
     default:
       all(i.mode & 15);
   }
-  u32 r2 = ~r;
+  u32 r2 = N == 2 ? high : ~r;
   if (i.s[2].size) {
     const u32 p = w.pred(i.s[2]);
     const auto join = [&](u32 x) { return i.mode & 16 ? x | p : i.mode & 32 ? x ^ p : x & p; };
@@ -688,6 +694,10 @@ Fn integer_unary(const Ins& i){
       return setp<Half>;
     case BF16:
       return setp<Bf>;
+    case F16X2:
+      return setp<Half, 2>;
+    case BF16X2:
+      return setp<Bf, 2>;
     default:
       break;
   }

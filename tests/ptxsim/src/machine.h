@@ -255,7 +255,7 @@ struct Shadow {           // of one byte
   u32 write_tag, read_tag;  // which block of which launch
   u16 write_block_clock, read_block_clock;
   int write_pc, read_pc;
-  bool written, atomic, read_atomic, pending;  // pending: of an asynchronous copy that nobody has waited for
+  bool written, atomic, pending;  // pending: of an asynchronous copy that has not been waited for
 };
 struct Alloc {
   u64 base, size;
@@ -276,7 +276,7 @@ extern Ledger ledger;
 string ledger_json();
 void ledger_begin(Kernel& k);
 void ledger_end();
-void ledger_access(const Ins& i, Space space, bool write, u32 bytes, u32 n, const u64* addresses);
+void ledger_access(Space space, bool write, u32 bytes, u32 n, const u64* addresses);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Warps and blocks
@@ -413,7 +413,7 @@ void launch(Module& m, const string& entry, const PtxLaunch& shape, void** args)
     }                                    \
   }
 
-// An instruction's functions, by the file they are in. Each returns nullptr for what it doesn't know.
+// An instruction's functions, by the file they are in. Each returns nullptr for what is not its own.
 using Suffixes = vector<string>;
 Fn alu_function(Ins& i, const Suffixes& p);
 void begin_jitter();  // a launch's jitter depends on the seed alone

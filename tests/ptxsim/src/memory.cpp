@@ -6,8 +6,8 @@ namespace ptxsim {
 std::map<u64, Alloc> allocs;
 namespace {
 Alloc* last_alloc;
-// Of the launch: what a thread that synchronises at this word comes to know, of other blocks and (vector_clocks only)
-// of the threads of its own.
+// Of the launch: what came before the releases at a word, in other blocks and (vector_clocks only) by the threads of
+// each.
 struct Released {
   std::map<u32, u16> blocks;
   std::map<u32, vector<u32>> threads;
@@ -154,8 +154,8 @@ void merge(vector<u32>& into, const vector<u32>& clocks) {
   into.resize(clocks.size());
   for (size_t u = 0; u < clocks.size(); u++) into[u] = std::max(into[u], clocks[u]);
 }
-// What a thread knows of others, at a synchronising access of a global or shared word. A fence releases what came
-// before it: of the thread's own block by its clock then, of others only if it has written nothing since.
+// A synchronising access of a global or shared word. A fence releases what came before it: to the thread's own block by
+// its clock then, to others only if it has written nothing since.
 void synchronise(Warp& w, const Ins& i, int lane, const void* word, bool acquire, bool release) {
   Cta& c = *w.cta;
   const u32 t = w.id * 32 + lane;
@@ -298,7 +298,7 @@ void count_access(Warp& w, const Ins& i, u32 m, u32 bytes, bool write) {
     strip_space(s, addresses[n++]);
     space = s;
   }
-  ledger_access(i, space, write, bytes, n, addresses);
+  ledger_access(space, write, bytes, n, addresses);
 }
 }  // namespace
 
@@ -477,8 +477,8 @@ void do_cp_async(Warp& w, const Ins& i, u32 m) {  // s0 shared, s1 global, vec: 
       from[n] = w.raw(i.s[1], __builtin_ctz(mm)) + i.imm2;
       to[n] = address(w, i, __builtin_ctz(mm), i.s[0]);
     }
-    ledger_access(i, GLOBAL, false, i.vec, n, from);
-    ledger_access(i, SHARED, true, i.vec, n, to);
+    ledger_access(GLOBAL, false, i.vec, n, from);
+    ledger_access(SHARED, true, i.vec, n, to);
   }
   for (u32 mm = m; mm; mm &= mm - 1) {
     const int l = __builtin_ctz(mm);
@@ -596,7 +596,7 @@ void do_bulk(Warp& w, const Ins& i, u32 m) {  // mode 0: global to shared, 1: sh
         u64 addresses[32];
         const u32 n = std::min(32u, (size - b) / 16);
         for (u32 k = 0; k < n; k++) addresses[k] = (i.mode ? to : from) + b + 16 * k;
-        ledger_access(i, GLOBAL, i.mode, 16, n, addresses);
+        ledger_access(GLOBAL, i.mode, 16, n, addresses);
       }
     if (i.mode == 1) {
       for (u32 b = 0; b < size; b += 16) {

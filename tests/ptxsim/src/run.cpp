@@ -42,7 +42,7 @@ class Runner {
       }
       if (release_barriers() || runnable) {
         idle_ = progress && c_.polled && c_.steps - before < 64 * c_.warps.size() ? idle_ + 1 : 0;
-        if (idle_ > 10000) throw Stop("HANG: nobody completes the mbarrier" + stuck());
+        if (idle_ > 10000) throw Stop("HANG: no thread completes the mbarrier" + stuck());
         if (others) return YIELD;
         continue;
       }

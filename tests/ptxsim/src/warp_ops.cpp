@@ -157,7 +157,7 @@ void do_ldmatrix(Warp& w, const Ins& i, u32 m) {  // mode: transposed
       addresses[r] = address(w, i, 8 * x + r, i.s[0]);
       memcpy(matrix[r], resolve(w, i, 8 * x + r, SHARED, addresses[r], 16, false), 16);
     }
-    if (opt.ledger) ledger_access(i, SHARED, false, 16, 8, addresses);
+    if (opt.ledger) ledger_access(SHARED, false, 16, 8, addresses);
     for (int l = 0; l < 32; l++) {
       const int r = l / 4, c = 2 * (l % 4);
       w.D<u32>(i.v[x])[l] =
@@ -180,7 +180,7 @@ void do_stmatrix(Warp& w, const Ins& i, u32 m) {
       addresses[r] = address(w, i, 8 * x + r, i.s[0]);
       memcpy(resolve(w, i, 8 * x + r, SHARED, addresses[r], 16, true), matrix[r], 16);
     }
-    if (opt.ledger) ledger_access(i, SHARED, true, 16, 8, addresses);
+    if (opt.ledger) ledger_access(SHARED, true, 16, 8, addresses);
   }
 }
 
