@@ -109,7 +109,8 @@ def told(gate: Gate, usage: dict) -> str:
 # Half of an SM's 64 warps (48 on sm_120) fit in these; half hide the latency of the memory these kernels wait for.
 # The backward of a softcap waits for arithmetic, where ptxas buys independent instructions with registers.
 STREAMING = {"_token_logps_fwd_kernel", "_token_logps_bwd_kernel"}
-MOST_REGISTERS = {"stream": 64, "stats": 72, "softcap": 104, "vectors": 128}  # vectors: of length B, or of tokens
+# Of vectors of length B, or of tokens, nothing need be in flight.
+MOST_REGISTERS = {"stream": 64, "stats": 72, "softcap stats": 80, "softcap backward": 104, "vectors": 128}
 MOST_REGISTERS_OF_AMD = 128
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a")
 KINDS = ("forward", "stats", "backward")
@@ -183,17 +184,31 @@ def most_registers(gate: Gate) -> int:
     backward = gate.kernel == "_token_logps_bwd_kernel"
     if gate.kernel not in STREAMING:
         return MOST_REGISTERS["vectors"]
-    if "softcap" in gate.case.name and backward:
-        return MOST_REGISTERS["softcap"]
-    stats = not backward and "constant" not in gate.request["arguments"]["stats_ptr"]
-    return MOST_REGISTERS["stats" if stats else "stream"]
+    softcap = "softcap" in gate.case.name
+    if backward:
+        return MOST_REGISTERS["softcap backward" if softcap else "stream"]
+    if "constant" in gate.request["arguments"]["stats_ptr"]:
+        return MOST_REGISTERS["stream"]
+    return MOST_REGISTERS["softcap stats" if softcap else "stats"]
+
+
+# With stats of packed sequences, ptxas of some Tritons keeps two numbers of a row in memory, where a register more
+# would cost a block.
+MAY_SPILL = ("sm_100", "sm_120")
+MOST_STACK = 32  # bytes, never in a loop over columns
+
+
+def is_in_registers(gate: Gate, usage: dict) -> bool:
+    if gate.case.target in MAY_SPILL and gate.kernel == "_token_logps_fwd_kernel" and "packed" in gate.case.name:
+        return usage["stack"] <= MOST_STACK and not usage["spills_in_loops"]
+    return usage["stack"] == 0 and usage["spills"] == 0
 
 
 def test_streaming_kernels(compiled, pytestconfig):
     gates = different(stream_cases(pytestconfig.getoption("full")))
     wrong = []
     for gate, usage in zip(gates, compiled(gates), strict=True):
-        fine = usage["stack"] == 0 and usage["spills"] == 0 and usage["registers"] <= most_registers(gate)
+        fine = is_in_registers(gate, usage) and usage["registers"] <= most_registers(gate)
         if gate.kernel in STREAMING:
             # two loads of 16 bytes in the loop over whole blocks, two in the ragged block after it: one read of the
             # row; AMD may read both ends of a packed sequence at once, too
@@ -232,8 +247,9 @@ def residual_pass_cases(full: bool) -> Iterator[Case]:
             yield Case(target, dtype, f"{columns} columns, {psi}", call)
 
 
-# What ptxas spills at the 128 registers of two blocks to a multiprocessor: addresses that the inner loop does not need.
-MOST_STACK_OF_RESIDUAL_PASS = 32
+# What ptxas spills at the 128 registers of two blocks to a multiprocessor. A turn of the loop is a tile, some thousand
+# instructions of a warp: three accesses to memory, by Triton 3.6 for sm_100, are few.
+MOST_SPILLS_OF_RESIDUAL_PASS = 3  # in the loop
 
 
 def test_residual_pass_kernels(compiled, pytestconfig):
@@ -241,7 +257,7 @@ def test_residual_pass_kernels(compiled, pytestconfig):
     wrong = [
         told(gate, usage)
         for gate, usage in zip(gates, compiled(gates), strict=True)
-        if usage["stack"] > MOST_STACK_OF_RESIDUAL_PASS or usage["spills_in_loops"]
+        if usage["stack"] > MOST_STACK or usage["spills_in_loops"] > MOST_SPILLS_OF_RESIDUAL_PASS
     ]
     assert not wrong, "\n".join(wrong)
 
