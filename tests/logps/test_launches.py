@@ -212,8 +212,8 @@ def test_a_group_of_pairs_with_its_loss_on_vectors(loss, most):
 @native_core
 @pytest.mark.parametrize("loss", ["sigmoid", "rdpo"])
 def test_a_group_of_pairs_with_its_loss_in_one_launch(loss):
-    """The epilogue is the third kernel; torch gathers the rows, shifts their bounds, zeroes the tokens' gradient for rows
-    of no sequence, and puts the hidden gradient back."""
+    """The epilogue is the third kernel; torch gathers the rows, shifts their bounds, zeroes the gradient of the tokens,
+    some of which may be of no sequence, and puts the hidden gradient back."""
     assert_no_more(cost_of_a_group(loss, native=True), Counted(3, 3, 4))
 
 
