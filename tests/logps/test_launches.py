@@ -212,8 +212,9 @@ def test_a_group_of_pairs_with_its_loss_on_vectors(loss, most):
 @native_core
 @pytest.mark.parametrize("loss", ["sigmoid", "rdpo"])
 def test_a_group_of_pairs_with_its_loss_in_one_launch(loss):
-    """The epilogue is the third kernel; torch gathers the rows, shifts their bounds and puts their gradient back."""
-    assert_no_more(cost_of_a_group(loss, native=True), Counted(3, 3, 3))
+    """The epilogue is the third kernel; torch gathers the rows, shifts their bounds, zeroes the gradient of the tokens,
+    some of which may be of no sequence, and puts the hidden gradient back."""
+    assert_no_more(cost_of_a_group(loss, native=True), Counted(3, 3, 4))
 
 
 NATIVE_CASES = {
@@ -223,16 +224,16 @@ NATIVE_CASES = {
         lambda t: pairs(t, reference="ref_logits"), LOGITS, Counted(1, 0, 0), Counted(1, 0, 0)
     ),
     "preference-packed": Case(lambda t: packed(t, loss="rdpo", shift=True), LOGITS, Counted(1, 0, 0), Counted(1, 0, 0)),
-    "linear_pairs-score": Case(linear_pairs, (), Counted(2, 1, 25, reads=1)),
-    "linear_pairs-frozen": Case(linear_pairs, FROZEN, Counted(3, 2, 28, reads=1), Counted(0, 0, 5)),
+    "linear_pairs-score": Case(linear_pairs, (), Counted(2, 1, 26, reads=1)),
+    "linear_pairs-frozen": Case(linear_pairs, FROZEN, Counted(3, 2, 29, reads=1), Counted(0, 0, 5)),
     "linear_pairs-trained": Case(
-        lambda t: linear_pairs(t, "rdpo"), TRAINED, Counted(3, 3, 26, reads=1), Counted(2, 0, 0)
+        lambda t: linear_pairs(t, "rdpo"), TRAINED, Counted(3, 3, 27, reads=1), Counted(2, 0, 0)
     ),
     "linear_pairs-trained-ref_hidden": Case(
-        lambda t: linear_pairs(t, "rdpo", ref_hidden=t.hidden), TRAINED, Counted(4, 4, 26, reads=1), Counted(2, 0, 0)
+        lambda t: linear_pairs(t, "rdpo", ref_hidden=t.hidden), TRAINED, Counted(4, 4, 27, reads=1), Counted(2, 0, 0)
     ),
     "linear_pairs-trained-capacity": Case(
-        lambda t: linear_pairs(t, "rdpo", max_active_tokens=3 * ROWS), TRAINED, Counted(3, 3, 39), Counted(2, 0, 0)
+        lambda t: linear_pairs(t, "rdpo", max_active_tokens=3 * ROWS), TRAINED, Counted(3, 3, 40), Counted(2, 0, 0)
     ),
 }
 
