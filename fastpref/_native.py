@@ -88,6 +88,12 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def set_addresses(args, tensors: dict[str, Tensor]) -> None:
+    """args.<name> of the core becomes the tensor's address: `tensors` must have a name until the call."""
+    for name, tensor in tensors.items():
+        setattr(args, name, tensor.data_ptr())
+
+
 def padded_rows(rows: int) -> int:
     """Columns of a native tile of so many rows: whole 32-token blocks."""
     return -(-rows // 32) * 32

@@ -40,14 +40,9 @@ def _simulated() -> Iterator[None]:
     import ptxsim_build
     import ptxsim_triton
     from forced_cuda import forced_cuda
-    from simulated import poison
+    from simulated import register_poisoned
 
     compiler = ptxsim_triton.Compiler()
-
-    def note(tensor, name):
-        if "empty" in name:
-            poison(tensor)
-        ptxsim.register(name, tensor)
 
     def launch_triton(kernel, grid, *args, **options):
         ptxsim_triton.Kernel(compiler, kernel)[grid](*args, **options)
@@ -63,7 +58,7 @@ def _simulated() -> Iterator[None]:
         with (
             mock.patch.object(ptxsim, "launch", launch),
             mock.patch.object(_native, "_core", core),
-            forced_cuda(note, launch_triton, native=True),
+            forced_cuda(register_poisoned, launch_triton, native=True),
         ):
             yield
     finally:

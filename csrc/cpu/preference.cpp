@@ -29,22 +29,43 @@ void check_segments(const int64_t* cu_seqlens, int64_t sequences, int64_t rows) 
                                            ", got " + std::to_string(cu_seqlens[sequences]));
 }
 
-struct TokenSums {
-  int64_t count = 0;
-  double stats[4] = {};
+struct SequenceSums {
+  double logps = 0, logratio = 0;
+  int64_t length = 0;  // tokens that count
 };
 
-void finish_stats(const PreferenceForward& args, const TokenSums& chosen, const TokenSums& rejected) {
+// Of the tokens of one sequence. ref_token_logps: nullptr, or of the same rows; ref_logps: nullptr, or the reference's
+// sum.
+SequenceSums sum_sequence(Segment tokens, const int64_t* labels, int64_t ignore_index, const float* token_logps,
+                          const float* ref_token_logps, const float* ref_logps) {
+  SequenceSums sums;
+  for (int64_t t = tokens.begin; t < tokens.end; t++) {
+    if (labels[t] == ignore_index) continue;
+    const double logp = token_logps[t];
+    sums.length++;
+    sums.logps += logp;
+    sums.logratio += ref_token_logps ? logp - double(ref_token_logps[t]) : logp;
+  }
+  if (ref_logps) sums.logratio = sums.logps - double(*ref_logps);
+  return sums;
+}
+
+struct SideStats {  // of the tokens of all chosen, or all rejected sequences
+  int64_t count = 0;
+  double sums[4] = {};
+};
+
+void finish_stats(const PreferenceForward& args, const SideStats& chosen, const SideStats& rejected) {
   const auto mean = [](double sum, int64_t count) { return static_cast<float>(sum / double(count > 0 ? count : 1)); };
   const auto mean_of_all = [&](int i) {
-    return mean(chosen.stats[i] + rejected.stats[i], chosen.count + rejected.count);
+    return mean(chosen.sums[i] + rejected.sums[i], chosen.count + rejected.count);
   };
   args.metrics[1] = mean_of_all(0);
   args.metrics[2] = mean_of_all(1);
   args.metrics[3] = mean_of_all(3);
-  args.metrics[4] = mean(chosen.stats[2], chosen.count);
-  args.metrics[5] = mean(rejected.stats[2], rejected.count);
-  args.metrics[6] = mean(chosen.stats[3], chosen.count);
+  args.metrics[4] = mean(chosen.sums[2], chosen.count);
+  args.metrics[5] = mean(rejected.sums[2], rejected.count);
+  args.metrics[6] = mean(chosen.sums[3], chosen.count);
 }
 
 }  // namespace
@@ -69,27 +90,21 @@ void preference_fwd_cpu(const PreferenceForward& args, int threads) {
                        args.stats ? args.token_stats : nullptr},
                       threads);
 
-  TokenSums sides[2];
+  SideStats sides[2];
   std::vector<float> logratios(from.sequences);
   for (int64_t s = 0; s < from.sequences; s++) {
     const Segment tokens = tokens_of(cu_seqlens, from.tokens, s);
-    TokenSums& side = sides[s >= pairs];
-    double sum = 0, logratio = 0;
-    int64_t length = 0;
-    for (int64_t t = tokens.begin; t < tokens.end; t++) {
-      if (labels[t] == from.ignore_index) continue;
-      length++;
-      sum += args.token_logps[t];
-      if (ref_token_logps) logratio += double(args.token_logps[t]) - double(ref_token_logps[t]);
-      if (args.stats)
-        for (int i = 0; i < 4; i++) side.stats[i] += args.token_stats[i * rows + t];
-    }
-    side.count += length;
-    if (!ref_token_logps) logratio = args.ref_logps ? sum - double(args.ref_logps[s]) : sum;
-    args.logps[s] = static_cast<float>(sum);
-    logratios[s] = static_cast<float>(logratio);
+    const SequenceSums sums = sum_sequence(tokens, labels, from.ignore_index, args.token_logps, ref_token_logps,
+                                           args.ref_logps ? args.ref_logps + s : nullptr);
+    SideStats& side = sides[s >= pairs];
+    side.count += sums.length;
+    for (int64_t t = tokens.begin; args.stats && t < tokens.end; t++)
+      for (int i = 0; i < 4; i++)
+        if (labels[t] != from.ignore_index) side.sums[i] += args.token_stats[i * rows + t];
+    args.logps[s] = static_cast<float>(sums.logps);
+    logratios[s] = static_cast<float>(sums.logratio);
     args.rewards[s] = static_cast<float>(args.family.beta) * logratios[s];
-    args.lengths[s] = length;
+    args.lengths[s] = sums.length;
   }
 
   double loss = 0, total_weight = 0;
@@ -137,18 +152,12 @@ void preference_pairs_cpu(const PairEpilogue& args) {
     const int64_t pair = args.begin + p;
     for (int side = 0; side < 2; side++) {
       const int64_t sequence = sequence_of(side, p);
-      double sum = 0, logratio = 0;
-      int64_t length = 0;
-      for (int64_t row = args.bounds[side * group + p]; row < args.bounds[side * group + p + 1]; row++) {
-        if (args.labels[row] == args.ignore_index) continue;
-        const double logp = args.token_logps[row];
-        sum += logp, length++;
-        logratio += args.ref_token_logps ? logp - double(args.ref_token_logps[row]) : logp;
-      }
-      if (args.ref_logps) logratio = sum - double(args.ref_logps[sequence]);
-      args.logps[sequence] = static_cast<float>(sum);
-      args.logratios[sequence] = static_cast<float>(logratio);
-      args.lengths[sequence] = length;
+      const SequenceSums sums = sum_sequence({args.bounds[side * group + p], args.bounds[side * group + p + 1]},
+                                             args.labels, args.ignore_index, args.token_logps, args.ref_token_logps,
+                                             args.ref_logps ? args.ref_logps + sequence : nullptr);
+      args.logps[sequence] = static_cast<float>(sums.logps);
+      args.logratios[sequence] = static_cast<float>(sums.logratio);
+      args.lengths[sequence] = sums.length;
     }
     const PairLoss found = pair_loss(args.family, args.logratios[sequence_of(0, p)], args.logratios[sequence_of(1, p)],
                                      args.rating_gap ? args.rating_gap + pair : nullptr);

@@ -8,6 +8,7 @@
 
 #include "check_cuda.h"
 #include "columns.cuh"
+#include "cpu/arith.h"
 #include "token_logps.h"
 
 namespace fastpref {
@@ -20,8 +21,6 @@ constexpr int tile_columns = warp * loads * vec<T>;
 template <class T>
 constexpr int chunk_columns = chunk_tiles * tile_columns<T>;
 constexpr int column_group = 16;  // columns of a lane folded at a time: what fits in 64 registers
-
-inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 // Division of numbers below 2^31 by a multiplication.
 struct Divider {
@@ -286,7 +285,7 @@ __device__ __noinline__ void finish_group(const Args& a, unsigned first_row) {
   if constexpr (Args::has_pairs) {
     float reference = 0;
     if (a.reference.data && token_result.valid) reference = merged(a.reference, 1, std::false_type{}).logp;
-    if (a.ref_token_logps && token_result.counted) reference = a.ref_token_logps[row];
+    if (a.args.ref_token_logps && token_result.counted) reference = a.args.ref_token_logps[row];
     token_result.ratio = double(policy.logp) - double(reference);
   }
   if (token < s.length) {
@@ -398,23 +397,22 @@ inline Labels device_labels(const TokenLabels& labels) {
 
 inline int64_t groups_of(const TokenLabels& labels) {
   return labels.cu_seqlens.data ? labels.tokens / warp + labels.sequences + 1
-                                : labels.sequences * ceil_div(labels.tokens, warp);
+                                : labels.sequences * divide_up(labels.tokens, warp);
 }
 
 inline int64_t chunks_of(const LogitRows& logits) {
-  return ceil_div(logits.vocab, logits.dtype == DType::f32 ? chunk_columns<float> : chunk_columns<__half>);
+  return divide_up(logits.vocab, logits.dtype == DType::f32 ? chunk_columns<float> : chunk_columns<__half>);
 }
 
 // Takes arrays from memory, one after the other; without memory it only counts their bytes.
 struct DeviceWorkspace {
   char* memory;
-  int64_t bytes = 0;
+  Parts parts{};
 
   template <class T>
   T* take(int64_t count) {
-    char* at = memory ? memory + bytes : nullptr;
-    bytes += ceil_div(count * int64_t(sizeof(T)), 256) * 256;
-    return reinterpret_cast<T*>(at);
+    const int64_t at = parts.take(count * int64_t(sizeof(T)));
+    return memory ? reinterpret_cast<T*>(memory + at) : nullptr;
   }
 };
 
@@ -462,7 +460,7 @@ template <class T, bool HAS_SOFTCAP, bool HAS_STATS, class Args>
 void launch_gather_of(const Args& a, cudaStream_t stream) {
   static std::atomic<int> known[64];
   const auto kernel = gather_kernel<T, HAS_SOFTCAP, HAS_STATS, Args>;
-  const int64_t blocks = ceil_div(a.items, fwd_threads / warp), most = resident_blocks(kernel, known);
+  const int64_t blocks = divide_up(a.items, fwd_threads / warp), most = resident_blocks(kernel, known);
   kernel<<<static_cast<unsigned>(blocks < most ? blocks : most), fwd_threads, 0, stream>>>(a);
 }
 

@@ -13,7 +13,6 @@ struct StatSums {  // in the order of RowResult::stats
 struct PairGather : Gather {
   static constexpr bool has_pairs = true;
   PreferenceForward args;
-  const float* ref_token_logps;
   int pairs;
   // workspace
   unsigned* pair_tickets;    // [pairs], zero
@@ -242,7 +241,6 @@ Prepared prepare(const PreferenceForward& args, void* memory) {
   a.logps = args.token_logps, a.lse = args.lse;
   fill_gather(a, args.logits, args.reference, args.transform, args.labels, args.stats, pairs, workspace);
   a.args = args;
-  a.ref_token_logps = args.ref_token_logps;
   a.pairs = static_cast<int>(pairs);
   a.pair_tickets = a.tickets + 2 + groups;
   a.group_sums = workspace.take<double2>(groups);
@@ -252,7 +250,7 @@ Prepared prepare(const PreferenceForward& args, void* memory) {
     a.group_stats = workspace.take<StatSums>(groups);
     a.sequence_stats = workspace.take<StatSums>(2 * pairs);
   }
-  p.bytes = workspace.bytes;
+  p.bytes = workspace.parts.bytes;
   return p;
 }
 

@@ -192,7 +192,7 @@ Prepared prepare(const TokenLogpsForward& args, void* memory) {
   p.gather.logps = args.logps, p.gather.lse = args.lse, p.gather.stats = args.stats;
   fill_gather(p.gather, args.logits, {}, args.transform, labels_of(args.logits, args.labels, args.ignore_index),
               args.stats != nullptr, 0, workspace);
-  p.bytes = workspace.bytes;
+  p.bytes = workspace.parts.bytes;
   return p;
 }
 
@@ -216,7 +216,7 @@ void logits_gradient_cuda(const LogitsGradient& args, void* stream) {
   const DType in = args.logits.dtype, out = args.out.dtype;
   check(out == in || in == DType::f32, "out must have the logits' dtype, or 16 bits of float32 logits");
   const int64_t columns = in == DType::f32 ? piece_columns<float> : piece_columns<__half>;
-  const int64_t pieces = ceil_div(args.logits.vocab, columns), rows = rows_of(args.labels);
+  const int64_t pieces = divide_up(args.logits.vocab, columns), rows = rows_of(args.labels);
   if (rows == 0) return;
   check(rows * pieces <= INT_MAX, "logits must have at most " + std::to_string(INT_MAX / pieces) + " rows of " +
                                       std::to_string(args.logits.vocab) + " columns, got " + std::to_string(rows));

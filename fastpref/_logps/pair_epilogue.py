@@ -68,8 +68,7 @@ def write_pairs(
         "token_grad": gradient,
     }
     tensors = {name: t.contiguous() for name, t in tensors.items() if t is not None} | out._asdict()
-    for name, tensor in tensors.items():  # they live until the call: args holds addresses
-        setattr(args, name, tensor.data_ptr())
+    _native.set_addresses(args, tensors)
     if _native.device_kind(token_logps) == "cuda":
         with _native.guard(token_logps):
             core.preference_pairs_cuda(args, _native.stream(token_logps))
@@ -91,7 +90,7 @@ def _fwd(
     gradient = write_pairs(
         out,
         (0, scale_of_pair.shape[0]),
-        token_logps.contiguous(),
+        token_logps,
         labels,
         bounds,
         data,

@@ -189,8 +189,7 @@ def _native_fwd(
     on_cuda = _native.device_kind(logits) == "cuda"
     if stats and not on_cuda:
         tensors["token_stats"] = rows.new_empty((4, *layout.labels.shape), dtype=torch.float32)
-    for name, tensor in tensors.items():  # they live until the call: args holds addresses
-        setattr(args, name, tensor.data_ptr())
+    _native.set_addresses(args, tensors)
     if on_cuda:
         workspace = rows.new_empty(core.preference_workspace_cuda(args), dtype=torch.uint8)
         with _native.guard(logits):
@@ -360,6 +359,27 @@ class _Options(NamedTuple):
     backend: str
 
 
+def _save(ctx, inputs, output, differentiable: tuple[str, ...]) -> None:
+    logits, labels, cu_seqlens, lengths, *_, options = inputs
+    out = _Outputs(*output)
+    ctx.mark_non_differentiable(*(t for name, t in out._asdict().items() if name not in differentiable))
+    ctx.set_materialize_grads(False)
+    ctx.shift, ctx.transform, ctx.inplace = options.shift, options.transform, options.inplace
+    ctx.backend = options.backend
+    ctx.save_for_backward(logits, labels, cu_seqlens, lengths, out.token_logps, out.lse, out.coefficients)
+
+
+def _gradient(ctx, upstream: Tensor, grad_loss: Tensor, coefficients: Tensor | None = None):
+    """Of the logits, from a loss's gradient and its coefficients, or others than those that the forward formed."""
+
+    def run(op, logits, labels, cu_seqlens, lengths, tokens, lse, formed):
+        saved = labels, cu_seqlens, lengths, ctx.shift, tokens, lse
+        own = formed if coefficients is None else coefficients
+        return op(grad_loss, own, logits, *saved, *ctx.transform, ctx.backend)
+
+    return _autograd.pad_gradients(ctx, logits_gradient(ctx, upstream, preference_bwd, preference_bwd_, run))
+
+
 @_autograd.cache_signature
 class _Preference(torch.autograd.Function):
     @staticmethod
@@ -374,24 +394,13 @@ class _Preference(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, labels, cu_seqlens, lengths, *_, options = inputs
-        out = _Outputs(*output)
-        ctx.mark_non_differentiable(*out[1:])
-        ctx.set_materialize_grads(False)
-        ctx.shift, ctx.transform, ctx.inplace = options.shift, options.transform, options.inplace
-        ctx.backend = options.backend
-        ctx.save_for_backward(logits, labels, cu_seqlens, lengths, out.token_logps, out.lse, out.coefficients)
+        _save(ctx, inputs, output, ("loss",))
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
         if grad_loss is None:
             return _autograd.pad_gradients(ctx)
-
-        def run(op, logits, labels, cu_seqlens, lengths, tokens, lse, coefficients):
-            saved = labels, cu_seqlens, lengths, ctx.shift, tokens, lse
-            return op(grad_loss, coefficients, logits, *saved, *ctx.transform, ctx.backend)
-
-        return _autograd.pad_gradients(ctx, logits_gradient(ctx, grad_loss, preference_bwd, preference_bwd_, run))
+        return _gradient(ctx, grad_loss, grad_loss)
 
 
 @_autograd.cache_signature
@@ -402,9 +411,7 @@ class _PairSums(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _Preference.setup_context(ctx, inputs, output)
-        out = _Outputs(*output)
-        ctx.mark_non_differentiable(*(t for t in out if t is not out.logps and t is not out.rewards))
+        _save(ctx, inputs, output, ("logps", "rewards"))
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -413,12 +420,7 @@ class _PairSums(torch.autograd.Function):
         if not given:
             return _autograd.pad_gradients(ctx)
         coefficients = sum(given[1:], start=given[0])
-
-        def run(op, logits, labels, cu_seqlens, lengths, tokens, lse, _coefficients):
-            saved = labels, cu_seqlens, lengths, ctx.shift, tokens, lse
-            return op(coefficients.new_ones(()), coefficients, logits, *saved, *ctx.transform, ctx.backend)
-
-        return _autograd.pad_gradients(ctx, logits_gradient(ctx, coefficients, preference_bwd, preference_bwd_, run))
+        return _gradient(ctx, coefficients, coefficients.new_ones(()), coefficients)
 
 
 # ---- public ----

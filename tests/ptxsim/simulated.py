@@ -16,6 +16,13 @@ def poison(tensor: Tensor) -> None:
     tensor.fill_(torch.nan if tensor.dtype.is_floating_point else POISON[tensor.dtype])
 
 
+def register_poisoned(tensor: Tensor, name: str) -> None:
+    """What an op has allocated, for kernels to write; its contents are poison if the op gave it none."""
+    if "empty" in name:
+        poison(tensor)
+    ptxsim.register(name, tensor)
+
+
 @contextlib.contextmanager
 def simulated(inputs: dict, by_row: dict | None = None, compiler: Callable | None = None) -> Iterator[None]:
     """What runs inside goes to the simulator.
@@ -38,16 +45,11 @@ def simulated(inputs: dict, by_row: dict | None = None, compiler: Callable | Non
         for row, (columns, _) in ({} if x is None else ptxsim.by_row(name, x)).items():
             ptxsim.register(row, columns, readonly)
 
-    def note(tensor, name):
-        if "empty" in name:
-            poison(tensor)
-        ptxsim.register(name, tensor)
-
     def launch_triton(kernel, grid, *args, **options):
         Kernel(compiler, kernel, registered=True)[grid](*args, **options)
 
     try:
-        with forced_cuda(note, launch_triton if compiler else None, native=compiler is None):
+        with forced_cuda(register_poisoned, launch_triton if compiler else None, native=compiler is None):
             yield
     except Exception as error:
         if ptxsim.report():
