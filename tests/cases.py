@@ -135,7 +135,8 @@ def zeta_in_a_gap(matrix, left, right, scale=1.0):
     if len(middle) < 2:
         return 1.0
     widest = (middle[1:] - middle[:-1]).argmax()
-    return float(middle[widest] + middle[widest + 1]) / 2
+    zeta = float(middle[widest] + middle[widest + 1]) / 2
+    return zeta if zeta > 1e-5 else 1.0  # all are rounding alone, as on the diagonal of a skew matrix without its pairs
 
 
 def corrupted(m, n, rank, share=0.05, observed=1.0, noise=0.0, condition=1.0, size=10.0, seed=0):
