@@ -194,6 +194,21 @@ def test_patterns(simd):
             assert dense[6].abs().max() < 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_median_is_of_the_observed_entries(simd, dtype):
+    data = any_matrices(12, 17)[0][0].to(dtype).repeat(18, 1, 1)
+    for b in range(17):
+        data[b, :, b] = torch.nan  # in every lane of a vector, the last of the matrix among them
+    data[17, -1] = torch.nan
+    found = solve(data, max_iter=20)
+    residual = (data.double() - low_rank(found).double()).abs().flatten(1)
+    middle = residual.nanmedian(dim=1).values
+    rounding = 1e-5 * middle if dtype == torch.float32 else 1e-12 * middle
+    # the solver's is exact to a percent, and from above
+    assert (found.median.double() >= middle - rounding).all()
+    assert (found.median.double() <= 1.01 * middle + rounding).all()
+
+
 def test_hopeless_matrices_say_so(simd):
     low, data = made(32, 32, 2, 3)
     data[1] = corrupted(32, 32, 12, 0.3, observed=0.4)[1]
