@@ -190,10 +190,11 @@ __global__ void __launch_bounds__(tail_threads) tail_kernel(const __grid_constan
   __shared__ double sums[warps];
   const int lane = threadIdx.x % warp, own = threadIdx.x / warp, sequence = blockIdx.x;
   const int partner = sequence < a.pairs ? sequence + a.pairs : sequence - a.pairs;
-  const int64_t length = a.args.lengths[sequence], shorter = min(length, a.args.lengths[partner]);
+  const int length = static_cast<int>(a.args.lengths[sequence]);
+  const int shorter = min(length, static_cast<int>(a.args.lengths[partner]));
   const Place s = sequence_at(a.labels, sequence);
   const int end = length > shorter ? s.length : 0;
-  int64_t before = 0;  // tokens that count before this round's
+  int before = 0;  // tokens that count before this round's
   double sum = 0;
   for (int first = 0; first < end; first += tail_threads) {
     const int token = first + static_cast<int>(threadIdx.x);
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(tail_threads) tail_kernel(const __grid_constan
     const unsigned of_warp = __ballot_sync(0xffffffff, counted);
     if (lane == 0) counts[own] = __popc(of_warp);
     __syncthreads();
-    int64_t rank = before + __popc(of_warp & ((1u << lane) - 1));
+    int rank = before + __popc(of_warp & ((1u << lane) - 1));
 #pragma unroll
     for (int w = 0; w < warps; w++) {
       if (w < own) rank += counts[w];

@@ -117,8 +117,8 @@ CASES = {
     "preference-none": Case(lambda t: pairs(t, "rdpo", reduction="none", shift=True), LOGITS, *FUSED),
     "preference-lengths": Case(lambda t: pairs(t, lengths=t.lengths), LOGITS, *FUSED),
     "preference-simpo": Case(lambda t: pairs(t, "simpo", None), LOGITS, Counted(3, 0, 19), Counted(1, 0, 9)),
-    "preference-wpo": Case(lambda t: pairs(t, "wpo"), LOGITS, Counted(3, 0, 40), Counted(1, 0, 8)),
-    "preference-ld_dpo": Case(lambda t: pairs(t, "ld_dpo"), LOGITS, Counted(4, 0, 40), Counted(1, 0, 12)),
+    "preference-wpo": Case(lambda t: pairs(t, "wpo"), LOGITS, Counted(3, 0, 22), Counted(1, 0, 8)),
+    "preference-ld_dpo": Case(lambda t: pairs(t, "ld_dpo"), LOGITS, Counted(4, 0, 17), Counted(1, 0, 11)),
     "preference-stats": Case(lambda t: pairs(t, stats=STATS), LOGITS, *FUSED),
     "preference-packed": Case(packed, LOGITS, *FUSED),
     "preference-packed-shift": Case(lambda t: packed(t, shift=True), LOGITS, *FUSED),
@@ -225,8 +225,8 @@ NATIVE_CASES = {
         lambda t: pairs(t, reference="ref_logits"), LOGITS, Counted(1, 0, 0), Counted(1, 0, 0)
     ),
     "preference-packed": Case(lambda t: packed(t, loss="rdpo", shift=True), LOGITS, Counted(1, 0, 0), Counted(1, 0, 0)),
-    "preference-wpo": Case(lambda t: pairs(t, "wpo"), LOGITS, Counted(1, 0, 40), Counted(1, 0, 8)),
-    "preference-ld_dpo": Case(lambda t: pairs(t, "ld_dpo"), LOGITS, Counted(1, 0, 40), Counted(1, 0, 12)),
+    "preference-wpo": Case(lambda t: pairs(t, "wpo"), LOGITS, Counted(1, 0, 22), Counted(1, 0, 8)),
+    "preference-ld_dpo": Case(lambda t: pairs(t, "ld_dpo"), LOGITS, Counted(1, 0, 17), Counted(1, 0, 11)),
     "linear_pairs-score": Case(linear_pairs, (), Counted(2, 1, 26, reads=1)),
     "linear_pairs-frozen": Case(linear_pairs, FROZEN, Counted(3, 2, 29, reads=1), Counted(0, 0, 5)),
     "linear_pairs-trained": Case(
