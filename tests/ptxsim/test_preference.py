@@ -484,6 +484,20 @@ def test_planted(native, planted, bug):
     assert any(re.search(said, finding) for finding in found), found
 
 
+def long_tails() -> Case:
+    """Of more tokens than the tail's kernel has threads: 7 and 547 of a pair, 576 and 30 of the other."""
+    bounds = torch.tensor([0, 7, 583, 1130, 1160])
+    logits, reference = (placed(torch.randn(1, 1160, 3), gap=1)[0] for _ in range(2))
+    labels = torch.randint(0, 3, (1160,))
+    labels[torch.rand(1160) < 0.03] = -100
+    return Case(logits, labels, {"ref_logits": reference, "cu_seqlens": bounds}, {"loss": "ld_dpo", "shift": True})
+
+
+def test_long_tails(run):
+    case = long_tails()
+    check(case, run(case))
+
+
 # Of the tail's kernel, and of what is handed to it and on.
 TAIL_BUGS = {
     "ranks before their counts": ("__syncthreads();\n    int rank", "int rank", "RACE in shared"),
@@ -506,12 +520,7 @@ FIRST_OF_TAILS = ("ranks before their counts", "counts of the next round", "coef
 )
 def test_planted_in_the_tail(native, planted, bug):
     old, new, said = TAIL_BUGS[bug]
-    case = make(2, 600, 3, loss="ld_dpo", layout="packed", reference="ref_logits", gap=1)
-    bounds = torch.tensor([0, 7, 583, 1130, 1160])  # 7 and 547 tokens, 576 and 30
-    rows = placed(torch.randn(1, 1160, 3), gap=1)[0], placed(torch.randn(1, 1160, 3), gap=1)[0]
-    labels = torch.randint(0, 3, (1160,))
-    labels[torch.rand(1160) < 0.03] = -100
-    case = case._replace(logits=rows[0], labels=labels, tensors={"ref_logits": rows[1], "cu_seqlens": bounds})
+    case = long_tails()
     op = "token_logps.cu" if bug == "coefficients begin late" else "preference.cu"
     found = "nothing"
     with ptxsim.replaced(planted(op, old, new)):
