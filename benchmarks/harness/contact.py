@@ -127,8 +127,8 @@ def _preference_inputs(device, dtype, layout) -> tuple[Tensor, Tensor, dict]:
 
 
 def _preference(device, backend, dtype, layout, transform, stats, loss="rdpo") -> Iterator[Part]:
-    """rdpo is of the family whose epilogue is in the kernels; ipo, of mean log-probs, is torch between them; so are
-    wpo, of the stats' sums, and ld_dpo, of a part of the completion."""
+    """rdpo is of the family whose epilogue is in the kernels; ipo, of mean log-probs, is torch between them; so is
+    ld_dpo, of a part of the completion, which has a kernel more."""
     logits, labels, given = _preference_inputs(device, dtype, layout)
     options = {"loss": loss, "shift": True, "stats": STATS if stats else (), **TRANSFORMS[transform]}
     exact = {name: t.double() if t.dtype.is_floating_point else t for name, t in given.items()}
@@ -255,7 +255,7 @@ def _variants() -> Iterator[tuple[str, Callable]]:
             for layout in ("packed", "ref_logits"):
                 options = of | {"transform": "plain", "layout": layout, "stats": False}
                 yield f"preference-{backend}-{dtype}-{layout}", item("preference", backend, _preference, **options)
-            for loss in ("ipo", "wpo", "ld_dpo"):
+            for loss in ("ipo", "ld_dpo"):
                 options = of | {"transform": "plain", "layout": "padded", "stats": False, "loss": loss}
                 yield f"preference-{backend}-{dtype}-{loss}", item("preference", backend, _preference, **options)
             for kind in ("score", "frozen", "trained", "pairs", "pairs-frozen"):
