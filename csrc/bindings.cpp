@@ -183,8 +183,8 @@ void bind_token_logps(py::module_& m) {
       }));
   py::class_<LogitsGradient>(m, "LogitsGradient")
       .def(py::init([](const LogitRows& logits, const LogitTransform& transform, const TokenLabels& labels,
-                       uintptr_t logps, uintptr_t lse, uintptr_t coefficients, uintptr_t loss_grad, bool grad_per_pair,
-                       const LogitRows& out) {
+                       uintptr_t logps, uintptr_t lse, uintptr_t coefficients, uintptr_t tail_coefficients,
+                       uintptr_t tail_begin, uintptr_t loss_grad, bool grad_per_pair, const LogitRows& out) {
         return LogitsGradient{logits,
                               transform,
                               labels,
@@ -192,6 +192,8 @@ void bind_token_logps(py::module_& m) {
                               pointer<const float>(lse),
                               nullptr,
                               pointer<const float>(coefficients),
+                              pointer<const float>(tail_coefficients),
+                              pointer<const int64_t>(tail_begin),
                               pointer<const float>(loss_grad),
                               grad_per_pair,
                               out};
@@ -251,6 +253,9 @@ void bind_preference(py::module_& m) {
   bind_address(args, "lengths", &Args::lengths);
   bind_address(args, "metrics", &Args::metrics);
   bind_address(args, "counts", &Args::counts);
+  bind_address(args, "stat_sums", &Args::stat_sums);
+  bind_address(args, "tail", &Args::tail);
+  bind_address(args, "tail_begin", &Args::tail_begin);
   bind_address(args, "coefficients", &Args::coefficients);
   bind_address(args, "token_logps", &Args::token_logps);
   bind_address(args, "lse", &Args::lse);
@@ -280,10 +285,12 @@ void bind_preference(py::module_& m) {
   m.def(
       "preference_bwd_cpu",
       [](const TokenLogpsBackward& tokens, uintptr_t token_grad, uintptr_t cu_seqlens, int64_t pairs,
-         int64_t tokens_per_sequence, uintptr_t coefficients, uintptr_t grad_loss, bool grad_per_pair, int threads) {
+         int64_t tokens_per_sequence, uintptr_t coefficients, uintptr_t tail_coefficients, uintptr_t tail_begin,
+         uintptr_t grad_loss, bool grad_per_pair, int threads) {
         preference_bwd_cpu(
             {tokens, pointer<float>(token_grad), pointer<const int64_t>(cu_seqlens), pairs, tokens_per_sequence,
-             pointer<const float>(coefficients), pointer<const float>(grad_loss), grad_per_pair},
+             pointer<const float>(coefficients), pointer<const float>(tail_coefficients),
+             pointer<const int64_t>(tail_begin), pointer<const float>(grad_loss), grad_per_pair},
             threads);
       },
       release());

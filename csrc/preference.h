@@ -46,6 +46,10 @@ struct PreferenceForward {
   float* metrics;       // [7] accuracy; with stats also the means of entropy, log sum p^2 and top-1 over all tokens, of
                         // the mean logit over chosen and over rejected tokens, of top-1 over chosen tokens
   int64_t* counts;      // [3] ties, unrated pairs, invalid labels
+  double* stat_sums;  // [2 B, 4] sums over tokens of entropy, log sum p^2, mean logit and top-1; nullptr without stats
+  float* tail;        // [2 B] sums of policy - reference over the tail: the tokens that count beyond as many as the
+                      // pair's shorter sequence has; or nullptr: not asked for. Not with ref_logps.
+  int64_t* tail_begin;  // [2 B] place in its sequence of the tail's first token; behind the last one where it has none
   float* token_logps;   // [rows]
   float* lse;           // [2, rows]
   float* token_stats;   // CPU: [4, rows], workspace of the stats
@@ -94,8 +98,10 @@ struct PreferenceBackward {
   float* token_grad;          // [rows] workspace behind tokens.grad
   const int64_t* cu_seqlens;
   int64_t pairs, tokens_per_sequence;
-  const float* coefficients;  // [2 B]
-  const float* grad_loss;     // [1], or [B] unreduced
+  const float* coefficients;       // [2 B]
+  const float* tail_coefficients;  // [2 B]: added to them from the token tail_begin on; or nullptr
+  const int64_t* tail_begin;       // [2 B]
+  const float* grad_loss;          // [1], or [B] unreduced
   bool grad_per_pair;
 };
 

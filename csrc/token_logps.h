@@ -70,9 +70,11 @@ struct LogitsGradient {
   TokenLabels labels;
   const float* logps;
   const float* lse;
-  const float* row_grad;      // [rows], or nullptr: coefficients[sequence] * loss_grad
-  const float* coefficients;  // [sequences]
-  const float* loss_grad;     // [1], or of each pair: sequences 0 and S/2, 1 and S/2 + 1, ...
+  const float* row_grad;           // [rows], or nullptr: coefficients[sequence] * loss_grad
+  const float* coefficients;       // [sequences]
+  const float* tail_coefficients;  // [sequences]: added to them from the token tail_begin on; or nullptr
+  const int64_t* tail_begin;       // [sequences]
+  const float* loss_grad;          // [1], or of each pair: sequences 0 and S/2, 1 and S/2 + 1, ...
   bool grad_per_pair;
   LogitRows out;
 };

@@ -74,23 +74,27 @@ token_logps_bwd_ = _define(
 
 # labels [2B, T] with lengths [2B], or [tokens] with cu_seqlens [2B + 1]; rating_gap and pair_weights [B]; num_items [];
 # numbers: float64 [8] on the host, beta, the numbers of losses.Logistic, and num_items or 0 -> loss [], or [B] with
-# reduction "none", losses [B], logps and rewards [2B], margins [B], lengths and coefficients [2B], metrics [7] and
-# counts [3] of csrc/preference.h, logps and lse as token_logps_fwd has them
+# reduction "none", losses [B], logps and rewards [2B], margins [B], lengths [2B], metrics [7] and counts [3] of
+# csrc/preference.h, stat_sums [2B, 4] (empty without stats), tail and tail_begin [2B] (empty unless asked for, which
+# needs the reference per token if there is one), coefficients [2B], logps and lse as token_logps_fwd has them
 _LAYOUT = "Tensor labels, Tensor? cu_seqlens, Tensor? lengths, bool shift"
 preference_fwd = _define(
     f"preference_fwd(Tensor logits, {_LAYOUT}, Tensor? ref_logits, Tensor? ref_token_logps, Tensor? ref_logps, "
     f"Tensor? rating_gap, Tensor? pair_weights, Tensor? num_items, str reduction, {_TRANSFORM}, bool stats, "
-    "Tensor numbers, bool drop_square, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool tail, Tensor numbers, bool drop_square, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+    "Tensor)",
     "fastpref._logps.preference:_fwd",
 )
+# tail_coefficients [2B] are added to the coefficients from the token tail_begin on
+_COEFFICIENTS = "Tensor coefficients, Tensor? tail_coefficients, Tensor? tail_begin"
 _SAVED = f"{_LAYOUT}, Tensor token_logps, Tensor lse, {_TRANSFORM}, str backend"
 preference_bwd = _define(
-    f"preference_bwd(Tensor grad_loss, Tensor coefficients, Tensor logits, {_SAVED}) -> Tensor",
+    f"preference_bwd(Tensor grad_loss, {_COEFFICIENTS}, Tensor logits, {_SAVED}) -> Tensor",
     "fastpref._logps.preference:_bwd",
 )
 preference_bwd_ = _define(
-    f"preference_bwd_(Tensor grad_loss, Tensor coefficients, Tensor(a!) logits, {_SAVED}) -> ()",
+    f"preference_bwd_(Tensor grad_loss, {_COEFFICIENTS}, Tensor(a!) logits, {_SAVED}) -> ()",
     "fastpref._logps.preference:_bwd_inplace",
 )
 

@@ -50,6 +50,7 @@ class Counted(NamedTuple):
 @dataclass
 class Counts:
     ops: Counter = field(default_factory=Counter)  # launches by name; fastpref's end with _kernel or _cuda
+    widest: int = 0  # elements of the largest tensor that a launch of torch's reads or writes
     reads: list[str] = field(default_factory=list)  # where
     uploads: list[str] = field(default_factory=list)
     holders: Counter = field(default_factory=Counter)  # tensors over each memory that was allocated meanwhile
@@ -148,7 +149,8 @@ class _Counting(OpenOperators):
         made = on_cpu(op, plain_args, plain_kwargs)
         made_nothing = all(isinstance(t, Tensor) and not t.numel() for t in tree_leaves(made))
         if (ours or result_is_ours) and not made_nothing:
-            self._count(op, name, args, tensors, ours, result_is_ours)
+            touched = [t.numel() for t in tree_leaves((plain_args, plain_kwargs, made)) if isinstance(t, Tensor)]
+            self._count(op, name, args, tensors, ours, result_is_ours, max(touched))
 
         def back(value):
             if not isinstance(value, Tensor):
@@ -163,7 +165,7 @@ class _Counting(OpenOperators):
 
         return tree_map(back, made)
 
-    def _count(self, op, name, args, tensors, ours, result_is_ours) -> None:
+    def _count(self, op, name, args, tensors, ours, result_is_ours, width) -> None:
         counts, host = self.counts, [t for t in tensors if not isinstance(t, OnDevice) and t.dim()]
         if name in ("_to_copy", "copy_") and (host or not result_is_ours or not ours):
             where = counts.uploads if result_is_ours else counts.reads
@@ -176,6 +178,7 @@ class _Counting(OpenOperators):
             counts.reads.append(f"{name} at {place_of_call()}")
         elif name not in NO_LAUNCH and not is_view(op):
             counts.ops[name] += 2 if name in TWO_LAUNCHES else 1
+            counts.widest = max(counts.widest, width)
 
 
 def _held(value):

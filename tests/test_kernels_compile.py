@@ -128,8 +128,8 @@ def token_call(dtype: torch.dtype, rung: int, kind: str, softcap: float | None) 
         token_logps._triton_bwd(logps, rows, labels, logps, lse, transform, out)
 
 
-def preference_call(dtype: torch.dtype, packed: bool, softcap: float | None) -> None:
-    """With everything that a call can have, padded or packed."""
+def preference_call(dtype: torch.dtype, packed: bool, softcap: float | None, loss: str = "rdpo") -> None:
+    """With everything that a call can have, padded or packed. ld_dpo has kernels for a part of the completion."""
     logits = torch.empty(2, 3, 1 << 17, dtype=dtype)
     labels, given = torch.zeros(2, 3, dtype=torch.int32), {"lengths": torch.tensor([3, 2])}
     if packed:
@@ -137,7 +137,7 @@ def preference_call(dtype: torch.dtype, packed: bool, softcap: float | None) -> 
     reference = torch.empty_like(logits)
     logits = logits.requires_grad_()
     out = fastpref.preference_loss(
-        logits, labels, ref_logits=reference, loss="rdpo", rating_gap=torch.ones(1), pair_weights=torch.ones(1),
+        logits, labels, ref_logits=reference, loss=loss, rating_gap=torch.ones(1), pair_weights=torch.ones(1),
         shift=True, softcap=softcap, stats=("entropy",), backend="triton", **given,
     )  # fmt: skip
     torch.autograd.grad(out.loss, logits, torch.ones(()))
@@ -175,6 +175,12 @@ def stream_cases(full: bool) -> Iterator[Case]:
                         preference_call(DTYPES[dtype], packed, softcap)
 
                     yield Case(target, dtype, name, call)
+        for packed in (True, False) if full else (True,):
+
+            def call(packed=packed):
+                preference_call(torch.bfloat16, packed, None, "ld_dpo")
+
+            yield Case(target, "bf16", f"tail{', packed' * packed}", call)
     yield Case("sm_90", "bf16", "scaled", lambda: scaled._triton_scale(torch.empty(1 << 20).bfloat16(), torch.ones(())))
 
 
@@ -266,8 +272,9 @@ def test_residual_pass_kernels(compiled, pytestconfig):
 
 ARCHITECTURES = ("80", "90", "100")  # and, with --full, those that have the instructions of one of these
 MORE_ARCHITECTURES = ("86", "89", "120")
-# 3 dtypes x softcap x stats; 5 pairs of dtypes x softcap; the epilogue of pairs
-KERNELS = {"token_logps": 12 + 10, "preference": 12 + 1}
+# 3 dtypes x softcap x stats; 5 pairs of dtypes x softcap; the epilogue of pairs and the tail
+KERNELS = {"token_logps": 12 + 10, "preference": 12 + 2}
+OF_TOKENS = ("pair_kernel", "tail_kernel")  # which read no column
 
 
 class Cubin(NamedTuple):
@@ -279,7 +286,7 @@ class Cubin(NamedTuple):
 
 def most_registers_of_cuda(name: str, architecture: str) -> int:
     """What the blocks of its __launch_bounds__ leave each thread. A softcap is bound by arithmetic."""
-    if "pair_kernel" in name:
+    if any(kernel in name for kernel in OF_TOKENS):
         return 64
     flags = [int(flag) for flag in re.findall(r"Lb([01])E", name)]
     if "scatter_kernel" in name:
@@ -343,5 +350,6 @@ def test_cuda_kernels(tmp_path, pytestconfig):
         assert len(kernels) == KERNELS[cubin.op]
         for name, text in kernels.items():
             assert spills_in_loops(text) == 0, (cubin.architecture, name)
-            assert "pair_kernel" in name or re.search(r"LDG\.E\S*\.128", text), (cubin.architecture, name)
+            of_tokens = any(kernel in name for kernel in OF_TOKENS)
+            assert of_tokens or re.search(r"LDG\.E\S*\.128", text), (cubin.architecture, name)
             assert "scatter" not in name or re.search(r"STG\.E\S*\.128", text), (cubin.architecture, name)

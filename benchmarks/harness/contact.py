@@ -113,6 +113,7 @@ def _preference_inputs(device, dtype, layout) -> tuple[Tensor, Tensor, dict]:
     logits = (torch.randn(2 * pairs, tokens, vocab, device=device) * 3).to(dtype)
     labels = torch.randint(0, vocab, (2 * pairs, tokens), device=device)
     labels[:, :2] = IGNORE
+    labels[1::2, -2:] = IGNORE  # the sequences of a pair differ in length
     given = {"rating_gap": torch.rand(pairs, device=device)}
     if layout == "ref_logits":
         given["ref_logits"] = (logits.float() + torch.randn(logits.shape, device=device) / 10).to(dtype)
@@ -126,7 +127,8 @@ def _preference_inputs(device, dtype, layout) -> tuple[Tensor, Tensor, dict]:
 
 
 def _preference(device, backend, dtype, layout, transform, stats, loss="rdpo") -> Iterator[Part]:
-    """rdpo is of the family whose epilogue is in the kernels; ipo, of mean log-probs, is torch between them."""
+    """rdpo is of the family whose epilogue is in the kernels; ipo, of mean log-probs, is torch between them; so is
+    ld_dpo, of a part of the completion, which has a kernel more."""
     logits, labels, given = _preference_inputs(device, dtype, layout)
     options = {"loss": loss, "shift": True, "stats": STATS if stats else (), **TRANSFORMS[transform]}
     exact = {name: t.double() if t.dtype.is_floating_point else t for name, t in given.items()}
@@ -253,8 +255,9 @@ def _variants() -> Iterator[tuple[str, Callable]]:
             for layout in ("packed", "ref_logits"):
                 options = of | {"transform": "plain", "layout": layout, "stats": False}
                 yield f"preference-{backend}-{dtype}-{layout}", item("preference", backend, _preference, **options)
-            options = of | {"transform": "plain", "layout": "padded", "stats": False, "loss": "ipo"}
-            yield f"preference-{backend}-{dtype}-ipo", item("preference", backend, _preference, **options)
+            for loss in ("ipo", "ld_dpo"):
+                options = of | {"transform": "plain", "layout": "padded", "stats": False, "loss": loss}
+                yield f"preference-{backend}-{dtype}-{loss}", item("preference", backend, _preference, **options)
             for kind in ("score", "frozen", "trained", "pairs", "pairs-frozen"):
                 op = "linear_preference" if kind.startswith("pairs") else "linear_logps"
                 yield f"{op}-{backend}-{dtype}-{kind}", item(op, backend, _linear, kind=kind, **of)
@@ -291,7 +294,7 @@ FEW = (
     "preference-native-fp32-softcap-stats",
     "preference-native-fp16-packed",
     "preference-native-bf16-ref_logits",
-    "preference-native-bf16-ipo",
+    "preference-native-bf16-ld_dpo",
     "preference-triton-bf16-plain",
     "linear_preference-native-bf16-pairs",
     "linear_logps-native-fp32-frozen",

@@ -2,6 +2,7 @@
 // scatter.
 #include "preference.h"
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -50,12 +51,26 @@ SequenceSums sum_sequence(Segment tokens, const int64_t* labels, int64_t ignore_
   return sums;
 }
 
+// Place of the first token behind `before` that count; behind the last token where there is none.
+int64_t place_behind(Segment tokens, const int64_t* labels, int64_t ignore_index, int64_t before) {
+  for (int64_t t = tokens.begin; t < tokens.end; t++)
+    if (labels[t] != ignore_index && before-- == 0) return t - tokens.begin;
+  return tokens.end - tokens.begin;
+}
+
 struct SideStats {  // of the tokens of all chosen, or all rejected sequences
   int64_t count = 0;
   double sums[4] = {};
 };
 
-void finish_stats(const PreferenceForward& args, const SideStats& chosen, const SideStats& rejected) {
+void finish_stats(const PreferenceForward& args) {
+  SideStats sides[2];
+  for (int64_t s = 0; s < args.labels.sequences; s++) {
+    SideStats& side = sides[s >= args.pairs()];
+    side.count += args.lengths[s];
+    for (int i = 0; i < 4; i++) side.sums[i] += args.stat_sums[4 * s + i];
+  }
+  const SideStats &chosen = sides[0], &rejected = sides[1];
   const auto mean = [](double sum, int64_t count) { return static_cast<float>(sum / double(count > 0 ? count : 1)); };
   const auto mean_of_all = [&](int i) {
     return mean(chosen.sums[i] + rejected.sums[i], chosen.count + rejected.count);
@@ -90,21 +105,28 @@ void preference_fwd_cpu(const PreferenceForward& args, int threads) {
                        args.stats ? args.token_stats : nullptr},
                       threads);
 
-  SideStats sides[2];
   std::vector<float> logratios(from.sequences);
   for (int64_t s = 0; s < from.sequences; s++) {
     const Segment tokens = tokens_of(cu_seqlens, from.tokens, s);
     const SequenceSums sums = sum_sequence(tokens, labels, from.ignore_index, args.token_logps, ref_token_logps,
                                            args.ref_logps ? args.ref_logps + s : nullptr);
-    SideStats& side = sides[s >= pairs];
-    side.count += sums.length;
-    for (int64_t t = tokens.begin; args.stats && t < tokens.end; t++)
-      for (int i = 0; i < 4; i++)
-        if (labels[t] != from.ignore_index) side.sums[i] += args.token_stats[i * rows + t];
+    for (int i = 0; args.stats && i < 4; i++) {
+      double& sum = args.stat_sums[4 * s + i] = 0;
+      for (int64_t t = tokens.begin; t < tokens.end; t++)
+        if (labels[t] != from.ignore_index) sum += args.token_stats[i * rows + t];
+    }
     args.logps[s] = static_cast<float>(sums.logps);
     logratios[s] = static_cast<float>(sums.logratio);
     args.rewards[s] = static_cast<float>(args.family.beta) * logratios[s];
     args.lengths[s] = sums.length;
+  }
+  for (int64_t s = 0; args.tail && s < from.sequences; s++) {
+    const Segment tokens = tokens_of(cu_seqlens, from.tokens, s);
+    const int64_t shorter = std::min(args.lengths[s], args.lengths[s < pairs ? s + pairs : s - pairs]);
+    args.tail_begin[s] = place_behind(tokens, labels, from.ignore_index, shorter);
+    const Segment tail{tokens.begin + args.tail_begin[s], tokens.end};
+    const SequenceSums sums = sum_sequence(tail, labels, from.ignore_index, args.token_logps, ref_token_logps, nullptr);
+    args.tail[s] = static_cast<float>(sums.logratio);
   }
 
   double loss = 0, total_weight = 0;
@@ -131,7 +153,7 @@ void preference_fwd_cpu(const PreferenceForward& args, int threads) {
   if (args.reduction != Reduction::none) args.loss[0] = static_cast<float>(loss / divisor);
   args.metrics[0] = static_cast<float>(right) / static_cast<float>(pairs > 0 ? pairs : 1);
   args.counts[0] = ties, args.counts[1] = unrated, args.counts[2] = 0;  // an invalid label has thrown
-  if (args.stats) finish_stats(args, sides[0], sides[1]);
+  if (args.stats) finish_stats(args);
 }
 
 void preference_bwd_cpu(const PreferenceBackward& args, int threads) {
@@ -139,8 +161,14 @@ void preference_bwd_cpu(const PreferenceBackward& args, int threads) {
   check_segments(args.cu_seqlens, sequences, args.tokens.logits.rows());
   for (int64_t s = 0; s < sequences; s++) {
     const Segment tokens = tokens_of(args.cu_seqlens, args.tokens_per_sequence, s);
-    const float gradient = args.coefficients[s] * args.grad_loss[args.grad_per_pair ? s % args.pairs : 0];
-    for (int64_t t = tokens.begin; t < tokens.end; t++) args.token_grad[t] = gradient;
+    const int64_t tail =
+        args.tail_coefficients ? std::clamp(tokens.begin + args.tail_begin[s], tokens.begin, tokens.end) : tokens.end;
+    const float grad_loss = args.grad_loss[args.grad_per_pair ? s % args.pairs : 0];
+    const float gradient = args.coefficients[s] * grad_loss;
+    std::fill(args.token_grad + tokens.begin, args.token_grad + tail, gradient);
+    if (tail < tokens.end)
+      std::fill(args.token_grad + tail, args.token_grad + tokens.end,
+                (args.coefficients[s] + args.tail_coefficients[s]) * grad_loss);
   }
   token_logps_bwd_cpu(args.tokens, threads);
 }

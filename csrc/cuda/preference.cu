@@ -1,5 +1,6 @@
 // A whole preference step from logits in one launch: the gather (gather.cuh), and behind it two more levels at which
-// the last to arrive does the work: groups of 32 rows -> pair -> batch. The backward is that of token_logps.
+// the last to arrive does the work: groups of 32 rows -> pair -> batch. A loss on part of the completion takes a second
+// one. The backward is that of token_logps.
 #include "gather.cuh"
 #include "preference.h"
 
@@ -19,8 +20,9 @@ struct PairGather : Gather {
   double2* group_sums;       // [groups]: of log-probs, of policy - reference
   int2* group_counts;        // [groups]: tokens that count, invalid labels
   StatSums* group_stats;     // [groups], or nullptr: without stats
-  StatSums* sequence_stats;  // [2 pairs]
+  StatSums* sequence_stats;  // [2 pairs]: args.stat_sums
   int* invalid;              // [2 pairs]
+  double* token_ratios;      // [rows] policy - reference, or nullptr: the tail is not asked for
 };
 
 __device__ inline double warp_sum(double x) {
@@ -170,7 +172,54 @@ __device__ inline void group_finished(const PairGather& a, const Place& s, int64
     a.group_sums[group_index] = sums, a.group_counts[group_index] = counts;
     if (a.group_stats) a.group_stats[group_index] = stats;
   }
+  if (a.token_ratios) {
+    const int place = s.token / warp * warp + threadIdx.x % warp;
+    if (place < s.length) a.token_ratios[s.begin + place] = token.ratio;
+  }
   sequence_begins(a, s.sequence);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The tail of a pair's longer sequence, behind the gather, which knows no length before its end: a block to a sequence
+
+constexpr int tail_threads = 512;
+
+__global__ void __launch_bounds__(tail_threads) tail_kernel(const __grid_constant__ PairGather a) {
+  constexpr int warps = tail_threads / warp;
+  __shared__ int counts[warps];
+  __shared__ double sums[warps];
+  const int lane = threadIdx.x % warp, own = threadIdx.x / warp, sequence = blockIdx.x;
+  const int partner = sequence < a.pairs ? sequence + a.pairs : sequence - a.pairs;
+  const int length = static_cast<int>(a.args.lengths[sequence]);
+  const int shorter = min(length, static_cast<int>(a.args.lengths[partner]));
+  const Place s = sequence_at(a.labels, sequence);
+  const int end = length > shorter ? s.length : 0;
+  int before = 0;  // tokens that count before this round's
+  double sum = 0;
+  for (int first = 0; first < end; first += tail_threads) {
+    const int token = first + static_cast<int>(threadIdx.x);
+    const bool counted = label_at(a.labels, s, token) != a.labels.from.ignore_index;
+    const unsigned of_warp = __ballot_sync(0xffffffff, counted);
+    if (lane == 0) counts[own] = __popc(of_warp);
+    __syncthreads();
+    int rank = before + __popc(of_warp & ((1u << lane) - 1));
+#pragma unroll
+    for (int w = 0; w < warps; w++) {
+      if (w < own) rank += counts[w];
+      before += counts[w];
+    }
+    if (counted && rank >= shorter) sum += a.token_ratios[s.begin + token];
+    if (counted && rank == shorter) a.args.tail_begin[sequence] = token;
+    __syncthreads();
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) sums[own] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double total = 0;
+  for (int w = 0; w < warps; w++) total += sums[w];
+  a.args.tail[sequence] = static_cast<float>(total);
+  if (length == shorter) a.args.tail_begin[sequence] = s.length;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -248,8 +297,9 @@ Prepared prepare(const PreferenceForward& args, void* memory) {
   a.invalid = workspace.take<int>(2 * pairs);
   if (args.stats) {
     a.group_stats = workspace.take<StatSums>(groups);
-    a.sequence_stats = workspace.take<StatSums>(2 * pairs);
+    a.sequence_stats = reinterpret_cast<StatSums*>(args.stat_sums);
   }
+  if (args.tail) a.token_ratios = workspace.take<double>(rows_of(args.labels));
   p.bytes = workspace.parts.bytes;
   return p;
 }
@@ -260,7 +310,11 @@ int64_t preference_workspace_cuda(const PreferenceForward& args) { return prepar
 
 void preference_fwd_cuda(const PreferenceForward& args, void* workspace, void* stream) {
   check(args.pairs() > 0, "a batch must have at least one pair");
-  launch_gather(prepare(args, workspace).gather, args.logits.dtype, args.stats, static_cast<cudaStream_t>(stream));
+  const PairGather gather = prepare(args, workspace).gather;
+  launch_gather(gather, args.logits.dtype, args.stats, static_cast<cudaStream_t>(stream));
+  if (!args.tail) return;
+  tail_kernel<<<static_cast<unsigned>(2 * args.pairs()), tail_threads, 0, static_cast<cudaStream_t>(stream)>>>(gather);
+  FASTPREF_CHECK_CUDA(cudaGetLastError());
 }
 
 void preference_pairs_cuda(const PairEpilogue& args, void* stream) {

@@ -21,8 +21,10 @@ struct Scatter {
   const float* lse;
   // the gradient of a row: its own, or its sequence's coefficient times that of the loss
   const float* row_grad;
-  const float* coefficients;  // [sequences]
-  const float* loss_grad;     // [1], or [sequences / 2]
+  const float* coefficients;       // [sequences]
+  const float* tail_coefficients;  // [sequences], or nullptr
+  const int64_t* tail_begin;       // [sequences]
+  const float* loss_grad;          // [1], or [sequences / 2]
   bool grad_per_pair;
 };
 
@@ -156,7 +158,9 @@ __global__ void __launch_bounds__(bwd_threads, HAS_SOFTCAP && sizeof(In) == 2 ? 
       grad = a.row_grad[row];
     } else {
       const int pairs = a.labels.sequences / 2, pair = s.sequence < pairs ? s.sequence : s.sequence - pairs;
-      grad = a.coefficients[s.sequence] * a.loss_grad[a.grad_per_pair ? pair : 0];
+      grad = a.coefficients[s.sequence];
+      if (a.tail_coefficients && s.token >= a.tail_begin[s.sequence]) grad += a.tail_coefficients[s.sequence];
+      grad *= a.loss_grad[a.grad_per_pair ? pair : 0];
     }
   }
   Out* out = row_of<Out>(a.out, a.labels, s, s.token);
@@ -208,7 +212,7 @@ void token_logps_fwd_cuda(const TokenLogpsForward& args, void* workspace, void* 
 
 void token_logps_bwd_cuda(const TokenLogpsBackward& args, void* stream) {
   logits_gradient_cuda({args.logits, args.transform, labels_of(args.logits, args.labels, args.ignore_index), args.logps,
-                        args.lse, args.grad, nullptr, nullptr, false, args.out},
+                        args.lse, args.grad, nullptr, nullptr, nullptr, nullptr, false, args.out},
                        stream);
 }
 
@@ -231,6 +235,8 @@ void logits_gradient_cuda(const LogitsGradient& args, void* stream) {
                   args.lse,
                   args.row_grad,
                   args.coefficients,
+                  args.tail_coefficients,
+                  args.tail_begin,
                   args.loss_grad,
                   args.grad_per_pair};
   const auto cuda_stream = static_cast<cudaStream_t>(stream);

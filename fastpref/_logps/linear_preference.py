@@ -433,7 +433,7 @@ def linear_preference_loss(
     reducing = Reduction(reduction, pair_weights, num_items)
     data = PairData(ref_token_logps, ref_logps, rating_gap, scores)
     sequences = check_pairs("hidden", hidden, labels, objective, reducing, data, cu_seqlens, lengths)
-    check_reference("hidden", labels, sequences, data, "ref_hidden", ref_hidden)
+    check_reference("hidden", labels, sequences, objective, data, "ref_hidden", ref_hidden)
     ref_hidden, ref_weight, ref_bias = _reference(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     _check_sequence_group(sequence_group, shift)
     _autograd.refuse_transforms("linear_preference_loss", hidden, weight, bias, a, b)

@@ -262,8 +262,10 @@ def check_pairs(
     return sequences
 
 
-def check_reference(like_name: str, labels: Tensor, sequences: int, data: PairData, name: str, value) -> None:
-    """At most one form of the reference; per token it has labels' shape, as sums [2B].
+def check_reference(
+    like_name: str, labels: Tensor, sequences: int, loss: Loss, data: PairData, name: str, value
+) -> None:
+    """At most one form of the reference; per token it has labels' shape, as sums [2B], which not every loss can use.
 
     name, value: the third form, the reference's logits or hidden states.
     """
@@ -276,6 +278,11 @@ def check_reference(like_name: str, labels: Tensor, sequences: int, data: PairDa
         _checks.shaped_like("ref_token_logps", data.ref_token_logps, "labels", labels)
     if data.ref_logps is not None:
         _checks.vector("ref_logps", data.ref_logps, sequences, "one per sequence", like_name, labels)
+        if "tail" in loss.traits().needs:
+            raise ValueError(
+                "a loss on part of the completion needs the reference per token (ref_token_logps or the "
+                "reference's logits or hidden states), got ref_logps"
+            )
 
 
 # ---- losses and output ----
@@ -319,18 +326,12 @@ class SequenceSums(NamedTuple):
         lengths = sequences.lengths()
         tail = weights = None
         if "tail" in needs:
-            if data.ref_token_logps is None and data.ref_logps is not None:
-                raise ValueError(
-                    "a loss on part of the completion needs the reference per token (ref_token_logps or the "
-                    "reference's logits or hidden states), got ref_logps"
-                )
             ratios = tokens.double()
             if data.ref_token_logps is not None:
                 ratios = ratios - data.ref_token_logps.detach()
             tail = sequences.sum(torch.where(_beyond_the_shorter(sequences, lengths), ratios, 0.0)).to(tokens.dtype)
         if "wpo" in needs:
-            weights = sequences.sum(tokens.detach() - values[STATS.index("log_sum_p2")]) / lengths.clamp(min=1)
-            weights = weights.to(tokens.dtype)
+            weights = wpo_log_weights(logps, sequences.sum(values[STATS.index("log_sum_p2")]), lengths)
         return cls(logps, logratios, lengths, tail, weights)
 
     def losses(self, data: PairData, loss: Loss) -> Tensor:
@@ -349,6 +350,11 @@ class SequenceSums(NamedTuple):
             *_halves(None if data.scores is None else data.scores.detach().to(dtype)),
         )
         return loss.per_pair(pairs)
+
+
+def wpo_log_weights(logps: Tensor, log_sum_p2: Tensor, lengths: Tensor) -> Tensor:
+    """[2B] WPO's, the mean over tokens of log-prob - log sum p^2, from the sums of both."""
+    return ((logps.detach() - log_sum_p2) / lengths.clamp(min=1)).to(logps.dtype)
 
 
 def _beyond_the_shorter(sequences: Sequences, lengths: Tensor) -> Tensor:

@@ -7,7 +7,8 @@
 Only the middle step knows which loss it is. For the rating-aware logistic family (`losses.Logistic`: DPO, conservative
 and robust DPO, RDPO, RIPO, ML-RDPO, DDPO, IPO on sums) all three run in one native call forward and one backward; any
 other loss, a user's own included, runs as torch on vectors between the same two kernels, with the same results.
-Where Triton takes the place of the native core, the forward is three launches.
+Where Triton takes the place of the native core, the forward is three launches. A loss on part of the completion takes
+one more, and coefficients of that part.
 """
 
 import math
@@ -36,10 +37,12 @@ from fastpref._logps.pairs import (
     preference_output,
     stat_means,
     wanted_stats,
+    wpo_log_weights,
 )
 from fastpref._logps.sequences import Sequences, check_layout, targets
 from fastpref._logps.token_logps import (
     STATS,
+    Coefficients,
     RowLabels,
     as_rows,
     check_call,
@@ -96,12 +99,15 @@ class _Outputs(NamedTuple):
     lengths: Tensor  # [2B] int64
     metrics: Tensor  # [7]: accuracy, then the means of METRICS
     counts: Tensor  # [3] int64: ties, unrated, invalid labels
+    stat_sums: Tensor  # [2B, 4] float64, of STATS over the tokens; [0, 4] without stats
+    tail: Tensor  # [2B] sums of policy - reference beyond as many tokens as the pair's shorter sequence has, or [0]
+    tail_begin: Tensor  # [2B] int64, the first of those tokens in its sequence, or [0]
     coefficients: Tensor  # [2B]: derivative of the loss, of the pair's with reduction="none"
     token_logps: Tensor  # of labels' shape
     lse: Tensor  # [2, *labels.shape]
 
     @staticmethod
-    def empty(logits: Tensor, layout: _Layout, reduction: str) -> "_Outputs":
+    def empty(logits: Tensor, layout: _Layout, reduction: str, stats: bool, tail: bool) -> "_Outputs":
         sequences, tokens = layout.sequences(), layout.labels.shape
         pairs = sequences // 2
 
@@ -117,6 +123,9 @@ class _Outputs(NamedTuple):
             lengths=empty(sequences, dtype=torch.int64),
             metrics=empty(1 + len(METRICS)),
             counts=empty(3, dtype=torch.int64),
+            stat_sums=empty(sequences if stats else 0, len(STATS), dtype=torch.float64),
+            tail=empty(sequences if tail else 0),
+            tail_begin=empty(sequences if tail else 0, dtype=torch.int64),
             coefficients=empty(sequences),
             token_logps=empty(*tokens),
             lse=empty(2, *tokens),
@@ -198,8 +207,11 @@ def _native_fwd(
         core.preference_fwd_cpu(args, torch.get_num_threads())
 
 
-def _native_bwd(out, grad_loss, coefficients, logits, layout: _Layout, token_logps, lse, transform: Transform) -> None:
+def _native_bwd(
+    out, grad_loss, coefficients: Coefficients, logits, layout: _Layout, token_logps, lse, transform: Transform
+) -> None:
     core = _native._core
+    addresses = [_native.address(t) for t in (*coefficients, grad_loss)]
     rows, out_rows = as_rows(logits), as_rows(out)
     per_pair = grad_loss.dim() == 1
     if _native.device_kind(logits) == "cuda":
@@ -209,8 +221,7 @@ def _native_bwd(out, grad_loss, coefficients, logits, layout: _Layout, token_log
             layout.native(transform.ignore_index),
             token_logps.data_ptr(),
             lse.data_ptr(),
-            coefficients.data_ptr(),
-            grad_loss.data_ptr(),
+            *addresses,
             per_pair,
             native_rows(out_rows),
         )
@@ -226,8 +237,7 @@ def _native_bwd(out, grad_loss, coefficients, logits, layout: _Layout, token_log
         _native.address(layout.cu_seqlens),
         layout.sequences() // 2,
         layout.labels.shape[-1],
-        coefficients.data_ptr(),
-        grad_loss.data_ptr(),
+        *addresses,
         per_pair,
         torch.get_num_threads(),
     )
@@ -268,12 +278,12 @@ def _choose(logits: Tensor, layout: _Layout, ignore_index: int, backend: str) ->
 
 def _fwd(
     logits, labels, cu_seqlens, lengths, shift, ref_logits, ref_token_logps, ref_logps, rating_gap, pair_weights,
-    num_items, reduction, temperature, softcap, scale, ignore_index, stats, numbers, drop_square, backend,
+    num_items, reduction, temperature, softcap, scale, ignore_index, stats, tail, numbers, drop_square, backend,
 ):  # fmt: skip
     transform = Transform(temperature, softcap, scale, ignore_index)
     chosen, layout = _choose(logits, _Layout(labels, cu_seqlens, lengths, shift), ignore_index, backend)
     on_cpu = chosen == "native" and _native.device_kind(logits) == "cpu"
-    out = _Outputs.empty(logits, layout, reduction)
+    out = _Outputs.empty(logits, layout, reduction, stats, tail)
     if layout.sequences() == 0 and not on_cpu:
         return tuple(t.zero_() for t in out)
     if ref_logits is not None and ref_logits.dtype != logits.dtype and not on_cpu:  # one launch reads one dtype
@@ -291,12 +301,14 @@ def _fwd(
 
 def _fwd_fake(
     logits, labels, cu_seqlens, lengths, shift, ref_logits, ref_token_logps, ref_logps, rating_gap, pair_weights,
-    num_items, reduction, temperature, softcap, scale, ignore_index, stats, numbers, drop_square, backend,
+    num_items, reduction, temperature, softcap, scale, ignore_index, stats, tail, numbers, drop_square, backend,
 ):  # fmt: skip
-    return tuple(_Outputs.empty(logits, _Layout(labels, cu_seqlens, lengths, shift), reduction))
+    return tuple(_Outputs.empty(logits, _Layout(labels, cu_seqlens, lengths, shift), reduction, stats, tail))
 
 
-def _write_gradient(out, grad_loss, coefficients, logits, layout: _Layout, saved, transform: Transform, backend):
+def _write_gradient(
+    out, grad_loss, coefficients: Coefficients, logits, layout: _Layout, saved, transform: Transform, backend
+):
     chosen, layout = _choose(logits, layout, transform.ignore_index, backend)
     token_logps, lse = (t.contiguous() for t in saved)
     grad_loss, coefficients = grad_loss.contiguous(), coefficients.contiguous()
@@ -310,10 +322,11 @@ def _write_gradient(out, grad_loss, coefficients, logits, layout: _Layout, saved
 
 
 def _bwd(
-    grad_loss, coefficients, logits, labels, cu_seqlens, lengths, shift, token_logps, lse, temperature, softcap, scale,
-    ignore_index, backend,
+    grad_loss, coefficients, tail_coefficients, tail_begin, logits, labels, cu_seqlens, lengths, shift, token_logps,
+    lse, temperature, softcap, scale, ignore_index, backend,
 ):  # fmt: skip
     out = _native.empty(logits.shape, logits.dtype, logits.device)
+    coefficients = Coefficients(coefficients, tail_coefficients, tail_begin)
     layout, transform = (
         _Layout(labels, cu_seqlens, lengths, shift),
         Transform(temperature, softcap, scale, ignore_index),
@@ -323,16 +336,17 @@ def _bwd(
 
 
 def _bwd_fake(
-    grad_loss, coefficients, logits, labels, cu_seqlens, lengths, shift, token_logps, lse, temperature, softcap, scale,
-    ignore_index, backend,
+    grad_loss, coefficients, tail_coefficients, tail_begin, logits, labels, cu_seqlens, lengths, shift, token_logps,
+    lse, temperature, softcap, scale, ignore_index, backend,
 ):  # fmt: skip
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _bwd_inplace(
-    grad_loss, coefficients, logits, labels, cu_seqlens, lengths, shift, token_logps, lse, temperature, softcap, scale,
-    ignore_index, backend,
+    grad_loss, coefficients, tail_coefficients, tail_begin, logits, labels, cu_seqlens, lengths, shift, token_logps,
+    lse, temperature, softcap, scale, ignore_index, backend,
 ):  # fmt: skip
+    coefficients = Coefficients(coefficients, tail_coefficients, tail_begin)
     layout, transform = (
         _Layout(labels, cu_seqlens, lengths, shift),
         Transform(temperature, softcap, scale, ignore_index),
@@ -354,6 +368,7 @@ class _Options(NamedTuple):
     reduction: str
     transform: Transform
     stats: bool
+    tail: bool
     drop_square: bool
     inplace: bool
     backend: str
@@ -365,17 +380,19 @@ def _save(ctx, inputs, output, differentiable: tuple[str, ...]) -> None:
     ctx.mark_non_differentiable(*(t for name, t in out._asdict().items() if name not in differentiable))
     ctx.set_materialize_grads(False)
     ctx.shift, ctx.transform, ctx.inplace = options.shift, options.transform, options.inplace
-    ctx.backend = options.backend
-    ctx.save_for_backward(logits, labels, cu_seqlens, lengths, out.token_logps, out.lse, out.coefficients)
+    ctx.backend, ctx.tail = options.backend, options.tail
+    saved = out.token_logps, out.lse, out.coefficients, out.tail_begin if options.tail else None
+    ctx.save_for_backward(logits, labels, cu_seqlens, lengths, *saved)
 
 
-def _gradient(ctx, upstream: Tensor, grad_loss: Tensor, coefficients: Tensor | None = None):
+def _gradient(ctx, upstream: Tensor, grad_loss: Tensor, coefficients: Tensor | None = None, of_tails=None):
     """Of the logits, from a loss's gradient and its coefficients, or others than those that the forward formed."""
 
-    def run(op, logits, labels, cu_seqlens, lengths, tokens, lse, formed):
+    def run(op, logits, labels, cu_seqlens, lengths, tokens, lse, formed, tail_begin):
         saved = labels, cu_seqlens, lengths, ctx.shift, tokens, lse
         own = formed if coefficients is None else coefficients
-        return op(grad_loss, own, logits, *saved, *ctx.transform, ctx.backend)
+        tail = (None, None) if of_tails is None else (of_tails, tail_begin)
+        return op(grad_loss, own, *tail, logits, *saved, *ctx.transform, ctx.backend)
 
     return _autograd.pad_gradients(ctx, logits_gradient(ctx, upstream, preference_bwd, preference_bwd_, run))
 
@@ -389,7 +406,7 @@ class _Preference(torch.autograd.Function):
     ):  # fmt: skip
         layout, references = (labels, cu_seqlens, lengths, options.shift), (ref_logits, ref_token_logps, ref_logps)
         pair_data = rating_gap, pair_weights, num_items, options.reduction
-        rest = *options.transform, options.stats, numbers, options.drop_square, options.backend
+        rest = *options.transform, options.stats, options.tail, numbers, options.drop_square, options.backend
         return preference_fwd(logits, *layout, *references, *pair_data, *rest)
 
     @staticmethod
@@ -405,22 +422,23 @@ class _Preference(torch.autograd.Function):
 
 @_autograd.cache_signature
 class _PairSums(torch.autograd.Function):
-    """The sums of any loss by the same kernels: differentiable in logps, and in rewards, which are log-ratios here."""
+    """The sums of any loss by the same kernels: differentiable in logps, in rewards (log-ratios here) and in tail."""
 
     forward = _Preference.forward
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _save(ctx, inputs, output, ("logps", "rewards"))
+        _save(ctx, inputs, output, ("logps", "rewards", "tail"))
 
     @staticmethod
     def backward(ctx, *gradients):
         of = _Outputs(*gradients)
-        given = [g for g in (of.logps, of.rewards) if g is not None]
-        if not given:
+        given, tail = [g for g in (of.logps, of.rewards) if g is not None], of.tail if ctx.tail else None
+        if not given and tail is None:
             return _autograd.pad_gradients(ctx)
-        coefficients = sum(given[1:], start=given[0])
-        return _gradient(ctx, coefficients, coefficients.new_ones(()), coefficients)
+        coefficients = sum(given[1:], start=given[0]) if given else torch.zeros_like(tail)
+        upstream = coefficients if tail is None else tail
+        return _gradient(ctx, upstream, coefficients.new_ones(()), coefficients, tail)
 
 
 # ---- public ----
@@ -494,7 +512,7 @@ def preference_loss(
     reducing = Reduction(reduction, pair_weights, num_items)
     data = PairData(ref_token_logps, ref_logps, rating_gap, scores)
     count = check_pairs("logits", logits, labels, objective, reducing, data, cu_seqlens, lengths)
-    check_reference("logits", labels, count, data, "ref_logits", ref_logits)
+    check_reference("logits", labels, count, objective, data, "ref_logits", ref_logits)
     if ref_logits is not None:
         _checks.logits("ref_logits", ref_logits)
         _checks.shaped_like("ref_logits", ref_logits, "logits", logits)
@@ -505,12 +523,12 @@ def preference_loss(
     has_reference = not (ref_logits is None and ref_token_logps is None and ref_logps is None)
     if _can_fuse(logits, ref_logits, backend):
         layout = _Layout(labels, cu_seqlens, lengths, shift)
-        gather = _Gather(logits, layout, ref_logits, data, transform, bool(stats), inplace_backward, backend or "")
+        forms = bool(wanted_stats(stats, objective)), "tail" in objective.traits().needs
+        gather = _Gather(logits, layout, ref_logits, data, transform, *forms, inplace_backward, backend or "")
         family = logistic_family(objective, has_reference, rating_gap is not None)
         if family is not None:
             return _fused(gather, family, reducing, stats)
-        if not objective.traits().needs & {"tail", "wpo"}:
-            return _on_sums(gather, has_reference, objective, reducing, stats)
+        return _on_sums(gather, has_reference, objective, reducing, stats)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.long()
     labels = targets(labels, cu_seqlens, lengths, ignore_index, shift)
     gathered = _vectors(
@@ -539,6 +557,7 @@ class _Gather(NamedTuple):
     data: PairData
     transform: Transform
     stats: bool
+    tail: bool
     inplace: bool
     backend: str
 
@@ -549,7 +568,7 @@ class _Gather(NamedTuple):
         inputs = self.ref_logits, data.ref_token_logps, data.ref_logps, data.rating_gap, reducing.pair_weights
         inputs = [None if t is None else t.detach() for t in (*inputs, items if of_tensor else None)]
         labels, cu_seqlens, lengths, shift = self.layout
-        rest = self.transform, self.stats, family.drop_square, self.inplace, self.backend
+        rest = self.transform, self.stats, self.tail, family.drop_square, self.inplace, self.backend
         options = _Options(shift, reducing.kind, *rest)
         return _Outputs(*function.apply(self.logits, labels, cu_seqlens, lengths, *inputs, numbers, options))
 
@@ -562,10 +581,14 @@ def _named_means(out: _Outputs, stats: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def _on_sums(gather: _Gather, has_reference: bool, loss: Loss, reducing: Reduction, stats) -> PreferenceOutput:
-    """Any loss of whole sequences: the same two launches, and torch on vectors of the length of the batch."""
+    """Any other loss: the same kernels, and torch on vectors of the length of the batch."""
     nothing = Family([1.0] + [0.0] * 6, False)
     out = gather.run(_PairSums, nothing, Reduction("none", None, None))
-    sums = SequenceSums(out.logps, out.rewards if has_reference else None, out.lengths)
+    weights = None
+    if "wpo" in loss.traits().needs:
+        weights = wpo_log_weights(out.logps, out.stat_sums[:, STATS.index("log_sum_p2")], out.lengths)
+    logratios, tail = out.rewards if has_reference else None, out.tail if gather.tail else None
+    sums = SequenceSums(out.logps, logratios, out.lengths, tail, weights)
     per_pair = sums.losses(gather.data, loss)
     gathered = Gathered(per_pair, out.logps, out.rewards, out.lengths, out.metrics)
     counted = _named_means(out, stats) | {"invalid_labels": out.counts[2]}

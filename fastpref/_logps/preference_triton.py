@@ -1,8 +1,9 @@
 """The forward of a whole preference step by Triton, for NVIDIA without the core's CUDA kernels and for AMD.
 
 Three launches: token_logps' own forward, of the policy's rows and the reference's; the sums of each sequence; and, in
-one program, pair losses, their reduction and the coefficients of the backward, which is token_logps' own too. Sums are
-in float64 and in a fixed order: a sequence has the same ones padded or packed, and in any batch.
+one program, pair losses, their reduction and the coefficients of the backward, which is token_logps' own too. A fourth
+sums the tails, for a loss on part of the completion. Sums are in float64 and in a fixed order: a sequence has the same
+ones padded or packed, and in any batch.
 """
 
 import struct
@@ -38,6 +39,15 @@ if triton is not None:
         e = tl.exp(-tl.abs(x))
         return tl.where(x > 0.0, 1.0, e) / (1.0 + e)
 
+    @triton.jit
+    def _logps_and_ratios(token_logps_ptr, ref_token_logps_ptr, row, mask):
+        # of rows: policy, policy - reference
+        logp = tl.load(token_logps_ptr + row, mask=mask, other=0.0).to(tl.float64)
+        ratio = logp
+        if ref_token_logps_ptr is not None:
+            ratio = logp - tl.load(ref_token_logps_ptr + row, mask=mask, other=0.0).to(tl.float64)
+        return logp, ratio
+
     @triton.jit(do_not_specialize=["rows", "tokens", "V", "shift", "ignore_index"])
     def _sequence_kernel(
         token_logps_ptr,  # [rows] fp32
@@ -51,7 +61,7 @@ if triton is not None:
         ratios_ptr,  # [sequences] fp32: policy - reference
         counted_ptr,  # [sequences] int64
         invalid_ptr,  # [sequences] int32
-        stats_sums_ptr,  # [4, sequences] fp64; or None
+        stat_sums_ptr,  # [sequences, 4] fp64; or None
         rows,
         tokens,  # of a padded sequence
         V,
@@ -75,12 +85,9 @@ if triton is not None:
             row = begin + token
             label = columns.label_at(labels_ptr, lengths_ptr, row, sequence, token, length, shift, ignore_index)
             counts = label != ignore_index
-            logp = tl.load(token_logps_ptr + row, mask=counts, other=0.0).to(tl.float64)
-            ref = tl.zeros([BLOCK], tl.float64)
-            if ref_token_logps_ptr is not None:
-                ref = tl.load(ref_token_logps_ptr + row, mask=counts, other=0.0).to(tl.float64)
+            logp, ratio = _logps_and_ratios(token_logps_ptr, ref_token_logps_ptr, row, counts)
             logps += logp
-            ratios += logp - ref
+            ratios += ratio
             counted += counts.to(tl.int32)
             invalid += (counts & ((label < 0) | (label >= V))).to(tl.int32)
             if stats_ptr is not None:
@@ -98,14 +105,52 @@ if triton is not None:
         tl.store(counted_ptr + sequence, tl.sum(counted, 0).to(tl.int64))
         tl.store(invalid_ptr + sequence, tl.sum(invalid, 0))
         if stats_ptr is not None:
-            sequences = tl.num_programs(0)
-            tl.store(stats_sums_ptr + sequence, tl.sum(entropy, 0))
-            tl.store(stats_sums_ptr + sequences + sequence, tl.sum(log_sum_p2, 0))
-            tl.store(stats_sums_ptr + 2 * sequences + sequence, tl.sum(mean_logit, 0))
-            tl.store(stats_sums_ptr + 3 * sequences + sequence, tl.sum(top1, 0))
+            sums = stat_sums_ptr + 4 * sequence
+            tl.store(sums, tl.sum(entropy, 0))
+            tl.store(sums + 1, tl.sum(log_sum_p2, 0))
+            tl.store(sums + 2, tl.sum(mean_logit, 0))
+            tl.store(sums + 3, tl.sum(top1, 0))
+
+    @triton.jit(do_not_specialize=["rows", "tokens", "shift", "ignore_index"])
+    def _tail_kernel(
+        token_logps_ptr,  # [rows] fp32
+        ref_token_logps_ptr,  # [rows] fp32; or None
+        labels_ptr,  # [rows] int64 or int32
+        cu_seqlens_ptr,  # [sequences + 1] int64 or int32; or None
+        lengths_ptr,  # [sequences] int64 or int32; or None
+        counted_ptr,  # [sequences] int64
+        tail_ptr,  # [sequences] fp32: policy - reference of the tokens beyond as many as the pair's shorter one has
+        tail_begin_ptr,  # [sequences] int64: the first of these tokens, behind the last one where there is none
+        rows,
+        tokens,
+        shift,
+        ignore_index,
+        BLOCK: tl.constexpr,
+    ):
+        sequence = tl.program_id(0)
+        pairs = tl.num_programs(0) // 2
+        partner = tl.where(sequence < pairs, sequence + pairs, sequence - pairs)
+        counted = tl.load(counted_ptr + sequence)
+        shorter = tl.minimum(counted, tl.load(counted_ptr + partner))
+        begin, length = columns.sequence_at(cu_seqlens_ptr, sequence, rows, tokens)
+        sums = tl.zeros([BLOCK], tl.float64)
+        begins = tl.zeros([BLOCK], tl.int32) + length
+        before = shorter * 0  # tokens that count before this round's
+        for first in range(0, tl.where(counted > shorter, length, 0), BLOCK):
+            token = first + tl.arange(0, BLOCK)
+            row = begin + token
+            label = columns.label_at(labels_ptr, lengths_ptr, row, sequence, token, length, shift, ignore_index)
+            counts = (label != ignore_index).to(tl.int32)
+            in_tail = (counts > 0) & (before + tl.cumsum(counts, 0) > shorter)
+            _, ratio = _logps_and_ratios(token_logps_ptr, ref_token_logps_ptr, row, in_tail)
+            sums += ratio
+            begins = tl.minimum(begins, tl.where(in_tail, token, length))
+            before += tl.sum(counts, 0)
+        tl.store(tail_ptr + sequence, tl.sum(sums, 0).to(tl.float32))
+        tl.store(tail_begin_ptr + sequence, tl.min(begins, 0).to(tl.int64))
 
     @triton.jit
-    def _side_sums(stats_sums_ptr, counted_ptr, first, pairs, BLOCK: tl.constexpr):
+    def _side_sums(stat_sums_ptr, counted_ptr, first, pairs, BLOCK: tl.constexpr):
         # of the sequences [first, first + pairs): tokens that count, and the sums of each of STATS
         tokens = tl.zeros([BLOCK], tl.float64)
         entropy = tl.zeros([BLOCK], tl.float64)
@@ -115,12 +160,12 @@ if triton is not None:
         for start in range(0, pairs, BLOCK):
             pair = start + tl.arange(0, BLOCK)
             mask = pair < pairs
-            sums = stats_sums_ptr + first + pair
+            sums = stat_sums_ptr + 4 * (first + pair)
             tokens += tl.load(counted_ptr + first + pair, mask=mask, other=0).to(tl.float64)
             entropy += tl.load(sums, mask=mask, other=0.0)
-            log_sum_p2 += tl.load(sums + 2 * pairs, mask=mask, other=0.0)
-            mean_logit += tl.load(sums + 4 * pairs, mask=mask, other=0.0)
-            top1 += tl.load(sums + 6 * pairs, mask=mask, other=0.0)
+            log_sum_p2 += tl.load(sums + 1, mask=mask, other=0.0)
+            mean_logit += tl.load(sums + 2, mask=mask, other=0.0)
+            top1 += tl.load(sums + 3, mask=mask, other=0.0)
         tokens = tl.sum(tokens, 0)
         return tokens, tl.sum(entropy, 0), tl.sum(log_sum_p2, 0), tl.sum(mean_logit, 0), tl.sum(top1, 0)
 
@@ -129,7 +174,7 @@ if triton is not None:
         ratios_ptr,  # [2 pairs] fp32: policy - reference
         counted_ptr,  # [2 pairs] int64
         invalid_ptr,  # [2 pairs] int32
-        stats_sums_ptr,  # [4, 2 pairs] fp64; or None
+        stat_sums_ptr,  # [2 pairs, 4] fp64; or None
         rating_gap_ptr,  # [pairs] fp32; or None
         pair_weights_ptr,  # [pairs] fp32; or None
         num_items_ptr,  # [1] fp32: replaces the mean's divisor; or None
@@ -222,12 +267,12 @@ if triton is not None:
         tl.store(counts_ptr, tl.sum(ties, 0).to(tl.int64))
         tl.store(counts_ptr + 1, tl.sum(unrated, 0).to(tl.int64))
         tl.store(counts_ptr + 2, tl.sum(invalid, 0).to(tl.int64))
-        if stats_sums_ptr is not None:
+        if stat_sums_ptr is not None:
             chosen, entropy, log_sum_p2, chosen_mean, chosen_top1 = _side_sums(
-                stats_sums_ptr, counted_ptr, 0, pairs, BLOCK
+                stat_sums_ptr, counted_ptr, 0, pairs, BLOCK
             )
             rejected, entropy2, log_sum_p22, rejected_mean, top1 = _side_sums(
-                stats_sums_ptr, counted_ptr, pairs, pairs, BLOCK
+                stat_sums_ptr, counted_ptr, pairs, pairs, BLOCK
             )
             tokens = tl.maximum(chosen + rejected, 1.0)
             chosen, rejected = tl.maximum(chosen, 1.0), tl.maximum(rejected, 1.0)
@@ -273,9 +318,12 @@ def forward(logits, layout, pairs, reduction, transform: Transform, stats, famil
         launch_forward(rows, labels, transform, outputs, reference, None if reference is None else ref_token_logps)
     ratios = rows.new_empty(sequences, dtype=torch.float32)
     invalid = rows.new_empty(sequences, dtype=torch.int32)
-    stats_sums = rows.new_empty((4, sequences), dtype=torch.float64) if stats else None
+    stat_sums = out.stat_sums if stats else None
     # without contraction: margins are rounded as torch rounds them
     options = {"num_stages": 1, "enable_fp_fusion": False}
+    of_sequences = {"BLOCK": _SEQUENCE_BLOCK, "num_warps": _SEQUENCE_THREADS // warp_size, **options}
+    labelled = labels.labels, layout.cu_seqlens, layout.lengths
+    sizes = tokens, layout.labels.shape[-1]
     _native.launch_triton(
         _sequence_kernel,
         (sequences,),
@@ -283,23 +331,33 @@ def forward(logits, layout, pairs, reduction, transform: Transform, stats, famil
         ref_token_logps,
         pairs.ref_logps,
         values if stats else None,
-        labels.labels,
-        layout.cu_seqlens,
-        layout.lengths,
+        *labelled,
         out.logps,
         ratios,
         out.lengths,
         invalid,
-        stats_sums,
-        tokens,
-        layout.labels.shape[-1],
+        stat_sums,
+        *sizes,
         rows.shape[-1],
         int(layout.shift),
         transform.ignore_index,
-        BLOCK=_SEQUENCE_BLOCK,
-        num_warps=_SEQUENCE_THREADS // warp_size,
-        **options,
+        **of_sequences,
     )
+    if len(out.tail):
+        _native.launch_triton(
+            _tail_kernel,
+            (sequences,),
+            out.token_logps,
+            ref_token_logps,
+            *labelled,
+            out.lengths,
+            out.tail,
+            out.tail_begin,
+            *sizes,
+            int(layout.shift),
+            transform.ignore_index,
+            **of_sequences,
+        )
     *numbers, drop_square = family
     _native.launch_triton(
         _batch_kernel,
@@ -307,7 +365,7 @@ def forward(logits, layout, pairs, reduction, transform: Transform, stats, famil
         ratios,
         out.lengths,
         invalid,
-        stats_sums,
+        stat_sums,
         pairs.rating_gap,
         pairs.pair_weights,
         pairs.num_items,

@@ -293,6 +293,8 @@ if triton is not None:
     def _token_logps_bwd_kernel(
         grad_ptr,  # [rows] fp32, of each log-prob; with coefficients [1], or [sequences / 2] if PER_PAIR, of the loss
         coefficients_ptr,  # [sequences] fp32: a row's gradient is its sequence's coefficient times the loss's; or None
+        tail_coefficients_ptr,  # [sequences] fp32: added to them from the token tail_begin on; or None
+        tail_begin_ptr,  # [sequences] int64; or None
         x_ptr,  # [outer, inner, V], columns contiguous
         labels_ptr,  # [rows] int64 or int32: rows = outer * inner
         cu_seqlens_ptr,  # [sequences + 1] int64 or int32; or None: `outer` sequences of `inner` rows
@@ -331,7 +333,11 @@ if triton is not None:
             grad = tl.load(grad_ptr + row)
         else:
             pair = tl.where(sequence < sequences // 2, sequence, sequence - sequences // 2)
-            grad = tl.load(coefficients_ptr + sequence) * tl.load(grad_ptr + (pair if PER_PAIR else 0))
+            grad = tl.load(coefficients_ptr + sequence)
+            if tail_coefficients_ptr is not None:
+                in_tail = token >= tl.load(tail_begin_ptr + sequence)
+                grad += tl.load(tail_coefficients_ptr + sequence, mask=in_tail, other=0.0)
+            grad *= tl.load(grad_ptr + (pair if PER_PAIR else 0))
         hi = tl.load(lse_ptr + row)
         head, body, cols, edge_cols, edge_mask = columns.row_parts(x_row, V, BLOCK_V)
         x_body = tl.multiple_of(x_row + head, 16)
@@ -406,6 +412,17 @@ class RowLabels(NamedTuple):
     shift: bool = False  # a row's label is the next one of its sequence
 
 
+class Coefficients(NamedTuple):
+    """A row's gradient is that of its sequence, times the loss's."""
+
+    of_sequences: Tensor  # [sequences] float32
+    of_tails: Tensor | None = None  # [sequences] float32, added to them from the token tail_begin on
+    tail_begin: Tensor | None = None  # [sequences] int64
+
+    def contiguous(self) -> "Coefficients":
+        return Coefficients(*(None if t is None else t.contiguous() for t in self))
+
+
 def launch_forward(rows, labels: RowLabels, transform: Transform, outputs, reference=None, ref_logps=None):
     """outputs: of _fwd_outputs; reference, another tensor like rows, has its log-probs written to ref_logps."""
     logps, lse, values = outputs
@@ -438,8 +455,10 @@ def launch_forward(rows, labels: RowLabels, transform: Transform, outputs, refer
     )
 
 
-def launch_backward(grad, coefficients, rows, labels: RowLabels, logps, lse, transform: Transform, out):
-    """grad: of each log-prob; with coefficients [sequences] of the loss [1], or of each pair's [sequences / 2]."""
+def launch_backward(
+    grad, coefficients: Coefficients | None, rows, labels: RowLabels, logps, lse, transform: Transform, out
+):
+    """grad: of each log-prob; with coefficients of the loss [1], or of each pair's [sequences / 2]."""
     multiplier, tanh_scale = transform.multiplier_and_tanh_scale()
     item_bytes = rows.element_size()
     strided = [i for i in (0, 1) if rows.shape[i] > 1]
@@ -453,7 +472,7 @@ def launch_backward(grad, coefficients, rows, labels: RowLabels, logps, lse, tra
         _token_logps_bwd_kernel,
         (logps.numel(),),
         grad,
-        coefficients,
+        *(coefficients or (None, None, None)),
         rows,
         labels.labels,
         labels.cu_seqlens,

@@ -13,7 +13,7 @@ from forced_cuda import forced_cuda
 from torch import Tensor
 
 import fastpref
-from fastpref import _native
+from fastpref import _native, losses
 from fastpref._logps.token_logps import STATS
 
 pytest.importorskip("triton")
@@ -117,7 +117,8 @@ CASES = {
     "preference-none": Case(lambda t: pairs(t, "rdpo", reduction="none", shift=True), LOGITS, *FUSED),
     "preference-lengths": Case(lambda t: pairs(t, lengths=t.lengths), LOGITS, *FUSED),
     "preference-simpo": Case(lambda t: pairs(t, "simpo", None), LOGITS, Counted(3, 0, 19), Counted(1, 0, 9)),
-    "preference-wpo": Case(lambda t: pairs(t, "wpo"), LOGITS, Counted(1, 0, 40), Counted(1, 0, 8)),
+    "preference-wpo": Case(lambda t: pairs(t, "wpo"), LOGITS, Counted(3, 0, 22), Counted(1, 0, 8)),
+    "preference-ld_dpo": Case(lambda t: pairs(t, "ld_dpo"), LOGITS, Counted(4, 0, 17), Counted(1, 0, 11)),
     "preference-stats": Case(lambda t: pairs(t, stats=STATS), LOGITS, *FUSED),
     "preference-packed": Case(packed, LOGITS, *FUSED),
     "preference-packed-shift": Case(lambda t: packed(t, shift=True), LOGITS, *FUSED),
@@ -224,6 +225,8 @@ NATIVE_CASES = {
         lambda t: pairs(t, reference="ref_logits"), LOGITS, Counted(1, 0, 0), Counted(1, 0, 0)
     ),
     "preference-packed": Case(lambda t: packed(t, loss="rdpo", shift=True), LOGITS, Counted(1, 0, 0), Counted(1, 0, 0)),
+    "preference-wpo": Case(lambda t: pairs(t, "wpo"), LOGITS, Counted(1, 0, 22), Counted(1, 0, 8)),
+    "preference-ld_dpo": Case(lambda t: pairs(t, "ld_dpo"), LOGITS, Counted(1, 0, 17), Counted(1, 0, 11)),
     "linear_pairs-score": Case(linear_pairs, (), Counted(2, 1, 26, reads=1)),
     "linear_pairs-frozen": Case(linear_pairs, FROZEN, Counted(3, 2, 29, reads=1), Counted(0, 0, 5)),
     "linear_pairs-trained": Case(
@@ -252,6 +255,27 @@ def test_launches_with_native_kernels(case):
         upstream = on_device(torch.ones(out.shape))
         found, _ = counted(lambda: torch.autograd.grad(out, list(leaves.values()), upstream), native=True)
         assert_no_more(found, backward)
+
+
+MOST_FORWARD, MOST_BACKWARD = 6, 4  # kernels
+
+
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=native_core)])
+@pytest.mark.parametrize("loss", sorted(losses.LOSSES))
+def test_every_loss_is_a_few_kernels_and_torch_on_vectors(loss, native):
+    t, scores = Inputs(*map(on_device, inputs(torch.float32))), on_device(torch.rand(2 * PAIRS))
+    with counting():
+        logits = t.logits.requires_grad_()
+    with counting(native) as forward:
+        out = fastpref.preference_loss(
+            logits, t.labels, ref_token_logps=t.ref_token_logps, loss=loss, rating_gap=t.rating_gap, scores=scores,
+            shift=True,
+        )  # fmt: skip
+    with counting(native) as backward:
+        torch.autograd.grad(out.loss, logits, on_device(torch.ones(())))
+    for counts, most in ((forward, MOST_FORWARD), (backward, MOST_BACKWARD)):
+        assert 0 < counts.counted().kernels <= most
+        assert counts.widest <= 2 * PAIRS, counts.ops
 
 
 def test_plan_launches_nothing():

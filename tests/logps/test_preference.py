@@ -1,5 +1,6 @@
 """sequence_logps and preference_loss: the fused family against torch on vectors against plain float64 PyTorch."""
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpref
 from fastpref import losses
-from fastpref._logps.preference import preference_bwd, preference_bwd_, preference_fwd
+from fastpref._logps.preference import _Outputs, preference_bwd, preference_bwd_, preference_fwd
 from fastpref._logps.token_logps import STATS
 
 FUSED = ["sigmoid", "robust", "rdpo", "ripo", "ml_rdpo", "ddpo"]
@@ -167,6 +168,110 @@ def test_triton_is_the_native_call(case, form, monkeypatch):
     for name, value in triton.stats._asdict().items():
         if value is not None:
             torch.testing.assert_close(value, getattr(native.stats, name), rtol=1e-5, atol=1e-5, msg=name)
+
+
+def of_parts(pairs):
+    return -(pairs.chosen_tail_logratios - 2 * pairs.rejected_tail_logratios) - pairs.chosen_wpo_log_weight
+
+
+of_parts.needs = frozenset({"tail", "wpo"})
+
+# Of sums over a part of a sequence, or of a stat: the kernels form what the loss is made of.
+PARTS = {
+    "wpo": {"loss": "wpo"},
+    "wpo-packed": {"loss": "wpo", "loss_options": {"base": "ipo"}, "keep": [9, 0, 4, 9, 8, 2]},
+    "ld_dpo": {"loss": "ld_dpo"},
+    "ld_dpo-none": {"loss": "ld_dpo", "loss_options": {"ld_alpha": 0.0}, "reduction": "none"},
+    "ld_dpo-lengths": {"loss": "ld_dpo", "lengths": [3, 9, 0, 1, 9, 8]},
+    "ld_dpo-packed": {"loss": "ld_dpo", "keep": [9, 0, 4, 9, 8, 2]},
+    "ld_dpo-free": {"loss": "ld_dpo", "loss_options": {"reference_free": True}},
+    "mixture": {"loss": ["sigmoid", "wpo", "ld_dpo"], "loss_weights": [0.5, 1.0, 2.0], "softcap": 3.0},
+    "own": {"loss": of_parts, "keep": [2, 9, 9, 0, 9, 4]},
+}
+
+
+def layout_of(options, *tensors):
+    """`options` with `lengths` as a tensor, or cu_seqlens in place of `keep`, and the tensors of tokens as they say."""
+    options = dict(options)
+    if "lengths" in options:
+        options["lengths"] = torch.tensor(options["lengths"], dtype=torch.int32)
+    if "keep" in options:
+        keep = torch.tensor(options.pop("keep"))
+        options["cu_seqlens"] = F.pad(keep.cumsum(0), (1, 0))
+        tensors = [packed_of(t, keep) for t in tensors]
+    return options, *tensors
+
+
+backends = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("native", marks=pytest.mark.sanitize),
+        pytest.param(
+            "triton",
+            marks=[
+                pytest.mark.triton,
+                pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"),
+            ],
+        ),
+    ],
+)
+
+
+@backends
+@pytest.mark.numerics
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("form", ["ref_logits", "ref_token_logps"])
+@pytest.mark.parametrize("case", PARTS)
+def test_losses_of_parts_and_stats_are_those_of_the_reference(case, form, shift, backend, monkeypatch):
+    logits, labels, ref_logits, _ = make()
+    reference = references(ref_logits, labels, shift)[form]
+    options, logits, labels, reference = layout_of(PARTS[case], logits, labels, reference)
+    options |= {"beta": 0.4, "pair_weights": torch.rand(3), "shift": shift}
+    if not case.endswith("free"):
+        options[form] = reference
+    expected, expected_gradient = run(logits, labels, upstream=3.0, backend="reference", **options)
+    monkeypatch.setattr("fastpref._logps.preference._vectors", None)  # it must not be needed
+    found, gradient = run(logits, labels, upstream=3.0, backend=backend, **options)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=2e-6)
+    for name, value in found._asdict().items():
+        if name != "stats":
+            torch.testing.assert_close(value, getattr(expected, name), rtol=1e-5, atol=1e-5, msg=name)
+    assert found.stats.entropy is None and found.stats.log_sum_p2 is None  # unless they are asked for
+    for name, value in expected.stats._asdict().items():
+        if value is not None:
+            torch.testing.assert_close(getattr(found.stats, name), value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@backends
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("layout", [{}, {"lengths": [3, 9, 0, 1, 9, 8]}, {"keep": [9, 0, 4, 9, 8, 2]}], ids=str)
+def test_tails_and_sums_of_stats_are_those_of_their_definition(layout, reference, backend):
+    logits, labels, ref_logits, _ = make()
+    options, logits, labels, ref_logits = layout_of(layout, logits, labels, ref_logits)
+    cu_seqlens, lengths = options.get("cu_seqlens"), options.get("lengths")
+    numbers = torch.tensor([1.0, *[0.0] * 7], dtype=torch.float64)
+    out = _Outputs(
+        *preference_fwd(
+            logits, labels, cu_seqlens, lengths, False, ref_logits if reference else None, *[None] * 5, "none",
+            1.0, None, 1.0, -100, True, True, numbers, False, backend,
+        )
+    )  # fmt: skip
+    tokens, stats = fastpref.token_logps(logits, labels, stats=STATS)
+    ratios = tokens.double()
+    if reference:
+        ratios = ratios - fastpref.token_logps(ref_logits, labels).double()
+    bounds = range(0, 55, 9) if cu_seqlens is None else cu_seqlens.tolist()
+    counted = []  # of each sequence, rows of its tokens that count
+    for s, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        last = end if lengths is None else min(end, begin + int(lengths[s]))
+        counted.append([row for row in range(begin, last) if labels.flatten()[row] != -100])
+    for s, rows in enumerate(counted):
+        tail = rows[min(len(rows), len(counted[(s + 3) % 6])) :]
+        expected = ratios.flatten()[tail].sum().float()
+        torch.testing.assert_close(out.tail[s], expected, rtol=1e-5, atol=1e-6)
+        assert out.tail_begin[s] == (tail[0] if tail else bounds[s + 1]) - bounds[s]
+        sums = torch.stack([getattr(stats, name).double().flatten()[rows].sum() for name in STATS])
+        torch.testing.assert_close(out.stat_sums[s], sums, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.triton
@@ -465,18 +570,18 @@ def test_rewards_are_those_of_the_loss():
         torch.testing.assert_close(own.margins, expected.margins)
 
 
-@pytest.mark.parametrize("loss", ["ipo", "wpo"])
-def test_wrong_offsets_read_nothing_out_of_bounds_when_compiled(loss):
+@pytest.mark.parametrize("loss, backend", [("ipo", None), ("wpo", None), ("ld_dpo", None), ("wpo", "reference")])
+def test_wrong_offsets_read_nothing_out_of_bounds_when_compiled(loss, backend):
     torch._dynamo.reset()
     logits, labels, ref_logits = torch.randn(20, 30), torch.randint(0, 30, (20,)), torch.randn(20, 30)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(cu_seqlens):
-        options = {"ref_logits": ref_logits, "loss": loss, "cu_seqlens": cu_seqlens}
+        options = {"ref_logits": ref_logits, "loss": loss, "cu_seqlens": cu_seqlens, "backend": backend}
         return fastpref.preference_loss(logits, labels, **options).loss
 
     for wrong in ([0, 5, 10_000], [0, -7, 20], [3, 50, 4]):
-        if loss == "wpo":  # torch on vectors, which looks at no value
+        if backend == "reference":  # torch on vectors, which looks at no value
             assert step(torch.tensor(wrong)).isfinite()
         else:  # the native core
             with pytest.raises(ValueError, match="cu_seqlens must"):
@@ -667,12 +772,15 @@ def test_opcheck(packed, backend):
     weights, items = (None, torch.tensor(7.0)) if packed else (torch.rand(3), None)
     numbers = torch.tensor([0.1, 1.0, 0.0, 0.5, 0.0, 1.0, 0.3, 0.0], dtype=torch.float64)
     references, pair_data = (ref_logits, None, None), (gap, weights, items, reduction)
-    args = (logits, *layout, *references, *pair_data, *transform, True, numbers, True, backend)
+    args = (logits, *layout, *references, *pair_data, *transform, True, packed, numbers, True, backend)
     torch.library.opcheck(preference_fwd, args)
-    loss, *_, coefficients, tokens, lse = preference_fwd(*args)
-    saved = (*layout, tokens, lse, *transform, backend)
-    torch.library.opcheck(preference_bwd, (torch.randn_like(loss), coefficients, logits, *saved))
-    torch.library.opcheck(preference_bwd_, (torch.randn_like(loss), coefficients, logits.contiguous(), *saved))
+    out = _Outputs(*preference_fwd(*args))
+    assert (out.tail.shape == out.tail_begin.shape == out.logps.shape) == packed
+    tail = (torch.randn(6), out.tail_begin) if packed else (None, None)
+    by_sequence = (torch.randn_like(out.loss), out.coefficients, *tail)
+    saved = (*layout, out.token_logps, out.lse, *transform, backend)
+    torch.library.opcheck(preference_bwd, (*by_sequence, logits, *saved))
+    torch.library.opcheck(preference_bwd_, (*by_sequence, logits.contiguous(), *saved))
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "rdpo", "ipo", "wpo", "ld_dpo", "aot", "kto", "orpo"])
@@ -698,6 +806,25 @@ def test_compiles_without_graph_breaks(loss, packed):
         loss_value.backward()
         results.append((loss_value.detach(), metrics, x.grad))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("loss", ["wpo", "ld_dpo"])
+def test_compiles_with_dynamic_shapes(loss):
+    torch._dynamo.reset()
+
+    def step(logits, labels, ref_logits):
+        return fastpref.preference_loss(logits, labels, ref_logits=ref_logits, loss=loss, shift=True).loss
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for pairs, tokens in ((3, 9), (2, 5), (4, 17)):
+        logits, labels, ref_logits, _ = make(pairs, tokens)
+        results = []
+        for f in (step, compiled):
+            x = logits.clone().requires_grad_()
+            value = f(x, labels, ref_logits)
+            value.backward()
+            results.append((value.detach(), x.grad))
+        torch.testing.assert_close(*results)
 
 
 def test_new_lengths_do_not_recompile():
@@ -801,7 +928,7 @@ def test_two_ranks_equal_one(two_ranks):
 @given(
     pairs=st.integers(0, 4),
     tokens=st.integers(1, 8),
-    loss=st.sampled_from(FUSED),
+    loss=st.sampled_from([*FUSED, "wpo", "ld_dpo"]),
     seed=st.integers(0, 2**31),
     masked=st.floats(0, 1),
 )

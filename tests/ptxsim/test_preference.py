@@ -19,6 +19,7 @@ from torch import Tensor
 
 import fastpref
 from fastpref import _native
+from fastpref._logps.preference import _fwd, _Outputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -238,6 +239,15 @@ CASES = {
     "kto": {"loss": "kto", "reference": "ref_logits", "reduction": "none"},
     "mixture": {"loss": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3], "num_items": 3.0},
     "ipo": {"loss": "ipo", "loss_options": {"length_normalize": False}, "weights": False},
+    "wpo": {"loss": "wpo", "tokens": 40},
+    "wpo-packed": {"loss": "wpo", "layout": "packed", "reference": "ref_logits", "stats": ("entropy",)},
+    "ld_dpo": {"loss": "ld_dpo", "tokens": 70, "vocab": 33, "ignored": 0.5},
+    "ld_dpo-lengths": {"loss": "ld_dpo", "tokens": 40, "vocab": 33, "layout": "lengths", "reference": "ref_logits"},
+    "ld_dpo-packed": {"loss": "ld_dpo", "tokens": 70, "vocab": 33, "layout": "packed", "reduction": "none"},
+    "ld_dpo-free": {"loss": "ld_dpo", "loss_options": {"reference_free": True}, "reference": None},
+    "ld_dpo-rounds": {"loss": "ld_dpo", "pairs": 1, "tokens": 1100, "vocab": 3, "gap": 1, "layout": "lengths"},
+    "ld_dpo-nothing-counts": {"loss": "ld_dpo", "tokens": 3, "vocab": 40, "ignored": 1.0},
+    "parts": {"loss": ["wpo", "ld_dpo"], "tokens": 40, "vocab": 33, "layout": "packed", "reference": "ref_logits"},
 }
 
 
@@ -294,10 +304,47 @@ def test_a_pair_has_the_same_bits_whatever_the_batch_and_the_schedule(run, dtype
             assert equal_bits(getattr(found.output, name)[[place]], getattr(base.output, name)), name
 
 
+def sums_of(run: Runner, logits: Tensor, labels: Tensor, ref_token_logps: Tensor) -> list[Tensor]:
+    """By sequence, as the operator hands them to torch."""
+    numbers = torch.tensor([1.0, *[0.0] * 7], dtype=torch.float64)
+    given = {"labels": labels, "ref_token_logps": ref_token_logps}
+    with simulated(given, {"logits": logits}, run.compiler):
+        out = _fwd(
+            logits, labels, None, None, True, None, ref_token_logps, None, None, None, None, "none",
+            1.0, None, 1.0, -100, True, True, numbers, False, "",
+        )  # fmt: skip
+    found = _Outputs(*out)
+    return [found.logps, found.rewards, found.stat_sums, found.tail, found.tail_begin]
+
+
+def test_sums_have_the_same_bits_whatever_the_batch_and_the_schedule(run):
+    tokens, vocab = 70, 36
+    own = placed(torch.randn(2, tokens, vocab)), torch.randint(0, vocab, (2, tokens)), -torch.rand(2, tokens)
+    own[1][torch.rand(2, tokens) < 0.3] = -100
+    own[1][0, 40:] = -100
+    base = sums_of(run, *own)
+    for order, pairs in enumerate((1, 2, 5)):
+        place = order % pairs
+        at = torch.tensor([place, pairs + place])
+        logits = placed(torch.randn(2 * pairs, tokens, vocab))
+        labels, reference = torch.randint(0, vocab, (2 * pairs, tokens)), -torch.rand(2 * pairs, tokens)
+        for theirs, values in zip((logits, labels, reference), own, strict=True):
+            theirs[at] = values
+        with ptxsim.options(seed=order, resident=1 + order, quantum=order, sms=1 + order):
+            found = sums_of(run, logits, labels, reference)
+        for a, b in zip(found, base, strict=True):
+            assert equal_bits(a[at], b)
+
+
+parts = pytest.mark.parametrize("loss", ["rdpo", ["wpo", "ld_dpo"]], ids=["rdpo", "parts"])
+
+
+@parts
 @pytest.mark.parametrize("keep", [[5, 0, 33, 70], [0, 0, 3, 0], [0, 0], [32, 31, 1, 97, 40, 2], [1] * 80], ids=str)
-def test_packed_has_the_bits_of_padded(run, keep):
+def test_packed_has_the_bits_of_padded(run, keep, loss):
     pairs, tokens, keep = len(keep) // 2, max(*keep, 1), torch.tensor(keep)
-    case = make(pairs, tokens, 37, reference="ref_logits", stats=("entropy", "top1", "mean_logit", "log_sum_p2"))
+    stats = ("entropy", "top1", "mean_logit", "log_sum_p2")
+    case = make(pairs, tokens, 37, reference="ref_logits", stats=stats, loss=loss)
     counted = torch.arange(tokens) < keep[:, None]
     case.labels[~counted] = -100
     base = run(case)
@@ -366,10 +413,11 @@ def test_ref_logits_of_another_dtype(run):
 # ---- launches ----
 
 
-@pytest.mark.parametrize("loss", ["rdpo", "aot"])
+@pytest.mark.parametrize("loss", ["rdpo", "aot", "wpo", "ld_dpo"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_launch_forward_and_one_backward(core, layout, loss):
-    """Beside the memset of the tickets; of the whole public call, and without a host read."""
+    """Beside the memset of the tickets, and ld_dpo's second kernel in the forward; of the whole public call, and
+    without a host read."""
     case = make(layout=layout, int32=True, reference="ref_logits", loss=loss, stats=("entropy", "top1"))
     called = []
 
@@ -387,7 +435,8 @@ def test_one_launch_forward_and_one_backward(core, layout, loss):
         torch.autograd.grad(output.loss, logits, on_device(torch.ones(())))
     assert called == ["preference_fwd_cuda", "logits_gradient_cuda"]
     assert not counts.reads and not counts.uploads
-    assert loss == "aot" or not counts.ops  # others: torch on vectors of the length of the batch
+    assert loss != "rdpo" or not counts.ops  # others: torch on vectors of the length of the batch
+    assert counts.widest <= case.tensors["rating_gap"].numel() * 2
 
 
 # ---- planted bugs ----
@@ -468,6 +517,55 @@ def test_planted(native, planted, bug):
     assert any(re.search(said, finding) for finding in found), found
 
 
+def long_tails() -> Case:
+    """Of more tokens than the tail's kernel has threads: 7 and 547 of a pair, 576 and 30 of the other."""
+    bounds = torch.tensor([0, 7, 583, 1130, 1160])
+    logits, reference = (placed(torch.randn(1, 1160, 3), gap=1)[0] for _ in range(2))
+    labels = torch.randint(0, 3, (1160,))
+    labels[torch.rand(1160) < 0.03] = -100
+    return Case(logits, labels, {"ref_logits": reference, "cu_seqlens": bounds}, {"loss": "ld_dpo", "shift": True})
+
+
+def test_long_tails(run):
+    case = long_tails()
+    check(case, run(case))
+
+
+# Of the tail's kernel, and of what is handed to it and on.
+TAIL_BUGS = {
+    "ranks before their counts": ("__syncthreads();\n    int rank", "int rank", "RACE in shared"),
+    "counts of the next round": ("= token;\n    __syncthreads();\n  }", "= token;\n  }", "RACE in shared"),
+    "sums before they are there": ("sums[own] = sum;\n  __syncthreads();", "sums[own] = sum;", "RACE in shared|wrong"),
+    "ranks of one warp alone": ("if (w < own) rank += counts[w];", "", "wrong|RACE"),
+    "ranks of one round alone": ("      before += counts[w];\n", "", "wrong|RACE"),
+    "a token too late": ("rank >= shorter", "rank > shorter", "wrong"),
+    "lengths of the neighbour": ("partner = sequence < a.pairs", "partner = sequence < 1", "wrong|" + OUT),
+    "a tail from nowhere": ("if (length == shorter) a.args.tail_begin[sequence] = s.length;", "", "wrong"),
+    "ratios of a neighbour": ("ratios[s.begin + place] =", "ratios[s.begin + place / 2] =", RACE + "|wrong"),
+    "a group's ratios too many": ("if (place < s.length) a.token", "a.token", f"{OUT}|{RACE}"),
+    "coefficients begin late": ("s.token >= a.tail_begin", "s.token > a.tail_begin", "wrong"),
+}  # fmt: skip
+FIRST_OF_TAILS = ("counts of the next round",)
+
+
+@pytest.mark.parametrize(
+    "bug", [b if b in FIRST_OF_TAILS else pytest.param(b, marks=pytest.mark.full) for b in TAIL_BUGS]
+)
+def test_planted_in_the_tail(native, planted, bug):
+    old, new, said = TAIL_BUGS[bug]
+    case = long_tails()
+    op = "token_logps.cu" if bug == "coefficients begin late" else "preference.cu"
+    found = "nothing"
+    with ptxsim.replaced(planted(op, old, new)):
+        try:
+            check(case, native(case))
+        except ptxsim.Findings as finding:
+            found = str(finding)
+        except AssertionError as error:
+            found = "wrong: " + str(error)
+    assert re.search(said, found), found
+
+
 class Planted(NamedTuple):
     old: str
     new: str
@@ -497,16 +595,32 @@ TRITON_BUGS = {
         PADDED | {"reduction": "none"},
     ),
     "tokens left out": Planted("range(0, length, BLOCK)", "range(0, length - BLOCK, BLOCK)", "wrong", PACKED),
-    "sums of the policy alone": Planted("ratios += logp - ref", "ratios += logp", "wrong", PACKED),
+    "sums of the policy alone": Planted("ratios += ratio", "ratios += logp", "wrong", PACKED),
     "square of an unrated pair": Planted(
         "if DROP_SQUARE else c", "if not DROP_SQUARE else c", "wrong", PADDED | {"loss": "ml_rdpo"}
     ),
     "divisor left out": Planted("(weight / divisor)", "weight", "wrong", PADDED),
+    "a token too many in the tail": Planted(
+        "tl.cumsum(counts, 0) > shorter", "tl.cumsum(counts, 0) >= shorter", "wrong", PADDED | {"loss": "ld_dpo"}
+    ),
+    "coefficients of the tail too late": Planted(
+        "in_tail = token >= tl.load", "in_tail = token > tl.load", "wrong", PADDED | {"loss": "ld_dpo"}
+    ),
+    "sums of another stat": Planted(
+        "tl.store(sums + 1, tl.sum(log_sum_p2, 0))", "tl.store(sums + 1, tl.sum(top1, 0))", "wrong",
+        PADDED | {"loss": "wpo"},
+    ),
     "a pair beyond the last": Planted(
         "tl.store(losses_ptr + pair, loss, mask=mask)", "tl.store(losses_ptr + pair, loss)", OUT, PADDED
     ),
 }  # fmt: skip
-FIRST_OF_TRITON = ("a tail too long", "label of the next sequence", "rows over each other", "square of an unrated pair")
+FIRST_OF_TRITON = (
+    "a tail too long",
+    "label of the next sequence",
+    "rows over each other",
+    "square of an unrated pair",
+    "a token too many in the tail",
+)
 
 
 @pytest.mark.parametrize(
@@ -597,3 +711,22 @@ def test_ledger(run, options):
             share = ptxsim.roofline(counts[name])["of_bandwidth"]
             least = {"native": (1 / 1.4, 1 / 1.25), "triton": (1 / 2, 1 / 1.25)}[backend]
             assert share >= least[name == names[1]], (name, share)
+
+
+def test_ledger_of_a_tail(run):
+    """The backward costs no more for it, and its own kernel, the last of the forward, is no burden either."""
+    native = run.compiler is None
+    case = make(1, 4, 128256, dtype=torch.bfloat16, gap=0, ignored=0, shift=False, loss="ld_dpo", layout="lengths")
+    case.tensors["lengths"][:] = torch.tensor([4, 3])
+    ptxsim.option(ledger=1, race=0, sms=1)
+    counts = ledgers(run, case)
+    backward = ptxsim.summary(
+        counts["logits_gradient_cuda" if native else "_token_logps_bwd_kernel"], case.logits.numel()
+    )
+    assert backward["slots_per_element"] <= BUDGETS["native" if native else "triton"]["plain"][1]
+    case = make(1, 5000, 2, gap=0, ignored=0, shift=False, loss="ld_dpo", layout="lengths")
+    case.tensors["lengths"][:] = torch.tensor([5000, 10])
+    counts = ledgers(run, case)["preference_fwd_cuda" if native else "_tail_kernel"]
+    of_tail = ptxsim.summary(counts, 5000)
+    assert of_tail["slots_per_element"] <= 200 and of_tail["bank_conflicts"] == 0, of_tail
+    assert of_tail["excess_sectors"] < 1.05, of_tail
