@@ -26,6 +26,8 @@ from forced_cuda import devices
 import fastpref
 from fastpref import _native
 from fastpref._logps import scaled, token_logps
+from fastpref._logps.pair_epilogue import PairResults, write_pairs
+from fastpref._logps.pairs import Family, PairData
 from fastpref._logps.transform import Transform
 from fastpref._lowrank import residual_pass
 
@@ -143,6 +145,15 @@ def preference_call(dtype: torch.dtype, packed: bool, softcap: float | None) -> 
     torch.autograd.grad(out.loss, logits, torch.ones(()))
 
 
+def pairs_call() -> None:
+    """The epilogue of the linear half, with everything that a call can have."""
+    scale, tokens, labels = torch.ones(1), torch.empty(3), torch.zeros(3, dtype=torch.long)
+    data = PairData(torch.empty(3), torch.empty(2), torch.ones(1), None)
+    family = Family([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], True)
+    bounds = torch.tensor([0, 2, 3])
+    write_pairs(PairResults.empty(scale), (0, 1), tokens, labels, bounds, data, scale, -100, family, "triton")
+
+
 def stream_cases(full: bool) -> Iterator[Case]:
     """Rungs differ in threads, not in the code of a thread, and fp16 from bf16 in a conversion: one target takes every
     rung and dtype, the others the last rung. Without --full a rung takes one dtype, another target bf16, and what is
@@ -175,6 +186,8 @@ def stream_cases(full: bool) -> Iterator[Case]:
                         preference_call(DTYPES[dtype], packed, softcap)
 
                     yield Case(target, dtype, name, call)
+    for target in beside:
+        yield Case(target, "fp32", "pairs", pairs_call)
     yield Case("sm_90", "bf16", "scaled", lambda: scaled._triton_scale(torch.empty(1 << 20).bfloat16(), torch.ones(())))
 
 

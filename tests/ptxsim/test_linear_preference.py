@@ -1,15 +1,39 @@
 """linear_preference_loss on a GPU, executed: its kernels between torch's products."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import ptxsim
+import ptxsim_triton
 import pytest
 import torch
 from simulated import simulated
 
 import fastpref
 
-pytestmark = pytest.mark.usefixtures("core")
+
+class Kernels(NamedTuple):
+    """Whose kernels run between the products."""
+
+    backend: str
+    compiler: Callable | None  # of Triton's
+
+
+@pytest.fixture
+def native(core):
+    return Kernels("native", None)
+
+
+@pytest.fixture
+def triton(triton_compiler):
+    return Kernels("triton", triton_compiler)
+
+
+@pytest.fixture(params=["native", "triton"])
+def kernels(request):
+    return request.getfixturevalue(request.param)
+
 
 PAIRS, TOKENS, VOCAB, WIDTH = 3, 7, 301, 16
 
@@ -30,7 +54,8 @@ def make(dtype=torch.float32) -> dict:
     }
 
 
-def run(given: dict, trained, on_gpu: bool, **options):
+def run(given: dict, trained, kernels: Kernels | None = None, **options):
+    """By these kernels; without any as the CPU computes it."""
     given = {name: t.detach().clone() for name, t in given.items()}
     leaves = [given[name].requires_grad_() for name in trained]
 
@@ -40,9 +65,10 @@ def run(given: dict, trained, on_gpu: bool, **options):
         output = fastpref.linear_preference_loss(*tensors, **named, **options)
         return output, torch.autograd.grad(output.loss, leaves, torch.full_like(output.loss, 1.5)) if leaves else ()
 
-    if not on_gpu:
+    if kernels is None:
         return step()
-    with simulated({name: t.detach() for name, t in given.items()}):
+    options["backend"] = kernels.backend
+    with simulated({name: t.detach() for name, t in given.items()}, compiler=kernels.compiler):
         return step()
 
 
@@ -60,7 +86,7 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", CASES)
-def test_matches_float64(case, dtype):
+def test_matches_float64(kernels, case, dtype):
     trained, reference, options = CASES[case]
     options = {"loss": "rdpo", **options}
     given = make(dtype)
@@ -68,8 +94,8 @@ def test_matches_float64(case, dtype):
     unused = {"rating_gap"} if options["loss"] in ("sigmoid", "hinge") else set()
     given = {name: t for name, t in given.items() if name not in forms | unused}
     exact = {name: t.double() if t.dtype.is_floating_point else t for name, t in given.items()}
-    found, gradients = run(given, trained, on_gpu=True, backend="native", **options)
-    expected, true_gradients = run(exact, trained, on_gpu=False, **options)
+    found, gradients = run(given, trained, kernels, **options)
+    expected, true_gradients = run(exact, trained, **options)
     few = 1e-4 if dtype == torch.float32 else 2e-2
     for name in ("loss", "chosen_logps", "rejected_logps", "margins", "chosen_rewards"):
         torch.testing.assert_close(getattr(found, name).double(), getattr(expected, name), rtol=1e-4, atol=1e-4)
@@ -93,9 +119,38 @@ BUGS = {
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_planted(planted, bug):
+def test_planted(native, planted, bug):
     old, new, said = BUGS[bug]
     given = {name: t for name, t in make().items() if name not in ("ref_hidden", "ref_logps")}
-    options = {"loss": "rdpo", "backend": "native", "max_active_tokens": 40}
+    options = {"loss": "rdpo", "max_active_tokens": 40}
     with ptxsim.replaced(planted("preference.cu", old, new)), pytest.raises(ptxsim.Findings, match=said):
-        run(given, ("hidden", "weight"), on_gpu=True, **options)
+        run(given, ("hidden", "weight"), native, **options)
+
+
+TRITON_BUGS = {
+    "a gradient for every lane": (
+        "tl.where(label == ignore_index, 0.0, grad), mask=inside)",
+        "tl.where(label == ignore_index, 0.0, grad))",
+        "OUT OF BOUNDS|" + RACE,
+    ),
+    "the other side's bounds": ("tl.num_programs(0) + program, rows", "program, rows", RACE),
+    "a bound that nothing limits": (
+        "begin = tl.minimum(tl.maximum(begin, 0), rows)",
+        "begin += 1000",
+        "OUT OF BOUNDS",
+    ),
+    "the sums of the next sequence": (
+        "tl.store(logps_ptr + sequence, logp.to",
+        "tl.store(logps_ptr + sequence + 1, logp.to",
+        RACE,
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", TRITON_BUGS)
+def test_planted_in_triton(triton, tmp_path, bug):
+    old, new, said = TRITON_BUGS[bug]
+    given = {name: t for name, t in make().items() if name not in ("ref_hidden", "ref_logps")}
+    changed = Kernels("triton", ptxsim_triton.Planted(triton.compiler, tmp_path, old, new))
+    with pytest.raises(ptxsim.Findings, match=said):
+        run(given, ("hidden", "weight"), changed, loss="rdpo", max_active_tokens=40)
