@@ -318,6 +318,25 @@ def find_cuobjdump() -> str | None:
     return str(bundled) if bundled and bundled.exists() else shutil.which("cuobjdump")
 
 
+LOAD = re.compile(r"(LDG\.E\S*\.128\S*) R\d+, (?:desc\[(UR\d+)\])?")
+STORE = re.compile(r"(STG\.E\S*\.128\S*|STG\.E\S*\.64\S*) (?:desc\[(UR\d+)\])?")
+
+
+def assert_cache_hints(name: str, sass: str) -> None:
+    """Logits pass by the first cache (NA), in lines of 128 bytes. The forward's are read-only; the backward's have a
+    descriptor of their own, which says that they leave the second cache first, and its gradient is streamed (EF)."""
+    loads = {load for load in LOAD.findall(sass) if "STRONG" not in load[0]}  # the others read what other warps wrote
+    hint = "LDG.E.NA.LTC128B.128"
+    if "gather_kernel" in name:
+        assert {kind for kind, _ in loads} == {hint + ".CONSTANT"}, (name, loads)
+        return
+    stores = set(STORE.findall(sass))
+    assert {kind for kind, _ in loads} == {hint}, (name, loads)
+    assert {kind.rpartition(".")[0] for kind, _ in stores} == {"STG.E.EF"}, (name, stores)
+    assert all(policy for _, policy in loads), (name, loads)
+    assert not {policy for _, policy in loads} & {policy for _, policy in stores}, (name, loads, stores)
+
+
 def test_cuda_kernels(tmp_path, pytestconfig):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
@@ -358,3 +377,5 @@ def test_cuda_kernels(tmp_path, pytestconfig):
             assert spills_in_loops(text) == 0, (cubin.architecture, name)
             assert "pair_kernel" in name or re.search(r"LDG\.E\S*\.128", text), (cubin.architecture, name)
             assert "scatter" not in name or re.search(r"STG\.E\S*\.128", text), (cubin.architecture, name)
+            if "pair_kernel" not in name:
+                assert_cache_hints(name, text)

@@ -39,11 +39,40 @@ __device__ inline T from_float(float x) {
     return __float2bfloat16_rn(x);
 }
 
+// How 16 bytes of logits are read: past the first cache, which they would only pass through, and by lines of the second
+// one. The SASS has it as LDG.E.NA.LTC128B.
+
+// What no thread writes meanwhile, and another kernel may read next.
+struct ReadOnly {
+  __device__ uint4 operator()(const void* x) const {
+    uint4 y;
+    asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
+        : "l"(x));
+    return y;
+  }
+};
+
+// What nobody reads again, and this thread may overwrite: it leaves the second cache first. By a policy, which costs
+// two registers of the warp: ptxas refuses .L2::evict_first for less than 32 bytes.
+struct LastRead {
+  uint64_t policy;
+  __device__ LastRead() { asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy)); }
+  __device__ uint4 operator()(const void* x) const {
+    uint4 y;
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
+                 : "l"(x), "l"(policy)
+                 : "memory");
+    return y;
+  }
+};
+
 // The `left` columns from x on, -inf behind them where MASKED. ALIGNED says how to load, never what.
-template <class T, bool ALIGNED, bool MASKED>
-__device__ inline uint4 load_columns(const T* x, int left) {
+template <class T, bool ALIGNED, bool MASKED, class Read>
+__device__ inline uint4 load_columns(const T* x, int left, const Read& read) {
   if constexpr (ALIGNED)
-    if (!MASKED || left >= vec<T>) return *reinterpret_cast<const uint4*>(x);
+    if (!MASKED || left >= vec<T>) return read(x);
   T v[vec<T>];
   if constexpr (MASKED || !ALIGNED) {
 #pragma unroll

@@ -154,12 +154,12 @@ CASES = {
     "linear_pairs-trained-lengths": Case(
         lambda t: linear_pairs(t, lengths=t.lengths),
         TRAINED,
-        Counted(3, 3, 26, uploads=1),
+        Counted(3, 3, 20, uploads=1),
         Counted(2, 0, 0),
         on_host=("lengths",),
     ),
     "linear_pairs-trained-packed": Case(
-        packed_linear_pairs, TRAINED, Counted(3, 3, 26, uploads=1), Counted(2, 0, 0), on_host=("cu_seqlens",)
+        packed_linear_pairs, TRAINED, Counted(3, 3, 16, uploads=1), Counted(2, 0, 0), on_host=("cu_seqlens",)
     ),
     "linear_pairs-trained-ref_hidden": Case(
         lambda t: linear_pairs(t, ref_hidden=t.hidden), TRAINED, Counted(4, 4, 26, reads=1), Counted(2, 0, 0)
