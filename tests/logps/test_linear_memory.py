@@ -83,7 +83,7 @@ def assert_equal_bytes(counts: Counts, plan: fastpref.Plan) -> None:
 @pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "tokens"])
 @pytest.mark.parametrize("trained", ["score", "trained"])
 def test_plan_counts_the_workspace_of_native_kernels(trained, pairs, dtype):
-    """It is there with the logits alone: not with 16 bits of gradient beside those of float32, nor with the gradients of
+    """It is there with the logits alone: not with 16 bits of gradient beside those of float32, nor with the weight's in
     a backward that forms the logits again."""
     counts, plan, _ = step(dtype, TRAINED[trained], pairs, pairs, None if pairs else TILE, native=True)
     assert_equal_bytes(counts, plan)
