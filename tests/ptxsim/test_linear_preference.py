@@ -1,6 +1,7 @@
 """linear_preference_loss on a GPU, executed: its kernels between torch's products."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,9 +9,11 @@ import ptxsim
 import ptxsim_triton
 import pytest
 import torch
-from simulated import simulated
+from simulated import poison, simulated
 
 import fastpref
+from fastpref._logps.pair_epilogue import PairResults, write_pairs
+from fastpref._logps.pairs import Family, PairData
 
 
 class Kernels(NamedTuple):
@@ -84,15 +87,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("case", CASES)
-def test_matches_float64(kernels, case, dtype):
+def given_to(case: str, dtype: torch.dtype) -> tuple[dict, tuple, dict]:
     trained, reference, options = CASES[case]
     options = {"loss": "rdpo", **options}
-    given = make(dtype)
     forms = {"ref_hidden", "ref_token_logps", "ref_logps"} - {reference}
     unused = {"rating_gap"} if options["loss"] in ("sigmoid", "hinge") else set()
-    given = {name: t for name, t in given.items() if name not in forms | unused}
+    return {name: t for name, t in make(dtype).items() if name not in forms | unused}, trained, options
+
+
+def check(kernels: Kernels, case: str, dtype: torch.dtype) -> None:
+    """Against float64."""
+    given, trained, options = given_to(case, dtype)
     exact = {name: t.double() if t.dtype.is_floating_point else t for name, t in given.items()}
     found, gradients = run(given, trained, kernels, **options)
     expected, true_gradients = run(exact, trained, **options)
@@ -104,6 +109,53 @@ def test_matches_float64(kernels, case, dtype):
             torch.testing.assert_close(getattr(found.stats, name).double(), value.double(), rtol=1e-4, atol=1e-4)
     for a, b in zip(gradients, true_gradients, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=few, atol=few * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_matches_float64(kernels, case, dtype):
+    check(kernels, case, dtype)
+
+
+@pytest.mark.parametrize("order", range(3))
+def test_the_epilogue_of_long_sequences(kernels, order):
+    """Several rounds of a block's loops, and rows of no sequence, in different orders of execution."""
+    sizes = torch.tensor([1500, 0, 260, 3001])
+    bounds = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)) + 5
+    rows = int(bounds[-1]) + 7
+    labels = torch.where(torch.rand(rows) < 0.2, -100, 1)
+    logps, ref_logps = -torch.rand(2, rows)
+    data = PairData(ref_logps, None, torch.tensor([0.4, math.nan]), None)
+    scale, family = torch.tensor([0.5, 0.7]), Family([0.1, 1.0, 0.0, 0.3, 0.1, 0.2, 0.5], True)
+
+    leaf = logps.double().requires_grad_()
+    ratios = torch.where(labels == -100, 0.0, leaf - ref_logps)
+    sums = torch.stack([ratios[bounds[s] : bounds[s + 1]].sum() for s in range(4)])
+    L, g = 0.1 * (sums[:2] - sums[2:]), torch.tensor([0.4, 0.0])
+    square = 0.15 * (L - 0.1 - 0.2 * g) ** 2 * torch.tensor([1.0, 0.0])
+    losses = torch.nn.functional.softplus(-(L - 0.5 * g)) + square
+    (true_gradient,) = torch.autograd.grad((losses * scale).sum(), leaf)
+
+    out = PairResults.empty(scale)
+    for tensor in out:
+        poison(tensor)
+    written = {f"out{i}": (tensor, False) for i, tensor in enumerate(out)}
+    read = {
+        "logps": logps,
+        "ref": ref_logps,
+        "labels": labels,
+        "bounds": bounds,
+        "gap": data.rating_gap,
+        "scale": scale,
+    }
+    with ptxsim.options(seed=order, quantum=order, resident=1 + order, ulp=2):
+        with simulated(read | written, compiler=kernels.compiler):
+            gradient = write_pairs(out, (0, 2), logps, labels, bounds, data, scale, -100, family, kernels.backend)
+    torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(out.losses.double(), losses.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.logratios.double(), sums.detach(), rtol=1e-6, atol=1e-6)
+    counts = [(labels[bounds[s] : bounds[s + 1]] != -100).sum() for s in range(4)]
+    assert torch.equal(out.lengths, torch.stack(counts))
 
 
 RACE = "RACE in (global|shared)"
@@ -131,26 +183,27 @@ TRITON_BUGS = {
     "a gradient for every lane": (
         "tl.where(label == ignore_index, 0.0, grad), mask=inside)",
         "tl.where(label == ignore_index, 0.0, grad))",
-        "OUT OF BOUNDS|" + RACE,
+        f"OUT OF BOUNDS|{RACE}",
     ),
-    "the other side's bounds": ("tl.num_programs(0) + program, rows", "program, rows", RACE),
-    "a bound that nothing limits": (
-        "begin = tl.minimum(tl.maximum(begin, 0), rows)",
-        "begin += 1000",
+    "the other side's bounds": ("tl.num_programs(0) + program, rows", "program, rows", "wrong"),
+    "tokens beyond the sequence": (
+        "inside = token < length\n            counts",
+        "inside = token < length + 1000\n            counts",
         "OUT OF BOUNDS",
     ),
-    "the sums of the next sequence": (
-        "tl.store(logps_ptr + sequence, logp.to",
-        "tl.store(logps_ptr + sequence + 1, logp.to",
-        RACE,
+    "sums of the next sequence": (
+        "tl.store(ratios_ptr + sequence, ratio)",
+        "tl.store(ratios_ptr + sequence + 1, ratio)",
+        f"OUT OF BOUNDS|{RACE}",
     ),
+    "the group's pair for the batch's": ("pair = first_pair + program", "pair = program", f"wrong|{RACE}"),
 }
 
 
 @pytest.mark.parametrize("bug", TRITON_BUGS)
 def test_planted_in_triton(triton, tmp_path, bug):
     old, new, said = TRITON_BUGS[bug]
-    given = {name: t for name, t in make().items() if name not in ("ref_hidden", "ref_logps")}
     changed = Kernels("triton", ptxsim_triton.Planted(triton.compiler, tmp_path, old, new))
-    with pytest.raises(ptxsim.Findings, match=said):
-        run(given, ("hidden", "weight"), changed, loss="rdpo", max_active_tokens=40)
+    with pytest.raises((ptxsim.Findings, AssertionError)) as found:
+        check(changed, "two-groups", torch.float32)
+    assert re.search(said, f"{'wrong: ' * (found.type is AssertionError)}{found.value}"), found.value
