@@ -140,17 +140,10 @@ def test_the_epilogue_of_long_sequences(kernels, order):
     for tensor in out:
         poison(tensor)
     written = {f"out{i}": (tensor, False) for i, tensor in enumerate(out)}
-    read = {
-        "logps": logps,
-        "ref": ref_logps,
-        "labels": labels,
-        "bounds": bounds,
-        "gap": data.rating_gap,
-        "scale": scale,
-    }
-    with ptxsim.options(seed=order, quantum=order, resident=1 + order, ulp=2):
-        with simulated(read | written, compiler=kernels.compiler):
-            gradient = write_pairs(out, (0, 2), logps, labels, bounds, data, scale, -100, family, kernels.backend)
+    read = {"logps": logps, "ref": ref_logps, "labels": labels, "bounds": bounds, "gap": data.rating_gap}
+    order_of_execution = ptxsim.options(seed=order, quantum=order, resident=1 + order, ulp=2)
+    with order_of_execution, simulated(read | written | {"scale": scale}, compiler=kernels.compiler):
+        gradient = write_pairs(out, (0, 2), logps, labels, bounds, data, scale, -100, family, kernels.backend)
     torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(out.losses.double(), losses.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.logratios.double(), sums.detach(), rtol=1e-6, atol=1e-6)
