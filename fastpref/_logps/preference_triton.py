@@ -483,4 +483,5 @@ def pair_epilogue(
         DROP_SQUARE=drop_square,
         BLOCK=_SEQUENCE_BLOCK,
         num_warps=_SEQUENCE_THREADS // _native.warp_size(token_logps),
+        enable_fp_fusion=False,  # whose default changes from one Triton to the next
     )
