@@ -103,8 +103,13 @@ preference_bwd_ = _define(
 
 # hidden [tokens, H], weight [V, H], bias [V], adapter_a [r, H], adapter_b [V, r]
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? adapter_a, Tensor? adapter_b"
-# labels [tokens]; cu_seqlens [S + 1]; spans [S, 2] on the host; ref_hidden [tokens, H_ref] with its head
-_TOKENS = "Tensor labels, Tensor? cu_seqlens, Tensor? spans, Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias"
+# labels [tokens]; cu_seqlens [S + 1]; rows that are projected whether they count or not: kept [tokens], of which they
+# are the leading ones, kept_bounds [S + 1] of the sequences among them, on the host, and cu_seqlens the same on the
+# device; ref_hidden [tokens, H_ref] with its head
+_TOKENS = (
+    "Tensor labels, Tensor? cu_seqlens, Tensor? kept, Tensor? kept_bounds, "
+    "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias"
+)
 # max_active_tokens -1 and max_tile_bytes 0 mean None; group: a process group's name or ""
 _BUDGET = "int max_active_tokens, int max_tile_bytes, ScalarType? logits_dtype, str group, str backend"
 
@@ -115,11 +120,11 @@ linear_logps_fwd = _define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fastpref._logps.linear_logps:_fwd",
 )
-# spans: whether linear_logps_fwd had some -> a gradient for each part of the head, empty where `needs` says that it is
+# kept: whether linear_logps_fwd had some -> a gradient for each part of the head, empty where `needs` says that it is
 # not asked for
 linear_logps_bwd = _define(
     f"linear_logps_bwd(Tensor grad, {_HEAD}, Tensor labels, Tensor logps, Tensor lse, Tensor index, Tensor bounds, "
-    f"{_TRANSFORM}, bool spans, bool[] needs, {_BUDGET}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_TRANSFORM}, bool kept, bool[] needs, {_BUDGET}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fastpref._logps.linear_logps:_bwd",
 )
 # ref_token_logps [tokens], ref_logps and scores [2B], rating_gap and scale_of_pair [B]; losses, loss_options and
@@ -139,7 +144,7 @@ linear_preference_fwd = _define(
 # of scale_of_pair times the losses, losses [B], logps, logratios and lengths [2B], and that sum's gradient [tokens]
 pair_epilogue = _define(
     "pair_epilogue(Tensor token_logps, Tensor labels, Tensor bounds, Tensor? ref_token_logps, Tensor? ref_logps, "
-    "Tensor? rating_gap, Tensor scale_of_pair, int ignore_index, Tensor numbers, bool drop_square) "
+    "Tensor? rating_gap, Tensor scale_of_pair, int ignore_index, Tensor numbers, bool drop_square, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fastpref._logps.pair_epilogue:_fwd",
 )

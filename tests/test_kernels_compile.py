@@ -26,6 +26,8 @@ from forced_cuda import devices
 import fastpref
 from fastpref import _native
 from fastpref._logps import scaled, token_logps
+from fastpref._logps.pair_epilogue import PairResults, write_pairs
+from fastpref._logps.pairs import Family, PairData
 from fastpref._logps.transform import Transform
 from fastpref._lowrank import residual_pass
 
@@ -143,6 +145,15 @@ def preference_call(dtype: torch.dtype, packed: bool, softcap: float | None, los
     torch.autograd.grad(out.loss, logits, torch.ones(()))
 
 
+def pairs_call() -> None:
+    """The epilogue of the linear half, with everything that a call can have."""
+    scale, tokens, labels = torch.ones(1), torch.empty(3), torch.zeros(3, dtype=torch.long)
+    data = PairData(torch.empty(3), torch.empty(2), torch.ones(1), None)
+    family = Family([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], True)
+    bounds = torch.tensor([0, 2, 3])
+    write_pairs(PairResults.empty(scale), (0, 1), tokens, labels, bounds, data, scale, -100, family, "triton")
+
+
 def stream_cases(full: bool) -> Iterator[Case]:
     """Rungs differ in threads, not in the code of a thread, and fp16 from bf16 in a conversion: one target takes every
     rung and dtype, the others the last rung. Without --full a rung takes one dtype, another target bf16, and what is
@@ -181,6 +192,8 @@ def stream_cases(full: bool) -> Iterator[Case]:
                 preference_call(torch.bfloat16, packed, None, "ld_dpo")
 
             yield Case(target, "bf16", f"tail{', packed' * packed}", call)
+    for target in beside:
+        yield Case(target, "fp32", "pairs", pairs_call)
     yield Case("sm_90", "bf16", "scaled", lambda: scaled._triton_scale(torch.empty(1 << 20).bfloat16(), torch.ones(())))
 
 
@@ -312,6 +325,25 @@ def find_cuobjdump() -> str | None:
     return str(bundled) if bundled and bundled.exists() else shutil.which("cuobjdump")
 
 
+LOAD = re.compile(r"(LDG\.E\S*\.128\S*) R\d+, (?:desc\[(UR\d+)\])?")
+STORE = re.compile(r"(STG\.E\S*\.128\S*|STG\.E\S*\.64\S*) (?:desc\[(UR\d+)\])?")
+
+
+def assert_cache_hints(name: str, sass: str) -> None:
+    """Logits pass by the first cache (NA), in lines of 128 bytes. The forward's are read-only; the backward's have a
+    descriptor of their own, which says that they leave the second cache first, and its gradient is streamed (EF)."""
+    loads = {load for load in LOAD.findall(sass) if "STRONG" not in load[0]}  # the others read what other warps wrote
+    hint = "LDG.E.NA.LTC128B.128"
+    if "gather_kernel" in name:
+        assert {kind for kind, _ in loads} == {hint + ".CONSTANT"}, (name, loads)
+        return
+    stores = set(STORE.findall(sass))
+    assert {kind for kind, _ in loads} == {hint}, (name, loads)
+    assert {kind.rpartition(".")[0] for kind, _ in stores} == {"STG.E.EF"}, (name, stores)
+    assert all(policy for _, policy in loads), (name, loads)
+    assert not {policy for _, policy in loads} & {policy for _, policy in stores}, (name, loads, stores)
+
+
 def test_cuda_kernels(tmp_path, pytestconfig):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
@@ -353,3 +385,5 @@ def test_cuda_kernels(tmp_path, pytestconfig):
             of_tokens = any(kernel in name for kernel in OF_TOKENS)
             assert of_tokens or re.search(r"LDG\.E\S*\.128", text), (cubin.architecture, name)
             assert "scatter" not in name or re.search(r"STG\.E\S*\.128", text), (cubin.architecture, name)
+            if not of_tokens:
+                assert_cache_hints(name, text)

@@ -50,6 +50,20 @@ def facts() -> dict:
     }
 
 
+def context_works() -> bool:
+    """Whether this process can still use its GPU, which it cannot after some errors; True before its first use."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.ones(2, device="cuda").sum().item() == 2
+    except Exception:
+        return False
+
+
 def commit() -> str:
     """The commit of the tree the benchmarks come from, "+changes" if it differs, or why it is unknown. Without .git it
     is what FASTPREF_COMMIT says."""

@@ -10,6 +10,8 @@ import os
 
 import pytest
 
+from harness import machine
+
 
 def pytest_configure(config):
     if hasattr(config, "workerinput"):
@@ -36,21 +38,9 @@ class Outcomes:
 
 class _Worker:
     def pytest_runtest_logreport(self, report):
-        if report.outcome == "failed" and not _context_works():
+        if report.outcome == "failed" and not machine.context_works():
             _write(report.nodeid, "failed", report)
             os._exit(3)
-
-
-def _context_works() -> bool:
-    import torch
-
-    if not torch.cuda.is_initialized():
-        return True
-    try:
-        torch.cuda.synchronize()
-        return torch.ones(2, device="cuda").sum().item() == 2
-    except Exception:
-        return False
 
 
 def _write(test, outcome, report):

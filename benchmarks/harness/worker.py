@@ -21,6 +21,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic pro
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import machine
 from harness.place import is_dry_run, working_place
 
 KINDS = {"contact": "harness.contact", "measure": "harness.gpu_measure", "low_rank": "harness.gpu_low_rank"}
@@ -44,7 +45,7 @@ def main() -> int:
         for name in names:
             emit({"begin": name, "cap_s": module.cap_s(name)})
             emit({"end": name, "result": _worked(module.ITEMS[name], device)})
-            if device.type == "cuda" and not _context_works():
+            if device.type == "cuda" and not machine.context_works():
                 return BROKEN_CONTEXT
     return 0
 
@@ -62,14 +63,6 @@ def _worked(item, device) -> dict:
 
 def emit(line: dict) -> None:
     print(json.dumps(line), flush=True)
-
-
-def _context_works() -> bool:
-    try:
-        torch.cuda.empty_cache()
-        return torch.ones(2, device="cuda").sum().item() == 2
-    except Exception:
-        return False
 
 
 if __name__ == "__main__":

@@ -39,19 +39,60 @@ __device__ inline T from_float(float x) {
     return __float2bfloat16_rn(x);
 }
 
-// The `left` columns from x on, -inf behind them where MASKED. ALIGNED says how to load, never what.
-template <class T, bool ALIGNED, bool MASKED>
-__device__ inline uint4 load_columns(const T* x, int left) {
+// How 16 bytes of logits are read, OFFSET bytes behind an address: past the first cache, which they would only pass
+// through, and by lines of the second one. The SASS has it as LDG.E.NA.LTC128B.
+
+// What no thread writes meanwhile, and another kernel may read next.
+struct ReadOnly {
+  template <int OFFSET>
+  __device__ uint4 at(const void* x) const {
+    uint4 y;
+    asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+        : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
+        : "l"(x), "n"(OFFSET));
+    return y;
+  }
+};
+
+// What nobody reads again, and this thread may overwrite: it leaves the second cache first. By a policy, which costs
+// two registers of the warp: ptxas refuses .L2::evict_first for less than 32 bytes.
+struct LastRead {
+  uint64_t policy;
+  __device__ LastRead() { asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy)); }
+  template <int OFFSET>
+  __device__ uint4 at(const void* x) const {
+    uint4 y;
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4 + %5], %6;"
+                 : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
+                 : "l"(x), "n"(OFFSET), "l"(policy)
+                 : "memory");
+    return y;
+  }
+};
+
+// The `left` columns from x + OFFSET on, -inf behind them where MASKED. ALIGNED says how to load, never what.
+template <class T, bool ALIGNED, bool MASKED, int OFFSET, class Read>
+__device__ inline uint4 load_columns(const T* x, int left, const Read& read) {
+  constexpr int bytes = OFFSET * static_cast<int>(sizeof(T));
   if constexpr (ALIGNED)
-    if (!MASKED || left >= vec<T>) return *reinterpret_cast<const uint4*>(x);
+    if (!MASKED || left >= vec<T>) return read.template at<bytes>(x);
   T v[vec<T>];
   if constexpr (MASKED || !ALIGNED) {
 #pragma unroll
-    for (int e = 0; e < vec<T>; e++) v[e] = !MASKED || e < left ? x[e] : from_float<T>(-infinity);
+    for (int e = 0; e < vec<T>; e++) v[e] = !MASKED || e < left ? x[OFFSET + e] : from_float<T>(-infinity);
   }
   uint4 bits;
   memcpy(&bits, v, 16);
   return bits;
+}
+
+// tile[u] becomes the columns from x + u STRIDE on, of which `left` - u STRIDE are left.
+template <class T, bool ALIGNED, bool MASKED, int STRIDE, int U = 0, class Read>
+__device__ inline void load_tile(uint4 (&tile)[loads], const T* x, int left, const Read& read) {
+  if constexpr (U < loads) {
+    tile[U] = load_columns<T, ALIGNED, MASKED, U * STRIDE>(x, left - U * STRIDE, read);
+    load_tile<T, ALIGNED, MASKED, STRIDE, U + 1>(tile, x, left, read);
+  }
 }
 
 template <class T>

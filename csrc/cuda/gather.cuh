@@ -165,9 +165,7 @@ __device__ inline Sums<HAS_STATS> fold_chunk(const T* row, int begin, int end, i
     constexpr bool MASKED = decltype(masked)::value;
     constexpr int per_group = column_group / vec<T>;
     uint4 tile[loads];
-#pragma unroll
-    for (int u = 0; u < loads; u++)
-      tile[u] = load_columns<T, ALIGNED, MASKED>(x + u * warp * vec<T>, left - u * warp * vec<T>);
+    load_tile<T, ALIGNED, MASKED, warp * vec<T>>(tile, x, left, ReadOnly{});
     // of this lane or a later one: one tile of the row pays for the comparisons
     const bool has_target = static_cast<unsigned>(target) < static_cast<unsigned>(tile_columns<T>);
 #pragma unroll

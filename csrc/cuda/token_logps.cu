@@ -92,11 +92,11 @@ __device__ inline void write_piece(const In* x, Out* out, int begin, int end, in
   const int first = begin + head + threadIdx.x * vec<In>;
   x += first, out += first;
   int left = end - first, target = label - first;
+  const LastRead read;
   const auto write_tile = [&](auto masked) {
     constexpr bool MASKED = decltype(masked)::value;
     uint4 bits[loads];
-#pragma unroll
-    for (int u = 0; u < loads; u++) bits[u] = load_columns<In, true, MASKED>(x + u * step, left - u * step);
+    load_tile<In, true, MASKED, step>(bits, x, left, read);
     // of this thread or a later one: one tile of the row pays for the comparisons
     const bool has_target = static_cast<unsigned>(target) < static_cast<unsigned>(tile);
 #pragma unroll

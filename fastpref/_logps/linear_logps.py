@@ -66,7 +66,8 @@ class Tokens(NamedTuple):
 
     labels: Tensor  # [tokens]
     cu_seqlens: Tensor | None = None  # [sequences + 1]
-    spans: Tensor | None = None  # [sequences, 2] begins and ends, on the host
+    kept: Tensor | None = None  # [tokens], of which the leading ones are projected whether they count or not
+    kept_bounds: Tensor | None = None  # [sequences + 1] among them, on the host; cu_seqlens has the same
     ref_hidden: Tensor | None = None  # [tokens, H_ref]
     ref_weight: Tensor | None = None
     ref_bias: Tensor | None = None
@@ -83,7 +84,7 @@ class LinearLogps(NamedTuple):
 
 
 def _fwd(
-    hidden, weight, bias, adapter_a, adapter_b, labels, cu_seqlens, spans, ref_hidden, ref_weight, ref_bias,
+    hidden, weight, bias, adapter_a, adapter_b, labels, cu_seqlens, kept, kept_bounds, ref_hidden, ref_weight, ref_bias,
     temperature, softcap, scale, ignore_index, stats, unit, max_active_tokens, max_tile_bytes, logits_dtype, group,
     backend,
 ):  # fmt: skip
@@ -93,8 +94,8 @@ def _fwd(
     with no_autocast(hidden.device), smaller_tile_advised(max_tile_bytes):
         shard = Shard.of(group, weight)
         refuse_invalid(labels, weight, shard, ignore_index)
-        index, bounds, _ = active_rows(labels, ignore_index, cu_seqlens, spans, max_active_tokens)
-        rows = Rows(index, bounds, labels, ignore_index, max_active_tokens, spans is not None)
+        index, bounds, _ = active_rows(labels, ignore_index, cu_seqlens, kept, kept_bounds, max_active_tokens)
+        rows = Rows(index, bounds, labels, ignore_index, max_active_tokens, kept is not None)
         head = Head(projection, transform, stats, budget, shard)
         chunks = even_chunks(rows.count, head.tile_rows())
         gradients = Gradients(head, hidden, [unit, False, False, False, False], rows, len(chunks))
@@ -129,11 +130,12 @@ def _ref_zeros(ref_hidden: Tensor | None, labels: Tensor) -> Tensor:
 
 
 def _fwd_fake(
-    hidden, weight, bias, adapter_a, adapter_b, labels, cu_seqlens, spans, ref_hidden, ref_weight, ref_bias,
+    hidden, weight, bias, adapter_a, adapter_b, labels, cu_seqlens, kept, kept_bounds, ref_hidden, ref_weight, ref_bias,
     temperature, softcap, scale, ignore_index, stats, unit, max_active_tokens, max_tile_bytes, logits_dtype, group,
     backend,
 ):  # fmt: skip
-    bounds = 1 if cu_seqlens is None else cu_seqlens.shape[0]
+    given = cu_seqlens if kept is None else kept_bounds
+    bounds = 1 if given is None else given.shape[0]
     return LinearLogps(
         *fwd_outputs(hidden, labels, stats),
         unit_grad=hidden.new_empty(hidden.shape if unit else 0),
@@ -145,13 +147,13 @@ def _fwd_fake(
 
 def _bwd(
     grad, hidden, weight, bias, adapter_a, adapter_b, labels, logps, lse, index, bounds, temperature, softcap, scale,
-    ignore_index, spans, needs, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
+    ignore_index, kept, needs, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
 ):  # fmt: skip
     projection = Projection(hidden, weight, bias, adapter_a, adapter_b)
     transform = Transform(temperature, softcap, scale, ignore_index)
     budget = Budget(max_active_tokens, max_tile_bytes, logits_dtype, group, backend)
     with no_autocast(hidden.device), smaller_tile_advised(max_tile_bytes):
-        rows = Rows(index, bounds, labels, ignore_index, max_active_tokens, spans)
+        rows = Rows(index, bounds, labels, ignore_index, max_active_tokens, kept)
         head = Head(projection, transform, False, budget, Shard.of(group, weight))
         chunks = even_chunks(rows.count, head.tile_rows())
         gradients = Gradients(head, hidden, needs, rows, len(chunks))
@@ -165,7 +167,7 @@ def _bwd(
 
 def _bwd_fake(
     grad, hidden, weight, bias, adapter_a, adapter_b, labels, logps, lse, index, bounds, temperature, softcap, scale,
-    ignore_index, spans, needs, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
+    ignore_index, kept, needs, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
 ):  # fmt: skip
     return empty_gradients(Projection(hidden, weight, bias, adapter_a, adapter_b), needs)
 
@@ -198,7 +200,7 @@ class _LinearLogps(torch.autograd.Function):
         _logps, *others = found
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
-        ctx.done, ctx.spans = False, tokens.spans is not None
+        ctx.done, ctx.kept = False, tokens.kept is not None
         if ctx.unit:
             ctx.save_for_backward(anchor, outputs.unit_grad, tokens.labels)
         else:
@@ -218,7 +220,7 @@ class _LinearLogps(torch.autograd.Function):
             needs = list(ctx.needs_input_grad[: len(Projection._fields)])
             saved = ctx.saved_tensors  # read once: a second read raises under checkpointing
             with torch.no_grad():
-                gradients = linear_logps_bwd(grad, *saved, *ctx.transform, ctx.spans, needs, *ctx.budget)
+                gradients = linear_logps_bwd(grad, *saved, *ctx.transform, ctx.kept, needs, *ctx.budget)
             gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
             sources = saved[: len(needs)]
         return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients, grad, *sources))

@@ -27,7 +27,7 @@ from fastpref._logps.linear_logps import (
     gather_logps,
     whole_weight,
 )
-from fastpref._logps.pair_epilogue import PairResults, native_family, pair_epilogue, write_pairs
+from fastpref._logps.pair_epilogue import PairResults, fused_family, pair_epilogue, write_pairs
 from fastpref._logps.pairs import (
     EncodedLoss,
     Family,
@@ -192,11 +192,13 @@ class _EpilogueOnVectors:
         return PairResults(per_pair, logps, logratios, lengths)
 
 
-class _NativeEpilogue:
-    """The fused family, in one call of the native core."""
+class _FusedEpilogue:
+    """The fused family, in one launch or call."""
 
-    def __init__(self, ordered: _Ordered, data: PairData, ignore_index: int, scale: Tensor, family: Family):
-        self.ordered, self.ignore_index, self.family = ordered, ignore_index, family
+    def __init__(
+        self, ordered: _Ordered, data: PairData, ignore_index: int, scale: Tensor, family: Family, backend: str
+    ):
+        self.ordered, self.ignore_index, self.family, self.backend = ordered, ignore_index, family, backend
         *inputs, _scores = data
         self.data = PairData(*(None if t is None else t.float() for t in inputs), None)
         self.scale, self.out = scale.contiguous(), PairResults.empty(scale)
@@ -205,7 +207,8 @@ class _NativeEpilogue:
         ref_tokens = None if ref_tokens is None else ref_tokens.float()  # of a float64 reference model
         data, labels = self.data._replace(ref_token_logps=ref_tokens), self.ordered.labels[rows]
         pairs, bounds = self.ordered.groups[group], self.ordered.bounds_of(group)
-        return write_pairs(self.out, pairs, logps, labels, bounds, data, self.scale, self.ignore_index, self.family)
+        options = self.ignore_index, self.family, self.backend
+        return write_pairs(self.out, pairs, logps, labels, bounds, data, self.scale, *options)
 
     def results(self) -> PairResults:
         return self.out
@@ -227,8 +230,9 @@ def _pair_resident(
     with no_autocast(hidden.device), smaller_tile_advised(budget.max_tile_bytes):
         shard = Shard.of(budget.group, projection.weight)
         refuse_invalid(labels, projection.weight, shard, ignore_index)
-        index, bounds, ends = active_rows(labels, ignore_index, tokens.cu_seqlens, tokens.spans, capacity)
-        rows = Rows(index, bounds, labels, ignore_index, capacity, tokens.spans is not None)
+        _, cu_seqlens, kept, kept_bounds, *_ = tokens
+        index, bounds, ends = active_rows(labels, ignore_index, cu_seqlens, kept, kept_bounds, capacity)
+        rows = Rows(index, bounds, labels, ignore_index, capacity, kept is not None)
         head = Head(projection, transform, wanted.stats, budget, shard)
         ref = None
         if tokens.ref_hidden is not None:
@@ -242,12 +246,12 @@ def _pair_resident(
         if data.ref_token_logps is not None:
             data = data._replace(ref_token_logps=take_rows(data.ref_token_logps, ordered.where))
         has_reference = any(t is not None for t in (ref, data.ref_token_logps, data.ref_logps))
-        family = native_family(loss, has_reference, data.rating_gap is not None, scale_of_pair, budget.backend)
+        family = fused_family(loss, has_reference, data.rating_gap is not None, scale_of_pair, budget.backend)
         if family is None:
             ignored = ordered.labels == ignore_index if rows.unchecked else None
             epilogue = _EpilogueOnVectors(ordered, data, ends, ignored, scale_of_pair, loss)
         else:
-            epilogue = _NativeEpilogue(ordered, data, ignore_index, scale_of_pair, family)
+            epilogue = _FusedEpilogue(ordered, data, ignore_index, scale_of_pair, family, budget.backend)
         values_out = _zero_values(labels, wanted.stats)
 
         def project(group: int, of_group: slice) -> None:
@@ -284,13 +288,13 @@ def _pair_resident(
 
 
 def _fwd(
-    hidden, weight, bias, adapter_a, adapter_b, labels, cu_seqlens, spans, ref_hidden, ref_weight, ref_bias,
+    hidden, weight, bias, adapter_a, adapter_b, labels, cu_seqlens, kept, kept_bounds, ref_hidden, ref_weight, ref_bias,
     ref_token_logps, ref_logps, rating_gap, scores, scale_of_pair, temperature, softcap, scale, ignore_index, stats,
     needs, losses, loss_options, numbers, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
 ):  # fmt: skip
     return _pair_resident(
         Projection(hidden, weight, bias, adapter_a, adapter_b),
-        Tokens(labels, cu_seqlens, spans, ref_hidden, ref_weight, ref_bias),
+        Tokens(labels, cu_seqlens, kept, kept_bounds, ref_hidden, ref_weight, ref_bias),
         PairData(ref_token_logps, ref_logps, rating_gap, scores),
         scale_of_pair,
         Transform(temperature, softcap, scale, ignore_index),
@@ -301,7 +305,7 @@ def _fwd(
 
 
 def _fwd_fake(
-    hidden, weight, bias, adapter_a, adapter_b, labels, cu_seqlens, spans, ref_hidden, ref_weight, ref_bias,
+    hidden, weight, bias, adapter_a, adapter_b, labels, cu_seqlens, kept, kept_bounds, ref_hidden, ref_weight, ref_bias,
     ref_token_logps, ref_logps, rating_gap, scores, scale_of_pair, temperature, softcap, scale, ignore_index, stats,
     needs, losses, loss_options, numbers, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
 ):  # fmt: skip
@@ -438,18 +442,19 @@ def linear_preference_loss(
     _check_sequence_group(sequence_group, shift)
     _autograd.refuse_transforms("linear_preference_loss", hidden, weight, bias, a, b)
 
-    spans = _spans(labels, cu_seqlens, lengths, hidden.device)
-    cu_seqlens, lengths = (None if t is None else t.to(hidden.device).long() for t in (cu_seqlens, lengths))
+    layout = _layout_there(labels, cu_seqlens, lengths, may_keep=max_active_tokens is None)
+    cu_seqlens, lengths, *kept, kept_bounds_there = layout
     if shared_prefix is not None:
         labels = _without_prefix(labels, shared_prefix, cu_seqlens, sequences, objective, ignore_index)
     labels = targets(labels, cu_seqlens, lengths, ignore_index, shift)
     if ref_hidden is not None:
         ref_hidden = ref_hidden.reshape(-1, ref_hidden.shape[-1])
     projection = Projection(hidden.reshape(-1, hidden.shape[-1]), weight, bias, a, b)
-    tokens = Tokens(labels.reshape(-1), None, spans, ref_hidden, ref_weight, ref_bias)
+    tokens = Tokens(labels.reshape(-1), None, *kept, ref_hidden, ref_weight, ref_bias)
     values_wanted = bool(wanted_stats(stats, objective))
     if sequence_group is None and _is_pair_resident(projection, objective, reduction):
-        tokens = tokens._replace(cu_seqlens=_bounds(labels, cu_seqlens))
+        bounds = _bounds(labels, cu_seqlens) if kept_bounds_there is None else kept_bounds_there
+        tokens = tokens._replace(cu_seqlens=bounds)
         reduced, gathered = _in_one_pass(
             projection, tokens, data, transform, values_wanted, objective, reducing, budget
         )
@@ -488,7 +493,7 @@ def _in_two_passes(
     values, family = found.values.view(found.values.shape[0], *labels.shape), None
     if group is None and reduction.kind != "none":
         has_reference = data.ref_token_logps is not None or data.ref_logps is not None
-        family = native_family(loss, has_reference, data.rating_gap is not None, found.logps, backend)
+        family = fused_family(loss, has_reference, data.rating_gap is not None, found.logps, backend)
     if family is None:
         sequences = Sequences(labels, ignore_index, cu_seqlens, group)
         gathered = pair_losses(found.logps.view(labels.shape), values, sequences, data, loss)
@@ -498,7 +503,7 @@ def _in_two_passes(
     bounds = _bounds(labels, cu_seqlens)
     like = found.logps.new_empty((bounds.shape[0] - 1) // 2)
     reduced, results = pair_epilogue(
-        found.logps, labels.reshape(-1), bounds, data, reduction.scale_of_pair(like), ignore_index, family
+        found.logps, labels.reshape(-1), bounds, data, reduction.scale_of_pair(like), ignore_index, family, backend
     )
     return reduced, Gathered(*results, values)
 
@@ -582,16 +587,37 @@ def _reference(hidden, weight, bias, ref_hidden, ref_weight, ref_bias):
     return ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach()
 
 
-def _spans(labels, cu_seqlens, lengths, device) -> Tensor | None:
-    """[sequences, 2] begins and ends on the host, where the caller had them there and the work is elsewhere."""
-    if _native.device_kind(device) == "cpu":
-        return None
-    if cu_seqlens is not None and _native.device_kind(cu_seqlens) == "cpu":
-        return torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], 1).long()
-    if lengths is not None and _native.device_kind(lengths) == "cpu":
-        begin = torch.arange(labels.shape[0]) * labels.shape[1]
-        return torch.stack([begin, begin + lengths.clamp(0, labels.shape[1])], 1)
-    return None
+class _Layout(NamedTuple):
+    """Integers where the labels are."""
+
+    cu_seqlens: Tensor | None  # [sequences + 1]
+    lengths: Tensor | None  # [sequences]
+    kept: Tensor | None = None  # as Tokens has them
+    kept_bounds: Tensor | None = None
+    kept_bounds_there: Tensor | None = None  # the same, where the labels are
+
+
+def _layout_there(labels, cu_seqlens, lengths, may_keep: bool) -> _Layout:
+    """The caller's cu_seqlens or lengths; and, where it was on the host and the labels are not, the rows between, which
+    may be kept whether they count or not: all in one upload."""
+    given = lengths if cu_seqlens is None else cu_seqlens
+    if given is None:
+        return _Layout(None, None)
+    if not may_keep or _native.device_kind(given) != "cpu" or _native.device_kind(labels) == "cpu":
+        there, kept = given.to(labels.device).long(), ()
+    else:
+        given = given.long()
+        if cu_seqlens is None:
+            inside = torch.arange(labels.shape[1], device=given.device) < given.unsqueeze(1)
+            index = torch.argsort(~inside.flatten(), stable=True)  # those inside come first
+            bounds = torch.nn.functional.pad(inside.sum(1).cumsum(0), (1, 0))
+        else:
+            index, bounds = torch.arange(labels.shape[0], device=given.device), given
+        parts = index, bounds, given
+        uploaded = torch.cat(parts).to(labels.device, non_blocking=True)
+        index, bounds_there, there = uploaded.split([part.shape[0] for part in parts])
+        kept = index, bounds, bounds_there
+    return _Layout(None, there, *kept) if cu_seqlens is None else _Layout(there, None, *kept)
 
 
 def _without_prefix(labels, shared_prefix, cu_seqlens, sequences, loss: Loss, ignore_index) -> Tensor:

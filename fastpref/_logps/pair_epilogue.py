@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import _autograd, _library, _native, operators
-from fastpref._logps.pairs import Family, Loss, PairData, host_numbers, logistic_family
+from fastpref import _autograd, _native, operators
+from fastpref._logps import preference_triton
+from fastpref._logps.pairs import Family, Loss, PairData, fused_backend, host_numbers, logistic_family
 
 
 class PairResults(NamedTuple):
@@ -27,11 +28,9 @@ class PairResults(NamedTuple):
         return PairResults(*vectors, scale.new_empty(2 * pairs, dtype=torch.int64))
 
 
-def native_family(loss: Loss, has_reference: bool, has_rating: bool, like: Tensor, backend: str) -> Family | None:
+def fused_family(loss: Loss, has_reference: bool, has_rating: bool, like: Tensor, backend: str) -> Family | None:
     """None where torch on vectors takes the epilogue of log-probs of like's dtype and device."""
-    if like.dtype != torch.float32 or backend not in ("", "native"):
-        return None
-    if _library.native_reason(_native.device_kind(like)) is not None:
+    if like.dtype != torch.float32 or fused_backend(_native.device_kind(like), backend) is None:
         return None
     return logistic_family(loss, has_reference, has_rating)
 
@@ -46,6 +45,7 @@ def write_pairs(
     scale: Tensor,
     ignore_index: int,
     family: Family,
+    backend: str,
 ) -> Tensor:
     """Writes the pairs [begin, end) of `out`, whose tokens are [rows]; returns the gradient by each of them of the sum
     of `scale` times the losses.
@@ -53,9 +53,6 @@ def write_pairs(
     bounds: [2 (end - begin) + 1] where the sequences begin among these rows, the chosen ones first. All floats are
     float32; data.ref_token_logps is of these rows, the rest of data and scale of all pairs.
     """
-    core = _native._core
-    numbers = core.LogisticFamily(*family.numbers, family.drop_square)
-    args = core.PairEpilogue(ignore_index, token_logps.shape[0], *pairs, scale.shape[0], numbers)
     gradient = torch.zeros_like(token_logps)  # of rows that are of no sequence
     tensors = {
         "token_logps": token_logps,
@@ -68,8 +65,15 @@ def write_pairs(
         "token_grad": gradient,
     }
     tensors = {name: t.contiguous() for name, t in tensors.items() if t is not None} | out._asdict()
+    device = _native.device_kind(token_logps)
+    if fused_backend(device, backend) == "triton":
+        preference_triton.pair_epilogue(tensors, pairs, ignore_index, *family)
+        return gradient
+    core = _native._core
+    numbers = core.LogisticFamily(*family.numbers, family.drop_square)
+    args = core.PairEpilogue(ignore_index, token_logps.shape[0], *pairs, scale.shape[0], numbers)
     _native.set_addresses(args, tensors)
-    if _native.device_kind(token_logps) == "cuda":
+    if device == "cuda":
         with _native.guard(token_logps):
             core.preference_pairs_cuda(args, _native.stream(token_logps))
     else:
@@ -82,7 +86,7 @@ def write_pairs(
 
 def _fwd(
     token_logps, labels, bounds, ref_token_logps, ref_logps, rating_gap, scale_of_pair, ignore_index, numbers,
-    drop_square,
+    drop_square, backend,
 ):  # fmt: skip
     out = PairResults.empty(scale_of_pair)
     floats = (None if t is None else t.float() for t in (ref_token_logps, ref_logps, rating_gap))
@@ -97,13 +101,14 @@ def _fwd(
         scale_of_pair,
         ignore_index,
         family,
+        backend,
     )
     return (out.losses * scale_of_pair).sum(), *out, gradient
 
 
 def _fwd_fake(
     token_logps, labels, bounds, ref_token_logps, ref_logps, rating_gap, scale_of_pair, ignore_index, numbers,
-    drop_square,
+    drop_square, backend,
 ):  # fmt: skip
     return scale_of_pair.new_empty(()), *PairResults.empty(scale_of_pair), torch.empty_like(token_logps)
 
@@ -111,10 +116,10 @@ def _fwd_fake(
 @_autograd.cache_signature
 class _PairEpilogue(torch.autograd.Function):
     @staticmethod
-    def forward(token_logps, labels, bounds, data, scale, ignore_index, numbers, drop_square):
+    def forward(token_logps, labels, bounds, data, scale, ignore_index, numbers, drop_square, backend):
         references = data[:3]
         return operators.pair_epilogue(
-            token_logps, labels, bounds, *references, scale, ignore_index, numbers, drop_square
+            token_logps, labels, bounds, *references, scale, ignore_index, numbers, drop_square, backend
         )
 
     @staticmethod
@@ -138,10 +143,13 @@ def pair_epilogue(
     scale: Tensor,
     ignore_index: int,
     family: Family,
+    backend: str,
 ) -> tuple[Tensor, PairResults]:
     """The sum of `scale` times the losses, differentiable in token_logps [tokens], and what it is made of."""
     data = PairData(*(None if t is None else t.detach() for t in data))
     numbers = host_numbers(family.numbers)
-    found = _PairEpilogue.apply(token_logps, labels, bounds, data, scale, ignore_index, numbers, family.drop_square)
+    found = _PairEpilogue.apply(
+        token_logps, labels, bounds, data, scale, ignore_index, numbers, family.drop_square, backend
+    )
     loss, *results, _gradient = found
     return loss, PairResults(*results)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import _autograd, _checks, losses
+from fastpref import _autograd, _checks, _library, losses
 from fastpref._logps.sequences import Sequences
 from fastpref._logps.token_logps import STATS
 
@@ -161,6 +161,15 @@ def logistic_family(loss: Loss, has_reference: bool, has_rating: bool) -> Family
         return None
     *numbers, drop_square = record
     return Family([loss.reward_scale(), *numbers], drop_square)
+
+
+FUSED_BACKENDS = {"native": _library.native_reason, "triton": _library.triton_reason}
+
+
+def fused_backend(device: str, backend: str) -> str | None:
+    """The one asked for, or for "" the fastest, of those that run the fused family; None: no such one serves here."""
+    serving = (name for name, reason in FUSED_BACKENDS.items() if backend in ("", name) and reason(device) is None)
+    return next(serving, None)
 
 
 def host_numbers(values: Sequence[float]) -> Tensor:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from fastpref import _checks, _library, _native, losses
+from fastpref._logps.token_logps import native_workspace
 
 CPU_TILE_BYTES = 80 << 20
 CUDA_TILE_ROWS = 2048  # below, reading and writing the weight gradient per group costs more than its product
@@ -243,7 +244,10 @@ def plan(
     if trained and bias_grad:
         gradients += vocab_size * 4
     cast = weight_bytes * item if accumulator != item else 0
-    predicted = vectors + gradients + max(tile + copies, cast)
+    fold = _fold_bytes(product, dtype, largest, vocab_size, stats, device, backend) + copies
+    if kind != "recompute":  # whose forward has no gradients yet
+        fold += gradients
+    predicted = vectors + max(gradients + max(tile + copies, cast), fold)
     return Plan(kind, gemms, largest, len(pieces.sizes), _describe(product, dtype, logits_dtype), predicted)
 
 
@@ -286,6 +290,15 @@ def _tile_bytes(
         workspaces.append(core.linear_logps_weight_grad_workspace(rows, hidden_size, threads))
     tile = 0 if kind == "score" else _native.padded_rows(rows) * vocab_size * per_logit
     return tile + max(workspaces)
+
+
+def _fold_bytes(product, dtype, rows, vocab_size, stats, device, backend) -> int:
+    """The logits of the largest tile with the workspace of the kernel that folds them, on a GPU."""
+    native = device == "cuda" and backend in ("", "native") and _library.native_reason(device) is None
+    if not native or dtype not in _native.DTYPE_CODES:
+        return 0
+    dtype = torch.float32 if product in ("out_dtype", "upcast") else dtype
+    return rows * vocab_size * dtype.itemsize + native_workspace(rows, vocab_size, dtype, stats)
 
 
 def _describe(product: str, dtype: torch.dtype, logits_dtype) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastpref import _autograd, _checks, _library, _native, operators
 from fastpref._logps import preference_triton
 from fastpref._logps.pairs import (
+    FUSED_BACKENDS,
     Family,
     Gathered,
     Loss,
@@ -31,6 +32,7 @@ from fastpref._logps.pairs import (
     SequenceSums,
     check_pairs,
     check_reference,
+    fused_backend,
     host_numbers,
     logistic_family,
     pair_losses,
@@ -245,18 +247,7 @@ def _native_bwd(
 
 # ---- operators: the backend is chosen here, on real tensors ----
 
-_library.OPS["preference_loss"] = {
-    "native": _library.native_reason,
-    "triton": _library.triton_reason,
-    "torch": _library.reference_reason,
-}
-
-
-def _fused_backend(device: str, backend: str) -> str | None:
-    """The one asked for, or for "" the fastest, of those that run the fused family; None: no such one serves here."""
-    reasons = _library.OPS["preference_loss"]
-    serving = (name for name in ("native", "triton") if backend in ("", name) and reasons[name](device) is None)
-    return next(serving, None)
+_library.OPS["preference_loss"] = {**FUSED_BACKENDS, "torch": _library.reference_reason}
 
 
 class _Chosen(NamedTuple):
@@ -268,7 +259,7 @@ class _Chosen(NamedTuple):
 
 def _choose(logits: Tensor, layout: _Layout, ignore_index: int, backend: str) -> _Chosen:
     device = _native.device_kind(logits)
-    name = _fused_backend(device, backend)
+    name = fused_backend(device, backend)
     if name is None:  # a saved program on a machine that lacks what its own had
         reasons = {name: reason(device) for name, reason in _library.OPS["preference_loss"].items()}
         raise RuntimeError(f"no backend of preference_fwd serves {device} tensors here: {reasons}")
@@ -542,7 +533,7 @@ def preference_loss(
 
 def _can_fuse(logits: Tensor, ref_logits: Tensor | None, backend: str | None) -> bool:
     return (
-        _fused_backend(_native.device_kind(logits), backend or "") is not None
+        fused_backend(_native.device_kind(logits), backend or "") is not None
         and logits.dtype in _native.DTYPE_CODES
         and (ref_logits is None or ref_logits.dtype in _native.DTYPE_CODES)
     )

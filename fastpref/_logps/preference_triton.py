@@ -3,12 +3,14 @@
 Three launches: token_logps' own forward, of the policy's rows and the reference's; the sums of each sequence; and, in
 one program, pair losses, their reduction and the coefficients of the backward, which is token_logps' own too. A fourth
 sums the tails, for a loss on part of the completion. Sums are in float64 and in a fixed order: a sequence has the same
-ones padded or packed, and in any batch.
+ones padded or packed, and in any batch. For log-probs that come from hidden states, sums, pair losses and the gradient
+of every token are one launch.
 """
 
 import struct
 
 import torch
+from torch import Tensor
 
 from fastpref import _native
 from fastpref._logps import columns
@@ -47,6 +49,22 @@ if triton is not None:
         if ref_token_logps_ptr is not None:
             ratio = logp - tl.load(ref_token_logps_ptr + row, mask=mask, other=0.0).to(tl.float64)
         return logp, ratio
+
+    @triton.jit
+    def _pair_loss(chosen, rejected, gap, beta, a, b, c, m0, m1, offset, DROP_SQUARE: tl.constexpr):
+        # pair_loss of csrc/preference.h: the loss, and its slope by the difference of the log-ratios
+        L = beta * (chosen.to(tl.float64) - rejected.to(tl.float64))
+        rated = gap == gap
+        g = tl.where(rated, gap, 0.0).to(tl.float64)
+        square = tl.where(rated, c, 0.0) if DROP_SQUARE else c
+        # a term with weight 0 is left out: 0 * inf would not be 0
+        z = tl.where(offset != 0.0, L - offset * g, L)
+        error = L - tl.where(m1 != 0.0, m0 + m1 * g, m0)
+        loss = tl.where(a != 0.0, a * _softplus(-z), 0.0) + tl.where(b != 0.0, b * _softplus(z), 0.0)
+        loss += tl.where(square != 0.0, 0.5 * square * error * error, 0.0)
+        slope = tl.where(b != 0.0, b * _sigmoid(z), 0.0) - tl.where(a != 0.0, a * _sigmoid(-z), 0.0)
+        slope += tl.where(square != 0.0, square * error, 0.0)
+        return loss, beta * slope
 
     @triton.jit(do_not_specialize=["rows", "tokens", "V", "shift", "ignore_index"])
     def _sequence_kernel(
@@ -230,20 +248,8 @@ if triton is not None:
             if rating_gap_ptr is not None:
                 gap = tl.load(rating_gap_ptr + pair, mask=mask, other=0.0)
                 unrated += (gap != gap).to(tl.int32)
-            rated = gap == gap
-
-            # pair_loss of csrc/preference.h
-            L = beta * (chosen.to(tl.float64) - rejected.to(tl.float64))
-            g = tl.where(rated, gap, 0.0).to(tl.float64)
-            square = tl.where(rated, c, 0.0) if DROP_SQUARE else c
-            # a term with weight 0 is left out: 0 * inf would not be 0
-            z = tl.where(offset != 0.0, L - offset * g, L)
-            error = L - tl.where(m1 != 0.0, m0 + m1 * g, m0)
-            loss = tl.where(a != 0.0, a * _softplus(-z), 0.0) + tl.where(b != 0.0, b * _softplus(z), 0.0)
-            loss = (loss + tl.where(square != 0.0, 0.5 * square * error * error, 0.0)).to(tl.float32)
-            slope = tl.where(b != 0.0, b * _sigmoid(z), 0.0) - tl.where(a != 0.0, a * _sigmoid(-z), 0.0)
-            slope = (beta * (slope + tl.where(square != 0.0, square * error, 0.0))).to(tl.float32)
-
+            loss, slope = _pair_loss(chosen, rejected, gap, beta, a, b, c, m0, m1, offset, DROP_SQUARE)
+            loss, slope = loss.to(tl.float32), slope.to(tl.float32)
             weight = _weights(pair_weights_ptr, pair, mask)
             weighted = weight * loss.to(tl.float64)
             coefficient = (slope.to(tl.float64) * (weight / divisor)).to(tl.float32)
@@ -290,6 +296,124 @@ if triton is not None:
         else:
             weight = tl.load(pair_weights_ptr + pair, mask=mask, other=0.0).to(tl.float64)
         return weight
+
+    # ---- the epilogue alone, behind log-probs of tokens: a program per pair ----
+
+    @triton.jit
+    def _finish_sequence(
+        token_logps_ptr,
+        ref_token_logps_ptr,
+        ref_logps_ptr,
+        labels_ptr,
+        logps_ptr,
+        ratios_ptr,
+        counted_ptr,
+        sequence,
+        begin,
+        length,
+        ignore_index,
+        BLOCK: tl.constexpr,
+    ):
+        # writes the sums of the rows [begin, begin + length), every BLOCK-th added up by one lane; -> log-ratio
+        logps = tl.zeros([BLOCK], tl.float64)
+        ratios = tl.zeros([BLOCK], tl.float64)
+        counted = tl.zeros([BLOCK], tl.int32)
+        for first in range(0, length, BLOCK):
+            token = first + tl.arange(0, BLOCK)
+            row = begin + token
+            inside = token < length
+            counts = inside & (tl.load(labels_ptr + row, mask=inside, other=0) != ignore_index)
+            logp = tl.load(token_logps_ptr + row, mask=counts, other=0.0).to(tl.float64)
+            ref = tl.zeros([BLOCK], tl.float64)
+            if ref_token_logps_ptr is not None:
+                ref = tl.load(ref_token_logps_ptr + row, mask=counts, other=0.0).to(tl.float64)
+            logps += logp
+            ratios += logp - ref
+            counted += counts.to(tl.int32)
+        logp = tl.sum(logps, 0)
+        ratio = tl.sum(ratios, 0)
+        if ref_logps_ptr is not None:
+            ratio = logp - tl.load(ref_logps_ptr + sequence).to(tl.float64)
+        ratio = ratio.to(tl.float32)
+        tl.store(logps_ptr + sequence, logp.to(tl.float32))
+        tl.store(ratios_ptr + sequence, ratio)
+        tl.store(counted_ptr + sequence, tl.sum(counted, 0).to(tl.int64))
+        return ratio
+
+    @triton.jit
+    def _write_token_grad(token_grad_ptr, labels_ptr, begin, length, grad, ignore_index, BLOCK: tl.constexpr):
+        for first in range(0, length, BLOCK):
+            token = first + tl.arange(0, BLOCK)
+            row = begin + token
+            inside = token < length
+            label = tl.load(labels_ptr + row, mask=inside, other=0)
+            tl.store(token_grad_ptr + row, tl.where(label == ignore_index, 0.0, grad), mask=inside)
+
+    @triton.jit(
+        do_not_specialize=[
+            "rows",
+            "first_pair",
+            "pairs",
+            "ignore_index",
+            "beta",
+            "a",
+            "b",
+            "c",
+            "m0",
+            "m1",
+            "offset",
+        ]
+    )
+    def _pair_kernel(
+        token_logps_ptr,  # [rows] fp32
+        ref_token_logps_ptr,  # [rows] fp32; or None
+        ref_logps_ptr,  # [2 pairs] fp32; or None
+        labels_ptr,  # [rows] int64
+        bounds_ptr,  # [2 programs + 1] int64: where sequences begin among the rows, first the programs' chosen ones
+        rating_gap_ptr,  # [pairs] fp32; or None
+        scale_of_pair_ptr,  # [pairs] fp32
+        losses_ptr,  # [pairs] fp32
+        logps_ptr,  # [2 pairs] fp32
+        ratios_ptr,  # [2 pairs] fp32: policy - reference
+        counted_ptr,  # [2 pairs] int64
+        token_grad_ptr,  # [rows] fp32; rows of no sequence are left as they are
+        rows,
+        first_pair,  # of the programs
+        pairs,
+        ignore_index,
+        beta: tl.int64,  # these are float64's bits
+        a: tl.int64,
+        b: tl.int64,
+        c: tl.int64,
+        m0: tl.int64,
+        m1: tl.int64,
+        offset: tl.int64,
+        DROP_SQUARE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        program = tl.program_id(0)
+        pair = first_pair + program
+        begin, length = columns.sequence_at(bounds_ptr, program, rows, 0)
+        begin2, length2 = columns.sequence_at(bounds_ptr, tl.num_programs(0) + program, rows, 0)
+        chosen = _finish_sequence(
+            token_logps_ptr, ref_token_logps_ptr, ref_logps_ptr, labels_ptr, logps_ptr, ratios_ptr, counted_ptr,
+            pair, begin, length, ignore_index, BLOCK,
+        )  # fmt: skip
+        rejected = _finish_sequence(
+            token_logps_ptr, ref_token_logps_ptr, ref_logps_ptr, labels_ptr, logps_ptr, ratios_ptr, counted_ptr,
+            pairs + pair, begin2, length2, ignore_index, BLOCK,
+        )  # fmt: skip
+        gap = tl.full((), columns.NAN, tl.float32)
+        if rating_gap_ptr is not None:
+            gap = tl.load(rating_gap_ptr + pair)
+        loss, slope = _pair_loss(
+            chosen, rejected, gap, _double(beta), _double(a), _double(b), _double(c), _double(m0), _double(m1),
+            _double(offset), DROP_SQUARE,
+        )  # fmt: skip
+        tl.store(losses_ptr + pair, loss.to(tl.float32))
+        grad = (slope * tl.load(scale_of_pair_ptr + pair).to(tl.float64)).to(tl.float32)
+        _write_token_grad(token_grad_ptr, labels_ptr, begin, length, grad, ignore_index, BLOCK)
+        _write_token_grad(token_grad_ptr, labels_ptr, begin2, length2, -grad, ignore_index, BLOCK)
 
 
 _SEQUENCE_BLOCK, _SEQUENCE_THREADS = 1024, 256
@@ -383,4 +507,39 @@ def forward(logits, layout, pairs, reduction, transform: Transform, stats, famil
         BLOCK=_BATCH_BLOCK,
         num_warps=_BATCH_THREADS // warp_size,
         **options,
+    )
+
+
+def pair_epilogue(
+    tensors: dict[str, Tensor], pairs: tuple[int, int], ignore_index: int, numbers: list[float], drop_square: bool
+) -> None:
+    """csrc/preference.h's PairEpilogue of the pairs [begin, end): `tensors` has its arrays by their names."""
+    begin, end = pairs
+    if begin == end:
+        return
+    token_logps, scale_of_pair = tensors["token_logps"], tensors["scale_of_pair"]
+    _native.launch_triton(
+        _pair_kernel,
+        (end - begin,),
+        token_logps,
+        tensors.get("ref_token_logps"),
+        tensors.get("ref_logps"),
+        tensors["labels"],
+        tensors["bounds"],
+        tensors.get("rating_gap"),
+        scale_of_pair,
+        tensors["losses"],
+        tensors["logps"],
+        tensors["logratios"],
+        tensors["lengths"],
+        tensors["token_grad"],
+        token_logps.shape[0],
+        begin,
+        scale_of_pair.shape[0],
+        ignore_index,
+        *map(_bits, numbers),
+        DROP_SQUARE=drop_square,
+        BLOCK=_SEQUENCE_BLOCK,
+        num_warps=_SEQUENCE_THREADS // _native.warp_size(token_logps),
+        enable_fp_fusion=False,  # whose default changes from one Triton to the next
     )

@@ -18,7 +18,7 @@ from fastpref._logps.plan import (
     rows_of_block,
     rows_of_tile,
 )
-from fastpref._logps.token_logps import token_logps_fwd, valid_labels, write_gradient
+from fastpref._logps.token_logps import invalid_labels, token_logps_fwd, valid_labels, write_gradient
 from fastpref._logps.transform import Transform
 
 # ---- which rows ----
@@ -36,10 +36,10 @@ class Rows:
     `overflow` tells, on the device, when there were too few.
     """
 
-    def __init__(self, index: Tensor, bounds: Tensor, labels: Tensor, ignore_index: int, capacity: int, spans: bool):
+    def __init__(self, index: Tensor, bounds: Tensor, labels: Tensor, ignore_index: int, capacity: int, kept: bool):
         self.index, self.bounds, self.padded = index, bounds.tolist(), capacity >= 0
         self.count = min(capacity, labels.shape[0]) if self.padded else self.bounds[-1]
-        self.ignore_index, self.unchecked = ignore_index, self.padded or spans
+        self.ignore_index, self.unchecked = ignore_index, self.padded or kept
         self.everything = not self.padded and self.count == labels.shape[0]
         self.labels = labels if self.everything else labels.index_select(0, index[: self.count])
         if self.padded:  # padding lies behind, and holds the index of a row that may well count
@@ -72,19 +72,18 @@ def take_rows(tensor: Tensor, where: slice | Tensor) -> Tensor:
     return tensor[where] if isinstance(where, slice) else tensor.index_select(0, where)
 
 
-def active_rows(labels, ignore_index, cu_seqlens, spans, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+def active_rows(
+    labels, ignore_index, cu_seqlens, kept, kept_bounds, capacity: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """index [N], of which the leading entries are the tokens that count, and bounds [S + 1] of the sequences there, or
     without cu_seqlens how many they are, [1]. cu_seqlens must rise, and end within the tokens.
 
-    bounds is on the host: by one copy of its integers, unless the caller has `spans`, [S, 2] begins and ends of the
-    sequences on the host (whose ignored tokens are then kept), or a capacity (then it is empty). The same bounds on
-    the device come third.
+    bounds is on the host: by one copy of its integers, unless the caller has chosen rows itself, as the operators take
+    them, or has a capacity (then it is empty). The same bounds on the device come third.
     """
+    if kept is not None:
+        return kept.clone(), kept_bounds.clone(), cu_seqlens  # an operator returns none of its inputs
     tokens = labels.shape[0]
-    if spans is not None and capacity < 0:
-        index = torch.cat([torch.arange(begin, end) for begin, end in spans.tolist()] + [torch.zeros(tokens).long()])
-        bounds = torch.nn.functional.pad((spans[:, 1] - spans[:, 0]).cumsum(0), (1, 0))
-        return index[:tokens].to(labels.device, non_blocking=True), bounds, bounds.to(labels.device, non_blocking=True)
     counted = labels != ignore_index
     before, index = (torch.zeros(tokens + 1, dtype=torch.int64, device=labels.device) for _ in range(2))
     torch.cumsum(counted, 0, out=before[1:])
@@ -278,7 +277,9 @@ class Head:
             hit = (label.amax(0) >= largest.amax(0)).double()
             values = torch.stack([total - mean_z, squared, (mean * sizes).sum(0) / sizes.sum(), hit]).float()
         ignored = labels == self.ignore_index
-        return tuple(v.masked_fill(ignored, 0) for v in (logps.to(dtype), torch.stack([hi, lo]), values))
+        of_no_shard = invalid_labels(labels, sum(self.shard.sizes), self.ignore_index)
+        found = logps.to(dtype), torch.stack([hi, lo]), values
+        return tuple(v.masked_fill(of_no_shard, torch.nan).masked_fill(ignored, 0) for v in found)
 
     def _shares(self, labels: Tensor) -> Tensor:
         """Of this shard, float64 [2, rows]: log-sum-exp without the target, target; [8, rows] with what stats need."""

@@ -77,9 +77,14 @@ def _reference_blocks(rows: Tensor):
             yield i, slice(begin, min(begin + step, inner))
 
 
+def invalid_labels(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
+    """Where they are neither columns nor ignored."""
+    return ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
+
+
 def valid_labels(labels: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Labels safe to index with, and where they were neither valid nor ignored (raises there on CPU)."""
-    invalid = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
+    invalid = invalid_labels(labels, vocab, ignore_index)
     if _native.device_kind(labels) == "cpu" and invalid.any():
         position = int(invalid.flatten().nonzero()[0])
         raise ValueError(
@@ -552,6 +557,15 @@ def _native_fwd(rows, labels, transform: Transform, stats):
     else:
         _native._core.token_logps_fwd_cpu(args, torch.get_num_threads())
     return outputs
+
+
+def native_workspace(rows: int, vocab: int, dtype: torch.dtype, stats: bool) -> int:
+    """Bytes that the forward of [rows, vocab] takes on a GPU beside its outputs."""
+    core = _native._core
+    logits = core.LogitRows(0, _native.DTYPE_CODES[dtype], 1, rows, rows * vocab, vocab, vocab)
+    outputs = 0, 0, int(stats)  # no address is followed: one of stats says that there are some
+    args = core.TokenLogpsForward(logits, core.LogitTransform(1.0, 0.0), 0, 0, *outputs)
+    return core.token_logps_workspace_cuda(args)
 
 
 def native_backward(grad, rows, labels, logps, lse, transform: Transform, out):

@@ -1,5 +1,8 @@
 """linear_token_logps with its vocabulary, its rows or its weight on two ranks."""
 
+from pathlib import Path
+
+import pytest
 import torch
 from cases import TRANSFORMS
 from linear_logps_cases import TRAINED, cast, close, exact, make, project, run
@@ -110,6 +113,53 @@ def test_vocabulary_shards_equal_one_process(two_ranks, tmp_path):
             for part in parts:
                 for value, true_value in zip(part[1], true_values, strict=True):
                     torch.testing.assert_close(value, true_value, rtol=1e-5, atol=1e-5, msg=where)
+
+
+OF_NO_SHARD = """
+    import sys
+    sys.path.insert(0, TESTS)
+    from forced_cuda import devices
+
+    def launch(kernel, grid, *args, **options):
+        kernel[grid](*args, **options)
+
+    tensors, labels, grad = torch.load(f"{folder}/inputs.pt")
+    bounds = [0, 70, tensors["weight"].shape[0]]
+    mine = slice(*bounds[rank : rank + 2])
+    result = []
+    for dtype in (torch.float32, torch.float64):
+        for trained in ((), ("hidden",), ("hidden", "weight")):
+            for group, part in ((dist.group.WORLD, mine), (None, slice(None))):
+                hidden = tensors["hidden"].to(dtype, copy=True).requires_grad_("hidden" in trained)
+                weight = tensors["weight"][part].to(dtype, copy=True).requires_grad_("weight" in trained)
+                with devices(lambda place: "cuda", launch):
+                    logps, stats = fastpref.linear_token_logps(
+                        hidden, weight, labels, group=group, stats=STATS
+                    )
+                    if trained:
+                        logps.backward(grad.to(dtype))
+                result.append((logps.detach(), *stats, hidden.grad))
+"""
+
+
+def test_a_label_of_no_shard_is_nan_where_nobody_checks(two_ranks, tmp_path):
+    """On a GPU, as without shards: log-prob, stats and the gradient of that row."""
+    pytest.importorskip("triton")
+    tensors, labels = make((2, 4), 12, 101, torch.float32)
+    labels[0], labels[1, 0], labels[1, 2] = torch.tensor([101, 3, -1, 100]), -100, 1 << 40
+    torch.save((tensors, labels, torch.rand(2, 4) + 0.5), tmp_path / "inputs.pt")
+    invalid = ((labels < 0) | (labels >= 101)) & (labels != -100)
+    assert invalid.sum() == 3
+    for result in two_ranks(
+        OF_NO_SHARD.replace("TESTS", repr(str(Path(__file__).parents[1]))).replace("STATS", repr(ALL_STATS))
+    ):
+        for sharded, whole in zip(result[::2], result[1::2], strict=True):
+            for value, expected in zip(sharded[:-1], whole[:-1], strict=True):
+                assert torch.equal(value.isnan(), invalid)
+                torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+            if whole[-1] is not None:
+                assert torch.equal(sharded[-1].isnan().all(-1), invalid)
+                torch.testing.assert_close(sharded[-1], whole[-1], rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def test_ddp_and_dtensor_weights(two_ranks, tmp_path):

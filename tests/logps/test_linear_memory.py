@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
-from device_counts import Counts, counting, on_device
+from device_counts import WORKSPACE_BYTES, Counts, counting, on_device
 from forced_cuda import TOTAL_MEMORY, devices
 from torch.torch_version import TorchVersion
 
 import fastpref
+from fastpref import _native
 from fastpref._logps import plan as plan_module
 from fastpref._logps import tile
 
@@ -24,18 +25,18 @@ TILE = PAIRS * ACTIVE * VOCAB * 6  # of 16-bit inputs: half of the rows that cou
 TRAINED = {"score": (), "frozen": ("hidden",), "trained": ("hidden", "weight"), "head": ("weight",)}
 
 
-def step(dtype, trained, pairs, all_count, max_tile_bytes, backend=None) -> tuple[Counts, fastpref.Plan, list]:
-    """The counts, the plan and the gradients of one call and its backward."""
+def step(dtype, trained, pairs, all_count, max_tile_bytes, native=False) -> tuple[Counts, fastpref.Plan, list]:
+    """The counts, the plan and the gradients of one call and its backward. native: as in counting."""
     labels = torch.randint(0, VOCAB, (2 * PAIRS, TOKENS))
     if not all_count:
         labels[:, : TOKENS - ACTIVE] = -100
     inputs = torch.randn(2 * PAIRS, TOKENS, WIDTH), torch.randn(VOCAB, WIDTH) / WIDTH**0.5
     ref, upstream = on_device(torch.zeros(2 * PAIRS)), on_device(torch.ones(()))
     hidden, weight, labels = map(on_device, (*(t.to(dtype) for t in inputs), labels))
-    options = {"max_tile_bytes": max_tile_bytes, "backend": backend}
+    options = {"max_tile_bytes": max_tile_bytes}
     with counting():
         leaves = [{"hidden": hidden, "weight": weight}[name].requires_grad_() for name in trained]
-    with counting() as counts:
+    with counting(native) as counts:
         if pairs:
             loss = fastpref.linear_preference_loss(hidden, weight, labels, ref_logps=ref, **options).loss
         else:
@@ -69,8 +70,26 @@ def test_plan_counts_every_byte(case):
     dtype, trained, pairs, max_tile_bytes = CASES[case]
     all_count = pairs == (max_tile_bytes is None)
     counts, plan, _ = step(dtype, trained, pairs, all_count, max_tile_bytes)
+    assert_equal_bytes(counts, plan)
+
+
+def assert_equal_bytes(counts: Counts, plan: fastpref.Plan) -> None:
     assert counts.peak <= 1.002 * plan.predicted_bytes + 2048  # vectors of one number per sequence
     assert counts.peak >= 0.998 * plan.predicted_bytes - 2048
+
+
+@pytest.mark.skipif(_native._core is None, reason="there is no native core")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "tokens"])
+@pytest.mark.parametrize("trained", ["score", "trained"])
+def test_plan_counts_the_workspace_of_native_kernels(trained, pairs, dtype):
+    """It is there with the logits alone: not with 16 bits of gradient beside those of float32, nor with the weight's in
+    a backward that forms the logits again."""
+    counts, plan, _ = step(dtype, TRAINED[trained], pairs, pairs, None if pairs else TILE, native=True)
+    assert_equal_bytes(counts, plan)
+    without = step(dtype, TRAINED[trained], pairs, pairs, None if pairs else TILE)[1]
+    seen = trained == "score" or (dtype == torch.float32 and pairs)
+    assert plan.predicted_bytes - without.predicted_bytes == WORKSPACE_BYTES * seen
 
 
 @pytest.mark.parametrize("version", ["2.8.0", "2.9.1", "2.10.0"])

@@ -6,6 +6,8 @@ import torch
 from simulated import simulated
 
 import fastpref
+from fastpref._logps import token_logps
+from fastpref._logps.transform import Transform
 
 pytestmark = pytest.mark.usefixtures("core")
 
@@ -50,3 +52,13 @@ def test_matches_float64(trained, options, dtype):
     for gradient, true in zip(gradients, true_gradients, strict=True):
         size = true.abs().max()
         torch.testing.assert_close(gradient.double() / size, true / size, rtol=few, atol=few)
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@dtypes
+def test_the_workspace_that_plan_counts_is_what_a_tile_takes(core, dtype, stats):
+    for rows, vocab in ((1, 5), (33, 83), (40, 9001)):
+        logits, labels = torch.empty(1, rows, vocab, dtype=dtype), torch.zeros(1, rows, dtype=torch.long)
+        _outputs, args = token_logps.native_forward(logits, labels, Transform(), stats)
+        expected = core.token_logps_workspace_cuda(args)
+        assert token_logps.native_workspace(rows, vocab, dtype, stats) == expected > 0

@@ -32,6 +32,11 @@ def test_vectors():
     data = np.random.default_rng(0).integers(0, 2**32, (32, 4)).astype(np.uint32)
     code = """mad.wide.u32 %rd4, %r0, 16, %rd2; ld.global.nc.v4.u32 {%r2, %r3, %r4, %r5}, [%rd4]; st.global.v4.u32 [%rd1], {%r5, %r4, %r3, %r2};"""
     assert (lanes(code, 4, data) == data[:, ::-1]).all()
+    hints = """createpolicy.fractional.L2::evict_first.b64 %rd9; createpolicy.fractional.L2::evict_last.b64 %rd9, 0.5;
+      mad.wide.u32 %rd4, %r0, 16, %rd2;
+      ld.global.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%r2, %r3, %r4, %r5}, [%rd4], %rd9;
+      st.global.L1::no_allocate.L2::cache_hint.v4.u32 [%rd1], {%r5, %r4, %r3, %r2}, %rd9;"""
+    assert (lanes(hints, 4, data) == data[:, ::-1]).all()
     code = """mad.wide.u32 %rd4, %r0, 16, %rd2; ld.global.v2.u64 {%rd5, %rd6}, [%rd4]; st.global.v2.b64 [%rd1], {%rd6, %rd5};"""
     assert (lanes(code, 4, data) == data[:, [2, 3, 0, 1]]).all()
     code = """mad.wide.u32 %rd4, %r0, 16, %rd2; ld.global.v4.u8 {%h1, %h2, %h3, %h4}, [%rd4+4]; mov.b32 %r2, {%h1, %h4};

@@ -471,7 +471,7 @@ BUGS = {
     "an item handed out twice": ("claimed = warps + atomicAdd", "claimed = warps - 1 + atomicAdd", RACE + "|wrong"),
     "an item left out": ("claimed = warps + atomicAdd", "claimed = warps + 1 + atomicAdd", "wrong"),
     "a vector too far": ("!MASKED || left >= vec<T>) return", "!MASKED || left > 0) return", OUT),
-    "a column too far": ("!MASKED || e < left ? x[e]", "!MASKED || e <= left ? x[e]", OUT),
+    "a column too far": ("!MASKED || e < left ? x[OFFSET + e]", "!MASKED || e <= left ? x[OFFSET + e]", OUT),
     "target not excluded": ("(column == target) exclude<T>", "(column == target - 1) exclude<T>", "wrong"),
     "unaligned columns begin elsewhere": (
         "const int first = begin + threadIdx.x % warp * vec<T>;",

@@ -33,7 +33,7 @@ bool known_suffix(const string& s) {
       "expect_tx complete_tx init inval wait test_wait try_wait parity aligned sync to red popc up down "
       "bfly idx all any uni ballot warp wrap clamp l r shiftamt finite infinite number notanumber normal "
       "subnormal m16n8k4 m16n8k8 m16n8k16 m8n8 row col trans x1 x2 x4 tf32 b32 proxy mbarrier_init "
-      "launch_dependents b16 level::eviction_priority");
+      "launch_dependents b16 level::eviction_priority fractional");
   return known.count(s) || type_names.count(s) || s.rfind("L1::", 0) == 0 || s.rfind("L2::", 0) == 0 ||
          s.rfind("async::", 0) == 0 || s.rfind("alias", 0) == 0;
 }
@@ -176,6 +176,12 @@ bool Parser::decode_memory(Ins& i, const Suffixes& p) {
     if (i.v.size() != i.vec) fail("a vector of another size");
     if (space_of(p) == PARAM && i.space == LOCAL) i.cls = MEM_LOCAL;
     policy();
+    return true;
+  }
+  if (o == "createpolicy") {  // of the second cache, which has no effect here: any number will do
+    if (!has(p, "fractional")) fail("this form of createpolicy");
+    i.fn = alu_function(i, {"mov"}), i.d = operand(B64), i.s[0] = constant(0, 8);
+    if (take(",")) operand(F32);
     return true;
   }
   if (o == "atom" || o == "red") {
