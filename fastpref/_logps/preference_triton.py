@@ -323,12 +323,9 @@ if triton is not None:
             row = begin + token
             inside = token < length
             counts = inside & (tl.load(labels_ptr + row, mask=inside, other=0) != ignore_index)
-            logp = tl.load(token_logps_ptr + row, mask=counts, other=0.0).to(tl.float64)
-            ref = tl.zeros([BLOCK], tl.float64)
-            if ref_token_logps_ptr is not None:
-                ref = tl.load(ref_token_logps_ptr + row, mask=counts, other=0.0).to(tl.float64)
+            logp, ratio = _logps_and_ratios(token_logps_ptr, ref_token_logps_ptr, row, counts)
             logps += logp
-            ratios += logp - ref
+            ratios += ratio
             counted += counts.to(tl.int32)
         logp = tl.sum(logps, 0)
         ratio = tl.sum(ratios, 0)
