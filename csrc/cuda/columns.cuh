@@ -54,8 +54,8 @@ struct ReadOnly {
   }
 };
 
-// What nobody reads again, and this thread may overwrite: it leaves the second cache first. By a policy, which costs
-// two registers of the warp: ptxas refuses .L2::evict_first for less than 32 bytes.
+// What is not read again, and what this thread may overwrite: it leaves the second cache first. By a policy, which
+// costs two registers of the warp: ptxas refuses .L2::evict_first for less than 32 bytes.
 struct LastRead {
   uint64_t policy;
   __device__ LastRead() { asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy)); }
