@@ -39,6 +39,7 @@ class Row(NamedTuple):
     lengths: list[int] | None
     truncated: list[bool] | None  # null is False
     prompt_id: str | None
+    carried: dict[str, object] = {}  # noqa: RUF012  columns for the output, as they came
 
 
 def score_fields(row) -> tuple[str, ...] | None:

@@ -1,6 +1,6 @@
 """Samples and columns of pairs in memory: numbers with the texts left in their file, or everything at once."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +40,10 @@ class Samples:
     problems: list[RowProblem]
     fields: Fields  # as they were read
     stamp: tuple[int, int]  # size in bytes and time of change of the file, in ns
+    published: bool = False  # pairs: the first response of every prompt is the published chosen one, of two
+    scored: bool = True  # False: published pairs without scores
+    strength: np.ndarray | None = None  # float64 [prompts], published strength of the preference; NaN = none
+    beside: dict[str, np.ndarray] = field(default_factory=dict)  # like scores: columns of numbers not asked for
 
     @property
     def prompts(self) -> int:

@@ -63,7 +63,7 @@ def write_outputs(state: State, config, progress=None) -> tuple[dict, dict]:
     """Writes every output. Returns the columns of all rows, and the summary."""
     samples, options = state.samples, config.write
     columns = row_columns(state, config)
-    scale = _rating_scale(columns["score_chosen"] - columns["score_rejected"], options.beta)
+    scale = _rating_scale(columns["margin"], options.beta)
     rewrite = None
     if options.easy_to_hard:
         easiest_first = np.argsort(columns["easy_to_hard"], kind="stable")
@@ -112,9 +112,12 @@ def _take_rows(columns, which) -> dict:
 
 def _with_goals(columns, config) -> tuple[dict, Callable]:
     """Goal-conditioned rows, and what writes the goals into their prompts."""
+    if "score_chosen" not in columns:
+        raise InputError(f"write.goals states scores, and {config.input} has none")
     records = goals.goal_records(columns, half=config.write.goals == "half", seed=config.seed)
     del records["pair"]
     swapped = records["goal_swapped"]
+    del records["margin"]  # it is that of the scores, which are swapped
     for name in records:
         if name.startswith("margin_"):
             records[name] = np.where(swapped, -records[name], records[name])
@@ -134,6 +137,7 @@ def _with_goals(columns, config) -> tuple[dict, Callable]:
 
 
 def _rating_scale(gap, beta) -> dict | None:
+    gap = gap[~np.isnan(gap)]
     if not (gap != 0).any():
         return None
     return {"beta": beta, "pairs": len(gap), **of_gaps(gap, beta)._asdict()}
@@ -150,19 +154,27 @@ def row_columns(state: State, config) -> dict[str, object]:
     def both(column, end=""):
         columns.update({f"score_{side}{end}": column[place] for side, place in at.items()})
 
-    as_read = linear_scores(samples, primary)
-    both(as_read)
-    if any((state.score[place] != as_read[place]).any() for place in at.values()):
-        both(state.score, "_used")  # the mean of copies, or replaced, or without the slope of length
-    if primary.scale != "raw" or len(samples.scores) > 1:
-        for field, column in samples.scores.items():
-            both(column, f"_{field}")
+    if primary is None:
+        columns["margin"] = state.margins()[kept]
+    else:
+        as_read = linear_scores(samples, primary)
+        both(as_read)
+        columns["margin"] = np.subtract(*(as_read[place] for place in at.values()))
+        if any(not np.array_equal(state.score[place], as_read[place], equal_nan=True) for place in at.values()):
+            both(state.score, "_used")  # the mean of copies, or replaced, or without the slope of length
+        if primary.scale != "raw" or len(samples.scores) > 1:
+            for field, column in samples.scores.items():
+                both(column, f"_{field}")
+    if samples.strength is not None:
+        columns["margin"] = np.where(np.isnan(columns["margin"]), state.margins()[kept], columns["margin"])
     for known in ("n_pool", "z_chosen", "z_rejected", "rank_rejected"):
-        columns[known] = state.pairs[known][kept]
+        if known in state.pairs:
+            columns[known] = state.pairs[known][kept]
     made = state.summaries["construct"]
     columns["rule"] = made["rule"]
-    field = primary.declaration
-    columns["scale"] = field if made["scale"] == "raw" else f"{field}, {made['scale']}"
+    if primary is not None:
+        field = primary.declaration
+        columns["scale"] = field if made["scale"] == "raw" else f"{field}, {made['scale']}"
     columns["reason"] = PairReason.KEPT.name.lower()
     columns["route"] = np.array([route.name.lower() for route in Route], object)[state.pairs["route"][kept]]
     further = [known for known in state.pairs if known.startswith(("margin_", "p_", "select_", "easy_"))]
