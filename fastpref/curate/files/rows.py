@@ -29,6 +29,7 @@ class Fields(NamedTuple):
     scores: tuple[str, ...] | None = None  # None: no row has said yet, see `score_fields`
     source: str | None = None
     length: str | None = None
+    carried: tuple[str, ...] = ()  # columns that rows hand to the output as they are
 
 
 class Row(NamedTuple):

@@ -10,6 +10,7 @@ from fastpref._build import version
 from fastpref._rating_scale import of_gaps
 from fastpref.curate import goals
 from fastpref.curate.files import writing as files
+from fastpref.curate.files.formats import FORMATS
 from fastpref.curate.hygiene import split_of
 from fastpref.curate.pipeline.options import Options, check_positive, choice
 from fastpref.curate.pipeline.scores import linear_scores, primary_field
@@ -22,7 +23,7 @@ GOALS = ("none", "both", "half")
 
 @dataclass(frozen=True)
 class WriteOptions(Options):
-    format: str = choice("trl", files.FORMATS)
+    format: str = choice("trl", FORMATS)
     sft: str | None = None  # file of the rows routed to SFT; without one they stay in the output, by their route
     test: str | None = None  # file of the prompts held out
     test_share: float = 0.0
@@ -48,15 +49,25 @@ def check_outputs(config) -> None:
     outputs = [path for path in (config.output, write.sft, write.test, write.bad_rows) if path is not None]
     inputs = [path for path in (config.input, config.read.implicit, *config.hygiene.decontaminate) if path is not None]
     for index, path in enumerate(outputs):
-        if path != write.bad_rows and not path.endswith(files.ENDINGS):
-            raise InputError(f"the output must end in {', '.join(files.ENDINGS)}, got {path}")
-        if not os.access(folder := os.path.dirname(path) or ".", os.W_OK):
-            raise InputError(f"cannot write {path}: the folder {folder} is not there or cannot be written")
+        if path != write.bad_rows:
+            files.check_ending(path, write.format)
+        _check_folder(path)
         if os.path.exists(path) and not os.path.isfile(path):
-            raise InputError(f"cannot write {path}: it is no regular file")
+            raise InputError(f"cannot write {path}: it is not a regular file")
         for other in [*inputs, *outputs[:index]]:
             if os.path.realpath(path) == os.path.realpath(other):
                 raise InputError(f"{path} would overwrite {'an input' if other in inputs else 'another output'}")
+
+
+def _check_folder(path) -> None:
+    """Raises InputError where the folder of a file can neither be written nor made."""
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise InputError(f"cannot write {path}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write {path}: the folder {folder} must not be written")
 
 
 def write_outputs(state: State, config, progress=None) -> tuple[dict, dict]:
