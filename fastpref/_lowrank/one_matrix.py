@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref._lowrank.annealing import CLIP, FINEST
+from fastpref._lowrank.determined import Observed, Parts, everything, find_parts, one_plainly
 from fastpref._lowrank.noise import EXACT, MAD, MISFIT, OUTLIER, outlier_bound
 from fastpref._lowrank.outliers import OutlierList, outlier_counts, outliers
 from fastpref._lowrank.residual_pass import histogram_mean, histogram_median, residual_pass
-from fastpref._lowrank.storage import factor_dtype
+from fastpref._lowrank.storage import factor_dtype, row_blocks
 
 SMALL = 1e-6  # sizes of the largest entry, or their inverses, from which a matrix is rescaled
 
@@ -71,6 +72,25 @@ class OneMatrix:
         found = self.outlier_counts(*self.thin(0), torch.inf)
         return found.row_observed, found.column_observed
 
+    def parts(self, rank: int) -> Parts:
+        """What the entries determine of a fit of this rank; of this rank's rows, and the columns."""
+        skew = self.structure == "skew"
+        if self.observed >= self._entries():
+            return everything(self.matrix)
+        rows, columns = self.observed_lines()
+        if self.group is None and one_plainly(rows, columns, rank, skew):
+            return everything(self.matrix)
+
+        def blocks():
+            for block in row_blocks(self.matrix):
+                part = self.matrix[block]
+                yield block, (part != -128 if part.dtype == torch.int8 else ~part.isnan()).unsqueeze(0)
+
+        shape, device = (1, self.rows, self.columns), self.matrix.device
+        observed = Observed(blocks, shape, device, self.sum, self.least)
+        found = find_parts(observed, torch.tensor([rank], device=device), skew)
+        return Parts(found.rows[0], found.columns[0])
+
     def thin(self, rank: int) -> tuple[Tensor, Tensor]:
         like = {"dtype": self.dtype, "device": self.matrix.device}
         return torch.zeros(self.rows, rank, **like), torch.zeros(self.columns, rank, **like)
@@ -84,6 +104,11 @@ class OneMatrix:
     def max(self, tensor: Tensor) -> Tensor:
         if self.group is not None:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
+    def least(self, tensor: Tensor) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.group)
         return tensor
 
     def gram(self, left: Tensor) -> Tensor:

@@ -78,10 +78,13 @@ def rpca(
         backend: None (the fastest), "native", "triton" (of one matrix with a rank) or "reference".
 
     Returns:
-        RPCAResult. Matrices that did not converge say so in info.converged; they do not hold up the others. With a
-        rank, converged means that the iteration came to rest: where much is corrupted and the matrix small that may be
-        at a wrong answer, of which info.scale and info.outlier_rate tell. Without, that the duality gap has closed too;
-        gap is that of the convex program's L, before a fit of its rank undoes what noise made of it.
+        RPCAResult. Its low_rank() is NaN where the observed entries do not determine L: rows and columns with too few
+        of them, and cells between parts of the matrix that share none (`info.row_part`, `info.column_part`). Matrices
+        that did not converge say so in info.converged; they do not hold up the others, and their low_rank() is NaN
+        beyond the size of what was observed. With a rank, converged means that the iteration came to rest: where much
+        is corrupted and the matrix small that may be at a wrong answer, of which info.scale and info.outlier_rate tell.
+        Without, that the duality gap has closed too; gap is that of the convex program's L, before a fit of its rank
+        undoes what noise made of it.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, shape or combination, and infinite entries.
@@ -275,17 +278,22 @@ def _one_result(data: OneMatrix, found: LargeSolve, corruption: str, sparse: str
             whole = torch.zeros(matrix.shape, dtype=data.dtype, device=matrix.device)
             whole[listed.rows, listed.columns] = listed.values * magnitude
     number = {"dtype": torch.float64, "device": matrix.device}
+    converged = found.converged and data.observed > 0
+    parts = data.parts(rank)
     info = RPCAInfo(
         rank=torch.tensor(rank, device=matrix.device),
         iterations=torch.tensor(found.iterations, device=matrix.device),
         residual=torch.tensor(verdict.residual, **number),
         gap=torch.tensor(torch.nan, **number) if gap is None else gap,
-        converged=torch.tensor(found.converged and data.observed > 0, device=matrix.device),
+        converged=torch.tensor(converged, device=matrix.device),
         scale=torch.tensor(verdict.sigma * magnitude, **number),
         outlier_rate=torch.tensor(verdict.rate, **number),
         row_outlier_rate=verdict.row_rates,
         column_outlier_rate=verdict.column_rates,
         condition=s[0] / s[-1] if rank else torch.tensor(torch.nan, **number),
+        row_part=parts.rows,
+        column_part=parts.columns,
+        bound=torch.tensor(torch.inf if converged else data.top * magnitude, **number),
     )
     return RPCAResult(u, (s * magnitude).to(u.dtype), v.mT, whole, info)
 

@@ -13,15 +13,17 @@ from dataclasses import replace
 
 import numpy as np
 
+from fastpref.curate.files.arrow_types import widened
+from fastpref.curate.files.formats import check_format, is_conversational, shaped_rows, text_columns
 from fastpref.curate.files.rows import Fields, parse_row, top_fields
 from fastpref.curate.files.writing import (
     Picked,
-    arrow_schema,
-    check_format,
+    arrays_of,
+    column_types,
     pair_columns,
     pair_rows_of,
     row_names,
-    shaped_row,
+    schema_of,
 )
 from fastpref.curate.pairs import select_pairs
 
@@ -76,14 +78,32 @@ def pair_rows(
     prompts, own = np.unique(pairs["prompt"], return_inverse=True)
     texts = [parse_row(rows[position], Fields(())) for position in samples.position[prompts].tolist()]
     conversational = {not isinstance(row.prompt, str) for row in texts}
-    if format == "trl" and len(conversational) > 1:
+    if not is_conversational(format) and len(conversational) > 1:
         raise ValueError("batch holds strings and lists of messages, the pairs must be one: use trl-conversational")
     picked = Picked(own, pairs["chosen"], pairs["rejected"], np.zeros(len(own), bool), columns)
-    found = [shaped_row(row, format) for row in pair_rows_of(texts, samples.prompt_hash[prompts], picked, format)]
+    carried = samples.fields.carried
+    found = pair_rows_of(texts, samples.prompt_hash[prompts], picked, carried, format)
+    found = [shaped for row in found for shaped in shaped_rows(row, format)]
     if isinstance(batch, Mapping):
-        return {name: [row[name] for row in found] for name in row_names(columns, format, False)}
-    schema = arrow_schema(columns, format, conversational == {True} or _holds_messages(batch), False)
-    return type(batch).from_pylist(found, schema)
+        names = list(found[0]) if found else row_names(columns, carried, format)
+        return {name: [row[name] for row in found] for name in names}
+    types = _types(found, columns, format, conversational == {True} or _holds_messages(batch))
+    return type(batch).from_arrays(arrays_of(found, types), schema=schema_of(types))
+
+
+def _types(found, columns, format, conversational) -> dict[str, object]:
+    """Of the columns of the rows found. Texts that are messages of a role and a content alone have their type in every
+    batch, whatever its rows hold."""
+    message = {"role": "string", "content": "string"}
+    shapes = dict.fromkeys(row_names(columns, (), format))
+    for name in text_columns(format, False):
+        single = format in ("axolotl", "llamafactory") and name in ("chosen", "rejected")
+        if conversational or is_conversational(format):
+            shapes[name] = message if single else [message]
+    for row in found:
+        shapes = {name: widened(shapes.get(name), value) for name, value in row.items()}
+    known = column_types(columns)
+    return {name: known.get(name, "string" if shape is None else shape) for name, shape in shapes.items()}
 
 
 def _check_options(on_bad_row, options) -> None:

@@ -35,9 +35,7 @@ class Samples:
     sources: np.ndarray | None  # int32 [responses], index into source_names, -1 = unknown; None where no row says
     source_names: list[str]  # ascending
     prompt_hash: np.ndarray  # uint64 [prompts], of the prompt with its tools, images and other context
-    row: (
-        np.ndarray
-    )  # int64 [prompts], line of JSON Lines and CSV, row of other files, both from 1; of a group its first
+    row: np.ndarray  # int64 [prompts], line of JSON Lines and CSV, row of other files; from 1; of a group the first
     position: np.ndarray  # int64 [prompts], ascending; where the row begins, as `reading` counts
     conversational: np.ndarray  # bool [prompts], lists of messages
     problems: list[RowProblem]  # rows that were left out
@@ -45,6 +43,7 @@ class Samples:
     stamp: tuple[int, int] = (0, 0)  # size in bytes and time of change of the files, in ns
     strength: np.ndarray | None = None  # float64 [prompts], how much the first response is preferred, by the file
     bad_responses: list[RowProblem] = field(default_factory=list)  # that were left out of a pool
+    beside: dict[str, np.ndarray] = field(default_factory=dict)  # like scores: columns of numbers not asked for
     counts: dict[str, int] = field(default_factory=dict)  # rows and scores that say nothing, by reason: ties, ...
     inputs: tuple[Source, ...] = ()  # the files that were given
     files: tuple[Source, ...] = ()  # those that are read: these, or one of pools that were grouped

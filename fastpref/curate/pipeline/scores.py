@@ -32,8 +32,10 @@ def declared_fields(read) -> list[ScoreField]:
     return found
 
 
-def primary_field(samples: Samples, config) -> ScoreField:
-    """The field that pairs are made by."""
+def primary_field(samples: Samples, config) -> ScoreField | None:
+    """The field that pairs are made by; None for published pairs without scores."""
+    if not samples.scored:
+        return None
     return (declared_fields(config.read) or [ScoreField(next(iter(samples.scores)), "raw")])[0]
 
 
@@ -47,21 +49,26 @@ def linear_scores(samples: Samples, field: ScoreField) -> np.ndarray:
 
 
 def primary_scores(samples: Samples, config) -> np.ndarray:
-    """float64 [responses], the scores that pairs are made by, before any stage."""
-    return linear_scores(samples, primary_field(samples, config))
+    """float64 [responses], the scores that pairs are made by, before any stage; NaN where there are none."""
+    field = primary_field(samples, config)
+    return np.full(samples.responses, np.nan) if field is None else linear_scores(samples, field)
 
 
 def clamped_scores(samples: Samples, config) -> int:
     """How many probabilities of exactly 0 or 1 became the logit of the clamp."""
     field = primary_field(samples, config)
-    return int(np.isin(samples.scores[field.name], (0.0, 1.0)).sum()) if field.scale == "logit" else 0
+    if field is None or field.scale != "logit":
+        return 0
+    return int(np.isin(samples.scores[field.name], (0.0, 1.0)).sum())
 
 
 def votes(state: State, config) -> dict[str, np.ndarray]:
     """Score columns by which pairs are selected: the working score, the others declared, and implicit rewards."""
     samples, read = state.samples, config.read
-    found = {primary_field(samples, config).name: state.score}
-    found |= {field.name: linear_scores(samples, field) for field in declared_fields(read)[1:]}
+    primary = primary_field(samples, config)
+    found = {} if primary is None else {primary.name: state.score}
+    if samples.scored:
+        found |= {field.name: linear_scores(samples, field) for field in declared_fields(read)[1:]}
     if read.implicit is not None:
         found["implicit"] = samples.scores.get(read.implicit)
         if found["implicit"] is None:

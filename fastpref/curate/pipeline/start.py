@@ -64,11 +64,22 @@ def read_state(config, progress=None) -> State:
 def first_state(samples: Samples, config) -> State:
     """The state before the first stage, of samples that were read."""
     score = primary_scores(samples, config)
+    published = keeps_published_sides(samples, config)
+    if not published and not samples.scored:
+        raise InputError(f"--labels {config.construct.labels} goes by scores, and {samples.path} has none")
+    # what keeps its published side needs no score
+    missing = np.isnan(score) & (not published)
     return State(
         samples,
         score=score,
-        left_out=np.where(np.isnan(score), LeftOut.NO_SCORE, LeftOut.KEPT).astype(np.uint8),
+        left_out=np.where(missing, LeftOut.NO_SCORE, LeftOut.KEPT).astype(np.uint8),
         choosable=np.ones(len(score), bool),
         flags=np.zeros(len(score), np.uint8),
         taken=np.ones(samples.prompts, bool),
+        published=published,
     )
+
+
+def keeps_published_sides(samples: Samples, config) -> bool:
+    """Whether the file is one of pairs whose sides stay as they were published."""
+    return samples.published and config.construct.labels != "scores"
