@@ -89,7 +89,7 @@ def _partitioned(sources, fields, folder, count, problems) -> tuple[int, list[st
 
 
 def _line(order: int, number: int, name: str, key: str, row: Row) -> bytes:
-    scores = [None if math.isnan(values[0]) else values[0] for values in row.scores.values()]
+    scores = [None if math.isnan(values[0]) else values[0] for values in (row.scores | row.beside).values()]
     beside = [None if values is None else values[0] for values in (row.sources, row.lengths, row.truncated)]
     prompt = [row.prompt, row.prompt_id, row.carried]
     return orjson.dumps([order, number, name, key, prompt, row.responses[0], scores, beside])
@@ -115,7 +115,7 @@ def _pools_of_partition(path: str, fields: Fields, problems: list[RowProblem]) -
 def _pool(fields: Fields, prompt, responses, scores, beside) -> dict:
     text, prompt_id, carried = prompt
     pool = carried | {
-        name: list(column) for name, column in zip(fields.scores or (), zip(*scores, strict=True), strict=True)
+        name: list(column) for name, column in zip((*fields.scores, *fields.beside), zip(*scores, strict=True), strict=True)
     }
     pool |= {"prompt": text, "responses": responses, "prompt_id": prompt_id}
     for name, column in zip(("sources", "lengths", "truncated"), zip(*beside, strict=True), strict=True):

@@ -64,8 +64,8 @@ def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs
     )
     cells = any(source.container == "csv" for source in sources)
     scores = _scores(name, columns, head, fields._replace(text_cells=cells), request.scores)
-    scored = scores not in (None, (PREFERENCE,)) and resolved.layout != "kto"
-    fields = fields._replace(scores=scores)
+    scored = scores != (PREFERENCE,)
+    fields = fields._replace(scores=scores, beside=_beside(head, fields._replace(text_cells=cells), scores))
     read_as = f"{resolved}{_more_roles(fields, scored)}"
     formats = dict.fromkeys(source.description for source in sources if source.container == "csv")
     read_as = "; ".join([read_as, *formats])
@@ -73,7 +73,7 @@ def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs
         files = tuple(sources)
         return Inputs(name, files, files, fields, resolved.layout, read_as, scored, [], None)
     grouped = group_rows(name, sources, fields)
-    fields = Fields(scores, carried=fields.carried, missing=fields.missing)
+    fields = Fields(scores, carried=fields.carried, missing=fields.missing, beside=fields.beside)
     files = (grouped.source,)
     return Inputs(
         name, tuple(sources), files, fields, resolved.layout, read_as, scored, grouped.problems, grouped.numbers
@@ -118,6 +118,12 @@ def _scores(name, columns, head, fields: Fields, asked) -> tuple[str, ...] | Non
     usual = ", ".join(LAYOUTS[fields.layout].scores)
     there = f"; numbers are in {', '.join(numbers)}" if numbers else f", found {', '.join(columns)}"
     raise InputError(f"{name} has no scores ({usual}){there}: name them by --scores {(numbers or ['NAME'])[0]}")
+
+
+def _beside(head, fields: Fields, scores) -> tuple[str, ...]:
+    """Usual scores that were not asked for: they may contradict those that were."""
+    others = [name for name in LAYOUTS[fields.layout].scores if name not in (scores or ())]
+    return tuple(name for name in others if any(column_of_row(row, fields, name) is not None for row in head))
 
 
 def _holds_numbers(value) -> bool:

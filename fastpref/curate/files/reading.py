@@ -295,6 +295,7 @@ class Columns(NamedTuple):
     rows: int  # of the part, with blank lines and malformed rows; 0 where rows are numbered through the whole file
     counts: np.ndarray  # int64 [prompts], responses
     scores: dict[str, np.ndarray]
+    beside: dict[str, np.ndarray]
     lengths: np.ndarray
     text_hash: np.ndarray
     blank: np.ndarray
@@ -324,7 +325,7 @@ def columns_of(path, rows, fields: Fields, line_numbers: np.ndarray | None = Non
     counts, numbers, positions, conversational, problems = [], [], [], [], []
     lengths, blank, prompt_hash, text_hashes, truncated, sources = [], [], [], [], [], []
     strength, bad_responses, left_out = [], [], {}
-    scores = {name: [] for name in fields.scores or ()}
+    scores, beside = ({name: [] for name in names} for names in (fields.scores or (), fields.beside))
     codes: dict[str | None, int] = {None: -1}
     number = count = 0
     for count, (position, value) in enumerate(rows, start=1):
@@ -350,6 +351,8 @@ def columns_of(path, rows, fields: Fields, line_numbers: np.ndarray | None = Non
         strength.append(np.nan if row.strength is None else row.strength)
         for name, values in row.scores.items():
             scores[name] += values
+        for name, values in row.beside.items():
+            beside[name] += values
         plain = [plain_text(text) for text in row.responses] if conversational[-1] else row.responses
         lengths += map(len, plain) if row.lengths is None else row.lengths
         blank += [not text or text.isspace() for text in plain]
@@ -360,6 +363,7 @@ def columns_of(path, rows, fields: Fields, line_numbers: np.ndarray | None = Non
         rows=count if line_numbers is None else 0,
         counts=np.array(counts, np.int64),
         scores={name: _known(name, np.array(values, np.float64), fields, left_out) for name, values in scores.items()},
+        beside={name: np.array(values, np.float64) for name, values in beside.items()},
         lengths=np.array(lengths, np.int32),
         text_hash=as_uint64(b"".join(text_hashes)),
         blank=np.array(blank, bool),
@@ -393,7 +397,7 @@ def joined_columns(path, parts: Iterable[Columns], fields: Fields, **known) -> S
     """The columns of all parts, which come in order. known: what Samples has beside them."""
     names = ("counts", "lengths", "text_hash", "blank", "truncated", "sources", "prompt_hash", "row", "position")
     gathered = {name: [] for name in (*names, "conversational", "strength")}
-    scores = {name: [] for name in fields.scores or ()}
+    tables = {"scores": {name: [] for name in fields.scores or ()}, "beside": {name: [] for name in fields.beside}}
     rows, file, codes, said, left_out = 0, 0, {}, set(), {}
     problems = {"problems": [], "bad_responses": []}
     for part in parts:
@@ -415,8 +419,9 @@ def joined_columns(path, parts: Iterable[Columns], fields: Fields, **known) -> S
         rows += part.rows
         for name, arrays in gathered.items():
             arrays.append(columns[name])
-        for name, arrays in scores.items():
-            arrays.append(part.scores[name])
+        for table, found in tables.items():
+            for name, arrays in found.items():
+                arrays.append(columns[table][name])
     # for the types, of a file without rows too
     empty = columns_of(path, [], fields)._asdict() | {"truncated": np.empty(0, bool), "sources": np.empty(0, np.int32)}
     # what is joined is let go
@@ -431,7 +436,10 @@ def joined_columns(path, parts: Iterable[Columns], fields: Fields, **known) -> S
     found = {
         "path": path,
         "offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        "scores": {name: np.concatenate([np.empty(0), *scores.pop(name)]) for name in list(scores)},
+        **{
+            table: {name: np.concatenate([np.empty(0), *found.pop(name)]) for name in list(found)}
+            for table, found in tables.items()
+        },
         "source_names": names,
         "fields": fields,
         "counts": left_out,

@@ -38,6 +38,7 @@ class Fields(NamedTuple):
     roles: dict[str, str] = _POOL  # role -> column
     carried: tuple[str, ...] = ()  # columns that reach the output as they are
     missing: tuple[float, ...] = ()  # scores that stand for none
+    beside: tuple[str, ...] = ()  # scores that nobody asked for; a row need not have them
     text_cells: bool = False  # of CSV: numbers and lists are text
 
     @property
@@ -62,6 +63,7 @@ class Row(NamedTuple):
     prompt_id: str | None
     carried: dict[str, Any] = {}
     strength: float | None = None  # of the preference for the first response, where the row says so instead of scores
+    beside: dict[str, list[float]] = {}
     bad: dict[int, str] = {}  # responses that cannot be read, and why; an empty text stands in their place
 
 
@@ -76,12 +78,12 @@ def parse_row(row, fields: Fields) -> Row:
     if fields.text_cells:
         row = _decoded_cells(row, fields)
     if fields.scores is None:
-        raise ValueError("no scores are named, and the file has none under a usual name")
+        raise ValueError("the file has no scores under a usual name, and none are named")
     shape = _SHAPES[fields.shape](row, fields)
     columns = {name: shape.column(name) for name in fields.scores}
     for name, column in columns.items():
         if column is None:
-            raise ValueError(f"no field {name!r}")
+            raise ValueError(f"{name} is null" if name in row else f"no field {name!r}")
     responses, bad = _texts("responses", shape.responses)
     prompt, responses = _prompt(shape.prompt, responses)
     if "system" in fields.roles or "history" in fields.roles:
@@ -112,6 +114,7 @@ def parse_row(row, fields: Fields) -> Row:
         str(prompt_id) if isinstance(prompt_id, str | int) else None,
         {name: row.get(name) for name in fields.carried} if fields.carried else {},
         shape.strength,
+        {name: _beside(shape.column(name), count) for name in fields.beside} if fields.beside else {},
         bad,
     )
     _check_images(found)
@@ -151,7 +154,7 @@ def column_of_row(row: dict, fields: Fields, name: str) -> list | None:
 
 def top_fields(fields: Fields) -> set[str]:
     """Every field at the top of a row that `parse_row` may look at."""
-    names = {*(fields.scores or ()), *LAYOUTS[fields.layout].scores, fields.source, fields.length} - {None}
+    names = {*(fields.scores or ()), *fields.beside, *LAYOUTS[fields.layout].scores, fields.source, fields.length} - {None}
     names |= {"score", "source", "model", "len", "length", "truncated", "finish_reason"}
     found = {*fields.roles.values(), *fields.carried, *names, "sources", "lengths"}
     found |= {key for name in names for keys in _pair_keys(name) for key in keys}
@@ -732,6 +735,13 @@ def _scores(name, values) -> list[float]:
         value if type(value) is float and math.isfinite(value) else _score(f"{name}[{i}]", value)
         for i, value in enumerate(values)
     ]
+
+
+def _beside(values, count) -> list[float]:
+    """NaN for what is no number: nobody asked for it."""
+    if not isinstance(values, list) or len(values) != count:
+        return [math.nan] * count
+    return [float(v) if isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e30 else math.nan for v in values]
 
 
 def _score(name, value) -> float:

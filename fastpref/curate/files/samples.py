@@ -9,6 +9,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from fastpref.curate.files import processes
 from fastpref.curate.files.rows import Text
 from fastpref.curate.files.table import RowProblem, Samples, ScoredSamples
 from fastpref.errors import InputError
+
+if TYPE_CHECKING:
+    from fastpref.curate.files.inputs import Inputs
 
 
 def read_samples(
@@ -51,13 +55,17 @@ def read_samples(
     Raises InputError when the input as a whole cannot be read.
     """
     from fastpref.curate.files import reading  # needs orjson, xxhash and pyarrow, which not every installation has
-    from fastpref.curate.files.inputs import Request, open_inputs
 
-    if isinstance(score_fields, str):
-        raise TypeError(f"score_fields must be a sequence of names, got the string {score_fields!r}")
-    scores = None if score_fields is None else tuple(score_fields)
-    request = Request(scores, source_field, length_field, layout, dict(columns or {}), tuple(keep), tuple(missing))
-    inputs = open_inputs(path, request)
+    inputs = find_inputs(
+        path,
+        score_fields=score_fields,
+        source_field=source_field,
+        length_field=length_field,
+        layout=layout,
+        columns=columns,
+        keep=keep,
+        missing=missing,
+    )
     stamp, total = reading.stamp(inputs.inputs), sum(map(reading.extent, inputs.files))
     size = sum(os.path.getsize(source.path) for source in inputs.files)
     workers = processes.worthwhile_processes(size) if workers is None else workers
@@ -81,6 +89,17 @@ def read_samples(
         samples.problems.extend(inputs.problems)
     reading.check_unchanged(samples)
     return samples
+
+
+def find_inputs(path, *, score_fields, source_field, length_field, layout, columns, keep, missing) -> "Inputs":
+    """The files of an input and what is read of them; arguments and errors as of `read_samples`."""
+    from fastpref.curate.files.inputs import Request, open_inputs
+
+    if isinstance(score_fields, str):
+        raise TypeError(f"score_fields must be a sequence of names, got the string {score_fields!r}")
+    scores = None if score_fields is None else tuple(score_fields)
+    request = Request(scores, source_field, length_field, layout, dict(columns or {}), tuple(keep), tuple(missing))
+    return open_inputs(path, request)
 
 
 def texts(samples: Samples, prompts=None) -> Iterator[tuple[Text, list[Text]]]:

@@ -1,5 +1,6 @@
 """Samples and columns of pairs in memory: numbers with the texts left in their file, or everything at once."""
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -50,6 +51,11 @@ class Samples:
     layout: str = "pools"
     read_as: str = ""  # the layout, and the columns of its roles
     scored: bool = True  # False: the scores only say which response is preferred
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that are read."""
+        return sum(os.path.getsize(source.path) for source in self.files)
 
     @property
     def published(self) -> bool:

@@ -136,7 +136,7 @@ def _checked_range(config, begin, only) -> tuple[int, int]:
 
 
 def _resumed(config, name) -> State:
-    samples = load_samples(config.work, fingerprint(config, "read"))
+    samples = load_samples(config)
     if name == "read":
         return first_state(samples, config)
     return load_state(samples, config.work, name, fingerprint(config, name))
@@ -174,6 +174,7 @@ def _input_summary(samples) -> dict:
         warnings.warn(DataWarning("bad-rows", text), stacklevel=2)
     return {
         "input": samples.path,
+        "read_as": samples.read_as,
         "prompts": samples.prompts,
         "responses": samples.responses,
         "bad_rows": bad,

@@ -47,7 +47,8 @@ def check_outputs(config) -> None:
     """Raises InputError for files that cannot be written, or would overwrite another."""
     write = config.write
     outputs = [path for path in (config.output, write.sft, write.test, write.bad_rows) if path is not None]
-    inputs = [path for path in (config.input, config.read.implicit, *config.hygiene.decontaminate) if path is not None]
+    given = (*config.inputs, config.read.implicit, *config.hygiene.decontaminate)
+    inputs = [path for path in given if path is not None]
     for index, path in enumerate(outputs):
         if path != write.bad_rows:
             files.check_ending(path, write.format)
@@ -124,7 +125,7 @@ def _take_rows(columns, which) -> dict:
 def _with_goals(columns, config) -> tuple[dict, Callable]:
     """Goal-conditioned rows, and what writes the goals into their prompts."""
     if "score_chosen" not in columns:
-        raise InputError(f"write.goals states scores, and {config.input} has none")
+        raise InputError(f"write.goals states scores, and {', '.join(config.inputs)} has none")
     records = goals.goal_records(columns, half=config.write.goals == "half", seed=config.seed)
     del records["pair"]
     swapped = records["goal_swapped"]
