@@ -241,7 +241,9 @@ def select_prompts(rewards, fraction=0.25, *, k=None, valid=None, offsets=None) 
     asked = _count(k, fraction if k is None else None, len(margin), "prompts")
     usable = int(np.count_nonzero(margin > 0))
     if usable < asked:
-        text = f"only {usable} of {len(margin)} prompts have two different rewards, {asked - usable} fewer than asked for"
+        text = (
+            f"only {usable} of {len(margin)} prompts have two different rewards, {asked - usable} fewer than asked for"
+        )
         warnings.warn(DataWarning("fewer-selected", text), stacklevel=2)
     top = select_top(margin, k=min(asked, usable))
     kept = top.indices

@@ -59,9 +59,7 @@ NOTICES: dict[str, NoticeKind] = {
         "A loss that uses the margin (RDPO, ML-RDPO) pushes these the other way: --labels agree drops them, "
         "--labels scores exchanges their sides.",
     ),
-    "bad-rows": NoticeKind(
-        "warning", "Rows that could not be read", "--bad-rows lists each with its reason."
-    ),
+    "bad-rows": NoticeKind("warning", "Rows that could not be read", "--bad-rows lists each with its reason."),
     "length-decides": NoticeKind(
         "warning",
         "The longer response nearly always wins",
@@ -87,7 +85,9 @@ NOTICES: dict[str, NoticeKind] = {
         "warning", "Ties at the border of routing", "Give --tau as a number, or turn --tau-inclusive on or off."
     ),
     "goals-left-out": NoticeKind("warning", "Pairs without a goal", "They have no finite score and were left out."),
-    "length-slope": NoticeKind("warning", "The slope of length is inexact", "Use fewer sources, or --length-control none."),
+    "length-slope": NoticeKind(
+        "warning", "The slope of length is inexact", "Use fewer sources, or --length-control none."
+    ),
     "relabelled": NoticeKind("finding", "Labels that were replaced by scores", "They differ from the published ones."),
     "reversed-labels": NoticeKind(
         "finding", "Published labels that the scores contradict", "Read a few of them: label or score is wrong."

@@ -29,7 +29,7 @@ class Mark(NamedTuple):
 
 
 def find_marks(scores, offsets) -> list[Mark]:
-    """Finds values that mark a missing score: known ones, outside of all other scores, under 1 % of the prompts or more.
+    """Finds values that mark a missing score: known ones, outside all other scores, under 1 % of the prompts or more.
 
     Args:
         scores: [responses] numbers, NaN where there is none.

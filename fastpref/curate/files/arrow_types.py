@@ -10,7 +10,7 @@ from typing import TypeAlias
 import orjson
 
 # None: nulls alone; "bool", "int", "float", "string", "json"; [shape]: a list; {key: shape}: a struct
-Shape: TypeAlias = "None | str | list | dict"
+Shape: TypeAlias = "str | list | dict | None"
 
 _SCALARS = {bool: "bool", int: "int", float: "float", str: "string"}
 

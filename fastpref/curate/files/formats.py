@@ -19,7 +19,12 @@ from fastpref.errors import InputError
 
 FORMATS = ("trl", "trl-conversational", "axolotl", "llamafactory", "swift", "openrlhf", "kto")
 TEXTS = ("prompt", "chosen", "rejected", "completion")  # of a row as TRL has it
-MEDIA = {"image": "<image>", "image_url": "<image>", "video": "<video>", "audio": "<audio>"}  # in texts, by type of part
+MEDIA = {
+    "image": "<image>",
+    "image_url": "<image>",
+    "video": "<video>",
+    "audio": "<audio>",
+}  # in texts, by type of part
 
 
 def check_format(format) -> None:
@@ -105,7 +110,13 @@ def _sharegpt_turns(row, messages) -> list[dict]:
     return found
 
 
-_SHAREGPT_ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "human",
+    "assistant": "gpt",
+    "tool": "observation",
+}
 
 
 def _check_turns(row, turns, last) -> None:
@@ -153,7 +164,13 @@ def _kto(row, rest) -> list[dict] | dict:
     if "completion" in row:
         return row
     return [
-        {**_id(rest), "prompt": row["prompt"], "completion": row[side], "label": side == "chosen", **_of_side(rest, side)}
+        {
+            **_id(rest),
+            "prompt": row["prompt"],
+            "completion": row[side],
+            "label": side == "chosen",
+            **_of_side(rest, side),
+        }
         for side in ("chosen", "rejected")
     ]
 

@@ -63,7 +63,7 @@ def write_pairs(
         `score_rejected`. A number that is not finite becomes null.
     out: ends in .jsonl, .jsonl.gz or .parquet, and is not there before it is complete.
     format: one of `formats.FORMATS`, which are explained there: "trl", "trl-conversational", "axolotl", "llamafactory"
-        (which also gets its entry in the dataset_info.json of the folder), "swift", "openrlhf", "kto" (two rows a pair).
+        (which gets its entry in the dataset_info.json of the folder, too), "swift", "openrlhf", "kto" (two rows a pair).
     sft, to_sft: a second file, and bool [pairs]: the pairs whose chosen response goes there instead, as prompt and
         completion, or as one conversation where the format has those.
     rewrite: function(row) -> rows in its place, each a dict. Rows have the columns above, with the texts as for TRL.
@@ -346,7 +346,7 @@ def _check_outputs(samples, out, sft, format) -> None:
 
 
 def check_ending(path, format) -> None:
-    """Raises InputError for the name of an output that has no known ending, or one that the format's host cannot read."""
+    """Raises InputError for an output whose name has no known ending, or one that the format's host cannot read."""
     if not path.endswith(ENDINGS):
         raise InputError(f"the output must end in {', '.join(ENDINGS)}, got {path}")
     if format == "llamafactory" and path.endswith(".gz"):
@@ -381,7 +381,7 @@ def _sft_mask(sft, to_sft, pairs) -> np.ndarray:
 def _sink(path, texts, types, metadata) -> Iterator:
     """A function that appends lines of JSON to the file.
 
-    For a Parquet file: types of `column_types`, and texts, the names of the first columns where there is no row to tell.
+    For a Parquet file: types of `column_types`, and texts, the first columns' names where there is no row to tell.
     """
     parquet = path.endswith(".parquet")
     with contextlib.ExitStack() as stack:
@@ -429,8 +429,8 @@ def _parquet_rows(path, texts, types, metadata) -> Iterator:
                 shapes = shapes or dict.fromkeys(row)
                 if row.keys() != shapes.keys():
                     raise InputError(
-                        f"every row of a Parquet file must have the columns {', '.join(shapes)}, got {', '.join(row)} in "
-                        f"row {rows + 1}: write .jsonl"
+                        f"every row of a Parquet file must have the columns {', '.join(shapes)}, got "
+                        f"{', '.join(row)} in row {rows + 1}: write .jsonl"
                     )
                 for name in shapes:
                     if name not in types:
@@ -475,7 +475,9 @@ def schema_of(types):
     """The pyarrow schema of columns whose types are pyarrow's, or a `Shape`."""
     import pyarrow
 
-    fields = [(name, known if isinstance(known, pyarrow.DataType) else arrow_type(known)) for name, known in types.items()]
+    fields = [
+        (name, known if isinstance(known, pyarrow.DataType) else arrow_type(known)) for name, known in types.items()
+    ]
     return pyarrow.schema(fields)
 
 

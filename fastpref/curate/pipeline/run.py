@@ -189,8 +189,8 @@ def _pairs_summary(state) -> dict:
     contradicting = _contradicting_responses(state)
     if negative := int((state.margins()[kept] < 0).sum()):
         text = (
-            f"the margin of {negative} of {int(kept.sum())} pairs is negative: their scores contradict their sides. RDPO "
-            "and ML-RDPO take the margin as a rating gap and push such pairs the other way"
+            f"the margin of {negative} of {int(kept.sum())} pairs is negative: their scores contradict their sides. "
+            "RDPO and ML-RDPO take the margin as a rating gap and push such pairs the other way"
         )
         warnings.warn(DataWarning("negative-margins", text), stacklevel=2)
     lengths = state.length_report()
@@ -261,7 +261,11 @@ def _counts(reasons, codes) -> dict[str, int]:
 def _warn_of_flags(flags, chosen) -> None:
     """About what hygiene found, and what still stands in the pairs."""
     for flag, id, what in (
-        (Flag.REPEATED_TEXT, "repeated-text-chosen", "is a text that stands under many prompts: canned, or made to win"),
+        (
+            Flag.REPEATED_TEXT,
+            "repeated-text-chosen",
+            "is a text that stands under many prompts: canned, or made to win",
+        ),
         (Flag.CONTAMINATED, "test-data-chosen", "stands, or its prompt does, in a file not to train on"),
     ):
         if count := int(((flags[chosen] & flag) != 0).sum()):

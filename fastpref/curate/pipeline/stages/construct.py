@@ -21,8 +21,8 @@ FEWEST_PAIRS = 20  # for that
 
 @dataclass(frozen=True)
 class ConstructOptions(Options):
-    """As the arguments of `select_pairs`, and what happens to pairs whose sides were published: with labels
-    "published" they stay, with "scores" the higher score is chosen, with "agree" those go that the scores contradict."""
+    """As the arguments of `select_pairs`; and labels, what becomes of pairs whose sides were published: "published", the
+    sides stay; "scores", the higher score is chosen; "agree", those leave that their scores contradict."""
 
     chosen: str = "max"
     rejected: str = "mean-2std"
@@ -83,8 +83,8 @@ def construct_pairs(state: State, config) -> State:
         summary |= _said_of_labels(state, reversed_ones=dropped.get(DropReason.REVERSED.name.lower(), 0))
     elif selection.small_pools and options.rejected not in ("min", "max"):
         text = (
-            f"{selection.small_pools} of {len(pairs['prompt'])} pairs come from so few responses that {options.rejected} "
-            "can only be the worst one"
+            f"{selection.small_pools} of {len(pairs['prompt'])} pairs come from so few responses that "
+            f"{options.rejected} can only be the worst one"
         )
         warnings.warn(DataWarning("small-pools", text), stacklevel=2)
     return state.with_summary("construct", summary)
