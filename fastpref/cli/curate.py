@@ -345,6 +345,8 @@ def parse_options(options: dict) -> tuple[CurateConfig, dict]:
     for name in ("input", "output", "report", "work", "seed", "order"):
         if name in given:
             table[name] = given[name]
+    if isinstance(table.get("input"), list) and len(table["input"]) == 1:
+        (table["input"],) = table["input"]
     for name, value in given.items():
         part, dot, key = name.partition(".")
         if dot:
@@ -385,6 +387,9 @@ def summary_lines(result: "CurateResult") -> list[str]:
     found = [("read", f"{summary['prompts']} prompts, {summary['responses']} responses{of}")]
     if summary["bad_rows"]:
         found.append(("", f"{summary['bad_rows']} bad rows"))
+    if summary["bad_responses"]:
+        found.append(("", f"{summary['bad_responses']} bad responses, left out of their pools"))
+    found += [("", f"{count} {reason}, left out") for reason, count in summary["not_read"].items()]
     found += [(name, _SAID[name](stages[name])) for name in stages]
     if "pairs" in summary:
         found.append(("left out", _counted(summary["responses_left_out"], "responses")))

@@ -250,6 +250,7 @@ def resolve_layout(
     for role, aliases in (found.optional | MEANING | FURTHER).items():
         if role not in roles and (column := columns.get(role) or _first(what, role, aliases, names, roles)):
             roles[role] = column
+    roles = {role: roles[role] for role in ("prompt", *roles) if role in roles}
     used = {*roles.values()}
     context = [columns.get(name, name) for name in CONTEXT if columns.get(name, name) in names]
     carried = dict.fromkeys([*(n for n in context if n not in used), *(["id"] if "id" in names else []), *keep])

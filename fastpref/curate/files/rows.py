@@ -384,7 +384,7 @@ def _arena_wins(row, fields: Fields) -> _Shape:
         names = ", ".join(fields.roles[role] for role in ("wins_a", "wins_b", "tie"))
         raise ValueError(f"one of {names} must be 1 and the others 0, got {', '.join(map(str, votes))}")
     if votes[2]:
-        raise Tie("a tie")
+        raise Tie("rows that prefer no side")
     return _preferred(row, fields, bool(votes[0]), None)
 
 
@@ -443,7 +443,7 @@ def _from_turns(prompts, *answers) -> tuple:
 def _letters(name, label) -> tuple[bool, None]:
     text = label.strip().lower() if isinstance(label, str) else label
     if text in _TIES:
-        raise Tie("a tie")
+        raise Tie("rows that prefer no side")
     if text not in (*_FIRST, *_SECOND):
         raise ValueError(f"{name} must be one of {', '.join((*_FIRST, *_SECOND, *_TIES))}, got {label!r}")
     return text in _FIRST, None
@@ -454,7 +454,7 @@ def _signed(name, label) -> tuple[bool, float]:
     if math.isnan(number):
         raise ValueError(f"{name} is null")
     if number == 0:
-        raise Tie("a tie")
+        raise Tie("rows that prefer no side")
     return number < 0, abs(number)
 
 

@@ -136,10 +136,10 @@ def write_pairs(
 
 
 def write_problems(problems: list[RowProblem], path) -> None:
-    """The rows that were left out, as JSON Lines: row and reason."""
+    """The rows and responses that were left out, as JSON Lines: file, row and reason."""
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for problem in problems:
-            file.write(json.dumps({"row": problem.row, "reason": problem.reason}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"file": problem.path, "row": problem.row, "reason": problem.reason}) + "\n")
 
 
 def read_metadata(path) -> dict | None:

@@ -66,7 +66,7 @@ def read_state(config, progress=None) -> State:
     samples = read_samples(config.input, **options, workers=config.read.workers, progress=progress)
     if not samples.prompts:
         if config.write.bad_rows is not None:
-            write_problems(samples.problems, config.write.bad_rows)
+            write_problems([*samples.problems, *samples.bad_responses], config.write.bad_rows)
         first = f", the first of {len(samples.problems)} bad ones: {samples.problems[0]}" if samples.problems else ""
         said = "".join(f", {count} left out: {reason}" for reason, count in samples.counts.items())
         raise InputError(f"{samples.path} holds no row that can be used{first}{said}")

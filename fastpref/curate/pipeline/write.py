@@ -108,8 +108,9 @@ def write_outputs(state: State, config, progress=None) -> tuple[dict, dict]:
         if sft is not None:
             written[sft] = done.sft_rows
     if options.bad_rows is not None:
-        files.write_problems(samples.problems, options.bad_rows)
-        written[options.bad_rows] = len(samples.problems)
+        problems = [*samples.problems, *samples.bad_responses]
+        files.write_problems(problems, options.bad_rows)
+        written[options.bad_rows] = len(problems)
     rows = columns | files.pair_columns(samples, columns)
     for name, column in rows.items():
         if isinstance(column, files.Coded):
