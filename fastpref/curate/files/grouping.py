@@ -115,7 +115,8 @@ def _pools_of_partition(path: str, fields: Fields, problems: list[RowProblem]) -
 def _pool(fields: Fields, prompt, responses, scores, beside) -> dict:
     text, prompt_id, carried = prompt
     pool = carried | {
-        name: list(column) for name, column in zip((*fields.scores, *fields.beside), zip(*scores, strict=True), strict=True)
+        name: list(column)
+        for name, column in zip((*fields.scores, *fields.beside), zip(*scores, strict=True), strict=True)
     }
     pool |= {"prompt": text, "responses": responses, "prompt_id": prompt_id}
     for name, column in zip(("sources", "lengths", "truncated"), zip(*beside, strict=True), strict=True):

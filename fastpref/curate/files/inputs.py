@@ -57,7 +57,9 @@ def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs
     if not columns:  # no row is an object: each is reported
         resolved = Resolved("pools", dict(LAYOUTS["pools"].roles), ())
     else:
-        resolved = resolve_layout(name, columns, request.layout, request.columns, request.keep)
+        resolved = resolve_layout(
+            name, columns, request.layout, request.columns, request.keep, _rare(sources, columns, head)
+        )
     _check_columns(sources, resolved)
     fields = Fields(
         None, request.source, request.length, resolved.layout, resolved.roles, resolved.carried, request.missing
@@ -78,6 +80,13 @@ def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs
     return Inputs(
         name, tuple(sources), files, fields, resolved.layout, read_as, scored, grouped.problems, grouped.numbers
     )
+
+
+def _rare(sources, columns, head: list[dict]) -> list[str]:
+    """Columns of JSON that fewer than half of the first rows have."""
+    if any(source.container not in ("json-lines", "json-array") for source in sources):
+        return []
+    return [name for name in columns if 2 * sum(name in row for row in head) < len(head)]
 
 
 def _first_rows(source: Source) -> list[dict]:
@@ -134,6 +143,8 @@ def _holds_numbers(value) -> bool:
 
 
 def _more_roles(fields: Fields, scored: bool) -> str:
-    parts = [f"scores={'+'.join(fields.scores)}"] if scored else ["no scores"] if fields.scores else []
+    parts = (
+        [f"scores={'+'.join(fields.scores)}"] if scored and fields.scores else ["no scores"] if fields.scores else []
+    )
     parts += [f"carried={'+'.join(fields.carried)}"] if fields.carried else []
     return "".join(f", {part}" for part in parts)

@@ -214,7 +214,12 @@ class Resolved(NamedTuple):
 
 
 def resolve_layout(
-    what: str, names: Sequence[str], layout: str | None = None, columns: dict[str, str] | None = None, keep=()
+    what: str,
+    names: Sequence[str],
+    layout: str | None = None,
+    columns: dict[str, str] | None = None,
+    keep=(),
+    rare: Sequence[str] = (),
 ) -> Resolved:
     """Finds the one layout that fits the columns of an input.
 
@@ -224,6 +229,7 @@ def resolve_layout(
         layout: A name of LAYOUTS, to force it.
         columns: role -> column, where the input calls it otherwise.
         keep: Further columns that reach OUT.
+        rare: Those of its columns that few rows have, by which no layout is told.
 
     Raises:
         InputError: No layout fits, or more than one; a role, layout or column is not there.
@@ -231,7 +237,8 @@ def resolve_layout(
     columns = dict(columns or {})
     _check_request(what, names, layout, columns, keep)
     tried = LAYOUTS.values() if layout is None else [LAYOUTS[layout]]
-    fitting = [one for one in tried if _fits(one, names, columns, forced=layout is not None)]
+    usual = [name for name in names if name not in rare or name in columns.values()]
+    fitting = [one for one in tried if _fits(one, usual, columns, forced=layout is not None)]
     # what --columns names stands for itself in one layout and for another column in the next
     renamed = [sum(column != one.roles[role] for role, column in _required(one, columns).items()) for one in fitting]
     fitting = [one for one, count in zip(fitting, renamed, strict=True) if count == min(renamed)]
@@ -343,7 +350,7 @@ def _no_layout(what, names, tried, columns) -> str:
         return [(role, name) for role, name in _required(layout, columns).items() if name and name not in names]
 
     usable = [one for one in tried if set(columns) <= {*roles_of(one)}] or tried
-    layout = min(usable, key=lambda one: (len(lacking(one)) - len(one.roles), len(lacking(one))))
+    layout = min(usable, key=lambda one: (len(lacking(one)), -len(one.roles)))
     lacks = lacking(layout)
     flags = ",".join(f"{role}={(nearest(name, names) or ['NAME'])[0]}" for role, name in lacks)
     return (

@@ -8,6 +8,7 @@ JSON, whose bytes count. orjson parses and XXH3 hashes.
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -111,12 +112,12 @@ def part_rows(source: Source, part: FilePart, fields: Fields | None, only=None) 
             lines = file.read(part.end - part.begin)
     errors = part.errors or {}
     if only is None:
-        position, repeated = part.begin, _repeated_keys(lines, fields)
-        for line in io.BytesIO(lines):
-            value = errors[position] if position in errors else json_value(line, position == 0)
-            if repeated and isinstance(value, dict):
-                value = _without_repeats(line, repeated, value)
-            yield position, ValueError(value) if position in errors else value
+        position, repeated = part.begin, set() if fields is None else _lines_with_repeats(lines, fields)
+        for number, line in enumerate(io.BytesIO(lines)):
+            value = ValueError(errors[position]) if position in errors else json_value(line, position == 0)
+            if number in repeated and isinstance(value, dict):
+                value = _refused_repeats(line, value, fields)
+            yield position, value
             position += len(line)
         return
     file = io.BytesIO(lines)
@@ -143,23 +144,31 @@ def valid_row(row, fields: Fields) -> Row:
     return parse_row(row, fields)
 
 
-def _repeated_keys(lines: bytes, fields: Fields | None) -> list[bytes]:
-    """The keys at the top of rows that some of these lines may hold twice: JSON allows it, and the last one would win."""
-    if fields is None:
-        return []
-    keys = dict.fromkeys([*fields.roles.values(), *(fields.scores or () if fields.shape == "pool" else ())])
-    rows = lines.count(b"\n") + 1
-    tokens = [json.dumps(key).encode() for key in keys]
-    return [token for token in tokens if lines.count(token) > rows]
+def _lines_with_repeats(lines: bytes, fields: Fields) -> set[int]:
+    """The lines, from 0, that may hold a key twice at their top: JSON allows it, and the last one would win unseen."""
+    names = "|".join(re.escape(json.dumps(name)[1:-1]) for name in _top_keys(fields))
+    found = {}
+    for match in re.finditer(f'"(?:{names})"\\s*:'.encode(), lines):
+        found.setdefault(match[0].rstrip(b": \t"), []).append(match.start())
+    ends = None
+    repeated = set()
+    for places in found.values():
+        if ends is None:
+            ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n"))
+        numbers = np.searchsorted(ends, places)
+        repeated.update(numbers[1:][numbers[1:] == numbers[:-1]].tolist())
+    return repeated
 
 
-def _without_repeats(line: bytes, tokens: list[bytes], value: dict):
-    if all(line.count(token) < 2 for token in tokens):
-        return value
+def _top_keys(fields: Fields) -> list[str]:
+    return list(dict.fromkeys([*fields.roles.values(), *(fields.scores or ())]))
+
+
+def _refused_repeats(line: bytes, value: dict, fields: Fields):
     keys = []
     # of nested objects, the outermost comes last
-    json.loads(line, object_pairs_hook=lambda pairs: keys.append([key for key, _ in pairs]))
-    repeated = [key for token in tokens if keys[-1].count(key := json.loads(token)) > 1]
+    json.loads(line.decode("utf-8-sig"), object_pairs_hook=lambda pairs: keys.append([key for key, _ in pairs]))
+    repeated = [key for key in _top_keys(fields) if keys[-1].count(key) > 1]
     return ValueError(f"the key {repeated[0]!r} stands there more than once") if repeated else value
 
 

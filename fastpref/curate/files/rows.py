@@ -154,7 +154,9 @@ def column_of_row(row: dict, fields: Fields, name: str) -> list | None:
 
 def top_fields(fields: Fields) -> set[str]:
     """Every field at the top of a row that `parse_row` may look at."""
-    names = {*(fields.scores or ()), *fields.beside, *LAYOUTS[fields.layout].scores, fields.source, fields.length} - {None}
+    names = {*(fields.scores or ()), *fields.beside, *LAYOUTS[fields.layout].scores, fields.source, fields.length} - {
+        None
+    }
     names |= {"score", "source", "model", "len", "length", "truncated", "finish_reason"}
     found = {*fields.roles.values(), *fields.carried, *names, "sources", "lengths"}
     found |= {key for name in names for keys in _pair_keys(name) for key in keys}
@@ -741,7 +743,10 @@ def _beside(values, count) -> list[float]:
     """NaN for what is no number: nobody asked for it."""
     if not isinstance(values, list) or len(values) != count:
         return [math.nan] * count
-    return [float(v) if isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e30 else math.nan for v in values]
+    return [
+        float(v) if isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e30 else math.nan
+        for v in values
+    ]
 
 
 def _score(name, value) -> float:
