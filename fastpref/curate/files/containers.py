@@ -28,7 +28,7 @@ except ImportError as error:
 
 ROWS = 1 << 14  # of a batch that is made of Python objects
 BUFFER = 1 << 20  # bytes of each Parquet column read at a time
-PYTHON_ROWS = 256  # of a batch that is made into Python objects
+OBJECT_ROWS = 256  # of a batch that is made into Python objects
 SCHEMA_ROWS = 1000  # rows of JSON whose keys are the columns
 
 
@@ -178,7 +178,7 @@ def numbered_rows(source: Source, columns: Sequence[str] | None = None) -> Itera
         wanted = None if columns is None else [name for name in names if name in columns]
         check_unique(source, names, names if wanted is None else wanted)
         number = 0
-        for batch in arrow_batches(source, wanted, PYTHON_ROWS):
+        for batch in arrow_batches(source, wanted, OBJECT_ROWS):
             for row in python_rows(batch):
                 number += 1
                 yield number, row

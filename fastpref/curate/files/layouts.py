@@ -61,7 +61,7 @@ class Layout(NamedTuple):
     without: tuple[str, ...] = ()  # columns that the file must not have
 
 
-_SOURCES = {"sources": ("sources", "models", "model_names", "generation_models")}
+_SOURCES = {"sources": ("sources",)}
 _PAIR = {"prompt": ("prompt", "question", "instruction", "input"), "strength": ("margin",)}
 _AB = {"prompt": "prompt", "response_a": "response_a", "response_b": "response_b"}
 _ARENA = {"model_a": "model_a", "model_b": "model_b"}

@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 
 from fastpref.curate.files.containers import (
-    PYTHON_ROWS,
+    OBJECT_ROWS,
     arrow_batches,
     check_unique,
     json_value,
@@ -79,7 +79,7 @@ def parts(sources: Sequence[Source], fields: Fields | None) -> Iterator[FilePart
             found = _parts_of_parquet(source, fields)
         elif source.container in ("arrow", "arrow-stream"):
             found = _parts_of_batches(
-                source, arrow_batches(source, _wanted(source, fields), PYTHON_ROWS), 0, extent(source)
+                source, arrow_batches(source, _wanted(source, fields), OBJECT_ROWS), 0, extent(source)
             )
         elif source.container == "csv":
             found = _parts_of_csv(source)
@@ -248,7 +248,7 @@ def _parts_of_parquet(source: Source, fields: Fields | None) -> Iterator[FilePar
 
 def _batches_of_group(source: Source, group: int, columns) -> Iterator:
     with reading_errors(source.name):
-        yield from open_parquet(source).iter_batches(PYTHON_ROWS, row_groups=[group], columns=columns)
+        yield from open_parquet(source).iter_batches(OBJECT_ROWS, row_groups=[group], columns=columns)
 
 
 def _parts_of_batches(source: Source, found: Iterable, begin: int, total: int | None) -> Iterator[FilePart]:

@@ -24,8 +24,8 @@ LARGEST_SCORE = 1e30  # from here on a number stands for none, as the lowest of 
 
 Text: TypeAlias = str | list[dict[str, Any]]
 
-_POOL = {"prompt": "prompt", "responses": "responses", "sources": "sources"}
-_POOL |= {name: name for name in ("prompt_id", "lengths", "truncated", "finish_reason")}
+_POOL_ROLES = {"prompt": "prompt", "responses": "responses", "sources": "sources"}
+_POOL_ROLES |= {name: name for name in ("prompt_id", "lengths", "truncated", "finish_reason")}
 
 
 class Fields(NamedTuple):
@@ -35,7 +35,7 @@ class Fields(NamedTuple):
     source: str | None = None
     length: str | None = None
     layout: str = "pools"
-    roles: dict[str, str] = _POOL  # role -> column
+    roles: dict[str, str] = _POOL_ROLES  # role -> column
     carried: tuple[str, ...] = ()  # columns that reach the output as they are
     missing: tuple[float, ...] = ()  # scores that stand for none
     beside: tuple[str, ...] = ()  # scores that nobody asked for; a row need not have them
