@@ -204,9 +204,13 @@ def test_malformed_rows():
     assert found == pair_rows(columns_of(rows[:3]), rejected="min")
     with pytest.raises(ValueError, match="no field 'reward'"):
         pair_rows(columns_of(rows[:3]), score_field="reward")
-    with pytest.raises(ValueError, match="batch: its columns question fit no layout; nearest is pools, which lacks prompt, responses"):
+    with pytest.raises(
+        ValueError, match="batch: its columns question fit no layout; nearest is pools, which lacks prompt, responses"
+    ):
         pair_rows({"question": ["p", "q"]})
-    with pytest.raises(ValueError, match="batch: its columns question fit no layout; nearest is pools, which lacks prompt, responses"):
+    with pytest.raises(
+        ValueError, match="batch: its columns question fit no layout; nearest is pools, which lacks prompt, responses"
+    ):
         pair_rows(pyarrow.table({"question": ["p", "q"]}))
     with pytest.raises(TypeError, match="batch must be a dict of columns, a pyarrow Table or RecordBatch, got list"):
         pair_rows(rows)

@@ -138,10 +138,10 @@ LAYOUTS = {
         Layout(
             "swift",
             "swift",
-            {"chosen": "messages", "rejected": "rejected_response"},
+            {"messages": "messages", "rejected": "rejected_response"},
             {"strength": ("margin",)},
         ),
-        Layout("swift-messages", "swift", {"chosen": "messages", "rejected": "rejected_messages"}, {}),
+        Layout("swift-messages", "swift", {"messages": "messages", "rejected": "rejected_messages"}, {}),
         Layout("ab", "ab", _AB | {"label": "label"}, {"strength": ("margin",)}, label="letters"),
         Layout("arena", "ab", _ARENA | _AB | {"label": "winner"}, label="letters"),
         Layout(
@@ -350,7 +350,11 @@ def _no_layout(what, names, tried, columns) -> str:
         return [(role, name) for role, name in _required(layout, columns).items() if name and name not in names]
 
     usable = [one for one in tried if set(columns) <= {*roles_of(one)}] or tried
-    layout = min(usable, key=lambda one: (len(lacking(one)), -len(one.roles)))
+    def distance(layout):
+        lacks = lacking(layout)
+        return len(lacks), -sum(bool(nearest(name, names)) for _, name in lacks), -len(layout.roles)
+
+    layout = min(usable, key=distance)
     lacks = lacking(layout)
     flags = ",".join(f"{role}={(nearest(name, names) or ['NAME'])[0]}" for role, name in lacks)
     return (

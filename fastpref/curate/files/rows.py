@@ -355,7 +355,7 @@ def _sharegpt(row, fields: Fields) -> _Shape:
 
 
 def _swift(row, fields: Fields) -> _Shape:
-    messages, rejected = (_value(row, fields, side) for side in SIDES)
+    messages, rejected = (_value(row, fields, role) for role in ("messages", "rejected"))
     if not isinstance(messages, list) or len(messages) < 2 or _role(messages[-1]) != "assistant":
         raise ValueError("messages must be a conversation that ends in the response of an assistant")
     if isinstance(rejected, list):
@@ -802,6 +802,8 @@ def _decoded_cells(row: dict, fields: Fields) -> dict:
         if name in texts:
             if value.startswith("[{") and value.endswith("}]"):
                 found[name] = _decoded_messages(value)
+            elif fields.layout == "sharegpt" and value.startswith("{"):
+                found[name] = _decoded_json(value)
         elif value[:1] in "[{" and value[:1]:
             found[name] = _decoded_json(value)
         else:
@@ -813,7 +815,7 @@ def _decoded_cells(row: dict, fields: Fields) -> dict:
     return found
 
 
-_TEXT_ROLES = ("prompt", "response", "chosen", "rejected", "response_a", "response_b", "input", "system")
+_TEXT_ROLES = ("prompt", "response", "chosen", "rejected", "messages", "response_a", "response_b", "input", "system")
 _NAME_ROLES = ("prompt_id", "model_a", "model_b", "source")
 
 
