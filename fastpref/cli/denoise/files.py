@@ -5,6 +5,7 @@ import contextlib
 import math
 import os
 import stat
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ import numpy as np
 from fastpref._whole_file import format_of
 from fastpref.errors import InputError
 
+AS_IT_LIES = (np.float16, np.float32, np.float64, np.int8)  # what is solved from the file as it is
 # An archive of at least so many bytes, unpacked, that are so many times what they are packed, is read only where
 # --max-dense allows it by number: 4 MB of zeros become 4 GB, and few arrays of measurements shrink a hundredfold.
 BOMB_BYTES, BOMB_RATIO = 1 << 28, 100
@@ -81,7 +83,9 @@ def _readable(path) -> Iterator[None]:
     for an encrypted member, SyntaxError, RecursionError or TypeError for a header, EOFError, struct.error ...
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Python's parser, about a header that is refused anyway
+            yield
     except InputError:
         raise
     except OSError as error:
@@ -93,12 +97,15 @@ def _readable(path) -> Iterator[None]:
 
 def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether it lies by columns, and dtype of the .npy that begins here."""
-    version = np.lib.format.read_magic(file)
+    try:
+        version = np.lib.format.read_magic(file)
+    except ValueError as error:
+        raise ValueError("it holds no array of numbers") from error
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
     if version == (2, 0):
         return np.lib.format.read_array_header_2_0(file)
-    return np.lib.format._read_array_header(file, version)  # 3.0 has no reader of its own, and refuses others
+    raise ValueError(f"version {'.'.join(map(str, version))} of .npy, which no array of numbers needs")
 
 
 def _check_header(what: str, shape, by_columns: bool, dtype: np.dtype) -> None:
