@@ -538,8 +538,8 @@ def ridge_doubts(separated: Tensor, share: Tensor) -> list[str]:
     ruled = share[~separated & (share > RULES)]
     if len(ruled):
         said.append(
-            f"a ridge of {RIDGE:g} rules the scores of {len(ruled)} of {len(separated)} graphs: it shrinks them by up to "
-            f"{float(ruled.max()):.0%}, for their votes say too little; collect more, or give them larger weights"
+            f"a ridge of {RIDGE:g} rules the scores of {len(ruled)} of {len(separated)} graphs: it shrinks them by up "
+            f"to {float(ruled.max()):.0%}, for their votes say too little; collect more, or give them larger weights"
         )
     return said
 
@@ -597,17 +597,16 @@ def _refuse_matrices(name: str, flat: Tensor, dtype: torch.dtype, stats: Tensor)
         raise ValueError(f"logits must be finite or NaN, got {flat[b, i, j].item()} at {[b, i, j]}")
     i, j = int(column["worst_row"][b]), int(column["worst_column"][b])
     there, back = flat[b, i, j].item(), flat[b, j, i].item()
-    at = f"[{i}, {j}]" + f" of matrix {b}" * (len(flat) > 1)
+    at, mirror = ([b, i, j], [b, j, i]) if len(flat) > 1 else ([i, j], [j, i])
     if i == j:
         raise ValueError(f"{name} must be 0 or NaN on the diagonal, an item against itself, got {there} at {at}")
     if name == "logits":
         raise ValueError(
             f"logits must be skew-symmetric, logits[i, j] = -logits[j, i] and NaN on both sides or neither; the worst "
-            f"entry is {there} at {at} against {back} on the other side (preference_matrix symmetrises)"
+            f"entry is {there} at {at} against {back} at {mirror} (preference_matrix symmetrises)"
         )
     raise ValueError(
-        f"wins must be finite counts >= 0, and NaN on both sides or neither, got {there} at {at} and {back} on the other "
-        "side"
+        f"wins must be finite counts >= 0, and NaN on both sides or neither, got {there} at {at} and {back} at {mirror}"
     )
 
 
@@ -621,9 +620,7 @@ def _pairs(matrix: Tensor, data: str):
 
 def _are_large(flat: Tensor, options: _Options) -> bool:
     """Whether matrices [B, N, N] are solved as the edges they have."""
-    return (
-        flat.shape[-1] > LARGEST_DENSE and options.backend != "reference" and _native.device_kind(flat) == "cpu"
-    )
+    return flat.shape[-1] > LARGEST_DENSE and options.backend != "reference" and _native.device_kind(flat) == "cpu"
 
 
 def _fit_each(flat: Tensor, options: _Options) -> _Fits:

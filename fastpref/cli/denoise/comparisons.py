@@ -243,11 +243,11 @@ def _judges(given: Comparisons) -> tuple[dict, list[str]]:
         ).judges
     found |= {name: spread_of(getattr(report, name)) for name in ("votes", "inconsistency", "first_advantage", "z")}
     partial = (report.z.abs() > DECISIVE).nonzero().flatten().tolist()
-    names = given.judges.take(partial).to_pylist()
+    names = [given.judges[k].as_py() for k in partial[:SHOWN]]
     said = [
         f"judge {name} favours the item shown {'first' if report.order_effect[k] > 0 else 'second'} by "
         f"{abs(float(report.order_effect[k])):.2f} logits (z = {float(report.z[k]):.1f})"
-        for name, k in zip(names[:SHOWN], partial, strict=False)
+        for name, k in zip(names, partial, strict=False)
     ]
     if len(partial) > SHOWN:
         said.append(f"{len(partial) - SHOWN} more judges favour an order of presentation (|z| > {DECISIVE:g})")

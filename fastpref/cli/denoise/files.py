@@ -145,8 +145,8 @@ def _npz_array(path, name: str | None, max_dense: float | None) -> np.ndarray:
             check_memory(size, max_dense, f"{name} of {path} takes")
             if max_dense is None and size >= BOMB_BYTES and size > BOMB_RATIO * info.compress_size:
                 raise InputError(
-                    f"{name} of {path} is {info.compress_size} bytes and would unpack to {size}: if that is right, allow "
-                    f"it with --max-dense {size / 2**30:.2g} or more"
+                    f"{name} of {path} is {info.compress_size} bytes and would unpack to {size}: if that is right, "
+                    f"allow it with --max-dense {size / 2**30:.2g} or more"
                 )
             array = np.empty(shape, dtype, order="F" if by_columns else "C")
             _fill(array.reshape(-1, order="F" if by_columns else "C"), file, f"{name} of {path}")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 
 from fastpref.cli.arguments import ColumnsAction, options_of, positive_integer, positive_number
 from fastpref.cli.signals import sigterm_interrupts
@@ -15,8 +16,8 @@ IN is a matrix or comparisons:
   .npy, .npz           a matrix [m, n] or a batch [batch, m, n], NaN (int8: -128) missing: robust PCA, M = L + S. One
                        float16, float32, float64 or int8 matrix in a .npy is memory-mapped and never copied; other
                        integers become float32 or float64 first.
-  a table              CSV with any of , ; | and tabs, JSON Lines, a JSON array, Parquet or Arrow; text also .gz or .zst;
-                       one file or several, folders, globs, addresses that fsspec knows, - for stdin. Columns:
+  a table              CSV with any of , ; | and tabs, JSON Lines, a JSON array, Parquet or Arrow; text also .gz or
+                       .zst; one file or several, folders, globs, addresses that fsspec knows, - for stdin. Columns:
     triples  row, column, value             cells of a matrix, those without one missing: robust PCA
     votes    i, j, wins_i, wins_j [ties]    how often item i beat item j, j beat i, and neither: robust Bradley-Terry
              model_a, model_b, winner_model_a, winner_model_b, winner_tie       the same
@@ -119,15 +120,16 @@ def run_command(arguments) -> int:
 
     options = options_of(arguments)
     as_json = options.pop("json")
-    options = DenoiseOptions(**options)
+    options, began = DenoiseOptions(**options), time.perf_counter()
     with sigterm_interrupts(), StageBars() as progress:
         progress.begin_stage("reading")
         given = open_input(options)
-        from fastpref.cli.denoise.run import denoise_input, summary_lines  # torch: after all that may be refused without it
+        # torch, after all that may be refused without it
+        from fastpref.cli.denoise.run import denoise_input, summary_lines
 
-        summary = denoise_input(given, options, progress)
+        summary = denoise_input(given, options, progress) | {"seconds": time.perf_counter() - began}
+    print(json.dumps(summary, indent=2) if as_json else "\n".join(map(printable, summary_lines(summary))), flush=True)
     for kind in ("warning", "note"):
         for text in summary.get(f"{kind}s", ()):
             print(f"fastpref denoise: {kind}: {printable(text)}", file=sys.stderr)
-    print(json.dumps(summary, indent=2) if as_json else "\n".join(map(printable, summary_lines(summary))))
     return 0 if summary["converged"] else 1

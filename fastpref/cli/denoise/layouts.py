@@ -102,7 +102,7 @@ def nearest(name: str, found: Sequence[str]) -> str:
 
 
 def _listed(found: Sequence[str]) -> str:
-    return ", ".join(found) if found else "none"
+    return ", ".join(repr(name) if "," in name else name for name in found) if found else "none"
 
 
 def _fit(name: str, found: Sequence[str], columns: dict[str, str]) -> Choice | None:
@@ -118,9 +118,10 @@ def _fit(name: str, found: Sequence[str], columns: dict[str, str]) -> Choice | N
         for role in layout.optional:
             if role in columns:
                 chosen[role] = columns[role]
-            elif own.get(role) in found and own[role] not in taken:
-                # a column that is not called ties counts them only beside the wins it belongs to
-                if role != "ties" or own[role] == role or own["wins_i"] == chosen["wins_i"]:
-                    chosen[role] = own[role]
+                continue
+            # a column that is not called ties counts them only beside the wins it belongs to
+            belongs = role != "ties" or own[role] == role or own["wins_i"] == chosen["wins_i"]
+            if own.get(role) in found and own[role] not in taken and belongs:
+                chosen[role] = own[role]
         return Choice(name, chosen)
     return None

@@ -1,7 +1,6 @@
 """`fastpref denoise`: chooses between robust PCA and Bradley-Terry by what was read, and writes whole files."""
 
 import contextlib
-import time
 from collections.abc import Iterator
 
 import torch
@@ -22,12 +21,11 @@ def denoise_input(given: Input, options: DenoiseOptions, progress) -> dict:
         progress: StageBars.
 
     Returns:
-        The summary, ready for JSON.
+        The summary, ready for JSON, but for the seconds, which reading began.
 
     Raises:
         InputError: For what the user can mend.
     """
-    started = time.perf_counter()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     outputs = [path for path in (options.output_file, options.flagged, options.plot) if path is not None]
@@ -50,7 +48,6 @@ def denoise_input(given: Input, options: DenoiseOptions, progress) -> dict:
         "read_as": given.read_as,
         **summary,
         "warnings": [*given.warnings, *summary["warnings"], *messages],
-        "seconds": time.perf_counter() - started,
     }
 
 

@@ -95,9 +95,7 @@ def read_comparisons(table: Table, choice: Choice, what: str, found: list[str], 
     if "judge" in columns:
         judges, (judge,) = index_names(names_of(table, columns["judge"]))
     ordered = layout in ("battles", "votes")
-    return Comparisons(
-        i, j, value, back, prompt, names, prompts, judge, judges, ordered, unused, ties, warnings, notes
-    )
+    return Comparisons(i, j, value, back, prompt, names, prompts, judge, judges, ordered, unused, ties, warnings, notes)
 
 
 def _counts(table: Table, column: str) -> np.ndarray:
