@@ -48,13 +48,12 @@ def open_input(options: DenoiseOptions) -> Input:
         for other in outputs[:index]:
             if os.path.realpath(path) == os.path.realpath(other):
                 raise InputError(f"{path} would overwrite another output")
+    _refuse_overwriting(outputs, options.inputs)
     if options.plot is not None:
         check_ending("--plot", options.plot, PLOTS)
-    arrays = [name for name in options.inputs if format_of(name) in ARRAYS]
-    if arrays:
+    if any(format_of(name) in ARRAYS for name in options.inputs):
         if len(options.inputs) > 1:
             raise InputError(f"a matrix is one file, got {len(options.inputs)}: {', '.join(options.inputs)}")
-        _refuse_overwriting(outputs, arrays)
         return _array_input(options)
     return _table_input(options, outputs)
 

@@ -63,14 +63,22 @@ def choose_layout(what: str, found: Sequence[str], layout: str | None, columns: 
     Raises:
         InputError: No layout fits, or several do; a role or a column that is named is not there.
     """
+    choice = _choose(what, found, layout, columns)
+    named = choice.columns.values()
+    if len(set(named)) < len(named):
+        raise InputError(f"--columns must name a column for each role, got one twice in {', '.join(named)}")
+    return choice
+
+
+def _choose(what: str, found: Sequence[str], layout: str | None, columns: dict[str, str]) -> Choice:
+    if not found:
+        raise InputError(f"{what} is empty: it has no column")
     for role in columns:
         if role not in ROLES:
             raise InputError(f"--columns: no layout has a role {role}, only {', '.join(ROLES)}" + nearest(role, ROLES))
     for name in columns.values():
         if name not in found:
             raise InputError(f"{what} has no column {name}, found {_listed(found)}" + nearest(name, found))
-    if len(set(columns.values())) < len(columns):
-        raise InputError(f"--columns must name a column for each role, got one twice in {', '.join(columns.values())}")
     if layout is not None:
         if wrong := [role for role in columns if role not in (*LAYOUTS[layout].roles, *LAYOUTS[layout].optional)]:
             known = ", ".join((*LAYOUTS[layout].roles, *LAYOUTS[layout].optional))

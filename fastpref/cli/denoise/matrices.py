@@ -250,10 +250,10 @@ def _summary(info: RPCAInfo, shape: list[int], dtype: np.dtype, unknown: int | N
             _count(~converged & ~empty, "{} of {} matrices ")
             + "did not converge: raise --max-iter, or look whether a low rank is there at all"
         )
-    if unknown:
+    if unknown and unknown > math.prod(shape[-2:]) * int(empty.sum()):
         messages.append(
             f"{unknown} of {math.prod(shape)} cells of L have no value (NaN, in a table null): the observed entries do "
-            "not determine them" + ", or the fit, which did not converge, lies beyond those" * bool((~converged).any())
+            "not determine them" + ", or the fit, which did not converge, lies beyond those" * bool((~converged & ~empty).any())
         )
     return {
         "kind": "matrix" if converged.dim() == 0 else "batch",
