@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastpref.curate.hygiene import as_sources
+from fastpref.curate.notices import DataWarning
 from fastpref.curate.pools import as_pools, per_prompt
 from fastpref.curate.scale import to_logit
 
@@ -100,11 +101,8 @@ def audit(
             matrix, rank, threshold=threshold, resamples=resamples, confidence=confidence, seed=seed
         )
     if len(rows) < least_prompts:
-        warnings.warn(
-            f"sources were scored on {len(rows)} prompts: they are ranked, none is flagged; score {least_prompts}",
-            UserWarning,
-            stacklevel=2,
-        )
+        text = f"sources were scored on {len(rows)} prompts: they are ranked, none is flagged; score {least_prompts}"
+        warnings.warn(DataWarning("few-prompts-to-audit", text), stacklevel=2)
     prompts = found.observed.numpy()
     return SourceReport(
         unexplained=found.outlyingness.numpy(),
@@ -443,12 +441,11 @@ def _judged(found, probabilities, given, after) -> CleanedJudges:
 
 def _warn_low_rank(changed, masked, prompts) -> None:
     beside = "" if masked is None else f" ({masked} if only wrong scores were masked)"
-    warnings.warn(
+    text = (
         f"action='low_rank' changes the best response of {changed} of {prompts} prompts{beside}: the best of the fit "
-        "is seldom the best response, and sources that game the judge gain by it; take action='mask'",
-        UserWarning,
-        stacklevel=3,
+        "is seldom the best response, and sources that game the judge gain by it; take action='mask'"
     )
+    warnings.warn(DataWarning("low-rank-scores", text), stacklevel=3)
 
 
 def _with_sources(scores, sources, offsets, valid, probability):

@@ -132,7 +132,7 @@ def report_of_run(state: State, config: CurateConfig, summary: dict) -> ReportDa
     )
     implicit = state.pairs.get("margin_implicit")
     return ReportData(
-        title=f"Pairs of {os.path.basename(config.input)}",
+        title=f"Pairs of {os.path.basename(samples.path)}",
         summary=_headlines(summary),
         warnings=summary["warnings"],
         scores=PickedScores(

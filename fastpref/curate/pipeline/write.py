@@ -10,6 +10,7 @@ from fastpref._build import version
 from fastpref._rating_scale import of_gaps
 from fastpref.curate import goals
 from fastpref.curate.files import writing as files
+from fastpref.curate.files.formats import FORMATS
 from fastpref.curate.hygiene import split_of
 from fastpref.curate.pipeline.options import Options, check_positive, choice
 from fastpref.curate.pipeline.scores import linear_scores, primary_field
@@ -22,7 +23,7 @@ GOALS = ("none", "both", "half")
 
 @dataclass(frozen=True)
 class WriteOptions(Options):
-    format: str = choice("trl", files.FORMATS)
+    format: str = choice("trl", FORMATS)
     sft: str | None = None  # file of the rows routed to SFT; without one they stay in the output, by their route
     test: str | None = None  # file of the prompts held out
     test_share: float = 0.0
@@ -46,24 +47,35 @@ def check_outputs(config) -> None:
     """Raises InputError for files that cannot be written, or would overwrite another."""
     write = config.write
     outputs = [path for path in (config.output, write.sft, write.test, write.bad_rows) if path is not None]
-    inputs = [path for path in (config.input, config.read.implicit, *config.hygiene.decontaminate) if path is not None]
+    given = (*config.inputs, config.read.implicit, *config.hygiene.decontaminate)
+    inputs = [path for path in given if path is not None]
     for index, path in enumerate(outputs):
-        if path != write.bad_rows and not path.endswith(files.ENDINGS):
-            raise InputError(f"the output must end in {', '.join(files.ENDINGS)}, got {path}")
-        if not os.access(folder := os.path.dirname(path) or ".", os.W_OK):
-            raise InputError(f"cannot write {path}: the folder {folder} is not there or cannot be written")
+        if path != write.bad_rows:
+            files.check_ending(path, write.format)
+        _check_folder(path)
         if os.path.exists(path) and not os.path.isfile(path):
-            raise InputError(f"cannot write {path}: it is no regular file")
+            raise InputError(f"cannot write {path}: it is not a regular file")
         for other in [*inputs, *outputs[:index]]:
             if os.path.realpath(path) == os.path.realpath(other):
                 raise InputError(f"{path} would overwrite {'an input' if other in inputs else 'another output'}")
+
+
+def _check_folder(path) -> None:
+    """Raises InputError where the folder of a file can neither be written nor made."""
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise InputError(f"cannot write {path}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write {path}: the folder {folder} must not be written")
 
 
 def write_outputs(state: State, config, progress=None) -> tuple[dict, dict]:
     """Writes every output. Returns the columns of all rows, and the summary."""
     samples, options = state.samples, config.write
     columns = row_columns(state, config)
-    scale = _rating_scale(columns["score_chosen"] - columns["score_rejected"], options.beta)
+    scale = _rating_scale(columns["margin"], options.beta)
     rewrite = None
     if options.easy_to_hard:
         easiest_first = np.argsort(columns["easy_to_hard"], kind="stable")
@@ -96,8 +108,9 @@ def write_outputs(state: State, config, progress=None) -> tuple[dict, dict]:
         if sft is not None:
             written[sft] = done.sft_rows
     if options.bad_rows is not None:
-        files.write_problems(samples.problems, options.bad_rows)
-        written[options.bad_rows] = len(samples.problems)
+        problems = [*samples.problems, *samples.bad_responses]
+        files.write_problems(problems, options.bad_rows)
+        written[options.bad_rows] = len(problems)
     rows = columns | files.pair_columns(samples, columns)
     for name, column in rows.items():
         if isinstance(column, files.Coded):
@@ -112,9 +125,12 @@ def _take_rows(columns, which) -> dict:
 
 def _with_goals(columns, config) -> tuple[dict, Callable]:
     """Goal-conditioned rows, and what writes the goals into their prompts."""
+    if "score_chosen" not in columns:
+        raise InputError(f"write.goals states scores, and {', '.join(config.inputs)} has none")
     records = goals.goal_records(columns, half=config.write.goals == "half", seed=config.seed)
     del records["pair"]
     swapped = records["goal_swapped"]
+    del records["margin"]  # it is that of the scores, which are swapped
     for name in records:
         if name.startswith("margin_"):
             records[name] = np.where(swapped, -records[name], records[name])
@@ -134,6 +150,7 @@ def _with_goals(columns, config) -> tuple[dict, Callable]:
 
 
 def _rating_scale(gap, beta) -> dict | None:
+    gap = gap[~np.isnan(gap)]
     if not (gap != 0).any():
         return None
     return {"beta": beta, "pairs": len(gap), **of_gaps(gap, beta)._asdict()}
@@ -150,19 +167,27 @@ def row_columns(state: State, config) -> dict[str, object]:
     def both(column, end=""):
         columns.update({f"score_{side}{end}": column[place] for side, place in at.items()})
 
-    as_read = linear_scores(samples, primary)
-    both(as_read)
-    if any((state.score[place] != as_read[place]).any() for place in at.values()):
-        both(state.score, "_used")  # the mean of copies, or replaced, or without the slope of length
-    if primary.scale != "raw" or len(samples.scores) > 1:
-        for field, column in samples.scores.items():
-            both(column, f"_{field}")
+    if primary is None:
+        columns["margin"] = state.margins()[kept]
+    else:
+        as_read = linear_scores(samples, primary)
+        both(as_read)
+        columns["margin"] = np.subtract(*(as_read[place] for place in at.values()))
+        if any(not np.array_equal(state.score[place], as_read[place], equal_nan=True) for place in at.values()):
+            both(state.score, "_used")  # the mean of copies, or replaced, or without the slope of length
+        if primary.scale != "raw" or len(samples.scores) > 1:
+            for field, column in samples.scores.items():
+                both(column, f"_{field}")
+    if samples.strength is not None:
+        columns["margin"] = np.where(np.isnan(columns["margin"]), state.margins()[kept], columns["margin"])
     for known in ("n_pool", "z_chosen", "z_rejected", "rank_rejected"):
-        columns[known] = state.pairs[known][kept]
+        if known in state.pairs:
+            columns[known] = state.pairs[known][kept]
     made = state.summaries["construct"]
     columns["rule"] = made["rule"]
-    field = primary.declaration
-    columns["scale"] = field if made["scale"] == "raw" else f"{field}, {made['scale']}"
+    if primary is not None:
+        field = primary.declaration
+        columns["scale"] = field if made["scale"] == "raw" else f"{field}, {made['scale']}"
     columns["reason"] = PairReason.KEPT.name.lower()
     columns["route"] = np.array([route.name.lower() for route in Route], object)[state.pairs["route"][kept]]
     further = [known for known in state.pairs if known.startswith(("margin_", "p_", "select_", "easy_"))]
