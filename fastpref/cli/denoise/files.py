@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from fastpref._whole_file import format_of
-from fastpref.cli.denoise.layouts import nearest
+from fastpref.cli.denoise.layouts import hint
 from fastpref.errors import InputError
 
 AS_IT_LIES = (np.float16, np.float32, np.float64, np.int8)  # what is solved from the file as it is
@@ -127,7 +127,7 @@ def _npz_array(path, name: str | None, max_dense: float | None) -> np.ndarray:
             name = names[0]
         if name not in names:
             wanted = "--array must name one of its arrays" if name is None else f"no array {name!r}"
-            raise InputError(f"{path}: {wanted}, found {', '.join(names) or 'none'}{nearest(name or '', names)}")
+            raise InputError(f"{path}: {wanted}, found {', '.join(names) or 'none'}{hint(name or '', names)}")
         if names.count(name) > 1:
             raise InputError(f"{path} has more than one array {name!r}")
         info = members[names.index(name)]

@@ -48,6 +48,13 @@ def open_input(options: DenoiseOptions) -> Input:
         for other in outputs[:index]:
             if os.path.realpath(path) == os.path.realpath(other):
                 raise InputError(f"{path} would overwrite another output")
+    try:
+        return _opened(options, outputs)
+    except MemoryError as error:
+        raise InputError(f"not enough memory to read {options.name}") from error
+
+
+def _opened(options: DenoiseOptions, outputs: list) -> Input:
     _refuse_overwriting(outputs, options.inputs)
     if options.plot is not None:
         check_ending("--plot", options.plot, PLOTS)

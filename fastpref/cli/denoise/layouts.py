@@ -1,9 +1,9 @@
 """How tables are read: which of their columns are the items, the votes, the cells. The header alone decides."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import NamedTuple
 
+from fastpref.curate.files.layouts import nearest
 from fastpref.errors import InputError
 
 
@@ -75,10 +75,10 @@ def _choose(what: str, found: Sequence[str], layout: str | None, columns: dict[s
         raise InputError(f"{what} is empty: it has no column")
     for role in columns:
         if role not in ROLES:
-            raise InputError(f"--columns: no layout has a role {role}, only {', '.join(ROLES)}" + nearest(role, ROLES))
+            raise InputError(f"--columns: no layout has a role {role}, only {', '.join(ROLES)}" + hint(role, ROLES))
     for name in columns.values():
         if name not in found:
-            raise InputError(f"{what} has no column {name}, found {_listed(found)}" + nearest(name, found))
+            raise InputError(f"{what} has no column {name}, found {_listed(found)}" + hint(name, found))
     if layout is not None:
         if wrong := [role for role in columns if role not in (*LAYOUTS[layout].roles, *LAYOUTS[layout].optional)]:
             known = ", ".join((*LAYOUTS[layout].roles, *LAYOUTS[layout].optional))
@@ -88,8 +88,7 @@ def _choose(what: str, found: Sequence[str], layout: str | None, columns: dict[s
         names = [columns.get(role, role) for role in LAYOUTS[layout].roles]
         missing = [name for name in names if name not in found]
         raise InputError(
-            f"{what} has no column {', '.join(missing)} for {layout}, found {_listed(found)}"
-            + nearest(missing[0], found)
+            f"{what} has no column {', '.join(missing)} for {layout}, found {_listed(found)}" + hint(missing[0], found)
         )
     fitting = [choice for name in LAYOUTS if (choice := _fit(name, found, columns))]
     # A layout all of whose roles are named is meant, whatever other columns the file has.
@@ -103,9 +102,9 @@ def _choose(what: str, found: Sequence[str], layout: str | None, columns: dict[s
     raise InputError(f"{what}: its columns {_listed(found)} fit no layout ({layouts}); name them with --columns")
 
 
-def nearest(name: str, found: Sequence[str]) -> str:
+def hint(name: str, found: Sequence[str]) -> str:
     """Returns "; the nearest is NAME", or nothing where none is near."""
-    near = get_close_matches(name, list(found), 1)
+    near = nearest(name, found)
     return f"; the nearest is {near[0]}" if near else ""
 
 

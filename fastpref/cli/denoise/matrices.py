@@ -251,9 +251,10 @@ def _summary(info: RPCAInfo, shape: list[int], dtype: np.dtype, unknown: int | N
             + "did not converge: raise --max-iter, or look whether a low rank is there at all"
         )
     if unknown and unknown > math.prod(shape[-2:]) * int(empty.sum()):
+        beyond = ", or the fit, which did not converge, lies beyond those" * bool((~converged & ~empty).any())
         messages.append(
             f"{unknown} of {math.prod(shape)} cells of L have no value (NaN, in a table null): the observed entries do "
-            "not determine them" + ", or the fit, which did not converge, lies beyond those" * bool((~converged & ~empty).any())
+            f"not determine them{beyond}"
         )
     return {
         "kind": "matrix" if converged.dim() == 0 else "batch",

@@ -8,12 +8,12 @@ import pyarrow
 from fastpref.cli.denoise.layouts import Choice
 from fastpref.cli.denoise.tables import first_row, index_names, measures_of, names_of, near_twins
 from fastpref.curate.files.containers import Table, as_numbers
+from fastpref.curate.files.layouts import FIRST, SECOND, TIES
 from fastpref.errors import InputError
 
 # what the column `winner` of battles says, in lower case -> the share of i's win
-LABELS = {"model_a": 1.0, "a": 1.0, "model_b": 0.0, "b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5, "both_bad": 0.5}
-# of these, what no item is called: in a column of items they are read wrongly
-NO_ITEMS = ("model_a", "model_b", "tie", "tie (bothbad)", "both_bad")
+LABELS = dict.fromkeys(FIRST, 1.0) | dict.fromkeys(SECOND, 0.0) | dict.fromkeys(TIES, 0.5)
+NO_ITEMS = {*LABELS} - {"a", "b"}  # what no item is called: in a column of items they are read wrongly
 
 
 class Comparisons(NamedTuple):
