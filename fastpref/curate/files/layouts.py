@@ -45,6 +45,11 @@ from typing import NamedTuple
 
 from fastpref.errors import InputError
 
+# labels of a side, in lower case
+FIRST = ("a", "model_a", "response_a")
+SECOND = ("b", "model_b", "response_b")
+TIES = ("tie", "tie (bothbad)", "tie(bothbad)", "both_bad", "bothbad", "both bad", "tie (both bad)")
+
 PAIR_SHAPES = ("pair", "sharegpt", "swift", "ab", "arena-wins")  # the sides are published
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import orjson
 
-from fastpref.curate.files.layouts import CONTEXT, LAYOUTS, PAIR_SHAPES
+from fastpref.curate.files.layouts import CONTEXT, FIRST, LAYOUTS, PAIR_SHAPES, SECOND, TIES
 from fastpref.errors import InputError
 
 SIDES = ("chosen", "rejected")
@@ -369,11 +369,6 @@ def _split(parts) -> tuple:
     return parts[0], list(parts[1:])
 
 
-_TIES = ("tie", "tie (bothbad)", "tie(bothbad)", "both_bad", "bothbad", "both bad", "tie (both bad)")
-_FIRST = ("a", "model_a", "response_a")
-_SECOND = ("b", "model_b", "response_b")
-
-
 def _ab(row, fields: Fields) -> _Shape:
     label = _value(row, fields, "label")
     first, strength = _LABELS[LAYOUTS[fields.layout].label](fields.roles["label"], label)
@@ -444,11 +439,11 @@ def _from_turns(prompts, *answers) -> tuple:
 
 def _letters(name, label) -> tuple[bool, None]:
     text = label.strip().lower() if isinstance(label, str) else label
-    if text in _TIES:
+    if text in TIES:
         raise Tie("rows that prefer no side")
-    if text not in (*_FIRST, *_SECOND):
-        raise ValueError(f"{name} must be one of {', '.join((*_FIRST, *_SECOND, *_TIES))}, got {label!r}")
-    return text in _FIRST, None
+    if text not in (*FIRST, *SECOND):
+        raise ValueError(f"{name} must be one of {', '.join((*FIRST, *SECOND, *TIES))}, got {label!r}")
+    return text in FIRST, None
 
 
 def _signed(name, label) -> tuple[bool, float]:
