@@ -274,7 +274,9 @@ def test_axolotl_takes_one_message_per_response(tmp_path):
     }
     samples = read_samples(write_samples(tmp_path / "samples.jsonl", [row]))
     pairs = {"prompt": [0], "chosen": [0], "rejected": [1]}
-    with pytest.raises(InputError, match="one message per response, got 3 as chosen, in prompt 7: write --format trl-conv"):
+    with pytest.raises(
+        InputError, match="one message per response, got 3 as chosen, in prompt 7: write --format trl-conv"
+    ):
         write_pairs(samples, pairs, tmp_path / "pairs.jsonl", format="axolotl")
     assert not (tmp_path / "pairs.jsonl").exists()
     assert write_pairs(samples, pairs, tmp_path / "pairs.jsonl").rows == 1
@@ -442,7 +444,7 @@ def test_pairs_that_are_not_of_these_samples(tmp_path, samples, pairs, message):
 
 def test_other_arguments_that_are_refused(tmp_path, samples):
     pairs, out = best_against_worst(samples), tmp_path / "pairs.jsonl"
-    with pytest.raises(ValueError, match="format must be one of trl, .*, kto, got 'dpo'"):
+    with pytest.raises(ValueError, match=r"format must be one of trl, .*, kto, got 'dpo'"):
         write_pairs(samples, pairs, out, format="dpo")
     with pytest.raises(InputError, match=r"must end in .jsonl, .jsonl.gz, .parquet, got .*pairs.csv"):
         write_pairs(samples, pairs, tmp_path / "pairs.csv")

@@ -534,7 +534,9 @@ def test_one_stage_alone(samples, tmp_path):
 
 def test_stale_files_are_refused(samples, tmp_path):
     config = config_of(samples, work=str(tmp_path / "work"), order=["hygiene", "construct"])
-    with pytest.raises(InputError, match=r"read\.npz, which keeps what there was after the input was read, is not there"):
+    with pytest.raises(
+        InputError, match=r"read\.npz, which keeps what there was after the input was read, is not there"
+    ):
         run(config, begin="hygiene")
     run_quietly(config)
 
