@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from fastpref._progress import StageBars
-from fastpref.cli.arguments import options_of, positive_integer, positive_number
+from fastpref.cli.arguments import ColumnsAction, options_of, positive_integer, positive_number
 from fastpref.cli.signals import sigterm_interrupts
 from fastpref.curate.pipeline.config import (
     CLEAN,
@@ -28,12 +28,11 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Makes training pairs of scored responses. It starts at scored files: it samples no responses and scores none.
 
-IN is JSON Lines (also .gz) or Parquet, a prompt a row:
-  prompt, responses[], scores[]     any name for the scores (--scores), several columns of them; also sources[] (who
-                                    wrote each response: --sources), lengths[], truncated[] or finish_reason[]
-  instruction, completions[]        UltraFeedback
-  chosen, rejected, score_chosen, score_rejected    TRL's preference rows with scores: a pool of two
-Prompts and responses are strings or messages [{"role", "content"}, ...]. What a row must hold and does not is a bad
+IN is JSON Lines, a JSON array, CSV (its delimiter is found), Parquet or Arrow, also .gz or .zst: a file, several, a
+glob in quotes, a folder, "-" for stdin, or an address that fsspec opens. A row holds a prompt and its responses with
+their scores, a published pair with scores or without, two responses and a label, or one response; --help-layouts lists
+the layouts, which are told apart by their columns. Columns called otherwise are named with --columns.
+Prompts and responses are strings or messages [{"role", "content", ...}, ...]. What a row must hold and does not is a bad
 row: left out, counted, listed in --bad-rows.
 
 OUT is .jsonl[.gz] or .parquet, a row a pair: texts as --format has them, and beside them the scores (score_chosen,
@@ -79,7 +78,8 @@ def add_parser(commands) -> None:
 
 def _add_run_flags(curate) -> None:
     add = curate.add_argument
-    add("input", metavar="IN", help="scored samples")
+    add("input", metavar="IN", nargs="+", help="scored samples, or published pairs")
+    add("--help-layouts", action=_HelpLayouts, nargs=0, help="the layouts of IN, a row each")
     add("-o", dest="output", metavar="OUT", help="the pairs; replaced if it is there")
     add("--config", metavar="FILE", help="TOML, a table per stage; flags win over it")
     add("--report", metavar="DIR", help="a page of what was done, report.md and report.html")
@@ -98,11 +98,28 @@ def _add_reading_flags(group) -> None:
         "--scores",
         dest="read.scores",
         type=_comma_separated,
-        metavar="FIELD[:logit],...",
-        help=":logit for probabilities; the first constructs the pairs (default: scores, else win_prob)",
+        metavar="FIELD[:SCALE],...",
+        help=":logit for probabilities, :best-low or :best-high for ranks; the first constructs the pairs (default: the "
+        "usual ones of the layout)",
     )
     add("--sources", dest="read.sources", metavar="FIELD", help="who wrote each response, such as models")
     add("--lengths", dest="read.lengths", metavar="FIELD", help="of the responses (default: characters)")
+    add("--layout", dest="read.layout", metavar="NAME", help="of IN, where its columns fit several (--help-layouts)")
+    add(
+        "--columns",
+        dest="read.columns",
+        action=ColumnsAction,
+        metavar="ROLE=NAME,...",
+        help="what IN calls them, such as prompt=question,responses=generations or response=output,system=instructions",
+    )
+    add("--keep", dest="read.keep", type=_comma_separated, metavar="FIELD,...", help="columns that reach OUT as they are")
+    add(
+        "--missing",
+        dest="read.missing",
+        type=_numbers,
+        metavar="X,...",
+        help="scores that stand for none, such as -1; numbers of 1e30 and more always do",
+    )
     add(
         "--implicit",
         dest="read.implicit",
@@ -267,6 +284,16 @@ def _add_writing_flags(group) -> None:
     add("--bad-rows", dest="write.bad_rows", metavar="FILE", help="rows that could not be read, and why, as .jsonl")
 
 
+class _HelpLayouts(argparse.Action):
+    """Prints the table of layouts."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from fastpref.curate.files import layouts
+
+        print(layouts.__doc__.strip())
+        parser.exit()
+
+
 def _comma_separated(text) -> list[str]:
     return text.split(",")
 
@@ -319,6 +346,8 @@ def parse_options(options: dict) -> tuple[CurateConfig, dict]:
     for name in ("input", "output", "report", "work", "seed", "order"):
         if name in given:
             table[name] = given[name]
+    if isinstance(table.get("input"), list) and len(table["input"]) == 1:
+        (table["input"],) = table["input"]
     for name, value in given.items():
         part, dot, key = name.partition(".")
         if dot:
@@ -359,6 +388,9 @@ def summary_lines(result: "CurateResult") -> list[str]:
     found = [("read", f"{summary['prompts']} prompts, {summary['responses']} responses{of}")]
     if summary["bad_rows"]:
         found.append(("", f"{summary['bad_rows']} bad rows"))
+    if summary["bad_responses"]:
+        found.append(("", f"{summary['bad_responses']} bad responses, left out of their pools"))
+    found += [("", f"{count} {reason}, left out") for reason, count in summary["not_read"].items()]
     found += [(name, _SAID[name](stages[name])) for name in stages]
     if "pairs" in summary:
         found.append(("left out", _counted(summary["responses_left_out"], "responses")))
@@ -371,7 +403,7 @@ def summary_lines(result: "CurateResult") -> list[str]:
         found.append(("wrote", f"{path}: {rows} rows"))
     found += [("note", f"{notice.text} [{notice.id}]") for notice in result.notices if notice.severity == "finding"]
     found.append(("", f"{summary['seconds']:.1f} s"))
-    return [f"{name:<10} {said}" for name, said in found if said]
+    return [f"read as {summary['read_as']}", *(f"{name:<10} {said}" for name, said in found if said)]
 
 
 def _hygiene(stage) -> str:

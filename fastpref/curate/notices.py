@@ -61,6 +61,9 @@ NOTICES: dict[str, NoticeKind] = {
         "--labels scores exchanges their sides.",
     ),
     "bad-rows": NoticeKind("warning", "Rows that could not be read", "--bad-rows lists each with its reason."),
+    "bad-responses": NoticeKind(
+        "warning", "Responses that could not be read", "Their prompts keep the others; --bad-rows lists each."
+    ),
     "length-decides": NoticeKind(
         "warning",
         "The longer response nearly always wins",

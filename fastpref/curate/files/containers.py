@@ -28,6 +28,7 @@ except ImportError as error:
 
 ROWS = 1 << 14  # of a batch that is made of Python objects
 BUFFER = 1 << 20  # bytes of each Parquet column read at a time
+PYTHON_ROWS = 256  # of a batch that is made into Python objects
 SCHEMA_ROWS = 1000  # rows of JSON whose keys are the columns
 
 
@@ -35,7 +36,9 @@ class Batch(NamedTuple):
     """Some rows of a source."""
 
     table: pyarrow.RecordBatch
-    numbers: np.ndarray  # int64 [rows]: the line at which each begins; of Parquet, Arrow and JSON arrays its row; from 1
+    numbers: (
+        np.ndarray
+    )  # int64 [rows]: the line at which each begins; of Parquet, Arrow and JSON arrays its row; from 1
 
 
 class Table(NamedTuple):
@@ -148,6 +151,54 @@ def check_unique(source: Source, names: Sequence[str], wanted: Sequence[str]) ->
     """Raises InputError for wanted columns that a source has more than once: nobody can say which one is meant."""
     if repeated := [name for name in dict.fromkeys(wanted) if list(names).count(name) > 1]:
         raise InputError(f"{source.name} has more than one column {', '.join(repeated)}")
+
+
+def numbered_rows(source: Source, columns: Sequence[str] | None = None) -> Iterator[tuple[int, object]]:
+    """Reads the rows of a source in order: the line or row as of Batch, and a dict, or a ValueError with the reason.
+
+    Args:
+        source: From `find_sources`.
+        columns: Those that are wanted of Parquet and Arrow, where other formats give all. None: all.
+
+    Raises:
+        InputError: The source cannot be read.
+    """
+    if source.container in ("json-lines", "json-array"):
+        yield from json_rows(source)
+    elif source.container == "csv":
+        records = csv_records(source)
+        header = next(records, (1, []))[1]
+        if isinstance(header, ValueError):
+            raise InputError(f"{source.name}:1: {header}")
+        check_unique(source, header, [name for name in header if name])
+        for number, record in records:
+            yield number, record if isinstance(record, ValueError) else record_as_row(header, record)
+    else:
+        names = schema_of(source).names
+        wanted = None if columns is None else [name for name in names if name in columns]
+        check_unique(source, names, names if wanted is None else wanted)
+        number = 0
+        for batch in arrow_batches(source, wanted, PYTHON_ROWS):
+            for row in python_rows(batch):
+                number += 1
+                yield number, row
+
+
+def record_as_row(header: list[str], record: list[str]) -> dict[str, str | None]:
+    """Returns a record of CSV as an object; an empty field is null."""
+    return {name: text or None for name, text in zip(header, record, strict=True)}
+
+
+def python_rows(batch: pyarrow.RecordBatch) -> list:
+    """Returns the rows of a batch as Python has them; a ValueError where a string is not UTF-8."""
+    try:
+        return batch.to_pylist()
+    except (UnicodeDecodeError, pyarrow.ArrowException, OverflowError, ValueError) as error:
+        if batch.num_rows == 1:
+            if isinstance(error, UnicodeDecodeError):
+                return [ValueError(f"not UTF-8 at byte {error.start} of a string")]
+            return [ValueError(" ".join(str(error).split()))]
+        return [row for k in range(batch.num_rows) for row in python_rows(batch.slice(k, 1))]
 
 
 # ---- rows of JSON
@@ -276,7 +327,8 @@ def _parsed_numbers(table: Table, name: str) -> np.ndarray:
         with_comma = pyarrow.compute.replace_substring(texts, ",", ".", max_replacements=1)
         texts = pyarrow.compute.if_else(pyarrow.array(comma), with_comma, texts)
     texts = pyarrow.compute.utf8_trim_whitespace(texts)
-    texts = pyarrow.compute.if_else(pyarrow.compute.equal(texts, ""), None, texts)
+    absent = pyarrow.compute.is_in(texts, value_set=pyarrow.array(["", "NA", "N/A", "null", "None"], texts.type))
+    texts = pyarrow.compute.if_else(absent, None, texts)
     try:
         return texts.cast(pyarrow.float64()).to_numpy()
     except pyarrow.ArrowInvalid:
@@ -292,6 +344,8 @@ def _parsed_numbers(table: Table, name: str) -> np.ndarray:
 
 
 def _number(text: str) -> float:
+    if text.lower() in ("true", "false"):
+        return float(text.lower() == "true")
     if "_" in text:  # float() reads 1_000
         raise ValueError(text)
     return float(text)

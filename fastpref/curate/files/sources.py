@@ -366,6 +366,8 @@ def open_unpacked(source: Source) -> Iterator:
             try:
                 import pyarrow
             except ImportError as error:
-                raise InputError(f'{source.name} is packed by zstd, which needs pyarrow: pip install "fastpref[cli]"') from error
+                raise InputError(
+                    f'{source.name} is packed by zstd, which needs pyarrow: pip install "fastpref[cli]"'
+                ) from error
             with pyarrow.CompressedInputStream(pyarrow.PythonFile(packed, "r"), "zstd") as stream:
                 yield _Bounded(stream, packed, source.name)

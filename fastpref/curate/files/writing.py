@@ -89,8 +89,8 @@ def write_pairs(
         raise InputError(
             f"{samples.path} holds strings and lists of messages, a file of pairs only one: write trl-conversational"
         )
-    workers = processes.worthwhile_processes(samples.stamp[0]) if workers is None else workers
-    done, total = deque(), reading.extent(samples.path)
+    workers = processes.worthwhile_processes(samples.size) if workers is None else workers
+    done, total = deque(), sum(map(reading.extent, samples.files))
 
     def tasks():
         for part, here, known in reading.parts_again(samples, prompts):
@@ -101,7 +101,7 @@ def write_pairs(
             picked = Picked(row, chosen[these], rejected[these], to_sft[these], values)
             begin = samples.offsets[prompt[these]]
             hashes = samples.text_hash[begin + picked.chosen], samples.text_hash[begin + picked.rejected]
-            yield samples.path, part, known, picked, hashes, samples.fields, format, finished
+            yield samples.files[part.file], part, known, picked, hashes, samples.fields, format, finished
 
     def blocks():
         for block in processes.in_processes(_lines_of_part, tasks(), workers):
@@ -136,10 +136,10 @@ def write_pairs(
 
 
 def write_problems(problems: list[RowProblem], path) -> None:
-    """The rows that were left out, as JSON Lines: row and reason."""
+    """The rows and responses that were left out, as JSON Lines: file, row and reason."""
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for problem in problems:
-            file.write(json.dumps({"row": problem.row, "reason": problem.reason}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"file": problem.path, "row": problem.row, "reason": problem.reason}) + "\n")
 
 
 def read_metadata(path) -> dict | None:
@@ -271,17 +271,18 @@ def _indices(samples, pairs) -> list[np.ndarray]:
 # ---- the second pass
 
 
-def _lines_of_part(path, part, known, picked, hashes, fields, format, finished) -> tuple[bytes, np.ndarray]:
+def _lines_of_part(source, part, known, picked, hashes, fields, format, finished) -> tuple[bytes, np.ndarray]:
     """The rows of the pairs as JSON, one after the other, and the bytes of each. hashes: of chosen and rejected."""
     import orjson
 
-    from fastpref.curate.files import reading  # needs orjson and xxhash
+    from fastpref.curate.files import reading  # needs orjson, xxhash and pyarrow
+    from fastpref.curate.files.texts import text_hash
 
-    rows = reading.same_rows(path, part, known)
+    rows = reading.same_rows(source, part, known, fields)
     for index, before in zip((picked.chosen, picked.rejected), hashes, strict=True):
         texts = [rows[r].responses[k] for r, k in zip(picked.row.tolist(), index.tolist(), strict=True)]
-        if (reading.text_hash(texts) != before).any():
-            raise reading.changed_error(path)
+        if (text_hash(texts) != before).any():
+            raise reading.changed_error(source.name)
     found = pair_rows_of(rows, known.prompt_hash, picked, fields.carried, format)
     if finished:
         found = [shaped for row in found for shaped in shaped_rows(row, format)]
@@ -334,7 +335,7 @@ def _rewritten(line, rewrite, format) -> list[bytes]:
 
 def _check_outputs(samples, out, sft, format) -> None:
     check_format(format)
-    taken = {os.path.realpath(samples.path): "the samples"}
+    taken = {os.path.realpath(source.path): "the samples" for source in samples.inputs}
     for path in (out, sft):
         if path is None:
             continue

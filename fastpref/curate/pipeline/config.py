@@ -65,7 +65,7 @@ class CurateConfig:
     Tables may be given as dicts. Raises InputError for values of another type, unknown keys, and what cannot be done.
     """
 
-    input: str = ""
+    input: str | tuple[str, ...] = ""  # a file, a glob, a folder, "-" or an address, or several
     output: str | None = None
     report: str | None = None  # folder
     work: str | None = None  # folder of the stages' files
@@ -80,6 +80,11 @@ class CurateConfig:
     select: SelectOptions = field(default_factory=SelectOptions)
     route: RouteOptions = field(default_factory=RouteOptions)
     write: WriteOptions = field(default_factory=WriteOptions)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the input."""
+        return (self.input,) if isinstance(self.input, str) else self.input
 
     def __post_init__(self):
         for name, hint in typing.get_type_hints(CurateConfig).items():

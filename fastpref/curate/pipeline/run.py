@@ -143,7 +143,7 @@ def _checked_range(config, begin, only) -> tuple[int, int]:
 
 
 def _resumed(config, name) -> State:
-    samples = load_samples(config.work, fingerprint(config, "read"))
+    samples = load_samples(config)
     if name == "read":
         return first_state(samples, config)
     return load_state(samples, config.work, name, fingerprint(config, name))
@@ -179,11 +179,17 @@ def _input_summary(samples) -> dict:
     if bad := len(samples.problems):
         text = f"{bad} of {bad + samples.prompts} rows are left out, the first {samples.problems[0]}"
         warnings.warn(DataWarning("bad-rows", text), stacklevel=2)
+    if bad_responses := len(samples.bad_responses):
+        text = f"{bad_responses} responses are left out of their pools, the first {samples.bad_responses[0]}"
+        warnings.warn(DataWarning("bad-responses", text), stacklevel=2)
     return {
         "input": samples.path,
+        "read_as": samples.read_as,
         "prompts": samples.prompts,
         "responses": samples.responses,
         "bad_rows": bad,
+        "bad_responses": bad_responses,
+        "not_read": dict(samples.counts),  # ties, and scores that stand for none
         "scores": list(samples.scores),
         "sources": None if samples.sources is None else len(samples.source_names),
     }

@@ -1,5 +1,6 @@
 """Score columns of the samples: which were declared, on which scale, and which vote when pairs are selected."""
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -10,9 +11,13 @@ from fastpref.curate.scale import to_logit
 from fastpref.errors import InputError
 
 
+_RANK = re.compile(r"(.*[_-])?rank(s|ing|ings)?", re.IGNORECASE)
+SCALES = ("raw", "logit", "best-high", "best-low")
+
+
 class ScoreField(NamedTuple):
     name: str
-    scale: str  # "raw" or "logit"
+    scale: str  # one of SCALES
 
     @property
     def declaration(self) -> str:
@@ -24,8 +29,8 @@ def declared_fields(read) -> list[ScoreField]:
     found = []
     for text in read.scores:
         name, _, scale = text.partition(":")
-        if not name or scale not in ("", "raw", "logit"):
-            raise InputError(f"scores must be FIELD or FIELD:logit, got {text!r}")
+        if not name or scale not in ("", *SCALES):
+            raise InputError(f"scores must be FIELD or FIELD with {', '.join(':' + s for s in SCALES)}, got {text!r}")
         if name in (known.name for known in found):
             raise InputError(f"scores must name a field once, got {name!r} twice")
         found.append(ScoreField(name, scale or "raw"))
@@ -40,8 +45,13 @@ def primary_field(samples: Samples, config) -> ScoreField | None:
 
 
 def linear_scores(samples: Samples, field: ScoreField) -> np.ndarray:
-    """float64 [responses], as the file has them, on the declared scale."""
+    """float64 [responses], as the file has them, on the declared scale: the higher the better."""
     column = samples.scores[field.name]
+    if field.scale == "raw" and _RANK.fullmatch(field.name):
+        name = field.name
+        raise InputError(f"{name} is a rank, of which the lowest or the highest is best: --scores {name}:best-low or {name}:best-high")
+    if field.scale == "best-low":
+        return -column
     try:
         return to_logit(column) if field.scale == "logit" else column
     except ValueError as error:

@@ -15,13 +15,16 @@ import numpy as np
 from fastpref._build import version
 from fastpref._whole_file import whole_file
 from fastpref.curate.files.rows import Fields
+from fastpref.curate.files.samples import find_inputs
+from fastpref.curate.files.sources import find_sources, is_copied
 from fastpref.curate.files.table import RowProblem, Samples
 from fastpref.curate.notices import NOTICES, Notice
 from fastpref.curate.pairs import PLACES
+from fastpref.curate.pipeline.start import reading_options
 from fastpref.curate.pipeline.state import LeftOut, PairReason, State
 from fastpref.errors import InputError
 
-_FACTS = ("path", "source_names", "fields", "stamp", "problems", "published", "scored")
+_FACTS = ("path", "source_names", "fields", "stamp", "problems", "bad_responses", "counts", "layout", "read_as", "scored")
 _TABLES = ("scores", "beside")  # columns by the name of their field
 _OF_STATE = {"score": "f8", "left_out": "u1", "choosable": "?", "flags": "u1", "taken": "?"}
 _OF_RESPONSES = {"lengths": "i4", "text_hash": "u8", "blank": "?", "truncated": "?", "sources": "i4"}
@@ -34,7 +37,7 @@ def fingerprint(config, stage) -> dict:
     stages = () if stage == "read" else config.order[: config.order.index(stage) + 1]
     found = {
         "version": version,
-        "input": _file_facts(config.input),
+        "input": [_input_facts(name) for name in config.inputs],
         "read": asdict(config.read) | {"workers": None},  # which change nothing
     }
     if stages:
@@ -44,6 +47,13 @@ def fingerprint(config, stage) -> dict:
         found |= {"files": [_file_facts(path) for path in files]}
         found |= {name: asdict(getattr(config, name)) for name in stages}
     return json.loads(json.dumps(found))
+
+
+def _input_facts(name) -> dict | list[dict]:
+    """Of the files that a name stands for, which the reader finds; what it copies has no file of its own."""
+    if is_copied(name):
+        raise InputError(f"{name} cannot be read once more by a later run, which --work is for: copy it to a file first")
+    return [_file_facts(source.path) for source in find_sources(name)]
 
 
 def _file_facts(path) -> dict:
@@ -59,7 +69,8 @@ def save_state(state: State, work, stage: str, made_of: dict) -> None:
     if stage == "read":
         known = vars(state.samples)
         facts = {name: known[name] for name in _FACTS}
-        facts["problems"] = [vars(problem) for problem in state.samples.problems]
+        for name in ("problems", "bad_responses"):
+            facts[name] = [vars(problem) for problem in known[name]]
         arrays = {name: value for name, value in known.items() if isinstance(value, np.ndarray)}
         for table in _TABLES:
             facts[table] = list(known[table])
@@ -73,21 +84,26 @@ def save_state(state: State, work, stage: str, made_of: dict) -> None:
         np.savez(file, facts=np.array(json.dumps({"made_of": made_of, **facts})), **arrays)
 
 
-def load_samples(work, made_of: dict) -> Samples:
-    """From work/read.npz. Raises InputError as `load_state` does."""
+def load_samples(config) -> Samples:
+    """From work/read.npz, with the files of the input found, and their rows grouped, once more.
+
+    Raises InputError as `load_state` does.
+    """
+    inputs = find_inputs(config.input, **reading_options(config))
 
     def build(arrays, facts):
         named = {name: facts[name] for name in _FACTS}
-        named["problems"] = [RowProblem(**problem) for problem in facts["problems"]]
+        for name in ("problems", "bad_responses"):
+            named[name] = [RowProblem(**problem) for problem in facts[name]]
         named["stamp"] = _as_tuples(facts["stamp"])
         named["fields"] = Fields(*map(_as_tuples, facts["fields"]))
         for table in _TABLES:
             named[table] = {name: arrays.pop(f"{table}.{k}") for k, name in enumerate(facts[table])}
-        samples = Samples(**(dict.fromkeys(_OPTIONAL) | arrays | named))
+        samples = Samples(**(dict.fromkeys(_OPTIONAL) | arrays | named), inputs=inputs.inputs, files=inputs.files)
         _check_samples(samples)
         return samples
 
-    return _read_stage(work, "read", made_of, build)
+    return _read_stage(config.work, "read", fingerprint(config, "read"), build)
 
 
 def load_state(samples: Samples, work, stage: str, made_of: dict) -> State:

@@ -47,7 +47,8 @@ def check_outputs(config) -> None:
     """Raises InputError for files that cannot be written, or would overwrite another."""
     write = config.write
     outputs = [path for path in (config.output, write.sft, write.test, write.bad_rows) if path is not None]
-    inputs = [path for path in (config.input, config.read.implicit, *config.hygiene.decontaminate) if path is not None]
+    given = (*config.inputs, config.read.implicit, *config.hygiene.decontaminate)
+    inputs = [path for path in given if path is not None]
     for index, path in enumerate(outputs):
         if path != write.bad_rows:
             files.check_ending(path, write.format)
@@ -107,8 +108,9 @@ def write_outputs(state: State, config, progress=None) -> tuple[dict, dict]:
         if sft is not None:
             written[sft] = done.sft_rows
     if options.bad_rows is not None:
-        files.write_problems(samples.problems, options.bad_rows)
-        written[options.bad_rows] = len(samples.problems)
+        problems = [*samples.problems, *samples.bad_responses]
+        files.write_problems(problems, options.bad_rows)
+        written[options.bad_rows] = len(problems)
     rows = columns | files.pair_columns(samples, columns)
     for name, column in rows.items():
         if isinstance(column, files.Coded):
@@ -124,7 +126,7 @@ def _take_rows(columns, which) -> dict:
 def _with_goals(columns, config) -> tuple[dict, Callable]:
     """Goal-conditioned rows, and what writes the goals into their prompts."""
     if "score_chosen" not in columns:
-        raise InputError(f"write.goals states scores, and {config.input} has none")
+        raise InputError(f"write.goals states scores, and {', '.join(config.inputs)} has none")
     records = goals.goal_records(columns, half=config.write.goals == "half", seed=config.seed)
     del records["pair"]
     swapped = records["goal_swapped"]
