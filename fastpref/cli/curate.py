@@ -328,6 +328,7 @@ def run_command(arguments) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # they are in the result
             with StageBars(unit_scale=True) as bars:
+                run_options["command"] = arguments.command
                 result = _run_pipeline(config, run_options, bars.report)
         lines = [json.dumps(result.summary, indent=2)] if options["json"] else map(printable, summary_lines(result))
         print("\n".join(lines), flush=True)

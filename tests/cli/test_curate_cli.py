@@ -53,7 +53,8 @@ def curate(*arguments, scores="win_prob:logit"):
 
 
 def test_a_run_says_what_it_did(samples, capsys):
-    assert curate("-o", "pairs.jsonl", "--rejected", "quantile:0.10", "--sft", "sft.jsonl") == 0
+    options = ("--rejected", "quantile:0.10", "--sft", "sft.jsonl", "--tau", "auto")
+    assert curate("-o", "pairs.jsonl", *options) == 0
     captured = capsys.readouterr()
     said = dict(line.split(maxsplit=1) for line in captured.out.splitlines() if line[0] != " ")
     assert said["read"] == "50 prompts, 500 responses"
@@ -63,7 +64,8 @@ def test_a_run_says_what_it_did(samples, capsys):
     assert "wrote      pairs.jsonl: 44 rows\nwrote      sft.jsonl: 6 rows\n" in captured.out
     warned = captured.err.splitlines()
     assert all(line.startswith("fastpref curate: warning: ") for line in warned)
-    assert [line for line in warned if "the longer response is the chosen one in 100.0% of the pairs" in line]
+    (line,) = [line for line in warned if line.endswith(" [length-decides]")]
+    assert "the longer response is the chosen one in 100.0% of the pairs" in line
     assert sorted(os.listdir()) == [
         "pairs.jsonl", "pairs.jsonl.meta.json", "samples.jsonl", "sft.jsonl", "sft.jsonl.meta.json"
     ]  # fmt: skip
@@ -90,7 +92,8 @@ def test_the_summary_as_json(samples, capsys):
     assert (summary["prompts"], summary["responses"], summary["pairs"]) == (50, 500, 50)
     assert list(summary["stages"]) == ["hygiene", "audit", "clean", "length", "construct", "select", "route"]
     assert summary["written"] == {"pairs.jsonl": 50}
-    assert len(summary["warnings"]) == 2
+    assert [notice["id"] for notice in summary["notices"]] == ["length-decides"]
+    assert summary["notices"][0]["severity"] == "warning"
 
 
 def test_what_more_responses_would_bring(samples, capsys):
@@ -168,7 +171,7 @@ def test_bad_rows_have_a_file_of_their_own(samples, capsys):
 
 
 def test_strict_writes_and_exits_with_1(samples, capsys):
-    assert curate("-o", "pairs.jsonl", "--strict") == 1
+    assert curate("-o", "pairs.jsonl", "--strict", "--on-degenerate", "warn") == 1
     assert "warning: mean-2std lies below every reward" in capsys.readouterr().err
     assert len(read_lines("pairs.jsonl")) == 50
     texts = ["a b", "c d e", "f"]
@@ -252,11 +255,11 @@ def test_help_says_where_it_starts(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "output must be a file"),
+        ([], "no output was named: -o OUT (output), a file that ends in .jsonl, .jsonl.gz or .parquet"),
         (["-o", "pairs.txt"], "the output must end in .jsonl, .jsonl.gz, .parquet, got pairs.txt"),
         (["-o", "samples.jsonl"], "samples.jsonl would overwrite an input"),
-        (["-o", "p.jsonl", "--bad-rows", os.devnull], f"cannot write {os.devnull}: it is no regular file"),
-        (["-o", "none/pairs.jsonl"], "cannot write none/pairs.jsonl: the folder none is not there"),
+        (["-o", "p.jsonl", "--bad-rows", os.devnull], f"cannot write {os.devnull}: it is not a regular file"),
+        (["-o", "samples.jsonl/pairs.jsonl"], "samples.jsonl is not a folder"),
         (["-o", "p.jsonl", "--config", "c.toml"], "unknown key construct.rejectd, known: construct.chosen"),
         (["-o", "p.jsonl", "--config", "none.toml"], "cannot read none.toml: No such file or directory"),
         (["-o", "p.jsonl", "--rejected", "worst"], "rejected must be"),
@@ -265,7 +268,7 @@ def test_help_says_where_it_starts(capsys):
         (["-o", "p.jsonl", "--tau", "high"], 'tau must be a number or "quantile:'),
         (["-o", "p.jsonl", "--order", "audit"], "order must hold construct"),
         (["-o", "p.jsonl", "--sources", "who"], "no field 'who'"),
-        (["-o", "p.jsonl", "--stage", "construct"], "work must be a folder"),
+        (["-o", "p.jsonl", "--stage", "construct"], "needs --work DIR"),
         (["-o", "p.jsonl", "--from", "construct", "--stage", "construct", "--work", "w"], "must not both be given"),
         (["-o", "p.jsonl", "--test-share", "0.1"], "write.test and write.test_share need each other"),
     ],
@@ -288,7 +291,8 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(samples, capsys, arg
         (["--select", "1.5"], "must be below 1 or a whole number, got 1.5"),
         (["--exclude", "all"], "invalid choice: 'all'"),
         (["--workers", "0"], "must be at least 1, got 0"),
-        (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--unknown"], "unrecognized arguments: --unknown (see fastpref curate --help)"),
+        (["--rejectd", "min"], "unrecognized arguments: --rejectd min, nearest is --rejected (see fastpref curate --"),
     ],
 )
 def test_wrong_flags(capsys, flag, message):

@@ -189,7 +189,7 @@ def test_options_that_are_refused(options, message):
 
 
 def test_a_degenerate_rule_is_not_replaced_in_a_batch():
-    rows = [{"prompt": "p", "responses": ["a", "b", "c"], "scores": [0.1, 0.2, 0.9]}]
+    rows = [{"prompt": "p", "responses": list("abcdefg"), "scores": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 9.0]}]
     with pytest.warns(UserWarning, match="lies below every reward"):
         warned = pair_rows(columns_of(rows), on_degenerate="warn")
     assert warned == pair_rows(columns_of(rows)) and warned["rule"] == ["max vs mean-2std"]

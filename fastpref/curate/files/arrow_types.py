@@ -73,7 +73,7 @@ def arrow_array(values: list, shape: Shape):
         return pyarrow.ListArray.from_arrays(offsets, arrow_array(items, shape[0]))
     if isinstance(shape, dict):
         columns = [arrow_array([None if v is None else v[key] for v in values], known) for key, known in shape.items()]
-        missing = pyarrow.array([value is None for value in values])
+        missing = pyarrow.array([value is None for value in values], pyarrow.bool_())
         return pyarrow.StructArray.from_arrays(columns, fields=list(arrow_type(shape)), mask=missing)
     if shape == "json":
         values = [None if value is None else orjson.dumps(value).decode() for value in values]

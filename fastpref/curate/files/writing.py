@@ -63,7 +63,7 @@ def write_pairs(
         `score_rejected`. A number that is not finite becomes null.
     out: ends in .jsonl, .jsonl.gz or .parquet, and is not there before it is complete.
     format: one of `formats.FORMATS`, which are explained there: "trl", "trl-conversational", "axolotl", "llamafactory"
-        (which gets its entry in the dataset_info.json of the folder, too), "swift", "openrlhf", "kto" (two rows a pair).
+        (which gets its entry in the dataset_info.json of the folder), "swift", "openrlhf", "kto" (two rows a pair).
     sft, to_sft: a second file, and bool [pairs]: the pairs whose chosen response goes there instead, as prompt and
         completion, or as one conversation where the format has those.
     rewrite: function(row) -> rows in its place, each a dict. Rows have the columns above, with the texts as for TRL.

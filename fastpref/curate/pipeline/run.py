@@ -52,7 +52,12 @@ class CurateResult:
 
 
 def run(
-    config: CurateConfig, *, begin: str = "read", only: bool = False, progress: Callable | None = None
+    config: CurateConfig,
+    *,
+    begin: str = "read",
+    only: bool = False,
+    progress: Callable | None = None,
+    command: str | None = None,
 ) -> CurateResult:
     """Runs the pipeline of a config and writes its outputs.
 
@@ -65,6 +70,7 @@ def run(
             before it made, of the same input and with the same options.
         only: that stage alone, whose result is kept in config.work; nothing else is written.
         progress: called with (what, done, total).
+        command: the line that started the run, for the report.
 
     Returns:
         State, rows, summary and notices.
@@ -100,9 +106,10 @@ def run(
     notices = tuple(by_severity(dict.fromkeys([*state.notices, *notices])))
     summary |= {"stages": state.summaries, "notices": [notice.as_dict() for notice in notices]}
     if config.report is not None and state.pairs is not None:
-        from fastpref.curate.pipeline.report import report_of_run, write_report
+        from fastpref.curate.pipeline.report import write_report
+        from fastpref.curate.pipeline.report_of_run import report_of_run
 
-        write_report(config.report, report_of_run(state, config, summary))
+        write_report(config.report, report_of_run(state, config, summary, notices, command))
     summary["seconds"] = time.perf_counter() - started
     for notice in notices:
         if notice.severity != "finding":
