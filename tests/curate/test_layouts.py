@@ -215,9 +215,9 @@ def test_what_is_said_of_how_it_is_read(tmp_path):
         ("prompt responses chosen rejected", {}, r"could be read as pools \(prompt, responses\) and pairs"),
         ("question instruction chosen rejected", {}, "has question and instruction: say which is the prompt by"),
         (
-            "prompt respons score",
+            "prompt reponse score",
             {},
-            "nearest is responses, which lacks response: name it with --columns response=respons",
+            "nearest is pools, which lacks responses: name it with --columns responses=reponse",
         ),
         (
             "Prompt Responses",

@@ -355,6 +355,7 @@ def _no_layout(what, names, tried, columns) -> str:
         return [(role, name) for role, name in _required(layout, columns).items() if name and name not in names]
 
     usable = [one for one in tried if set(columns) <= {*roles_of(one)}] or tried
+
     def distance(layout):
         lacks = lacking(layout)
         return len(lacks), -sum(bool(nearest(name, names)) for _, name in lacks), -len(layout.roles)

@@ -19,12 +19,12 @@ import orjson
 from fastpref.curate.files.containers import (
     OBJECT_ROWS,
     arrow_batches,
+    arrow_names,
     check_unique,
     json_value,
     open_parquet,
     python_rows,
     record_as_row,
-    schema_of,
 )
 from fastpref.curate.files.lines import LONGEST_ROW, csv_records, json_elements, line_blocks
 from fastpref.curate.files.rows import LARGEST_SCORE, Fields, Row, Tie, parse_row, plain_text, top_fields
@@ -174,7 +174,7 @@ def _refused_repeats(line: bytes, value: dict, fields: Fields):
 
 def _wanted(source: Source, fields: Fields | None) -> list[str] | None:
     """The columns to read of an Arrow file; each must be there once."""
-    names = schema_of(source).names
+    names = arrow_names(source)
     wanted = None if fields is None else [name for name in names if name in top_fields(fields)]
     check_unique(source, names, names if wanted is None else wanted)
     return wanted

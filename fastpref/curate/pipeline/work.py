@@ -24,7 +24,18 @@ from fastpref.curate.pipeline.start import reading_options
 from fastpref.curate.pipeline.state import LeftOut, PairReason, State
 from fastpref.errors import InputError
 
-_FACTS = ("path", "source_names", "fields", "stamp", "problems", "bad_responses", "counts", "layout", "read_as", "scored")
+_FACTS = (
+    "path",
+    "source_names",
+    "fields",
+    "stamp",
+    "problems",
+    "bad_responses",
+    "counts",
+    "layout",
+    "read_as",
+    "scored",
+)
 _TABLES = ("scores", "beside")  # columns by the name of their field
 _OF_STATE = {"score": "f8", "left_out": "u1", "choosable": "?", "flags": "u1", "taken": "?"}
 _OF_RESPONSES = {"lengths": "i4", "text_hash": "u8", "blank": "?", "truncated": "?", "sources": "i4"}
@@ -52,7 +63,9 @@ def fingerprint(config, stage) -> dict:
 def _input_facts(name) -> dict | list[dict]:
     """Of the files that a name stands for, which the reader finds; what it copies has no file of its own."""
     if is_copied(name):
-        raise InputError(f"{name} cannot be read once more by a later run, which --work is for: copy it to a file first")
+        raise InputError(
+            f"{name} cannot be read once more by a later run, which --work is for: copy it to a file first"
+        )
     return [_file_facts(source.path) for source in find_sources(name)]
 
 
