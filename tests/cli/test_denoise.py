@@ -433,8 +433,11 @@ REFUSED_CSV = {
     "two that name items": ("winner,loser,model_a,model_b\n", [], "choose with --layout: winners, battles"),
     "no such column": ("i,j,w\n", ["--layout", "votes"], "no column wins_i, wins_j for votes, found i, j, w"),
     "no such column of any": (VOTES, ["--columns", "i=nope"], "in.csv has no column nope, found i, j, wins_i, wins_j"),
-    "the nearest column": (VOTES, ["--columns", "wins_i=win_i"], "has no column win_i, found i, j, wins_i, wins_j; the "
-                           "nearest is wins_i"),
+    "the nearest column": (
+        VOTES,
+        ["--columns", "wins_i=win_i"],
+        "has no column win_i, found i, j, wins_i, wins_j; the nearest is wins_i",
+    ),
     "the nearest role": (VOTES, ["--columns", "win_i=wins_i"], "no layout has a role win_i, only column, "),
     "no such role of any": (
         VOTES,
