@@ -112,7 +112,13 @@ def _add_reading_flags(group) -> None:
         metavar="ROLE=NAME,...",
         help="what IN calls them, such as prompt=question,responses=generations or response=output,system=instructions",
     )
-    add("--keep", dest="read.keep", type=_comma_separated, metavar="FIELD,...", help="columns that reach OUT as they are")
+    add(
+        "--keep",
+        dest="read.keep",
+        type=_comma_separated,
+        metavar="FIELD,...",
+        help="columns that reach OUT as they are",
+    )
     add(
         "--missing",
         dest="read.missing",
@@ -462,6 +468,8 @@ def _construct(stage) -> str:
     if stage["rule"] == "published":
         text = f"{stage['pairs']} pairs, sides as they were published"
         agree = ", without those that their scores contradict" if stage["labels"] == "agree" else ""
+        if not stage["compared"]:
+            return f"{text}, without scores"
         return (
             f"{text}{agree}; of {stage['compared']} with scores, {stage['reversed']} reversed and {stage['tied']} tied"
         )
