@@ -53,7 +53,8 @@ def whole_file(path) -> Iterator[Path]:
         os.replace(temporary, target)
     except BaseException:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
         for folder in reversed(made):
             with contextlib.suppress(OSError):  # another output may be in it by now
                 folder.rmdir()

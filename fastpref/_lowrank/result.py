@@ -46,7 +46,7 @@ class RPCAResult(NamedTuple):
     sparse: Tensor | SparseCOO | None
     info: RPCAInfo
 
-    def low_rank(self, rows: slice = slice(None)) -> Tensor:
+    def low_rank(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """L, dense, or these rows of it.
 
         NaN where the observed entries do not determine it (`info.row_part` is not `info.column_part`), and where a fit

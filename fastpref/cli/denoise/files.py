@@ -5,15 +5,17 @@ import contextlib
 import math
 import os
 import stat
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
 
 import numpy as np
 
 from fastpref._whole_file import format_of
+from fastpref.cli.denoise.layouts import hint
 from fastpref.errors import InputError
 
+AS_IT_LIES = (np.float16, np.float32, np.float64, np.int8)  # what is solved from the file as it is
 # An archive of at least so many bytes, unpacked, that are so many times what they are packed, is read only where
 # --max-dense allows it by number: 4 MB of zeros become 4 GB, and few arrays of measurements shrink a hundredfold.
 BOMB_BYTES, BOMB_RATIO = 1 << 28, 100
@@ -81,7 +83,9 @@ def _readable(path) -> Iterator[None]:
     for an encrypted member, SyntaxError, RecursionError or TypeError for a header, EOFError, struct.error ...
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Python's parser, about a header that is refused anyway
+            yield
     except InputError:
         raise
     except OSError as error:
@@ -93,12 +97,15 @@ def _readable(path) -> Iterator[None]:
 
 def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether it lies by columns, and dtype of the .npy that begins here."""
-    version = np.lib.format.read_magic(file)
+    try:
+        version = np.lib.format.read_magic(file)
+    except ValueError as error:
+        raise ValueError("it holds no array of numbers") from error
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
     if version == (2, 0):
         return np.lib.format.read_array_header_2_0(file)
-    return np.lib.format._read_array_header(file, version)  # 3.0 has no reader of its own, and refuses others
+    raise ValueError(f"version {'.'.join(map(str, version))} of .npy, which no array of numbers needs")
 
 
 def _check_header(what: str, shape, by_columns: bool, dtype: np.dtype) -> None:
@@ -120,9 +127,7 @@ def _npz_array(path, name: str | None, max_dense: float | None) -> np.ndarray:
             name = names[0]
         if name not in names:
             wanted = "--array must name one of its arrays" if name is None else f"no array {name!r}"
-            near = get_close_matches(name or "", names, 1)
-            found = ", ".join(names) or "none"
-            raise InputError(f"{path}: {wanted}, found {found}" + f"; the nearest is {near[0]!r}" * bool(near))
+            raise InputError(f"{path}: {wanted}, found {', '.join(names) or 'none'}{hint(name or '', names)}")
         if names.count(name) > 1:
             raise InputError(f"{path} has more than one array {name!r}")
         info = members[names.index(name)]
@@ -138,8 +143,8 @@ def _npz_array(path, name: str | None, max_dense: float | None) -> np.ndarray:
             check_memory(size, max_dense, f"{name} of {path} takes")
             if max_dense is None and size >= BOMB_BYTES and size > BOMB_RATIO * info.compress_size:
                 raise InputError(
-                    f"{name} of {path} is {info.compress_size} bytes and would unpack to {size}: if that is right, allow "
-                    f"it with --max-dense {size / 2**30:.2g} or more"
+                    f"{name} of {path} is {info.compress_size} bytes and would unpack to {size}: if that is right, "
+                    f"allow it with --max-dense {size / 2**30:.2g} or more"
                 )
             array = np.empty(shape, dtype, order="F" if by_columns else "C")
             _fill(array.reshape(-1, order="F" if by_columns else "C"), file, f"{name} of {path}")

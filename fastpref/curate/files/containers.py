@@ -28,7 +28,7 @@ except ImportError as error:
 
 ROWS = 1 << 14  # of a batch that is made of Python objects
 BUFFER = 1 << 20  # bytes of each Parquet column read at a time
-PYTHON_ROWS = 256  # of a batch that is made into Python objects
+OBJECT_ROWS = 256  # of a batch that is made into Python objects
 SCHEMA_ROWS = 1000  # rows of JSON whose keys are the columns
 
 
@@ -68,7 +68,7 @@ def column_names(source: Source) -> list[str]:
     if source.container in ("json-lines", "json-array"):
         rows = (row for _, row in itertools.islice(json_rows(source), SCHEMA_ROWS) if isinstance(row, dict))
         return list(dict.fromkeys(name for row in rows for name in row))
-    return schema_of(source).names
+    return arrow_names(source)
 
 
 def read_batches(source: Source, columns: Sequence[str] | None = None) -> Iterator[Batch]:
@@ -174,11 +174,11 @@ def numbered_rows(source: Source, columns: Sequence[str] | None = None) -> Itera
         for number, record in records:
             yield number, record if isinstance(record, ValueError) else record_as_row(header, record)
     else:
-        names = schema_of(source).names
+        names = arrow_names(source)
         wanted = None if columns is None else [name for name in names if name in columns]
         check_unique(source, names, names if wanted is None else wanted)
         number = 0
-        for batch in arrow_batches(source, wanted, PYTHON_ROWS):
+        for batch in arrow_batches(source, wanted, OBJECT_ROWS):
             for row in python_rows(batch):
                 number += 1
                 yield number, row
@@ -309,7 +309,7 @@ def _is_unicode(text: str) -> bool:
 
 def _csv_batches(source: Source, columns: list[str]) -> Iterator[Batch]:
     records = csv_records(source)
-    _, header = next(records)
+    _, header = next(records, (1, []))
     places = [header.index(name) for name in columns]
     while block := list(itertools.islice(records, ROWS)):
         for number, record in block:
@@ -364,6 +364,13 @@ def schema_of(source: Source) -> pyarrow.Schema:
             return opened(file).schema
 
 
+def arrow_names(source: Source) -> list[str]:
+    """Returns the columns of a Parquet or Arrow source. Raises InputError where they cannot be read."""
+    schema = schema_of(source)
+    with reading_errors(source.name):  # a damaged name is no UTF-8
+        return schema.names
+
+
 def open_parquet(source: Source) -> pyarrow.parquet.ParquetFile:
     """Opens a Parquet source. Raises InputError where it cannot be read."""
     with reading_errors(source.name):
@@ -389,13 +396,13 @@ def _ipc_batches(source: Source, file, columns: list[str] | None) -> Iterator[py
     if source.container == "arrow-stream":
         schema = schema_of(source)
         for batch in pyarrow.ipc.open_stream(file, options=options(schema)):
-            batch.validate()
+            batch.validate(full=True)  # lengths and offsets of a damaged file lead anywhere
             yield batch
         return
     reader = pyarrow.ipc.open_file(file, options=options(pyarrow.ipc.open_file(file).schema))
     for k in range(reader.num_record_batches):
         batch = reader.get_batch(k)
-        batch.validate()
+        batch.validate(full=True)
         yield batch
 
 

@@ -70,12 +70,13 @@ def _partitioned(sources, fields, folder, count, problems) -> tuple[int, list[st
     wanted, order = top_fields(fields), 0
     try:
         for source in sources:
+            of_source = fields._replace(text_cells=source.container == "csv")
             for number, value in numbered_rows(source, wanted):
                 order += 1
                 try:
                     if isinstance(value, ValueError):
                         raise value
-                    row = parse_row(value, fields)
+                    row = parse_row(value, of_source)
                     key = row.prompt_id.encode() if row.prompt_id is not None else prompt_digest(row)
                     line = _line(order, number, source.name, key.hex(), row)
                 except ValueError as error:

@@ -111,7 +111,7 @@ def _scores(name, columns, head, fields: Fields, asked) -> tuple[str, ...] | Non
     """The columns of the scores; None where no row is there."""
     if asked is not None:
         for score in asked:
-            if head and not any(column_of_row(row, fields, score) is not None for row in head):
+            if head and score not in columns and not any(column_of_row(row, fields, score) is not None for row in head):
                 near = nearest(score, columns)
                 hint = f"; nearest is {near[0]!r}" if near else ""
                 raise InputError(

@@ -45,6 +45,11 @@ from typing import NamedTuple
 
 from fastpref.errors import InputError
 
+# labels of a side, in lower case
+FIRST = ("a", "model_a", "response_a")
+SECOND = ("b", "model_b", "response_b")
+TIES = ("tie", "tie (bothbad)", "tie(bothbad)", "both_bad", "bothbad", "both bad", "tie (both bad)")
+
 PAIR_SHAPES = ("pair", "sharegpt", "swift", "ab", "arena-wins")  # the sides are published
 
 
@@ -61,7 +66,7 @@ class Layout(NamedTuple):
     without: tuple[str, ...] = ()  # columns that the file must not have
 
 
-_SOURCES = {"sources": ("sources", "models", "model_names", "generation_models")}
+_SOURCES = {"sources": ("sources",)}
 _PAIR = {"prompt": ("prompt", "question", "instruction", "input"), "strength": ("margin",)}
 _AB = {"prompt": "prompt", "response_a": "response_a", "response_b": "response_b"}
 _ARENA = {"model_a": "model_a", "model_b": "model_b"}
@@ -138,10 +143,10 @@ LAYOUTS = {
         Layout(
             "swift",
             "swift",
-            {"chosen": "messages", "rejected": "rejected_response"},
+            {"messages": "messages", "rejected": "rejected_response"},
             {"strength": ("margin",)},
         ),
-        Layout("swift-messages", "swift", {"chosen": "messages", "rejected": "rejected_messages"}, {}),
+        Layout("swift-messages", "swift", {"messages": "messages", "rejected": "rejected_messages"}, {}),
         Layout("ab", "ab", _AB | {"label": "label"}, {"strength": ("margin",)}, label="letters"),
         Layout("arena", "ab", _ARENA | _AB | {"label": "winner"}, label="letters"),
         Layout(
@@ -350,7 +355,12 @@ def _no_layout(what, names, tried, columns) -> str:
         return [(role, name) for role, name in _required(layout, columns).items() if name and name not in names]
 
     usable = [one for one in tried if set(columns) <= {*roles_of(one)}] or tried
-    layout = min(usable, key=lambda one: (len(lacking(one)), -len(one.roles)))
+
+    def distance(layout):
+        lacks = lacking(layout)
+        return len(lacks), -sum(bool(nearest(name, names)) for _, name in lacks), -len(layout.roles)
+
+    layout = min(usable, key=distance)
     lacks = lacking(layout)
     flags = ",".join(f"{role}={(nearest(name, names) or ['NAME'])[0]}" for role, name in lacks)
     return (

@@ -17,14 +17,14 @@ import numpy as np
 import orjson
 
 from fastpref.curate.files.containers import (
-    PYTHON_ROWS,
+    OBJECT_ROWS,
     arrow_batches,
+    arrow_names,
     check_unique,
     json_value,
     open_parquet,
     python_rows,
     record_as_row,
-    schema_of,
 )
 from fastpref.curate.files.lines import LONGEST_ROW, csv_records, json_elements, line_blocks
 from fastpref.curate.files.rows import LARGEST_SCORE, Fields, Row, Tie, parse_row, plain_text, top_fields
@@ -79,7 +79,7 @@ def parts(sources: Sequence[Source], fields: Fields | None) -> Iterator[FilePart
             found = _parts_of_parquet(source, fields)
         elif source.container in ("arrow", "arrow-stream"):
             found = _parts_of_batches(
-                source, arrow_batches(source, _wanted(source, fields), PYTHON_ROWS), 0, extent(source)
+                source, arrow_batches(source, _wanted(source, fields), OBJECT_ROWS), 0, extent(source)
             )
         elif source.container == "csv":
             found = _parts_of_csv(source)
@@ -174,7 +174,7 @@ def _refused_repeats(line: bytes, value: dict, fields: Fields):
 
 def _wanted(source: Source, fields: Fields | None) -> list[str] | None:
     """The columns to read of an Arrow file; each must be there once."""
-    names = schema_of(source).names
+    names = arrow_names(source)
     wanted = None if fields is None else [name for name in names if name in top_fields(fields)]
     check_unique(source, names, names if wanted is None else wanted)
     return wanted
@@ -248,7 +248,7 @@ def _parts_of_parquet(source: Source, fields: Fields | None) -> Iterator[FilePar
 
 def _batches_of_group(source: Source, group: int, columns) -> Iterator:
     with reading_errors(source.name):
-        yield from open_parquet(source).iter_batches(PYTHON_ROWS, row_groups=[group], columns=columns)
+        yield from open_parquet(source).iter_batches(OBJECT_ROWS, row_groups=[group], columns=columns)
 
 
 def _parts_of_batches(source: Source, found: Iterable, begin: int, total: int | None) -> Iterator[FilePart]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import orjson
 
-from fastpref.curate.files.layouts import CONTEXT, LAYOUTS, PAIR_SHAPES
+from fastpref.curate.files.layouts import CONTEXT, FIRST, LAYOUTS, PAIR_SHAPES, SECOND, TIES
 from fastpref.errors import InputError
 
 SIDES = ("chosen", "rejected")
@@ -24,8 +24,8 @@ LARGEST_SCORE = 1e30  # from here on a number stands for none, as the lowest of 
 
 Text: TypeAlias = str | list[dict[str, Any]]
 
-_POOL = {"prompt": "prompt", "responses": "responses", "sources": "sources"}
-_POOL |= {name: name for name in ("prompt_id", "lengths", "truncated", "finish_reason")}
+_POOL_ROLES = {"prompt": "prompt", "responses": "responses", "sources": "sources"}
+_POOL_ROLES |= {name: name for name in ("prompt_id", "lengths", "truncated", "finish_reason")}
 
 
 class Fields(NamedTuple):
@@ -35,7 +35,7 @@ class Fields(NamedTuple):
     source: str | None = None
     length: str | None = None
     layout: str = "pools"
-    roles: dict[str, str] = _POOL  # role -> column
+    roles: dict[str, str] = _POOL_ROLES  # role -> column
     carried: tuple[str, ...] = ()  # columns that reach the output as they are
     missing: tuple[float, ...] = ()  # scores that stand for none
     beside: tuple[str, ...] = ()  # scores that nobody asked for; a row need not have them
@@ -355,7 +355,7 @@ def _sharegpt(row, fields: Fields) -> _Shape:
 
 
 def _swift(row, fields: Fields) -> _Shape:
-    messages, rejected = (_value(row, fields, side) for side in SIDES)
+    messages, rejected = (_value(row, fields, role) for role in ("messages", "rejected"))
     if not isinstance(messages, list) or len(messages) < 2 or _role(messages[-1]) != "assistant":
         raise ValueError("messages must be a conversation that ends in the response of an assistant")
     if isinstance(rejected, list):
@@ -367,11 +367,6 @@ def _swift(row, fields: Fields) -> _Shape:
 
 def _split(parts) -> tuple:
     return parts[0], list(parts[1:])
-
-
-_TIES = ("tie", "tie (bothbad)", "tie(bothbad)", "both_bad", "bothbad", "both bad", "tie (both bad)")
-_FIRST = ("a", "model_a", "response_a")
-_SECOND = ("b", "model_b", "response_b")
 
 
 def _ab(row, fields: Fields) -> _Shape:
@@ -444,11 +439,11 @@ def _from_turns(prompts, *answers) -> tuple:
 
 def _letters(name, label) -> tuple[bool, None]:
     text = label.strip().lower() if isinstance(label, str) else label
-    if text in _TIES:
+    if text in TIES:
         raise Tie("rows that prefer no side")
-    if text not in (*_FIRST, *_SECOND):
-        raise ValueError(f"{name} must be one of {', '.join((*_FIRST, *_SECOND, *_TIES))}, got {label!r}")
-    return text in _FIRST, None
+    if text not in (*FIRST, *SECOND):
+        raise ValueError(f"{name} must be one of {', '.join((*FIRST, *SECOND, *TIES))}, got {label!r}")
+    return text in FIRST, None
 
 
 def _signed(name, label) -> tuple[bool, float]:
@@ -802,6 +797,8 @@ def _decoded_cells(row: dict, fields: Fields) -> dict:
         if name in texts:
             if value.startswith("[{") and value.endswith("}]"):
                 found[name] = _decoded_messages(value)
+            elif fields.layout == "sharegpt" and value.startswith("{"):
+                found[name] = _decoded_json(value)
         elif value[:1] in "[{" and value[:1]:
             found[name] = _decoded_json(value)
         else:
@@ -813,7 +810,7 @@ def _decoded_cells(row: dict, fields: Fields) -> dict:
     return found
 
 
-_TEXT_ROLES = ("prompt", "response", "chosen", "rejected", "response_a", "response_b", "input", "system")
+_TEXT_ROLES = ("prompt", "response", "chosen", "rejected", "messages", "response_a", "response_b", "input", "system")
 _NAME_ROLES = ("prompt_id", "model_a", "model_b", "source")
 
 

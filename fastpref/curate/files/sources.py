@@ -119,6 +119,11 @@ def source_stamp(source: Source) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+# gzip: EOFError for a cut file, zlib.error, and BadGzipFile, an OSError; Arrow: ArrowInvalid, a ValueError, and others
+# that are OSError, NotImplementedError, KeyError or, where a damaged file asks for terabytes, MemoryError
+_READING_ERRORS = (OSError, EOFError, ValueError, zlib.error, OverflowError, NotImplementedError, KeyError, MemoryError)
+
+
 @contextlib.contextmanager
 def reading_errors(name: str, line: int | None = None) -> Iterator[None]:
     """Turns what goes wrong in a reader into one line: InputError with the source's name, and the line if it is known."""
@@ -126,8 +131,7 @@ def reading_errors(name: str, line: int | None = None) -> Iterator[None]:
         yield
     except InputError:
         raise
-    # gzip: EOFError for a cut file, BadGzipFile is an OSError; Arrow: ArrowInvalid is a ValueError, others are OSError
-    except (OSError, EOFError, ValueError, zlib.error, OverflowError, NotImplementedError, KeyError) as error:
+    except _READING_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         at = "" if line is None else f":{line}"
         raise InputError(f"cannot read {name}{at}: {' '.join(reason.split())}") from error
