@@ -165,8 +165,8 @@ def test_contradicting_scores(tmp_path):
             overall[at], fine[at] = 10.0, 1.0
             wrong[k] = at
         given.append({"instruction": f"q{k}", "completions": [
-            {"response": f"{'w' * int(rng.integers(5, 60))} {k} {s}", "model": f"m{s}", "overall_score": float(overall[s]),
-             "fine-grained_score": float(fine[s])} for s in range(4)]})  # fmt: skip
+            {"response": f"{'w' * int(rng.integers(5, 60))} {k} {s}", "model": f"m{s}",
+             "overall_score": float(overall[s]), "fine-grained_score": float(fine[s])} for s in range(4)]})  # fmt: skip
     options = {"read": {"scores": ["overall_score"]}, "clean": {"action": "none"}}
     result, rows = curate(tmp_path, given, **options)
     assert result.notices[0].id == "contradicting-scores"
