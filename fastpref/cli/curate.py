@@ -468,6 +468,8 @@ def _construct(stage) -> str:
     if stage["rule"] == "published":
         text = f"{stage['pairs']} pairs, sides as they were published"
         agree = ", without those that their scores contradict" if stage["labels"] == "agree" else ""
+        if not stage["compared"]:
+            return f"{text}, without scores"
         return (
             f"{text}{agree}; of {stage['compared']} with scores, {stage['reversed']} reversed and {stage['tied']} tied"
         )

@@ -29,7 +29,7 @@ def make_rows(prompts, seed=0):
                 "prompt": f"Question {p}?",
                 "responses": ["word " * (1 + rank) + f"{p} {s}" for s, rank in enumerate(logits.argsort().argsort())],
                 "win_prob": (1 / (1 + np.exp(-logits))).tolist(),
-                "models": [f"model-{s}" for s in range(SOURCES)],
+                "who": [f"model-{s}" for s in range(SOURCES)],
             }
         )
     return rows
@@ -57,7 +57,8 @@ def test_a_run_says_what_it_did(samples, capsys):
     assert curate("-o", "pairs.jsonl", *options) == 0
     captured = capsys.readouterr()
     said = dict(line.split(maxsplit=1) for line in captured.out.splitlines() if line[0] != " ")
-    assert said["read"] == "50 prompts, 500 responses"
+    assert captured.out.startswith("read as pools: prompt=prompt, responses=responses, scores=win_prob\n")
+    assert "read       50 prompts, 500 responses\n" in captured.out
     assert said["audit"] == "skipped: no sources"
     assert said["construct"].startswith("50 pairs, max vs quantile:0.10; rejected is its pool's minimum in 0.0%")
     assert said["route"].startswith("6 pairs to SFT (12.0%)")
@@ -98,7 +99,7 @@ def test_the_summary_as_json(samples, capsys):
 
 def test_what_more_responses_would_bring(samples, capsys):
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
-    for name in ("responses", "win_prob", "models"):
+    for name in ("responses", "win_prob", "who"):
         rows[0][name] = rows[0][name][:4]
     rows[1]["responses"][1] = rows[1]["responses"][0]  # a copy, whose two scores differ by 0.2 in logits
     rows[1]["win_prob"][:2] = (1 / (1 + np.exp(-np.array([-5.1, -4.9])))).tolist()
@@ -128,7 +129,7 @@ def test_the_scale_of_the_ratings_is_in_the_output(samples):
 
 
 def test_flags_win_over_the_config(samples, capsys):
-    arguments = ["curate", "samples.jsonl", "-o", "pairs.jsonl", "--config", str(EXAMPLE), "--json"]
+    arguments = ["curate", "samples.jsonl", "-o", "pairs.jsonl", "--config", str(EXAMPLE), "--json", "--sources", "who"]
     assert main([*arguments, "--rejected", "min", "--select", "7", "--tau", "none"]) == 0
     captured = capsys.readouterr()
     stages_said = json.loads(captured.out)["stages"]
@@ -204,7 +205,7 @@ def test_no_pair_at_all_exits_with_1(samples, capsys):
 
 
 def test_a_report(samples):
-    assert curate("-o", "pairs.jsonl", "--sources", "models", "--exclude", "none", "--report", "page") == 0
+    assert curate("-o", "pairs.jsonl", "--sources", "who", "--exclude", "none", "--report", "page") == 0
     assert {"report.md", "report.html"} <= set(os.listdir("page"))
     page = Path("page/report.html").read_text()
     assert "Pairs of samples.jsonl" in page and "Question 0?" in page
@@ -267,7 +268,7 @@ def test_help_says_where_it_starts(capsys):
         (["-o", "p.jsonl", "--select", "51"], "select.k must be at most the 50 pairs there are, got 51"),
         (["-o", "p.jsonl", "--tau", "high"], 'tau must be a number or "quantile:'),
         (["-o", "p.jsonl", "--order", "audit"], "order must hold construct"),
-        (["-o", "p.jsonl", "--sources", "who"], "no field 'who'"),
+        (["-o", "p.jsonl", "--sources", "whom"], "whom"),
         (["-o", "p.jsonl", "--stage", "construct"], "needs --work DIR"),
         (["-o", "p.jsonl", "--from", "construct", "--stage", "construct", "--work", "w"], "must not both be given"),
         (["-o", "p.jsonl", "--test-share", "0.1"], "write.test and write.test_share need each other"),

@@ -186,6 +186,7 @@ def test_a_cheating_source_is_flagged_and_leaves(samples):
 
 def test_hygiene_finds_the_text_that_is_everywhere(samples):
     """Without sources, too; it is reported, and left out with apply."""
+    write_rows(samples, [{name: row[name] for name in row if name != "models"} for row in make_rows()])
     read = {"sources": None}
     reported = run_quietly(config_of(samples, read=read))
     found = reported.summary["stages"]["hygiene"]
@@ -548,7 +549,7 @@ def test_stale_files_are_refused(samples, tmp_path):
     assert "hygiene.npz is stale: seed was 0, now 1" in message(seed=1)
     hygiene = dataclasses.replace(config.hygiene, repeated_least=4)
     assert "hygiene.repeated_least was 3, now 4" in message(hygiene=hygiene)
-    assert "read.npz is stale: read.scores was ['win_prob:logit'], now ['helpfulness']" in message(
+    assert "read.npz is stale: read.scores was 'win_prob:logit', now 'helpfulness'" in message(
         read=dataclasses.replace(config.read, scores=("helpfulness",))
     )
     run_quietly(
@@ -586,10 +587,13 @@ def test_progress_of_both_passes(samples):
     [
         (
             {"read": {"scores": ["none"]}},
-            "holds no row of scored samples, the first of 260 bad ones: .*no field 'none'",
+            "has no scores 'none', found prompt, responses, win_prob, helpfulness, models",
         ),
         ({"read": {"scores": ["helpfulness:logit"]}}, r"helpfulness:logit: probability must lie in \[0, 1\]"),
-        ({"read": {"scores": ["win_prob:log"]}}, "scores must be FIELD or FIELD:logit, got 'win_prob:log'"),
+        (
+            {"read": {"scores": ["win_prob:log"]}},
+            "scores must be FIELD or FIELD with :raw, :logit, .*, got 'win_prob:log'",
+        ),
         ({"read": {"scores": ["win_prob:logit", "win_prob"]}}, "scores must name a field once, got 'win_prob' twice"),
         ({"select": {"how": "best"}}, r"select\.how must be one of mul, .*, win_prob, got 'best'"),
         ({"select": {"k": 1000}}, r"select\.k must be at most the 260 pairs there are, got 1000"),

@@ -39,7 +39,7 @@ def widened(shape: Shape, value) -> Shape:
         return "json"
     if shape in (None, kind):
         return kind
-    return "float" if {shape, kind} == {"int", "float"} else "json"
+    return "float" if shape in ("int", "float") and kind in ("int", "float") else "json"
 
 
 def arrow_type(shape: Shape):

@@ -454,7 +454,8 @@ def _write_row_groups(path, lines, types, metadata) -> None:
     if metadata is not None:
         held = {METADATA: json.dumps(metadata, ensure_ascii=False).encode("utf-8", "backslashreplace")}
     schema = schema_of(types).with_metadata(held)
-    with parquet.ParquetWriter(path, schema) as writer:
+    # pyarrow opens no path that is not UTF-8
+    with open(path, "wb") as file, parquet.ParquetWriter(file, schema) as writer:
         group, size = [], 0
         while line := lines.readline():
             group.append(orjson.loads(line))

@@ -26,6 +26,7 @@ from fastpref.curate.pipeline.write import check_outputs, write_outputs
 from fastpref.errors import InputError
 
 CONTRADICTIONS_SAID = 50  # by row and response; the summary has all of them
+FEWEST_PAIRS = 20  # that say anything of length
 LONGEST_WINS = 0.9  # share of pairs told apart by length alone, beyond which accuracy on them measures style
 
 
@@ -206,7 +207,7 @@ def _pairs_summary(state) -> dict:
         )
         warnings.warn(DataWarning("negative-margins", text), stacklevel=2)
     lengths = state.length_report()
-    if lengths.longest_wins > LONGEST_WINS:
+    if kept.sum() >= FEWEST_PAIRS and lengths.longest_wins > LONGEST_WINS:
         text = (
             f"the longer response is the chosen one in {lengths.longest_wins:.1%} of the pairs, and "
             f"{lengths.median_ratio:.1f} times as long in the median: accuracy on such pairs measures length. Another "

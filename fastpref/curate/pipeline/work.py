@@ -184,6 +184,9 @@ def _differences(then, now, name) -> list[str]:
     if isinstance(then, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*then, *now])
         return [text for key in keys for text in _differences(then.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        places = [f"{name}[{k}]" if len(then) > 1 else name for k in range(len(then))]
+        return [text for pair in zip(then, now, places, strict=True) for text in _differences(*pair)]
     return [] if then == now else [f"{name} was {then!r}, now {now!r}"]
 
 
