@@ -1,4 +1,4 @@
-"""Outputs are whole or not there: whatever ends the writer, whoever else writes, and with the mode of what they replace."""
+"""Outputs are whole or not there, whatever ends the writer and whoever else writes; they keep the mode of old ones."""
 
 import os
 import random
@@ -196,7 +196,7 @@ def test_a_name_may_have_all_its_bytes(tmp_path, name):
 @pytest.mark.parametrize("name", ["file/out", "file/more/out", "x" * 300])
 def test_what_cannot_be_written_is_one_error(tmp_path, name):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="^cannot write .*(Not a directory|File name too long)$"):
-        with whole_file(tmp_path / name):
-            raise AssertionError
+    reasons = r"^cannot write .*(Not a directory|File name too long)$"
+    with pytest.raises(InputError, match=reasons), whole_file(tmp_path / name):
+        raise AssertionError
     assert os.listdir(tmp_path) == ["file"]
