@@ -1,4 +1,4 @@
-"""What observed entries determine of a low-rank fit: no value elsewhere, and none beyond the data without convergence."""
+"""What observed entries determine of a low-rank fit: no value elsewhere, none beyond the data without convergence."""
 
 import numpy as np
 import pytest
