@@ -130,8 +130,10 @@ def test_numbers_beyond_all_measure(curate):
         ),
         ([{"instruction": "p", "generations": ["a", "b"], "ratings": [4, 1]}], ["--scores", "ratings"], "a", "b"),
         (
-            [{"prompt": "p", "response": "a", "helpfulness": 4, "verbosity": 1}]
-            + [{"prompt": "p", "response": "b", "helpfulness": 1, "verbosity": 4}],
+            [
+                {"prompt": "p", "response": "a", "helpfulness": 4, "verbosity": 1},
+                {"prompt": "p", "response": "b", "helpfulness": 1, "verbosity": 4},
+            ],
             ["--scores", "helpfulness"],
             "a",
             "b",
@@ -263,7 +265,7 @@ def test_several_files_a_folder_and_stdin(curate, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(file.read())))
     assert len(curate(("-",))[1]) == 2
     code, _, _, err = curate(("-",), "--work", "work")
-    assert code == 2 and "cannot read - once more: copy it first" in err
+    assert code == 2 and "cannot read - once more: copy it to a file first" in err
 
 
 def test_the_layouts_are_listed(capsys):
