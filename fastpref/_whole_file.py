@@ -42,7 +42,8 @@ def whole_file(path) -> Iterator[Path]:
                 raise InputError(f"cannot write {path}: it is not a regular file")
             _make_folder(target.parent, made)
             # another name for every one: a process that was killed leaves its own behind
-            temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+            name = os.fsdecode(os.fsencode(target.name)[:200])  # of the 255 bytes that a name may have
+            temporary = target.with_name(f".{name}.{secrets.token_hex(4)}.part")
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _mode_while_writing(target)))
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from error

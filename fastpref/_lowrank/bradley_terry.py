@@ -497,7 +497,7 @@ def _fit_matrices(name: str, value, options: _Options, stderr: bool, outliers: s
     scores, components, rejected, stats = fits
     separated, share = torch.zeros(len(flat), dtype=torch.bool, device=flat.device), stats.new_zeros(len(flat))
     if data != "logits" and len(flat):
-        separated, share = _separated_matrices(flat, stats, options), _share_in_matrices(flat, fits, data)
+        separated, share = _separated_matrices(flat, stats, options), _share_in_matrices(flat, fits)
         _warn_of_ridge(separated, share)
     deviations = found = None
     if stderr:
@@ -556,21 +556,21 @@ def _separated_matrices(flat: Tensor, stats: Tensor, options: _Options) -> Tenso
     won = flat > 0
     separated = (won != won.mT).flatten(1).any(1)  # both sides of every pair won: there is a maximum
     if separated.any():  # no iteration: the ridge that the fit would have tells
-        fits = _fit_each(flat[separated], options._replace(data="counts_mle", max_iter=0))
+        fits = _fit_each(won[separated].float(), options._replace(data="counts_mle", max_iter=0))
         separated[separated.clone()] = fits.stats[:, _AT["ridge"]] > 0
     return separated
 
 
-def _share_in_matrices(flat: Tensor, fits: _Fits, data: str) -> Tensor:
+def _share_in_matrices(flat: Tensor, fits: _Fits) -> Tensor:
     """[B]: the share that the ridge has of the pull on the scores."""
     share = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
     ridged = (fits.stats[:, _AT["ridge"]] > 0).nonzero().flatten()
-    for some in ridged.split(max(1, (1 << 18) // max(flat.shape[-1] ** 2, 1))):
-        w = fits.scores[some].nan_to_num(0).to(flat.dtype)
+    for some in ridged.split(max(1, (1 << 17) // max(flat.shape[-1] ** 2, 1))):
+        w = fits.scores[some].nan_to_num(0).float()
         difference = w.unsqueeze(2) - w.unsqueeze(1)
-        constant = fits.stats[some, _AT["constant"]].to(flat.dtype)[:, None, None]
-        weight = pair_terms(*_pairs(flat[some], data), difference, data, constant)[2]
-        pull = (weight * difference.square()).nan_to_num(0).sum((1, 2)).double() / 2
+        # s (1 - s) = (1 - tanh(d / 2)^2) / 4, and a pair's votes are its wins of both directions
+        curved = (difference / 2).tanh_().square_().neg_().add_(1).mul_(difference.square_())
+        pull = (curved.flatten(1) * flat[some].float().flatten(1)).nansum(1).double() / 4
         share[some] = _share_of_ridge(w, pull)
     return share
 
@@ -784,7 +784,7 @@ def _fit_edges(directed: _Directed, options: _Options, stderr: bool, outliers: s
     rows = torch.repeat_interleave(torch.arange(items, device=offsets.device), offsets.diff())
     separated, share = torch.zeros(1, dtype=torch.bool, device=stats.device), stats.new_zeros(1)
     if data != "logits":
-        separated, share = _separated_edges(directed, stats, options), _share_in_edges(directed, rows, fits, data)
+        separated, share = _separated_edges(directed, stats, options), _share_in_edges(directed, rows, fits)
         _warn_of_ridge(separated, share)
     deviations = found = None
     if stderr:
@@ -806,11 +806,11 @@ def _separated_edges(directed: _Directed, stats: Tensor, options: _Options) -> T
     return (stats[:, _AT["ridge"]] > 0) & (options.data == "counts_mle")
 
 
-def _share_in_edges(directed: _Directed, rows: Tensor, fits: _Fits, data: str) -> Tensor:
+def _share_in_edges(directed: _Directed, rows: Tensor, fits: _Fits) -> Tensor:
     """[1]: the share that the ridge has of the pull on the scores."""
     if not fits.stats[0, _AT["ridge"]] > 0:
         return torch.zeros(1, dtype=torch.float64, device=rows.device)
     w = fits.scores.nan_to_num(0)
     difference = w[rows] - w[directed.columns.long()]
-    weight = pair_terms(directed.values, directed.votes, difference, data, fits.stats[0, _AT["constant"]])[2]
+    _, _, weight = pair_terms(directed.values, directed.votes, difference, "counts_mle", 1.0)
     return _share_of_ridge(w, (weight * difference.square()).sum() / 2).reshape(1)

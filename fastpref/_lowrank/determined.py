@@ -29,7 +29,7 @@ class Parts(NamedTuple):
 class Observed(NamedTuple):
     """Where B matrices have entries, read a few rows at a time."""
 
-    blocks: Callable[[], Iterator[tuple[slice, Tensor]]]  # slices of rows, bool [B, rows of the slice, n]
+    blocks: Callable[[], Iterator[tuple[slice, Tensor]]]  # slices of rows, bool or 0 and 1 [B, rows of the slice, n]
     shape: tuple[int, int, int]  # B, m, n
     device: torch.device
     total: Callable[[Tensor], Tensor] = lambda tensor: tensor  # over the ranks that hold other rows, in place
@@ -45,32 +45,67 @@ def everything(matrix: Tensor) -> Parts:
 def batch_parts(matrix: Tensor, rank: Tensor, skew: bool) -> Parts:
     """Of [B, m, n], NaN where missing, whose fits have these ranks [B]."""
     rows, columns = everything(matrix)
-    seen = ~matrix.isnan()
-    row_counts, column_counts = seen.sum(2), seen.sum(1)
-    unclear = (~_plainly(row_counts, column_counts, rank, skew)).nonzero().flatten()
-    for some in unclear.split(max(1, CHUNK // max(seen[0].numel(), 1))) if len(unclear) else ():
-        these = seen[some]
-        observed = Observed(lambda these=these: iter([(slice(None), these)]), tuple(these.shape), matrix.device)
-        rows[some], columns[some] = find_parts(observed, rank[some], skew)
+
+    def observed(seen: Tensor) -> Observed:
+        return Observed(lambda: iter([(slice(0, seen.shape[1]), seen)]), tuple(seen.shape), matrix.device)
+
+    for some in torch.arange(len(matrix), device=matrix.device).split(max(1, CHUNK // max(matrix[0].numel(), 1))):
+        seen = (~matrix[some].isnan()).to(torch.float32)
+        (rows[some], columns[some]), settled = one_part(observed(seen), rank[some], skew)
+        if not settled.all():
+            left = some[~settled]
+            rows[left], columns[left] = find_parts(observed(seen[~settled] > 0), rank[left], skew)
     return Parts(rows, columns)
 
 
-def one_plainly(row_counts: Tensor, column_counts: Tensor, rank: int, skew: bool) -> bool:
-    """Whether these counts of observed entries, of one whole matrix, already say that all of it is determined."""
-    ranks = torch.tensor([rank], device=row_counts.device)
-    return bool(_plainly(row_counts.unsqueeze(0), column_counts.unsqueeze(0), ranks, skew))
+def one_part(observed: Observed, rank: Tensor, skew: bool) -> tuple[Parts, Tensor]:
+    """The parts of B matrices, right where [B] is true: where all that has entries is one part, and has enough.
+
+    That is the usual case, and a few products with vectors tell.
+    """
+    batch, m, n = observed.shape
+    numbers = {"dtype": torch.float32, "device": observed.device}
+
+    def blocks():
+        for block, seen in observed.blocks():
+            seen = seen.to(torch.float32)
+            if skew:
+                seen.diagonal(block.start, 1, 2).zero_()
+            yield block, seen
+
+    row_counts, column_counts = torch.zeros(batch, m, **numbers), torch.zeros(batch, n, **numbers).double()
+    for block, seen in blocks():
+        row_counts[:, block] = seen.sum(2)
+        column_counts += seen.sum(1)
+    observed.total(column_counts)
+    row_there, column_there = row_counts > 0, column_counts > 0
+    rows, columns, before = torch.zeros(batch, m, **numbers), torch.zeros(batch, n, **numbers), -1.0
+    columns.scatter_(1, column_counts.argmax(1, keepdim=True), 1.0)  # what hangs together with this column
+    while (reached := float(columns.sum())) > before:
+        before = reached
+        for block, seen in blocks():
+            rows[:, block] = ((seen @ columns.unsqueeze(2)).squeeze(2) > 0).float()
+            columns = torch.maximum(columns, ((rows[:, block].unsqueeze(1) @ seen).squeeze(1) > 0).float())
+        columns = observed.total(columns).clamp(max=1)
+        if skew:  # a row and its column are one item
+            columns = torch.maximum(columns, rows)
+    totals = torch.stack([row_there, row_counts, row_there & (rows == 0)]).double().sum(2)
+    part_rows, entries, apart = observed.total(totals).long()
+    part_columns = column_there.sum(1)
+    own, fixing = _ranks_of(rank, torch.minimum(part_rows, part_columns), skew)
+    few = observed.total((row_there & (row_counts < fixing.unsqueeze(1))).sum(1))
+    few = few + (column_there & ((column_counts < fixing.unsqueeze(1)) | (columns == 0))).sum(1)
+    settled = (apart == 0) & (few == 0) & (entries >= _freedom(own, part_rows, part_columns, skew))
+    label = column_there.int().argmax(1, keepdim=True)
+    return Parts(torch.where(row_there, label, NO_ROW), torch.where(column_there, label, NO_COLUMN)), settled
 
 
-def _plainly(row_counts: Tensor, column_counts: Tensor, rank: Tensor, skew: bool) -> Tensor:
-    """[B]: enough entries, and of every row more than half, so that any two share a column; or of every column."""
-    m, n = row_counts.shape[1], column_counts.shape[1]
-    if not m or not n:
-        return torch.ones_like(rank, dtype=torch.bool)
-    fewest = torch.minimum(row_counts.amin(1), column_counts.amin(1))
-    joined = (2 * row_counts.amin(1) > n) | (2 * column_counts.amin(1) > m)
-    # a skew matrix does not need its diagonal, which may be among the counted
-    enough = fewest >= torch.clamp(rank + int(skew), min=1)
-    return joined & enough & (row_counts.sum(1) - m * int(skew) >= _freedom(rank, m, n, skew))
+def _ranks_of(rank: Tensor, most: Tensor, skew: bool) -> tuple[Tensor, Tensor]:
+    """The rank that parts with `most` rows or columns have, and how many entries fix a line of theirs."""
+    if not skew:
+        return torch.minimum(rank, most), torch.minimum(rank, most)
+    own = torch.minimum(rank, most - most % 2)
+    return own, torch.minimum(own, most - 1)  # an item is not compared with itself
 
 
 def _freedom(rank, m, n, skew: bool):
@@ -89,7 +124,7 @@ def find_parts(observed: Observed, rank: Tensor, skew: bool) -> Parts:
             seen = seen & row_there[:, block, None] & column_there[:, None]
             if skew:
                 seen = seen.clone()
-                seen.diagonal(block.start or 0, 1, 2).fill_(False)
+                seen.diagonal(block.start, 1, 2).fill_(False)
             yield block, seen
 
     while True:
@@ -101,9 +136,7 @@ def find_parts(observed: Observed, rank: Tensor, skew: bool) -> Parts:
         part_columns.scatter_add_(1, columns, (column_counts > 0).long())
         observed.total(part_rows)
         observed.total(part_entries)
-        most = torch.minimum(part_rows, part_columns)
-        own = torch.minimum(rank.unsqueeze(1), most - most % 2 if skew else most)  # rank that a part of its size has
-        fixing = torch.minimum(own, most - 1) if skew else own
+        own, fixing = _ranks_of(rank.unsqueeze(1), torch.minimum(part_rows, part_columns), skew)
         short = part_entries < _freedom(own, part_rows, part_columns, skew)
         row_lost = row_there & ((row_counts == 0) | (row_counts < fixing.gather(1, rows)) | short.gather(1, rows))
         column_lost = (column_counts == 0) | (column_counts < fixing.gather(1, columns)) | short.gather(1, columns)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref._lowrank.annealing import CLIP, FINEST
-from fastpref._lowrank.determined import Observed, Parts, everything, find_parts, one_plainly
+from fastpref._lowrank.determined import Observed, Parts, everything, find_parts, one_part
 from fastpref._lowrank.noise import EXACT, MAD, MISFIT, OUTLIER, outlier_bound
 from fastpref._lowrank.outliers import OutlierList, outlier_counts, outliers
 from fastpref._lowrank.residual_pass import histogram_mean, histogram_median, residual_pass
@@ -77,9 +77,6 @@ class OneMatrix:
         skew = self.structure == "skew"
         if self.observed >= self._entries():
             return everything(self.matrix)
-        rows, columns = self.observed_lines()
-        if self.group is None and one_plainly(rows, columns, rank, skew):
-            return everything(self.matrix)
 
         def blocks():
             for block in row_blocks(self.matrix):
@@ -87,8 +84,10 @@ class OneMatrix:
                 yield block, (part != -128 if part.dtype == torch.int8 else ~part.isnan()).unsqueeze(0)
 
         shape, device = (1, self.rows, self.columns), self.matrix.device
-        observed = Observed(blocks, shape, device, self.sum, self.least)
-        found = find_parts(observed, torch.tensor([rank], device=device), skew)
+        observed, rank = Observed(blocks, shape, device, self.sum, self.least), torch.tensor([rank], device=device)
+        found, settled = one_part(observed, rank, skew)
+        if not settled:
+            found = find_parts(observed, rank, skew)
         return Parts(found.rows[0], found.columns[0])
 
     def thin(self, rank: int) -> tuple[Tensor, Tensor]:

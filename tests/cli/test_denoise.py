@@ -355,7 +355,7 @@ def test_logits_with_integer_names_and_repeated_pairs(tmp_path, run):
     more = [{"i": 0, "j": 50, "value": w[0] - w[5]}, {"i": 50, "j": 0, "value": None}]
     for extra in ([], more):
         source = write_table(tmp_path / "in.parquet", rows + extra)
-        code, summary, err = run(source, tmp_path / "out.parquet", "--flagged", tmp_path / "flagged.csv")
+        code, summary, _ = run(source, tmp_path / "out.parquet", "--flagged", tmp_path / "flagged.csv")
         unused = f"1 of {len(rows + extra)} rows have no value, and are not used"
         assert code == 0 and summary["warnings"] == [unused] * bool(extra)
         assert summary["comparisons"] == len(rows) + bool(extra) and summary["unused"] == bool(extra)
@@ -433,8 +433,11 @@ REFUSED_CSV = {
     "two that name items": ("winner,loser,model_a,model_b\n", [], "choose with --layout: winners, battles"),
     "no such column": ("i,j,w\n", ["--layout", "votes"], "no column wins_i, wins_j for votes, found i, j, w"),
     "no such column of any": (VOTES, ["--columns", "i=nope"], "in.csv has no column nope, found i, j, wins_i, wins_j"),
-    "the nearest column": (VOTES, ["--columns", "wins_i=win_i"], "has no column win_i, found i, j, wins_i, wins_j; the "
-                           "nearest is wins_i"),
+    "the nearest column": (
+        VOTES,
+        ["--columns", "wins_i=win_i"],
+        "has no column win_i, found i, j, wins_i, wins_j; the nearest is wins_i",
+    ),
     "the nearest role": (VOTES, ["--columns", "win_i=wins_i"], "no layout has a role win_i, only column, "),
     "no such role of any": (
         VOTES,

@@ -94,7 +94,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(tables())
 def test_what_is_written_is_read_or_refused_with_its_line(tmp_path_factory, writer, table):
     names, rows = table
@@ -124,7 +124,7 @@ def test_what_is_written_is_read_or_refused_with_its_line(tmp_path_factory, writ
 @pytest.mark.parametrize(
     "writer", ["csv", "csv ;", "csv tab", "pyarrow csv", "pyarrow parquet", "polars parquet", "json"]
 )
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.lists(st.tuples(CELLS, CELLS, CELLS, NUMBERS), min_size=1, max_size=5))
 def test_pairs_are_the_ones_that_were_written_and_none_is_lost(tmp_path_factory, writer, rows):
     names = ["prompt", "chosen", "rejected", "score_chosen"]

@@ -126,7 +126,7 @@ TOKENS += [
 
 
 def damaged(content, draw):
-    """One to four changes: flipped bits, cuts, bytes exchanged for others, pieces repeated or taken out, tokens put in."""
+    """One to four changes: flipped bits, cuts, other bytes, pieces repeated or taken out, tokens put in."""
     content = bytearray(content)
     for _ in range(draw.randint(1, 4)):
         at = draw.randrange(len(content) + 1)

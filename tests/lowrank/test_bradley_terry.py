@@ -416,7 +416,9 @@ def test_refuses(cpu_backend):
         wins[2, 1] = bad
         refused(ValueError, r"wins must be finite counts.* at \[2, 1\]", wins=wins)
     wins = torch.ones(3, 3)
-    refused(ValueError, r"wins must be 0 or NaN on the diagonal, an item against itself, got 1.0 at \[0, 0\]", wins=wins)
+    refused(
+        ValueError, r"wins must be 0 or NaN on the diagonal, an item against itself, got 1.0 at \[0, 0\]", wins=wins
+    )
     i, j = torch.tensor([0, 1]), torch.tensor([1, 2])
     one = torch.ones(2)
     refused(ValueError, r"edges.j must lie in \[0, 2\)", edges=Edges(i, j, logits=one, num_items=2))

@@ -1,4 +1,4 @@
-"""What observed entries determine of a low-rank fit: no value elsewhere, and none beyond the data without convergence."""
+"""What observed entries determine of a low-rank fit: no value elsewhere, none beyond the data without convergence."""
 
 import numpy as np
 import pytest
@@ -75,7 +75,9 @@ def test_blocks_that_share_nothing(in_batch, rank):
     dense = found.low_rank().view_as(data)
     assert dense[data.isnan()].isnan().all()
     if found.info.converged.all():
-        torch.testing.assert_close(dense[~data.isnan()], data[~data.isnan()], rtol=0, atol=1e-3 * low.abs().max().item())
+        torch.testing.assert_close(
+            dense[~data.isnan()], data[~data.isnan()], rtol=0, atol=1e-3 * low.abs().max().item()
+        )
     one = low.clone()  # but one block missing: the others hold it together
     one[:n, n:] = NAN
     found = fastpref.rpca(one.unsqueeze(0) if in_batch else one, rank=1)

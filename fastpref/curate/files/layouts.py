@@ -59,7 +59,7 @@ class Layout(NamedTuple):
     name: str
     shape: str  # how a row is read: a function of `rows`
     roles: dict[str, str]  # role -> the column that must be there, where --columns names no other
-    optional: dict[str, tuple[str, ...]] = {}  # role -> columns, of which the first that is there is read
+    optional: dict[str, tuple[str, ...]] = {}  # noqa: RUF012  role -> columns, of which the first that is there is read
     scores: tuple[str, ...] = ()  # usual names, of which the first that is there is read
     label: str = ""  # what a label says: "letters", "signed", "one is a" or "number"
     hides: tuple[str, ...] = ()  # layouts that give way to this one

@@ -126,7 +126,7 @@ _READING_ERRORS = (OSError, EOFError, ValueError, zlib.error, OverflowError, Not
 
 @contextlib.contextmanager
 def reading_errors(name: str, line: int | None = None) -> Iterator[None]:
-    """Turns what goes wrong in a reader into one line: InputError with the source's name, and the line if it is known."""
+    """Turns what goes wrong in a reader into one line: InputError with the source's name, and the line if known."""
     try:
         yield
     except InputError:
@@ -359,7 +359,7 @@ class _Bounded(io.RawIOBase):
 
 @contextlib.contextmanager
 def open_unpacked(source: Source) -> Iterator:
-    """Opens a source for `read(size)` of its bytes, unpacked; `packed.tell()` of what it gives is the place in the file."""
+    """Opens a source for `read(size)` of its bytes, unpacked; `packed.tell()` is the place in the file."""
     with open(source.path, "rb") as packed:
         if source.packing is None:
             yield _Bounded(packed, packed, source.name)
