@@ -20,7 +20,7 @@ def positive_integer(text) -> int:
 
 def options_of(arguments) -> dict:
     """Returns what the flags of a command gave, by the names of their destinations."""
-    return {name: value for name, value in vars(arguments).items() if name not in ("handler", "name")}
+    return {name: value for name, value in vars(arguments).items() if name not in ("handler", "name", "command")}
 
 
 class ColumnsAction(argparse.Action):

@@ -32,8 +32,8 @@ IN is JSON Lines, a JSON array, CSV (its delimiter is found), Parquet or Arrow, 
 glob in quotes, a folder, "-" for stdin, or an address that fsspec opens. A row holds a prompt and its responses with
 their scores, a published pair with scores or without, two responses and a label, or one response; --help-layouts lists
 the layouts, which are told apart by their columns. Columns called otherwise are named with --columns.
-Prompts and responses are strings or messages [{"role", "content", ...}, ...]. What a row must hold and does not is a bad
-row: left out, counted, listed in --bad-rows.
+Prompts and responses are strings or messages [{"role", "content", ...}, ...]. A row that lacks what it must hold is a
+bad row: left out, counted, listed in --bad-rows.
 
 OUT is .jsonl[.gz] or .parquet, a row a pair: texts as --format has them, and beside them the scores (score_chosen,
 score_rejected, margin) and where it all comes from. Scores stay as they are in every stage. Pairs whose sides were
@@ -99,8 +99,8 @@ def _add_reading_flags(group) -> None:
         dest="read.scores",
         type=_comma_separated,
         metavar="FIELD[:SCALE],...",
-        help=":logit for probabilities, :best-low or :best-high for ranks; the first constructs the pairs (default: the "
-        "usual ones of the layout)",
+        help=":logit for probabilities, :best-low or :best-high for ranks; the first constructs the pairs (default: "
+        "the usual ones of the layout)",
     )
     add("--sources", dest="read.sources", metavar="FIELD", help="who wrote each response, such as models")
     add("--lengths", dest="read.lengths", metavar="FIELD", help="of the responses (default: characters)")
@@ -112,7 +112,13 @@ def _add_reading_flags(group) -> None:
         metavar="ROLE=NAME,...",
         help="what IN calls them, such as prompt=question,responses=generations or response=output,system=instructions",
     )
-    add("--keep", dest="read.keep", type=_comma_separated, metavar="FIELD,...", help="columns that reach OUT as they are")
+    add(
+        "--keep",
+        dest="read.keep",
+        type=_comma_separated,
+        metavar="FIELD,...",
+        help="columns that reach OUT as they are",
+    )
     add(
         "--missing",
         dest="read.missing",
@@ -328,6 +334,7 @@ def run_command(arguments) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # they are in the result
             with StageBars(unit_scale=True) as bars:
+                run_options["command"] = arguments.command
                 result = _run_pipeline(config, run_options, bars.report)
         lines = [json.dumps(result.summary, indent=2)] if options["json"] else map(printable, summary_lines(result))
         print("\n".join(lines), flush=True)
@@ -461,6 +468,8 @@ def _construct(stage) -> str:
     if stage["rule"] == "published":
         text = f"{stage['pairs']} pairs, sides as they were published"
         agree = ", without those that their scores contradict" if stage["labels"] == "agree" else ""
+        if not stage["compared"]:
+            return f"{text}, without scores"
         return (
             f"{text}{agree}; of {stage['compared']} with scores, {stage['reversed']} reversed and {stage['tied']} tied"
         )

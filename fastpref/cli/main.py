@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import os
+import shlex
 import sys
 import traceback
 
@@ -67,6 +68,7 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv) -> argparse.Namespace:
     parser, commands = _build_parser()
     arguments, unknown = parser.parse_known_args(argv)
+    arguments.command = shlex.join(["fastpref", *(sys.argv[1:] if argv is None else argv)])
     if unknown:
         command = commands.choices[arguments.name.split()[-1]]
         known = [flag for action in command._actions for flag in action.option_strings]

@@ -20,6 +20,7 @@ class NoticeKind(NamedTuple):
     severity: str
     title: str  # for a reader who does not know this package
     advice: str  # what to do, in one sentence
+    technical: bool = False  # about options rather than data: not on the page
 
 
 NOTICES: dict[str, NoticeKind] = {
@@ -78,18 +79,28 @@ NOTICES: dict[str, NoticeKind] = {
     "low-rank-scores": NoticeKind(
         "warning", "Fitted scores took the place of scores", "Use --clean mask, which only leaves wrong ones out."
     ),
-    "stage-order": NoticeKind("warning", "Stages in an unusual order", "Leave --order out for the usual one."),
-    "missing-margins": NoticeKind("warning", "Pairs without a margin", "They count as undecided in the selection."),
+    "stage-order": NoticeKind(
+        "warning", "Stages in an unusual order", "Leave --order out for the usual one.", technical=True
+    ),
+    "missing-margins": NoticeKind(
+        "warning", "Pairs without a margin", "They count as undecided in the selection.", technical=True
+    ),
     "clip-bounds": NoticeKind(
-        "warning", "The bounds of the selection do not fit the scores", "Give --select-lower and --select-upper."
+        "warning",
+        "The bounds of the selection do not fit the scores",
+        "Give --select-lower and --select-upper.",
+        technical=True,
     ),
     "fewer-selected": NoticeKind("warning", "Fewer pairs than asked for", "Ask for fewer, or lower the bounds."),
     "routing-ties": NoticeKind(
-        "warning", "Ties at the border of routing", "Give --tau as a number, or turn --tau-inclusive on or off."
+        "warning",
+        "Ties at the border of routing",
+        "Give --tau as a number, or turn --tau-inclusive on or off.",
+        technical=True,
     ),
     "goals-left-out": NoticeKind("warning", "Pairs without a goal", "They have no finite score and were left out."),
     "length-slope": NoticeKind(
-        "warning", "The slope of length is inexact", "Use fewer sources, or --length-control none."
+        "warning", "The slope of length is inexact", "Use fewer sources, or --length-control none.", technical=True
     ),
     "relabelled": NoticeKind("finding", "Labels that were replaced by scores", "They differ from the published ones."),
     "reversed-labels": NoticeKind(
@@ -98,20 +109,31 @@ NOTICES: dict[str, NoticeKind] = {
     "contradicting-scores-out": NoticeKind(
         "finding", "Responses left out for their contradicting scores", "Correct the scores to have them back."
     ),
+    "flagged-source-out": NoticeKind(
+        "finding",
+        "A model whose scores do not fit the others was kept out",
+        "Read some of its responses; --exclude none lets it in again.",
+    ),
     "one-response": NoticeKind("finding", "Prompts with one response", "There is nothing to compare it with."),
     "small-pools": NoticeKind(
         "finding", "Few responses per prompt", "With five or fewer the rejected response is the worst one."
     ),
     "votes-agree": NoticeKind(
-        "finding", "Two scores say the same", "They count as two votes in a selection, though they are one."
+        "finding",
+        "Two scores say the same",
+        "They count as two votes in a selection, though they are one.",
+        technical=True,
     ),
     "default-bounds": NoticeKind(
-        "finding", "The default bounds of the selection clip little", "Give --select-lower on the scale of the margins."
+        "finding",
+        "The default bounds of the selection clip little",
+        "Give --select-lower on the scale of the margins.",
+        technical=True,
     ),
     "few-prompts-to-audit": NoticeKind(
         "finding", "Few prompts to check sources by", "Sources are ranked, none is flagged."
     ),
-    "other": NoticeKind("warning", "Something else", "The text says what."),
+    "other": NoticeKind("warning", "Something else", "The text says what.", technical=True),
 }
 
 

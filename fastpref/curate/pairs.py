@@ -213,7 +213,7 @@ def reach(k, scale="raw", ddof=0) -> float:
 
 def _share_below(selection, which) -> float:
     """Share of targets below the pool, among those prompts that have spread; NaN if there are none."""
-    first = selection.reason.reshape(len(which), -1)[:, :1].ravel()
+    first = selection.reason if selection.reason.ndim == 1 else selection.reason[:, 0]
     spread_out = which & ~np.isin(first, (DropReason.TOO_FEW, DropReason.NO_SPREAD))
     return share_of((selection.target < selection.minimum)[spread_out])
 

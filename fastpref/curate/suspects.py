@@ -17,6 +17,7 @@ FEWEST_VALUES = 3  # of the rest: fewer, such as 0 and 1 beside -1, are a scale 
 FEWEST_COMPARED = 20  # responses with both scores, from which on they say how one goes with the other
 ALIKE = 0.5  # rank correlation of two columns, below which they measure different things
 FAR = 5.0  # robust standard deviations between the two ranks of a response
+PLACES_APART = 1 / 3  # of all responses between the two ranks, for columns that agree to the last digit
 LEAST_SPREAD = 0.1  # of these differences, for columns that agree in nearly every response
 
 
@@ -73,7 +74,7 @@ def find_contradictions(columns: Mapping[str, np.ndarray]) -> Contradictions:
         columns: name -> [responses] numbers, NaN where there is none; the first one is compared with every other.
 
     Returns:
-        The responses more than 5 standard deviations off.
+        The responses more than 5 standard deviations off, if a third of all responses are between their two ranks.
     """
     (_, first), *others = columns.items()
     count = len(first)
@@ -82,22 +83,24 @@ def find_contradictions(columns: Mapping[str, np.ndarray]) -> Contradictions:
         both = np.flatnonzero(~np.isnan(first) & ~np.isnan(other))
         if len(both) < FEWEST_COMPARED:
             continue
-        one, two = (_normal_scores(values[both]) for values in (first, other))
+        ranks = [(mean_ranks(values[both]) + 0.5) / len(both) for values in (first, other)]
+        one, two = map(_normal_scores, ranks)
         alike = one @ two / max(np.sqrt((one @ one) * (two @ two)), 1e-300)
         if abs(alike) < ALIKE:
             continue
         apart = one - np.sign(alike) * two
         apart -= np.median(apart)
         apart /= max(MAD_TO_STD * np.median(np.abs(apart)), LEAST_SPREAD)
-        beyond = np.abs(apart) > np.abs(furthest[both])
+        places = ranks[0] - (ranks[1] if alike > 0 else 1 - ranks[1])
+        beyond = (np.abs(apart) > np.abs(furthest[both])) & (np.abs(places) > PLACES_APART)
         furthest[both[beyond]], column[both[beyond]] = apart[beyond], k
     found = np.flatnonzero(np.abs(furthest) > FAR)
     found = found[np.argsort(-np.abs(furthest[found]), kind="stable")]
     return Contradictions(found, column[found], furthest[found])
 
 
-def _normal_scores(values) -> np.ndarray:
-    """The normal quantiles of the ranks, interpolated to 1e-6; equal values share the mean of their ranks."""
+def _normal_scores(ranks) -> np.ndarray:
+    """The normal quantiles of ranks in (0, 1), interpolated to 1e-6."""
     cdf = NormalDist().cdf
     grid = np.linspace(-6, 6, 6001)
-    return np.interp((mean_ranks(values) + 0.5) / len(values), [cdf(z) for z in grid.tolist()], grid)
+    return np.interp(ranks, [cdf(z) for z in grid.tolist()], grid)

@@ -16,7 +16,6 @@ from fastpref.curate import (
     texts,
 )
 from fastpref.curate.files import reading
-from fastpref.curate.files.rows import Fields
 from fastpref.curate.files.sources import find_sources
 
 

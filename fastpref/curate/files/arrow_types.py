@@ -39,7 +39,7 @@ def widened(shape: Shape, value) -> Shape:
         return "json"
     if shape in (None, kind):
         return kind
-    return "float" if {shape, kind} == {"int", "float"} else "json"
+    return "float" if shape in ("int", "float") and kind in ("int", "float") else "json"
 
 
 def arrow_type(shape: Shape):
@@ -73,7 +73,7 @@ def arrow_array(values: list, shape: Shape):
         return pyarrow.ListArray.from_arrays(offsets, arrow_array(items, shape[0]))
     if isinstance(shape, dict):
         columns = [arrow_array([None if v is None else v[key] for v in values], known) for key, known in shape.items()]
-        missing = pyarrow.array([value is None for value in values])
+        missing = pyarrow.array([value is None for value in values], pyarrow.bool_())
         return pyarrow.StructArray.from_arrays(columns, fields=list(arrow_type(shape)), mask=missing)
     if shape == "json":
         values = [None if value is None else orjson.dumps(value).decode() for value in values]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.files.lines import BOM, CHUNK, csv_records, json_elements, line_blocks
+from fastpref.curate.files.lines import BOM, csv_records, json_elements, line_blocks
 from fastpref.curate.files.sources import Source, reading_errors
 from fastpref.errors import InputError
 
@@ -28,8 +28,9 @@ except ImportError as error:
 
 ROWS = 1 << 14  # of a batch that is made of Python objects
 BUFFER = 1 << 20  # bytes of each Parquet column read at a time
-PYTHON_ROWS = 256  # of a batch that is made into Python objects
-SCHEMA_ROWS = 1000  # rows of JSON whose keys are the columns
+OBJECT_ROWS = 256  # of a batch that is made into Python objects
+MOST_HEAD_ROWS = 4096
+HEAD_ROWS = 256  # that are looked at before the others; of JSON Lines those of the first block
 
 
 class Batch(NamedTuple):
@@ -66,9 +67,23 @@ def column_names(source: Source) -> list[str]:
             raise InputError(f"{source.name}:1: {header}")
         return header
     if source.container in ("json-lines", "json-array"):
-        rows = (row for _, row in itertools.islice(json_rows(source), SCHEMA_ROWS) if isinstance(row, dict))
-        return list(dict.fromkeys(name for row in rows for name in row))
-    return schema_of(source).names
+        return list(dict.fromkeys(name for row in first_rows(source) for name in row))
+    return arrow_names(source)
+
+
+def first_rows(source: Source) -> list[dict]:
+    """Returns the first rows that are objects; in JSON Lines those of a first block, of which a column may be in few.
+
+    Raises:
+        InputError: The source cannot be read.
+    """
+    if source.container == "json-lines":
+        block = next(line_blocks(source), None)
+        lines = [] if block is None else block.lines.split(b"\n")
+        values = [json_value(line, k == 0) for k, line in enumerate(lines[:MOST_HEAD_ROWS])]
+    else:
+        values = [row for _, row in itertools.islice(numbered_rows(source), HEAD_ROWS)]
+    return [row for row in values if isinstance(row, dict)]
 
 
 def read_batches(source: Source, columns: Sequence[str] | None = None) -> Iterator[Batch]:
@@ -142,7 +157,7 @@ def as_numbers(table: Table, name: str) -> np.ndarray:
         column = column.cast(pyarrow.int8())
     elif pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
         return _parsed_numbers(table, name)
-    elif not (_family(kind) in ("numbers", "null")):
+    elif _family(kind) not in ("numbers", "null"):
         raise InputError(f"column {name} of {table.sources[0].name} must hold numbers, got {kind}")
     return column.cast(pyarrow.float64(), safe=False).to_numpy()
 
@@ -174,11 +189,11 @@ def numbered_rows(source: Source, columns: Sequence[str] | None = None) -> Itera
         for number, record in records:
             yield number, record if isinstance(record, ValueError) else record_as_row(header, record)
     else:
-        names = schema_of(source).names
+        names = arrow_names(source)
         wanted = None if columns is None else [name for name in names if name in columns]
         check_unique(source, names, names if wanted is None else wanted)
         number = 0
-        for batch in arrow_batches(source, wanted, PYTHON_ROWS):
+        for batch in arrow_batches(source, wanted, OBJECT_ROWS):
             for row in python_rows(batch):
                 number += 1
                 yield number, row
@@ -260,6 +275,10 @@ def _json_batches(source: Source, columns: list[str]) -> Iterator[Batch]:
                 reason = row if isinstance(row, ValueError) else f"a row must be an object, got {type(row).__name__}"
                 raise InputError(f"{source.name}:{number}: {reason}")
         numbers = [number for number, _ in block]
+        if wrong := [name for name in columns if not _is_unicode(name)]:
+            raise InputError(
+                f"{source.name}: the column {wrong[0]!r} holds a lone surrogate, which is not Unicode text"
+            )
         arrays = [_json_array(source, name, [row.get(name) for _, row in block], numbers) for name in columns]
         yield Batch(pyarrow.RecordBatch.from_arrays(arrays, names=columns), np.array(numbers, np.int64))
 
@@ -283,7 +302,7 @@ def _json_array(source: Source, name: str, values: list, numbers: list[int]) -> 
     except OverflowError:  # integers beyond 64 bits
         return pyarrow.array([None if value is None else _as_float(value) for value in values], pyarrow.float64())
     except UnicodeEncodeError:
-        number = next(n for value, n in zip(values, numbers, strict=True) if value and not _is_unicode(value))
+        number = next(n for value, n in zip(values, numbers, strict=True) if not _is_unicode(value))
         raise InputError(f"{source.name}:{number}: {name} holds a lone surrogate, which is not Unicode text") from None
     except pyarrow.ArrowException as error:
         raise InputError(f"{source.name}: {name} cannot be a column: {error}".splitlines()[0]) from error
@@ -296,9 +315,9 @@ def _as_float(value: int) -> float:
         return float("inf") if value > 0 else float("-inf")
 
 
-def _is_unicode(text: str) -> bool:
+def _is_unicode(value) -> bool:
     try:
-        text.encode()
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return False
     return True
@@ -309,7 +328,7 @@ def _is_unicode(text: str) -> bool:
 
 def _csv_batches(source: Source, columns: list[str]) -> Iterator[Batch]:
     records = csv_records(source)
-    _, header = next(records)
+    _, header = next(records, (1, []))
     places = [header.index(name) for name in columns]
     while block := list(itertools.islice(records, ROWS)):
         for number, record in block:
@@ -364,6 +383,13 @@ def schema_of(source: Source) -> pyarrow.Schema:
             return opened(file).schema
 
 
+def arrow_names(source: Source) -> list[str]:
+    """Returns the columns of a Parquet or Arrow source. Raises InputError where they cannot be read."""
+    schema = schema_of(source)
+    with reading_errors(source.name):  # a damaged name is no UTF-8
+        return schema.names
+
+
 def open_parquet(source: Source) -> pyarrow.parquet.ParquetFile:
     """Opens a Parquet source. Raises InputError where it cannot be read."""
     with reading_errors(source.name):
@@ -389,13 +415,13 @@ def _ipc_batches(source: Source, file, columns: list[str] | None) -> Iterator[py
     if source.container == "arrow-stream":
         schema = schema_of(source)
         for batch in pyarrow.ipc.open_stream(file, options=options(schema)):
-            batch.validate()
+            batch.validate(full=True)  # lengths and offsets of a damaged file lead anywhere
             yield batch
         return
     reader = pyarrow.ipc.open_file(file, options=options(pyarrow.ipc.open_file(file).schema))
     for k in range(reader.num_record_batches):
         batch = reader.get_batch(k)
-        batch.validate()
+        batch.validate(full=True)
         yield batch
 
 

@@ -5,7 +5,8 @@
     openrlhf            likewise; for --prompt_key prompt --apply_chat_template; it reads margin, too
     axolotl             messages, and one message as chosen and as rejected, its `type: chat_template.default`
     llamafactory        conversations, chosen and rejected in its sharegpt formatting, beside them its dataset_info.json
-    swift               messages that end in the chosen response, and rejected_response or rejected_messages
+    swift               messages that end in the chosen response, and rejected_response: a string, or the messages in
+                        place of all after the last one of the user
     kto                 prompt, completion, label: two rows a pair
 
 What a host would drop in silence is refused here: it would make another pair.
@@ -67,7 +68,9 @@ def _axolotl(row, rest) -> dict:
     _refuse_media_and_tools("axolotl's chat_template.default", row)
     for message in _messages_of(row):
         if not isinstance(message.get("content"), str) or message.get("tool_calls"):
-            raise _refusal(row, "axolotl's chat_template.default reads text alone, and it has tool calls or parts")
+            raise _refusal(row, "axolotl's chat_template.default reads text alone, and there are tool calls or parts")
+        if message["role"] not in ("system", "user", "assistant", "tool"):
+            raise _refusal(row, f"axolotl's chat_template.default knows no role {message['role']!r}")
     if "completion" in row:
         return {**_id(rest), "messages": row["prompt"] + row["completion"], **rest}
     sides = {side: _single_message("axolotl", row, side) for side in ("chosen", "rejected")}
@@ -131,19 +134,17 @@ def _check_turns(row, turns, last) -> None:
 def _swift(row, rest) -> dict:
     if "tools" in rest:
         rest["tools"] = _json_string(rest["tools"], none=None)
-        if rest["tools"] is None:
-            del rest["tools"]
     prompt = _swift_messages(row, _with_media(row))
     if "completion" in row:
         return {**_id(rest), "messages": prompt + _swift_messages(row, row["completion"]), **rest}
     chosen, rejected = (_swift_messages(row, row[side]) for side in ("chosen", "rejected"))
+    asked = max((k for k, message in enumerate(prompt) if message["role"] == "user"), default=-1)
+    if any(message["role"] == "user" for message in [*chosen, *rejected]) or asked < 0:
+        raise _refusal(row, "ms-swift takes responses without a turn of the user, after one of his")
+    rejected = prompt[asked + 1 :] + rejected
     if len(rejected) == 1 and rejected[0]["role"] == "assistant":
-        other = {"rejected_response": rejected[0]["content"]}
-    else:
-        other = {"rejected_messages": prompt + rejected}
-        if "tools" in rest:
-            other["rejected_tools"] = rest["tools"]
-    return {**_id(rest), "messages": prompt + chosen, **other, **rest}
+        rejected = rejected[0]["content"]
+    return {**_id(rest), "messages": prompt + chosen, "rejected_response": rejected, **rest}
 
 
 def _swift_messages(row, messages) -> list[dict]:

@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 
 from fastpref.curate.files.containers import numbered_rows
-from fastpref.curate.files.rows import Fields, Row, parse_row, top_fields
+from fastpref.curate.files.rows import Fields, Row, parse_row, top_fields, without_bad_unicode
 from fastpref.curate.files.sources import Source, temporary_folder
 from fastpref.curate.files.table import RowProblem
 from fastpref.curate.files.texts import prompt_digest
@@ -66,16 +66,17 @@ def group_rows(name: str, sources: Sequence[Source], fields: Fields) -> Grouped:
 def _partitioned(sources, fields, folder, count, problems) -> tuple[int, list[str]]:
     """Writes every row to the file of its key. Returns the number of rows, and the files."""
     paths = [os.path.join(folder, str(k)) for k in range(count)]
-    files = [open(path, "wb") for path in paths]
+    files = [open(path, "wb") for path in paths]  # noqa: SIM115
     wanted, order = top_fields(fields), 0
     try:
         for source in sources:
+            of_source = fields._replace(text_cells=source.container == "csv")
             for number, value in numbered_rows(source, wanted):
                 order += 1
                 try:
                     if isinstance(value, ValueError):
                         raise value
-                    row = parse_row(value, fields)
+                    row = without_bad_unicode(parse_row(value, of_source), of_source)
                     key = row.prompt_id.encode() if row.prompt_id is not None else prompt_digest(row)
                     line = _line(order, number, source.name, key.hex(), row)
                 except ValueError as error:

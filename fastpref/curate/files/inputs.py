@@ -1,6 +1,5 @@
 """What one input is: its files, the layout that they have, and what is read of every row."""
 
-import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.files.containers import SCHEMA_ROWS, column_names, numbered_rows
+from fastpref.curate.files.containers import column_names, first_rows
 from fastpref.curate.files.grouping import group_rows
 from fastpref.curate.files.layouts import LAYOUTS, Resolved, nearest, resolve_layout
 from fastpref.curate.files.rows import PREFERENCE, Fields, column_of_row, score_fields
@@ -52,8 +51,11 @@ def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs
     """
     sources = find_sources(names)
     name = sources[0].name if len(sources) == 1 else f"{sources[0].name} and {len(sources) - 1} more"
-    columns = list(dict.fromkeys(column for source in sources for column in column_names(source)))
-    head = [row for source in sources for row in _first_rows(source)]
+    heads = [first_rows(source) for source in sources]
+    head = [row for rows in heads for row in rows]
+    columns = list(
+        dict.fromkeys(column for source, rows in zip(sources, heads, strict=True) for column in _names(source, rows))
+    )
     if not columns:  # no row is an object: each is reported
         resolved = Resolved("pools", dict(LAYOUTS["pools"].roles), ())
     else:
@@ -89,9 +91,10 @@ def _rare(sources, columns, head: list[dict]) -> list[str]:
     return [name for name in columns if 2 * sum(name in row for row in head) < len(head)]
 
 
-def _first_rows(source: Source) -> list[dict]:
-    rows = itertools.islice(numbered_rows(source), SCHEMA_ROWS)
-    return [row for _, row in rows if isinstance(row, dict)]
+def _names(source: Source, head: list[dict]) -> list[str]:
+    if source.container in ("json-lines", "json-array"):
+        return list(dict.fromkeys(name for row in head for name in row))
+    return column_names(source)
 
 
 def _check_columns(sources: list[Source], resolved: Resolved) -> None:
@@ -102,7 +105,7 @@ def _check_columns(sources: list[Source], resolved: Resolved) -> None:
             names = column_names(source)
             if missing := [name for name in required if name not in names]:
                 raise InputError(
-                    f"{source.name} has no column {', '.join(missing)} for {resolved.layout}, as {sources[0].name} has; "
+                    f"{source.name} has no column {', '.join(missing)} for {resolved.layout}, as {sources[0].name}; "
                     f"found {', '.join(names)}"
                 )
 
@@ -111,12 +114,11 @@ def _scores(name, columns, head, fields: Fields, asked) -> tuple[str, ...] | Non
     """The columns of the scores; None where no row is there."""
     if asked is not None:
         for score in asked:
-            if head and not any(column_of_row(row, fields, score) is not None for row in head):
+            if head and score not in columns and not any(column_of_row(row, fields, score) is not None for row in head):
                 near = nearest(score, columns)
                 hint = f"; nearest is {near[0]!r}" if near else ""
-                raise InputError(
-                    f"{name} has no scores {score!r}, found {', '.join(columns)}{hint}; name them by --scores"
-                )
+                found = ", ".join(columns)
+                raise InputError(f"{name} has no scores {score!r}, found {found}{hint}; name them by --scores")
         return tuple(asked)
     found = next((scores for row in head if (scores := score_fields(row, fields)) is not None), None)
     if found is not None or not head:

@@ -59,14 +59,14 @@ class Layout(NamedTuple):
     name: str
     shape: str  # how a row is read: a function of `rows`
     roles: dict[str, str]  # role -> the column that must be there, where --columns names no other
-    optional: dict[str, tuple[str, ...]] = {}  # role -> columns, of which the first that is there is read
+    optional: dict[str, tuple[str, ...]] = {}  # noqa: RUF012  role -> columns, of which the first that is there is read
     scores: tuple[str, ...] = ()  # usual names, of which the first that is there is read
     label: str = ""  # what a label says: "letters", "signed", "one is a" or "number"
     hides: tuple[str, ...] = ()  # layouts that give way to this one
     without: tuple[str, ...] = ()  # columns that the file must not have
 
 
-_SOURCES = {"sources": ("sources", "models", "model_names", "generation_models")}
+_SOURCES = {"sources": ("sources",)}
 _PAIR = {"prompt": ("prompt", "question", "instruction", "input"), "strength": ("margin",)}
 _AB = {"prompt": "prompt", "response_a": "response_a", "response_b": "response_b"}
 _ARENA = {"model_a": "model_a", "model_b": "model_b"}
@@ -143,10 +143,10 @@ LAYOUTS = {
         Layout(
             "swift",
             "swift",
-            {"chosen": "messages", "rejected": "rejected_response"},
+            {"messages": "messages", "rejected": "rejected_response"},
             {"strength": ("margin",)},
         ),
-        Layout("swift-messages", "swift", {"chosen": "messages", "rejected": "rejected_messages"}, {}),
+        Layout("swift-messages", "swift", {"messages": "messages", "rejected": "rejected_messages"}, {}),
         Layout("ab", "ab", _AB | {"label": "label"}, {"strength": ("margin",)}, label="letters"),
         Layout("arena", "ab", _ARENA | _AB | {"label": "winner"}, label="letters"),
         Layout(
@@ -355,7 +355,12 @@ def _no_layout(what, names, tried, columns) -> str:
         return [(role, name) for role, name in _required(layout, columns).items() if name and name not in names]
 
     usable = [one for one in tried if set(columns) <= {*roles_of(one)}] or tried
-    layout = min(usable, key=lambda one: (len(lacking(one)), -len(one.roles)))
+
+    def distance(layout):
+        lacks = lacking(layout)
+        return len(lacks), -sum(bool(nearest(name, names)) for _, name in lacks), -len(layout.roles)
+
+    layout = min(usable, key=distance)
     lacks = lacking(layout)
     flags = ",".join(f"{role}={(nearest(name, names) or ['NAME'])[0]}" for role, name in lacks)
     return (

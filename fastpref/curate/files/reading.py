@@ -1,37 +1,49 @@
 """Files of preferences in parts: the rows of a part, their columns, and the rows once more for their texts.
 
 A position grows from row to row through all files: the number of the file, and within it the byte at which a line
-begins (unpacked), or the number of rows before it in Parquet and Arrow. Rows of CSV and of JSON arrays are made lines of
-JSON, whose bytes count. orjson parses and XXH3 hashes.
+begins (unpacked), or the number of rows before it in Parquet and Arrow. Rows of CSV and of JSON arrays are made lines
+of JSON, whose bytes count. orjson parses and XXH3 hashes.
 """
 
 import io
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import orjson
 
 from fastpref.curate.files.containers import (
-    PYTHON_ROWS,
+    OBJECT_ROWS,
     arrow_batches,
+    arrow_names,
     check_unique,
     json_value,
     open_parquet,
     python_rows,
     record_as_row,
-    schema_of,
 )
 from fastpref.curate.files.lines import LONGEST_ROW, csv_records, json_elements, line_blocks
-from fastpref.curate.files.rows import LARGEST_SCORE, Fields, Row, Tie, parse_row, plain_text, top_fields
+from fastpref.curate.files.rows import (
+    LARGEST_SCORE,
+    Fields,
+    Row,
+    Tie,
+    parse_row,
+    plain_text,
+    top_fields,
+    without_bad_unicode,
+)
 from fastpref.curate.files.sources import Source, reading_errors, source_stamp
 from fastpref.curate.files.table import RowProblem, Samples
-from fastpref.curate.files.texts import as_uint64, digest, prompt_digest, prompt_hash
+from fastpref.curate.files.texts import UNENCODABLE, as_uint64, digests_of, prompt_hash
 from fastpref.errors import InputError
+
+try:
+    import orjson
+except ImportError as error:
+    raise InputError(f'reading samples needs {error.name}: pip install "fastpref[cli]"') from error
 
 PART = 1 << 23  # bytes of lines in a part
 ROW_GROUP = 1 << 26  # bytes; a larger one, and some files are a single one, is more than a part
@@ -79,7 +91,7 @@ def parts(sources: Sequence[Source], fields: Fields | None) -> Iterator[FilePart
             found = _parts_of_parquet(source, fields)
         elif source.container in ("arrow", "arrow-stream"):
             found = _parts_of_batches(
-                source, arrow_batches(source, _wanted(source, fields), PYTHON_ROWS), 0, extent(source)
+                source, arrow_batches(source, _wanted(source, fields), OBJECT_ROWS), 0, extent(source)
             )
         elif source.container == "csv":
             found = _parts_of_csv(source)
@@ -145,18 +157,25 @@ def valid_row(row, fields: Fields) -> Row:
 
 
 def _lines_with_repeats(lines: bytes, fields: Fields) -> set[int]:
-    """The lines, from 0, that may hold a key twice at their top: JSON allows it, and the last one would win unseen."""
-    names = "|".join(re.escape(json.dumps(name)[1:-1]) for name in _top_keys(fields))
-    found = {}
-    for match in re.finditer(f'"(?:{names})"\\s*:'.encode(), lines):
-        found.setdefault(match[0].rstrip(b": \t"), []).append(match.start())
-    ends = None
-    repeated = set()
-    for places in found.values():
-        if ends is None:
-            ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n"))
-        numbers = np.searchsorted(ends, places)
-        repeated.update(numbers[1:][numbers[1:] == numbers[:-1]].tolist())
+    """The lines, from 0, that may hold a key twice at their top: JSON allows it, and the last one would win unseen.
+
+    By the colons, of which texts have few: a search for the keys would take as long as parsing.
+    """
+    text = np.frombuffer(lines, np.uint8)
+    ends = np.flatnonzero(text == ord(":"))
+    ends = ends[ends > 0]
+    while (blank := (text[ends - 1] == ord(" ")) & (ends > 1)).any():
+        ends = ends - blank
+    line_feeds, repeated = None, set()
+    for key in _top_keys(fields):
+        token = json.dumps(key).encode()
+        at = ends[ends >= len(token)]
+        for back, character in enumerate(reversed(token), start=1):
+            at = at[text[at - back] == character]
+        if len(at) > 1:
+            line_feeds = np.flatnonzero(text == ord("\n")) if line_feeds is None else line_feeds
+            numbers = np.searchsorted(line_feeds, at)
+            repeated.update(numbers[1:][numbers[1:] == numbers[:-1]].tolist())
     return repeated
 
 
@@ -174,7 +193,7 @@ def _refused_repeats(line: bytes, value: dict, fields: Fields):
 
 def _wanted(source: Source, fields: Fields | None) -> list[str] | None:
     """The columns to read of an Arrow file; each must be there once."""
-    names = schema_of(source).names
+    names = arrow_names(source)
     wanted = None if fields is None else [name for name in names if name in top_fields(fields)]
     check_unique(source, names, names if wanted is None else wanted)
     return wanted
@@ -248,7 +267,7 @@ def _parts_of_parquet(source: Source, fields: Fields | None) -> Iterator[FilePar
 
 def _batches_of_group(source: Source, group: int, columns) -> Iterator:
     with reading_errors(source.name):
-        yield from open_parquet(source).iter_batches(PYTHON_ROWS, row_groups=[group], columns=columns)
+        yield from open_parquet(source).iter_batches(OBJECT_ROWS, row_groups=[group], columns=columns)
 
 
 def _parts_of_batches(source: Source, found: Iterable, begin: int, total: int | None) -> Iterator[FilePart]:
@@ -342,8 +361,7 @@ def columns_of(path, rows, fields: Fields, line_numbers: np.ndarray | None = Non
             continue
         number = count if line_numbers is None else int(line_numbers[count - 1])
         try:
-            row = valid_row(value, fields)
-            digests = [prompt_digest(row), *map(digest, row.responses)]
+            row, digests = _row_and_digests(value, fields)
         except Tie as error:
             left_out[str(error)] = left_out.get(str(error), 0) + 1
             continue
@@ -388,6 +406,15 @@ def columns_of(path, rows, fields: Fields, line_numbers: np.ndarray | None = Non
         bad_responses=bad_responses,
         left_out=left_out,
     )
+
+
+def _row_and_digests(value, fields: Fields) -> tuple[Row, list[bytes]]:
+    row = valid_row(value, fields)
+    try:
+        return row, digests_of(row)
+    except UNENCODABLE:
+        row = without_bad_unicode(row, fields)
+        return row, digests_of(row)
 
 
 def _known(name: str, scores: np.ndarray, fields: Fields, left_out: dict[str, int]) -> np.ndarray:

@@ -1,8 +1,8 @@
 """One row of preferences, of any layout of `layouts`, as a prompt and its responses with their scores.
 
 A text is a string or a list of messages: {"role", "content"} and whatever else a message holds, such as tool_calls or
-reasoning_content, which is kept. A content is a string or a list of parts. A score of null or NaN ("N/A" as a Rating) is
-no score. A response that cannot be read is left out of its pool, counted; a row that is not as its layout has it is
+reasoning_content, which is kept. A content is a string or a list of parts. A score of null or NaN ("N/A" as a Rating)
+is no score. A response that cannot be read is left out of its pool, counted; a row that is not as its layout has it is
 refused with the reason, never repaired.
 """
 
@@ -13,8 +13,6 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeAlias
 
-import orjson
-
 from fastpref.curate.files.layouts import CONTEXT, FIRST, LAYOUTS, PAIR_SHAPES, SECOND, TIES
 from fastpref.errors import InputError
 
@@ -24,18 +22,18 @@ LARGEST_SCORE = 1e30  # from here on a number stands for none, as the lowest of 
 
 Text: TypeAlias = str | list[dict[str, Any]]
 
-_POOL = {"prompt": "prompt", "responses": "responses", "sources": "sources"}
-_POOL |= {name: name for name in ("prompt_id", "lengths", "truncated", "finish_reason")}
+_POOL_ROLES = {"prompt": "prompt", "responses": "responses", "sources": "sources"}
+_POOL_ROLES |= {name: name for name in ("prompt_id", "lengths", "truncated", "finish_reason")}
 
 
 class Fields(NamedTuple):
-    """What to read of a row. A named source or length must be in every row; None takes the usual one, if there is one."""
+    """What to read of a row. A named source or length must be in every row; None takes the usual one, where it is."""
 
     scores: tuple[str, ...] | None = None  # None: no row has said yet, see `score_fields`
     source: str | None = None
     length: str | None = None
     layout: str = "pools"
-    roles: dict[str, str] = _POOL  # role -> column
+    roles: dict[str, str] = _POOL_ROLES  # role -> column
     carried: tuple[str, ...] = ()  # columns that reach the output as they are
     missing: tuple[float, ...] = ()  # scores that stand for none
     beside: tuple[str, ...] = ()  # scores that nobody asked for; a row need not have them
@@ -61,10 +59,10 @@ class Row(NamedTuple):
     lengths: list[int] | None
     truncated: list[bool] | None  # null is False
     prompt_id: str | None
-    carried: dict[str, Any] = {}
+    carried: dict[str, Any] = {}  # noqa: RUF012
     strength: float | None = None  # of the preference for the first response, where the row says so instead of scores
-    beside: dict[str, list[float]] = {}
-    bad: dict[int, str] = {}  # responses that cannot be read, and why; an empty text stands in their place
+    beside: dict[str, list[float]] = {}  # noqa: RUF012
+    bad: dict[int, str] = {}  # noqa: RUF012  responses that cannot be read, and why; an empty text is in their place
 
 
 class Tie(ValueError):
@@ -118,10 +116,7 @@ def parse_row(row, fields: Fields) -> Row:
         bad,
     )
     _check_images(found)
-    found = _without_bad_unicode(found)
-    if found.bad:
-        return _without_bad_responses(found, fields)
-    return found
+    return _without_bad_responses(found, fields) if bad else found
 
 
 def score_fields(row, fields: Fields) -> tuple[str, ...] | None:
@@ -294,9 +289,7 @@ def _with_input(row, fields: Fields):
     if not further:
         return prompt
     if not (isinstance(prompt, str) and isinstance(further, str)):
-        raise ValueError(
-            f"instruction and input must be strings, got {type(prompt).__name__} and {type(further).__name__}"
-        )
+        raise ValueError(f"instruction and input must be strings, got {prompt!r:.40} and {further!r:.40}")
     return f"{prompt}\n{further}" if prompt else further
 
 
@@ -319,8 +312,8 @@ def _explicit_prompt(prompt, chosen, rejected) -> tuple:
 
 # What begins the reply of an assistant in the templates of chat models and in published data.
 _TURN = re.compile(
-    r"\n\nAssistant:|\n(?:### ?)?(?:Assistant|ASSISTANT):|\n### ?Response:|(?<=\s)ASSISTANT:|(?<=\s)GPT4 Correct Assistant:"
-    r"|<\|im_start\|>assistant\n|<\|assistant\|>\n?|\[/INST\]|<start_of_turn>model\n"
+    r"\n\nAssistant:|\n(?:### ?)?(?:Assistant|ASSISTANT):|\n### ?Response:|(?<=\s)ASSISTANT:"
+    r"|(?<=\s)GPT4 Correct Assistant:|<\|im_start\|>assistant\n|<\|assistant\|>\n?|\[/INST\]|<start_of_turn>model\n"
     r"|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n|<\|turn>model\n"
 )
 
@@ -355,7 +348,7 @@ def _sharegpt(row, fields: Fields) -> _Shape:
 
 
 def _swift(row, fields: Fields) -> _Shape:
-    messages, rejected = (_value(row, fields, side) for side in SIDES)
+    messages, rejected = (_value(row, fields, role) for role in ("messages", "rejected"))
     if not isinstance(messages, list) or len(messages) < 2 or _role(messages[-1]) != "assistant":
         raise ValueError("messages must be a conversation that ends in the response of an assistant")
     if isinstance(rejected, list):
@@ -647,7 +640,7 @@ def _plain_message(message) -> str:
     if isinstance(content, list):
         content = "".join([part.get("text") or "" for part in content if part["type"] == "text"] or ["\ufffc"])
     if len(message) > 2 and (calls := message.get("tool_calls") or message.get("function_call")):
-        content = (content or "") + orjson.dumps(calls, default=str).decode()
+        content = (content or "") + json.dumps(calls, ensure_ascii=False, default=str)
     return content or ""
 
 
@@ -672,8 +665,14 @@ def _check_images(row: Row) -> None:
 # ---- what is left out
 
 
-def _without_bad_unicode(row: Row) -> Row:
-    """Half a surrogate pair, which JSON can spell, no tokenizer and no UTF-8 file can hold."""
+def without_bad_unicode(row: Row, fields: Fields) -> Row:
+    """Returns the row without texts that hold half a surrogate pair: JSON can spell it, and no UTF-8 file can hold it.
+
+    `parse_row` leaves this to whoever encodes the texts, which tells.
+
+    Raises:
+        ValueError: It is the prompt, or no response is left.
+    """
     if not _is_unicode(row.prompt):
         raise ValueError("prompt holds a lone surrogate, which is not Unicode text")
     bad = {}
@@ -682,9 +681,10 @@ def _without_bad_unicode(row: Row) -> Row:
             bad[index] = f"responses[{index}] holds a lone surrogate, which is not Unicode text"
     if not bad:
         return row
+    bad = row.bad | bad
     empty = "" if isinstance(row.prompt, str) else [{"role": "assistant", "content": ""}]
     responses = [empty if index in bad else text for index, text in enumerate(row.responses)]
-    return row._replace(responses=responses, bad=row.bad | bad)
+    return _without_bad_responses(row._replace(responses=responses, bad=bad), fields)
 
 
 def _is_unicode(text: Text) -> bool:
@@ -697,10 +697,10 @@ def _is_unicode(text: Text) -> bool:
             return False
         return True
     try:
-        orjson.dumps(text)
-    except orjson.JSONEncodeError as error:
-        if "surrogates" in str(error) or "UTF-8" in str(error):
-            return False
+        json.dumps(text, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    except TypeError as error:
         raise ValueError(f"a message holds what is no JSON: {error}") from None
     return True
 
@@ -797,6 +797,8 @@ def _decoded_cells(row: dict, fields: Fields) -> dict:
         if name in texts:
             if value.startswith("[{") and value.endswith("}]"):
                 found[name] = _decoded_messages(value)
+            elif fields.layout == "sharegpt" and value.startswith("{"):
+                found[name] = _decoded_json(value)
         elif value[:1] in "[{" and value[:1]:
             found[name] = _decoded_json(value)
         else:
@@ -808,7 +810,7 @@ def _decoded_cells(row: dict, fields: Fields) -> dict:
     return found
 
 
-_TEXT_ROLES = ("prompt", "response", "chosen", "rejected", "response_a", "response_b", "input", "system")
+_TEXT_ROLES = ("prompt", "response", "chosen", "rejected", "messages", "response_a", "response_b", "input", "system")
 _NAME_ROLES = ("prompt_id", "model_a", "model_b", "source")
 
 

@@ -1,8 +1,8 @@
 """Scored samples, or pairs that are published: several responses per prompt, in any of the layouts of `layouts`.
 
 `read_samples` keeps what every method needs in columns of at most 64 bytes per response and leaves the texts in the
-file, where `texts` and `write_pairs` read them a second time. `read_scored_samples` holds all of it. Blank lines hold no
-row; a malformed row is reported with its line and left out, never repaired.
+file, where `texts` and `write_pairs` read them a second time. `read_scored_samples` holds all of it. Blank lines hold
+no row; a malformed row is reported with its line and left out, never repaired.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastpref.curate.files import processes
-from fastpref.curate.files.rows import Text
+from fastpref.curate.files.rows import Text, without_bad_unicode
 from fastpref.curate.files.table import RowProblem, Samples, ScoredSamples
 from fastpref.errors import InputError
 
@@ -118,6 +118,7 @@ def texts(samples: Samples, prompts=None) -> Iterator[tuple[Text, list[Text]]]:
     for part, here, known in reading.parts_again(samples, prompts):
         rows = reading.same_rows(samples.files[part.file], part, known, samples.fields)
         for prompt, row in zip(prompts[here], rows, strict=True):
+            row = without_bad_unicode(row, samples.fields)
             before = samples.text_hash[samples.offsets[prompt] : samples.offsets[prompt + 1]]
             if (text_hash(row.responses) != before).any():
                 raise reading.changed_error(samples.path)
@@ -165,7 +166,7 @@ def read_scored_samples(path, score_field=None) -> ScoredSamples:
     fields = inputs.fields._replace(scores=inputs.fields.scores and (score_field,))
     for path_of_row, number, row in reading.numbered_rows(inputs.files, fields):
         try:
-            parsed = reading.valid_row(row, fields)
+            parsed = without_bad_unicode(reading.valid_row(row, fields), fields)
             if not isinstance(parsed.prompt, str):
                 raise ValueError("prompt must be a string, got list")
             (pool_scores,) = parsed.scores.values()

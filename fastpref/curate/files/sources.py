@@ -119,15 +119,19 @@ def source_stamp(source: Source) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+# gzip: EOFError for a cut file, zlib.error, and BadGzipFile, an OSError; Arrow: ArrowInvalid, a ValueError, and others
+# that are OSError, NotImplementedError, KeyError or, where a damaged file asks for terabytes, MemoryError
+_READING_ERRORS = (OSError, EOFError, ValueError, zlib.error, OverflowError, NotImplementedError, KeyError, MemoryError)
+
+
 @contextlib.contextmanager
 def reading_errors(name: str, line: int | None = None) -> Iterator[None]:
-    """Turns what goes wrong in a reader into one line: InputError with the source's name, and the line if it is known."""
+    """Turns what goes wrong in a reader into one line: InputError with the source's name, and the line if known."""
     try:
         yield
     except InputError:
         raise
-    # gzip: EOFError for a cut file, BadGzipFile is an OSError; Arrow: ArrowInvalid is a ValueError, others are OSError
-    except (OSError, EOFError, ValueError, zlib.error, OverflowError, NotImplementedError, KeyError) as error:
+    except _READING_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         at = "" if line is None else f":{line}"
         raise InputError(f"cannot read {name}{at}: {' '.join(reason.split())}") from error
@@ -355,7 +359,7 @@ class _Bounded(io.RawIOBase):
 
 @contextlib.contextmanager
 def open_unpacked(source: Source) -> Iterator:
-    """Opens a source for `read(size)` of its bytes, unpacked; `packed.tell()` of what it gives is the place in the file."""
+    """Opens a source for `read(size)` of its bytes, unpacked; `packed.tell()` is the place in the file."""
     with open(source.path, "rb") as packed:
         if source.packing is None:
             yield _Bounded(packed, packed, source.name)

@@ -3,10 +3,17 @@
 import contextlib
 
 import numpy as np
-import orjson
-from xxhash import xxh3_64_digest
 
 from fastpref.curate.files.rows import Row, Text, context_of
+from fastpref.errors import InputError
+
+try:
+    import orjson
+    from xxhash import xxh3_64_digest
+except ImportError as error:
+    raise InputError(f'reading samples needs {error.name}: pip install "fastpref[cli]"') from error
+
+UNENCODABLE = (UnicodeEncodeError, orjson.JSONEncodeError)  # of a lone surrogate
 
 
 def text_hash(texts: list[Text]) -> np.ndarray:
@@ -22,6 +29,13 @@ def prompt_hash(rows: list[Row]) -> np.ndarray:
 def digest(text: Text) -> bytes:
     """Returns the 8 bytes of a text's hash, of which the first is the highest."""
     return xxh3_64_digest(text.encode() if isinstance(text, str) else orjson.dumps(text))
+
+
+def digests_of(row: Row) -> list[bytes]:
+    """Returns the digests of the prompt and of every response. Raises UNENCODABLE for a lone surrogate."""
+    if isinstance(row.prompt, str):
+        return [prompt_digest(row), *[xxh3_64_digest(text.encode()) for text in row.responses]]
+    return [prompt_digest(row), *map(digest, row.responses)]
 
 
 def prompt_digest(row: Row) -> bytes:

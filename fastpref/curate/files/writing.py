@@ -63,7 +63,7 @@ def write_pairs(
         `score_rejected`. A number that is not finite becomes null.
     out: ends in .jsonl, .jsonl.gz or .parquet, and is not there before it is complete.
     format: one of `formats.FORMATS`, which are explained there: "trl", "trl-conversational", "axolotl", "llamafactory"
-        (which gets its entry in the dataset_info.json of the folder, too), "swift", "openrlhf", "kto" (two rows a pair).
+        (which gets its entry in the dataset_info.json of the folder), "swift", "openrlhf", "kto" (two rows a pair).
     sft, to_sft: a second file, and bool [pairs]: the pairs whose chosen response goes there instead, as prompt and
         completion, or as one conversation where the format has those.
     rewrite: function(row) -> rows in its place, each a dict. Rows have the columns above, with the texts as for TRL.
@@ -454,7 +454,8 @@ def _write_row_groups(path, lines, types, metadata) -> None:
     if metadata is not None:
         held = {METADATA: json.dumps(metadata, ensure_ascii=False).encode("utf-8", "backslashreplace")}
     schema = schema_of(types).with_metadata(held)
-    with parquet.ParquetWriter(path, schema) as writer:
+    # pyarrow opens no path that is not UTF-8
+    with open(path, "wb") as file, parquet.ParquetWriter(file, schema) as writer:
         group, size = [], 0
         while line := lines.readline():
             group.append(orjson.loads(line))

@@ -38,7 +38,10 @@ def typed_value(hint, value, name):
         elif typing.get_origin(option) is dict:
             if isinstance(value, dict):
                 kinds = typing.get_args(option)
-                return {typed_value(kinds[0], key, name): typed_value(kinds[1], value[key], f"{name}.{key}") for key in value}
+                return {
+                    typed_value(kinds[0], key, name): typed_value(kinds[1], value[key], f"{name}.{key}")
+                    for key in value
+                }
         # a bool is an int in Python, but true is no number
         elif isinstance(value, bool) and option is not bool:
             continue

@@ -26,6 +26,7 @@ from fastpref.curate.pipeline.write import check_outputs, write_outputs
 from fastpref.errors import InputError
 
 CONTRADICTIONS_SAID = 50  # by row and response; the summary has all of them
+FEWEST_PAIRS = 20  # that say anything of length
 LONGEST_WINS = 0.9  # share of pairs told apart by length alone, beyond which accuracy on them measures style
 
 
@@ -52,7 +53,12 @@ class CurateResult:
 
 
 def run(
-    config: CurateConfig, *, begin: str = "read", only: bool = False, progress: Callable | None = None
+    config: CurateConfig,
+    *,
+    begin: str = "read",
+    only: bool = False,
+    progress: Callable | None = None,
+    command: str | None = None,
 ) -> CurateResult:
     """Runs the pipeline of a config and writes its outputs.
 
@@ -65,6 +71,7 @@ def run(
             before it made, of the same input and with the same options.
         only: that stage alone, whose result is kept in config.work; nothing else is written.
         progress: called with (what, done, total).
+        command: the line that started the run, for the report.
 
     Returns:
         State, rows, summary and notices.
@@ -100,9 +107,10 @@ def run(
     notices = tuple(by_severity(dict.fromkeys([*state.notices, *notices])))
     summary |= {"stages": state.summaries, "notices": [notice.as_dict() for notice in notices]}
     if config.report is not None and state.pairs is not None:
-        from fastpref.curate.pipeline.report import report_of_run, write_report
+        from fastpref.curate.pipeline.report import write_report
+        from fastpref.curate.pipeline.report_of_run import report_of_run
 
-        write_report(config.report, report_of_run(state, config, summary))
+        write_report(config.report, report_of_run(state, config, summary, notices, command))
     summary["seconds"] = time.perf_counter() - started
     for notice in notices:
         if notice.severity != "finding":
@@ -199,7 +207,7 @@ def _pairs_summary(state) -> dict:
         )
         warnings.warn(DataWarning("negative-margins", text), stacklevel=2)
     lengths = state.length_report()
-    if lengths.longest_wins > LONGEST_WINS:
+    if kept.sum() >= FEWEST_PAIRS and lengths.longest_wins > LONGEST_WINS:
         text = (
             f"the longer response is the chosen one in {lengths.longest_wins:.1%} of the pairs, and "
             f"{lengths.median_ratio:.1f} times as long in the median: accuracy on such pairs measures length. Another "

@@ -10,7 +10,6 @@ from fastpref.curate.pipeline.state import State
 from fastpref.curate.scale import to_logit
 from fastpref.errors import InputError
 
-
 _RANK = re.compile(r"(.*[_-])?rank(s|ing|ings)?", re.IGNORECASE)
 SCALES = ("raw", "logit", "best-high", "best-low")
 
@@ -49,7 +48,9 @@ def linear_scores(samples: Samples, field: ScoreField) -> np.ndarray:
     column = samples.scores[field.name]
     if field.scale == "raw" and _RANK.fullmatch(field.name):
         name = field.name
-        raise InputError(f"{name} is a rank, of which the lowest or the highest is best: --scores {name}:best-low or {name}:best-high")
+        raise InputError(
+            f"{name} is a rank: say whether the lowest or the highest is best, --scores {name}:best-low or {name}:best-high"
+        )
     if field.scale == "best-low":
         return -column
     try:

@@ -24,7 +24,18 @@ from fastpref.curate.pipeline.start import reading_options
 from fastpref.curate.pipeline.state import LeftOut, PairReason, State
 from fastpref.errors import InputError
 
-_FACTS = ("path", "source_names", "fields", "stamp", "problems", "bad_responses", "counts", "layout", "read_as", "scored")
+_FACTS = (
+    "path",
+    "source_names",
+    "fields",
+    "stamp",
+    "problems",
+    "bad_responses",
+    "counts",
+    "layout",
+    "read_as",
+    "scored",
+)
 _TABLES = ("scores", "beside")  # columns by the name of their field
 _OF_STATE = {"score": "f8", "left_out": "u1", "choosable": "?", "flags": "u1", "taken": "?"}
 _OF_RESPONSES = {"lengths": "i4", "text_hash": "u8", "blank": "?", "truncated": "?", "sources": "i4"}
@@ -52,7 +63,9 @@ def fingerprint(config, stage) -> dict:
 def _input_facts(name) -> dict | list[dict]:
     """Of the files that a name stands for, which the reader finds; what it copies has no file of its own."""
     if is_copied(name):
-        raise InputError(f"{name} cannot be read once more by a later run, which --work is for: copy it to a file first")
+        raise InputError(
+            f"{name} cannot be read once more by a later run, which --work is for: copy it to a file first"
+        )
     return [_file_facts(source.path) for source in find_sources(name)]
 
 
@@ -171,6 +184,9 @@ def _differences(then, now, name) -> list[str]:
     if isinstance(then, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*then, *now])
         return [text for key in keys for text in _differences(then.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        places = [f"{name}[{k}]" if len(then) > 1 else name for k in range(len(then))]
+        return [text for pair in zip(then, now, places, strict=True) for text in _differences(*pair)]
     return [] if then == now else [f"{name} was {then!r}, now {now!r}"]
 
 

@@ -1,5 +1,6 @@
 """Where a run ends: the kept pairs as rows of the files that were asked for."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -75,7 +76,7 @@ def write_outputs(state: State, config, progress=None) -> tuple[dict, dict]:
     """Writes every output. Returns the columns of all rows, and the summary."""
     samples, options = state.samples, config.write
     columns = row_columns(state, config)
-    scale = _rating_scale(columns["margin"], options.beta)
+    scale = _rating_scale(columns.get("margin", np.empty(0)), options.beta)
     rewrite = None
     if options.easy_to_hard:
         easiest_first = np.argsort(columns["easy_to_hard"], kind="stable")
@@ -167,9 +168,7 @@ def row_columns(state: State, config) -> dict[str, object]:
     def both(column, end=""):
         columns.update({f"score_{side}{end}": column[place] for side, place in at.items()})
 
-    if primary is None:
-        columns["margin"] = state.margins()[kept]
-    else:
+    if primary is not None:
         as_read = linear_scores(samples, primary)
         both(as_read)
         columns["margin"] = np.subtract(*(as_read[place] for place in at.values()))
@@ -179,7 +178,8 @@ def row_columns(state: State, config) -> dict[str, object]:
             for field, column in samples.scores.items():
                 both(column, f"_{field}")
     if samples.strength is not None:
-        columns["margin"] = np.where(np.isnan(columns["margin"]), state.margins()[kept], columns["margin"])
+        known = columns.get("margin", math.nan)
+        columns["margin"] = np.where(np.isnan(known), state.margins()[kept], known)
     for known in ("n_pool", "z_chosen", "z_rejected", "rank_rejected"):
         if known in state.pairs:
             columns[known] = state.pairs[known][kept]

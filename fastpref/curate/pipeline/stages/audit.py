@@ -70,6 +70,13 @@ def audit_sources(state: State, config) -> State:
             "--exclude both leaves them out"
         )
         warnings.warn(DataWarning("flagged-source-left-in", text), stacklevel=2)
+    elif flagged:
+        names = ", ".join(row["source"] for row in flagged)
+        text = (
+            f"the responses of {names} are {'never chosen' if options.exclude == 'chosen' else 'left out'}; they would "
+            f"have been the chosen response of {sum(row['would_supply_chosen'] for row in flagged)} pairs"
+        )
+        warnings.warn(DataWarning("flagged-source-out", text), stacklevel=2)
     state = replace(state, choosable=state.choosable & masks.choosable)
     state = state.leave_out(~masks.valid, LeftOut.FLAGGED_SOURCE)
     summary = {

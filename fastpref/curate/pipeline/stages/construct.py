@@ -21,8 +21,8 @@ FEWEST_PAIRS = 20  # for that
 
 @dataclass(frozen=True)
 class ConstructOptions(Options):
-    """As the arguments of `select_pairs`; and labels, what becomes of pairs whose sides were published: "published", the
-    sides stay; "scores", the higher score is chosen; "agree", those leave that their scores contradict."""
+    """As the arguments of `select_pairs`; and labels, what becomes of pairs whose sides were published: "published",
+    the sides stay; "scores", the higher score is chosen; "agree", those leave that their scores contradict."""
 
     chosen: str = "max"
     rejected: str = "mean-2std"

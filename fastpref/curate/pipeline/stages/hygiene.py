@@ -53,7 +53,7 @@ def check_texts(state: State, config) -> State:
         for n, first in zip(flagged.prompts[:5], flagged.first[:5], strict=True)
     ]
     summary = found.counts() | {
-        "no_score": int(unscored.sum()),
+        "no_score": int(unscored.sum()) if samples.scored else 0,
         "clamped": clamped_scores(samples, config),
         "copies_std": found.copies_std,
         "repeated_limit": found.repeated_limit,
