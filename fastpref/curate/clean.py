@@ -339,8 +339,8 @@ def consensus(scores, *, offsets, valid=None, threshold=5.0) -> Consensus:
     varied = spread > 0
     if varied.sum() < 3:
         raise ValueError(
-            f"scores must have three columns of judges that vary, got {varied.sum()} of {len(spread)}: of two that "
-            "differ nobody knows which is wrong"
+            f"scores must have three columns of judges that vary, got {varied.sum()} of {len(spread)}: when two "
+            "differ, nothing says which of them is wrong"
         )
     standard = (scores - centre) / np.where(varied, spread, np.nan)
     distance = np.abs(standard - _quantile(standard, 0.5, 1)[:, None])
@@ -513,8 +513,8 @@ def _rank(matrix, rank) -> int:
     most = min(max((typical - 2) // 2, 1), len(matrix) - 2)
     if typical < LEAST_SOURCES:
         raise NothingToClean(
-            f"scores must have {LEAST_SOURCES} sources that vary under a typical prompt, got {typical}: of two that "
-            "differ nobody knows which is wrong"
+            f"scores must have {LEAST_SOURCES} sources that vary under a typical prompt, got {typical}: when two "
+            "differ, nothing says which of them is wrong"
         )
     if most < 1:
         raise ValueError(f"scores must have 3 prompts with sources, got {len(matrix)}")

@@ -185,10 +185,13 @@ def select_pairs(
         return without(selection, large & (selection.target < selection.minimum), DropReason.DEGENERATE)
     if on_degenerate == "ignore":
         return selection
+    worst = ""
+    if selection.keep.any():
+        worst = f": the rejected response is the worst of its pool in {selection.share_rejected_min:.1%} of the pairs"
     message = (
         f"{rejected.name} lies below every reward of its pool for {share:.1%} of the prompts (more than "
         f"{DEGENERATE_SHARE:.0%}; median pool: {np.median(selection.n_pool[large]):g} responses). There the rule is "
-        f"min: the rejected response is the worst of its pool in {selection.share_rejected_min:.1%} of the pairs. "
+        f"min{worst}. "
         'rejected="quantile:0.10", "min_of_5" and larger pools avoid that; rejected="min" is the same rule by its name'
     )
     if on_degenerate == "error":

@@ -41,6 +41,8 @@ def find_marks(scores, offsets) -> list[Mark]:
     """
     scores = np.asarray(scores, np.float64)
     known = np.isin(scores, MARKS)
+    if not known.any():
+        return []
     rest = scores[~known & ~np.isnan(scores)]
     if len(np.unique(rest)) < FEWEST_VALUES:
         return []

@@ -1,5 +1,7 @@
 """fastpref curate: flags and config, what it prints and writes, its exit codes."""
 
+import dataclasses
+import io
 import json
 import os
 import re
@@ -9,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastpref.cli.main import main
+from fastpref.cli.arguments import options_of
+from fastpref.cli.curate import parse_options
+from fastpref.cli.main import _build_parser, _parse, main
 from fastpref.curate import read_metadata
 from fastpref.curate.files import writing
-from fastpref.curate.pipeline.config import STAGES
+from fastpref.curate.pipeline.config import STAGES, CurateConfig
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "curate.toml"
 SOURCES = 10
@@ -310,3 +314,86 @@ def test_an_interrupted_run_leaves_nothing(samples, monkeypatch, capsys, error, 
     monkeypatch.setattr(writing, "pair_rows_of", failing)
     assert curate("-o", "pairs.jsonl", "--workers", "1") == code
     assert os.listdir() == ["samples.jsonl"]
+
+
+def test_every_option_of_the_config_has_a_flag():
+    given = {}
+    for action in _flags():
+        if action.dest not in ("help", "select"):
+            assert action.help or action.metavar, action.option_strings
+            given[action.dest] = action
+    named = {"input", "output", "report", "work", "seed", "order"}
+    for table in dataclasses.fields(CurateConfig):
+        options = table.default_factory if dataclasses.is_dataclass(table.default_factory) else None
+        if options is None:
+            assert table.name in named and table.name in given
+            continue
+        for option in dataclasses.fields(options):
+            if (table.name, option.name) not in (("select", "fraction"), ("select", "k")):  # --select
+                assert f"{table.name}.{option.name}" in given, f"{table.name}.{option.name} has no flag"
+    assert not [dest for dest in given if "." in dest and not _is_option(dest)]
+
+
+def _flags():
+    _, commands = _build_parser()
+    return commands.choices["curate"]._actions
+
+
+def _is_option(dest) -> bool:
+    table, _, name = dest.partition(".")
+    return name in {option.name for option in dataclasses.fields(getattr(CurateConfig(), table))}
+
+
+@pytest.mark.parametrize(
+    ("flags", "stage", "expected"),
+    [
+        (["--repeated-share", "0.5", "--repeated-least", "9"], "hygiene", {"repeated_share": 0.5, "repeated_least": 9}),
+        (["--audit-threshold", "2.5", "--audit-rank", "2"], "audit", {"threshold": 2.5, "rank": 2}),
+        (["--clean-threshold", "4", "--clean-rank", "1"], "clean", {"threshold": 4.0, "rank": 1}),
+        (["--length-band", "0.2"], "length", {"band": 0.2}),
+        (["--ddof", "1", "--labels", "agree"], "construct", {"ddof": 1, "labels": "agree"}),
+        (
+            ["--select-lower", "-1", "--select-upper", "3", "--require-positive"],
+            "select",
+            {"lower": -1.0, "upper": 3.0, "require_positive": True},
+        ),
+        (["--tau", "0.5", "--tau-inclusive"], "route", {"tau": 0.5, "inclusive": True}),
+        (["--no-system-role", "--beta", "0.5"], "write", {"system_role": False, "beta": 0.5}),
+    ],
+)
+def test_flags_of_options(flags, stage, expected):
+    config, _ = parse_options(options_of(_parse(["curate", "in.jsonl", "-o", "out.jsonl", *flags])))
+    assert vars(getattr(config, stage)).items() >= expected.items()
+
+
+def test_results_come_before_warnings(samples, capfd):
+    assert curate("-o", "pairs.jsonl") == 0
+    both = capfd.readouterr()
+    assert "wrote" in both.out and "warning:" not in both.out and "[length-decides]" in both.err
+    order = []
+
+    class Stream(io.StringIO):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def write(self, text):
+            order.append(self.name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", Stream("results"))
+        patch.setattr(sys, "stderr", Stream("warnings"))
+        assert curate("-o", "pairs.jsonl") == 0
+    assert order[0] == "results" and order.index("warnings") > order.count("results") - 1
+
+
+def test_findings_are_notes_and_do_not_count_as_warnings(samples, capsys):
+    rows = [
+        {"prompt": f"{p}", "responses": [f"{t} {p}" for t in ("a b", "c d e", "f")], "s": [3 + p, 1, 2]}
+        for p in range(20)
+    ]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert curate("-o", "pairs.jsonl", "--strict", scores="s") == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and captured.out.count("[small-pools]\n") == 1
+    assert "note       20 of 20 pairs come from so few responses" in captured.out

@@ -456,8 +456,8 @@ def test_other_arguments_that_are_refused(tmp_path, samples):
         write_pairs(samples, pairs, out, sft=tmp_path / "sft.jsonl", to_sft=[1])
     with pytest.raises(InputError, match=r"would overwrite another output"):
         write_pairs(samples, pairs, out, sft=out, to_sft=np.ones(60, bool))
-    with pytest.raises(InputError, match=r"cannot write .*: No such file or directory"):
-        write_pairs(samples, pairs, tmp_path / "nowhere" / "pairs.jsonl")
+    with pytest.raises(InputError, match=r"cannot write .*: Not a directory"):
+        write_pairs(samples, pairs, tmp_path / "samples.jsonl" / "pairs.jsonl")
     assert os.listdir(tmp_path) == ["samples.jsonl"]
 
 
@@ -488,7 +488,7 @@ def test_a_file_that_changed_is_refused_and_nothing_is_written(tmp_path, samples
     with pytest.raises(InputError, match="changed after its scores were read"):
         write_pairs(samples, pairs, out, workers=workers)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert reading.stamp(path) == samples.stamp
+    assert reading.stamp(samples.inputs) == samples.stamp
     with pytest.raises(InputError, match="changed after its scores were read"):
         write_pairs(samples, pairs, out, workers=workers)
     assert out.read_text() == "as before" and sorted(os.listdir(tmp_path)) == ["pairs.jsonl", "samples.jsonl"]
@@ -598,7 +598,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
 
 def test_a_pipe_cannot_be_read_twice(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="pipe: it must be a regular file"):
+    with pytest.raises(InputError, match="pipe: it is a pipe, must be a regular file, or - for stdin"):
         read_samples(tmp_path / "pipe")
 
 
@@ -608,9 +608,9 @@ def test_a_large_row_group_is_read_in_parts(tmp_path, monkeypatch, workers):
     first = np.flatnonzero(np.diff(samples.offsets) > 1)
     pairs = {"prompt": first[::-1], "chosen": np.zeros(len(first), int), "rejected": np.ones(len(first), int)}
     write_pairs(samples, pairs, tmp_path / "whole.jsonl")
-    for name, value in (("ROW_GROUP", 0), ("PART", 1), ("PARQUET_ROWS", 2)):
+    for name, value in (("ROW_GROUP", 0), ("PART", 1), ("OBJECT_ROWS", 2)):
         monkeypatch.setattr(reading, name, value)
-    parts = list(reading.parts(samples.path, None))
+    parts = list(reading.parts(samples.files, None))
     assert len(parts) > 2 and all(part.table for part in parts)
     again = read_samples(samples.path, workers=workers)
     for name in ("offsets", "text_hash", "prompt_hash", "row", "position"):

@@ -210,6 +210,12 @@ def test_the_table_of_notices():
     assert mixed[0].as_dict() == {"id": "small-pools", "severity": "finding", "text": "a"}
 
 
+def test_the_readme_has_every_notice():
+    readme = Path(__file__).parents[2] / "README.md"
+    for id, kind in NOTICES.items():
+        assert f"| `{id}` | {kind.severity} | {kind.title}. {kind.advice} |\n" in readme.read_text(), id
+
+
 def test_every_id_that_is_issued_is_in_the_table():
     import re
 

@@ -7,8 +7,6 @@ Parquet file and those of JSON Lines are equal once they are loaded, tool calls 
 
 from typing import TypeAlias
 
-import orjson
-
 # None: nulls alone; "bool", "int", "float", "string", "json"; [shape]: a list; {key: shape}: a struct
 Shape: TypeAlias = "str | list | dict | None"
 
@@ -58,6 +56,7 @@ def arrow_type(shape: Shape):
 
 def arrow_array(values: list, shape: Shape):
     """The values as an array of the type of the shape."""
+    import orjson
     import pyarrow
 
     if isinstance(shape, list):

@@ -130,6 +130,8 @@ def _check_options(on_bad_row, options) -> None:
 
 
 def _names(batch) -> set[str]:
+    if not isinstance(batch, Mapping) and not hasattr(batch, "schema"):
+        raise TypeError(f"batch must be a dict of columns, a pyarrow Table or RecordBatch, got {type(batch).__name__}")
     return set(batch if isinstance(batch, Mapping) else batch.schema.names)
 
 
@@ -137,11 +139,9 @@ def _python_rows(batch, wanted) -> list[dict]:
     if isinstance(batch, Mapping):
         count = max(map(len, batch.values()), default=0)
         columns = {name: _python(column) for name, column in batch.items() if name in wanted}
-    elif hasattr(batch, "schema"):
+    else:
         count = batch.num_rows
         columns = {name: batch.column(name).to_pylist() for name in batch.schema.names if name in wanted}
-    else:
-        raise TypeError(f"batch must be a dict of columns, a pyarrow Table or RecordBatch, got {type(batch).__name__}")
     if not columns:
         return [{}] * count  # rows that lack everything
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

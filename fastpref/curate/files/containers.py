@@ -20,7 +20,6 @@ try:
     import orjson
     import pyarrow
     import pyarrow.compute
-    import pyarrow.csv
     import pyarrow.ipc
     import pyarrow.parquet
 except ImportError as error:

@@ -6,6 +6,7 @@ its roles; of two that fit, one whose columns are among the other's gives way, a
     layout           columns of IN
     pools            prompt, responses[]; scores[] or any column that --scores names; sources[], lengths[], truncated[]
     ultrafeedback    instruction, completions[{response, overall_score, annotations, model}]
+    completions      the same with a prompt: prompt, completions[{response, overall_score or score or reward}]
     distilabel       instruction, generations[], ratings[]; model_names[]
     simpo            prompt, all_generated_responses[], all_rm_scores[]
     nectar           prompt, answers[{answer, rank, model}]; 1 is best: --scores rank:best-low
@@ -17,7 +18,8 @@ its roles; of two that fit, one whose columns are among the other's gives way, a
                      the last turn marker that both have
     alpaca           LLaMA-Factory: instruction, input, history, system; chosen, rejected
     sharegpt         LLaMA-Factory: conversations[{from, value}], chosen{from, value}, rejected{from, value}
-    swift            ms-swift: messages, ending in the chosen response, and rejected_response or rejected_messages
+    swift            ms-swift: messages, ending in the chosen response, and rejected_response
+    swift-messages   ms-swift: messages and rejected_messages
     ab               prompt, response_a, response_b, label
     arena            model_a, model_b, winner, prompt, response_a, response_b
     arena-chats      model_a, model_b, winner, conversation_a, conversation_b

@@ -43,7 +43,7 @@ def line_blocks(source: Source, size: int = CHUNK) -> Iterator[Lines]:
     """
     held, length, begin, newlines = [], 0, 0, 0
     with reading_errors(source.name), open_unpacked(source) as stream:
-        for chunk in _utf8_chunks(stream, source.encoding):
+        for chunk in _utf8_chunks(stream, source.encoding, min(size, CHUNK)):
             cut = chunk.rfind(b"\n") + 1
             if cut and length + cut >= size:
                 block = b"".join([*held, chunk[:cut]])
@@ -61,9 +61,9 @@ def line_blocks(source: Source, size: int = CHUNK) -> Iterator[Lines]:
             yield Lines(begin, b"".join(held), stream.packed.tell())
 
 
-def _utf8_chunks(stream, encoding: str) -> Iterator[bytes]:
+def _utf8_chunks(stream, encoding: str, size: int) -> Iterator[bytes]:
     decoder = None if encoding in ("utf-8", "utf-8-sig") else codecs.getincrementaldecoder(encoding)()
-    while chunk := stream.read(CHUNK):
+    while chunk := stream.read(size):
         yield chunk if decoder is None else decoder.decode(chunk).encode()
     if decoder is not None:
         yield decoder.decode(b"", final=True).encode()

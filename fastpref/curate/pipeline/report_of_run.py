@@ -72,7 +72,7 @@ def report_of_run(state: State, config: CurateConfig, summary: dict, notices, co
         ),
         rating_scale=summary.get("rating_scale"),
         examples=_examples(state, pairs),
-        provenance=_provenance(config, command),
+        provenance=_provenance(samples.path, config, command),
     )
 
 
@@ -133,12 +133,13 @@ def _headlines(summary) -> dict:
     routed = summary["stages"].get("route", {})
     if "sft" in routed:
         found["of them to SFT"] = routed["sft"]
-    return found | {"rule": "sides as published" if made["rule"] == "published" else made["rule"]}
+    rule = "sides as published" if made["rule"] == "published" else made["rule"]
+    return found | {"chosen against rejected": rule}
 
 
-def _provenance(config, command) -> dict:
+def _provenance(path, config, command) -> dict:
     return {
-        "input": config.input,
+        "input": path,
         "command": command or "curate.run in Python",
         "version": f"fastpref {version}",
         "seed": config.seed,

@@ -21,7 +21,7 @@ from fastpref.curate.notices import DataWarning, Notice, by_severity, collected_
 from fastpref.curate.pipeline.config import STAGE_FUNCTIONS, CurateConfig
 from fastpref.curate.pipeline.start import first_state, read_state
 from fastpref.curate.pipeline.state import LeftOut, PairReason, State, as_json
-from fastpref.curate.pipeline.work import fingerprint, load_samples, load_state, save_state
+from fastpref.curate.pipeline.work import check_repeatable, fingerprint, load_samples, load_state, save_state
 from fastpref.curate.pipeline.write import check_outputs, write_outputs
 from fastpref.errors import InputError
 
@@ -136,6 +136,8 @@ def _checked_range(config, begin, only) -> tuple[int, int]:
     if config.output is None and (not only or begin == "write"):
         raise InputError("no output was named: -o OUT (output), a file that ends in .jsonl, .jsonl.gz or .parquet")
     check_outputs(config)
+    if config.work is not None:
+        check_repeatable(config)
     for package in ("matplotlib", "jinja2") if config.report is not None else ():
         if find_spec(package) is None:
             raise InputError(f'the report needs {package}: pip install "fastpref[cli]"')

@@ -48,9 +48,7 @@ def linear_scores(samples: Samples, field: ScoreField) -> np.ndarray:
     column = samples.scores[field.name]
     if field.scale == "raw" and _RANK.fullmatch(field.name):
         name = field.name
-        raise InputError(
-            f"{name} is a rank: say whether the lowest or the highest is best, --scores {name}:best-low or {name}:best-high"
-        )
+        raise InputError(f"{name} is a rank: say which end is best, --scores {name}:best-low or {name}:best-high")
     if field.scale == "best-low":
         return -column
     try:

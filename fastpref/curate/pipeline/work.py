@@ -60,12 +60,14 @@ def fingerprint(config, stage) -> dict:
     return json.loads(json.dumps(found))
 
 
-def _input_facts(name) -> dict | list[dict]:
-    """Of the files that a name stands for, which the reader finds; what it copies has no file of its own."""
-    if is_copied(name):
-        raise InputError(
-            f"{name} cannot be read once more by a later run, which --work is for: copy it to a file first"
-        )
+def check_repeatable(config) -> None:
+    """Raises InputError for an input that a later run cannot read once more, which is what --work is for."""
+    if copied := [name for name in config.inputs if is_copied(name)]:
+        raise InputError(f"--work is for later runs, which cannot read {copied[0]} once more: copy it to a file first")
+
+
+def _input_facts(name) -> list[dict]:
+    """Of the files that a name stands for."""
     return [_file_facts(source.path) for source in find_sources(name)]
 
 
