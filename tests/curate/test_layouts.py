@@ -219,6 +219,7 @@ def test_what_is_said_of_how_it_is_read(tmp_path):
             {},
             "nearest is pools, which lacks responses: name it with --columns responses=reponse",
         ),
+        ("model_a model_b winner judge", {}, "are votes without texts, which fastpref denoise ranks"),
         (
             "Prompt Responses",
             {},

@@ -108,8 +108,8 @@ def _pools_of_partition(path: str, fields: Fields, problems: list[RowProblem]) -
                 continue
             for column, value in zip(pool[3:], (response, scores, beside), strict=True):
                 column.append(value)
-    while pools:
-        order, number, prompt, responses, scores, beside = pools.pop(next(iter(pools)))
+    for key in list(pools):
+        order, number, prompt, responses, scores, beside = pools.pop(key)
         yield order, number, orjson.dumps(_pool(fields, prompt, responses, scores, beside))
 
 

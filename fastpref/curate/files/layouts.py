@@ -208,6 +208,9 @@ FURTHER = {
 }
 
 
+_VOTES = (("winner", "loser"), ("i", "j"), ("model_a", "model_b", "winner"))  # of `fastpref denoise`
+
+
 class Resolved(NamedTuple):
     """A layout as it is read from one input."""
 
@@ -356,6 +359,8 @@ def _no_layout(what, names, tried, columns) -> str:
     def lacking(layout):
         return [(role, name) for role, name in _required(layout, columns).items() if name and name not in names]
 
+    if any({*votes} <= {*names} for votes in _VOTES):
+        return f"{what}: its columns {', '.join(names)} are votes without texts, which fastpref denoise ranks"
     usable = [one for one in tried if set(columns) <= {*roles_of(one)}] or tried
 
     def distance(layout):

@@ -526,7 +526,9 @@ def _prompt(prompt, responses) -> tuple[Text, list[Text]]:
     if not isinstance(prompt, str):
         raise ValueError(f"prompt {_not_a('a string', prompt)}")
     if not strings:
-        raise ValueError("prompt must be a list of messages, as the responses are, got str")
+        if any(response[0]["role"] != "assistant" for response in responses):
+            raise ValueError("prompt must be a list of messages, as the responses are, got str")
+        return [{"role": "user", "content": prompt}], responses
     return prompt, responses
 
 

@@ -50,7 +50,7 @@ def linear_scores(samples: Samples, field: ScoreField) -> np.ndarray:
         name = field.name
         raise InputError(f"{name} is a rank: say which end is best, --scores {name}:best-low or {name}:best-high")
     if field.scale == "best-low":
-        return -column
+        return 0.0 - column  # without a negative zero
     try:
         return to_logit(column) if field.scale == "logit" else column
     except ValueError as error:
