@@ -15,7 +15,7 @@ from fastpref._lowrank.batched_rpca import batched_annealed
 from fastpref._lowrank.batched_verdict import BatchVerdict, batched_verdict
 from fastpref._lowrank.determined import batch_parts, everything
 from fastpref._lowrank.noise import MAD, outlier_bound
-from fastpref._lowrank.result import RPCAInfo, RPCAResult, SparseCOO, condition_number
+from fastpref._lowrank.result import RPCAInfo, RPCAResult, SparseCOO, check_size, condition_number
 
 
 class BatchFit(NamedTuple):
@@ -84,6 +84,29 @@ def rank_free_batch(
         median[part] = fit.median
     fit = BatchFit(left, right, rank, iterations, converged, median, found.gap)
     return _batch_result(matrix, fit, batched_verdict(flat, left, right, median, backend), skew, sparse)
+
+
+def batch_units(matrix: Tensor) -> Tensor | None:
+    """Powers of two [...] of the sizes of matrices whose squares leave the dtype, 1 for others; None: no such one."""
+    limit = torch.finfo(matrix.dtype).max ** 0.25
+    top = matrix.detach().abs().nan_to_num(nan=0.0, posinf=0.0).amax((-2, -1)).double()
+    far = (top > limit) | ((top < 1 / limit) & (top > 0))
+    if not far.any():
+        return None
+    most = 126 if matrix.dtype == torch.float32 else 1022  # they and their inverses are numbers of the dtype, too
+    return torch.where(far, torch.exp2(torch.frexp(top).exponent.clamp(-most, most).double()), 1.0).to(matrix.dtype)
+
+
+def in_units(result: RPCAResult, units: Tensor) -> RPCAResult:
+    """The result of matrices that were divided by units [...]."""
+    s, sparse, info = result.S * units.unsqueeze(-1), result.sparse, result.info
+    check_size(s, float(units.amax()))
+    if isinstance(sparse, SparseCOO):
+        sparse = sparse._replace(values=sparse.values * units[tuple(sparse.indices[:, :-2].T)])
+    elif sparse is not None:
+        sparse = sparse * units[..., None, None]
+    info = info._replace(scale=info.scale * units, bound=info.bound * units)
+    return RPCAResult(result.U, s, result.Vh, sparse, info)
 
 
 def check_finite(matrix: Tensor) -> None:

@@ -47,7 +47,8 @@ class OneMatrix:
         found = self._pass(*self.thin(0), "identity", torch.inf)
         self.top = self.max(found.max_kept).item()
         if 0 < self.top < SMALL or 1 / SMALL < self.top < torch.inf:
-            self.magnitude = 2.0 ** math.frexp(self.top)[1]
+            exponent = math.frexp(self.top)[1]
+            self.magnitude = 2.0 ** min(max(exponent, -1022), 1023)  # it and its inverse are numbers, too
             self.unit, self.top = self.unit / self.magnitude, self.top / self.magnitude
             found = self._pass(*self.thin(0), "identity", torch.inf)
         everything = self._over_ranks(found)

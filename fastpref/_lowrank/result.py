@@ -99,6 +99,14 @@ def empty_result(matrix: Tensor, rank: int, sparse: str) -> RPCAResult:
     return RPCAResult(u, torch.zeros(*lead, rank, **floating), vh, whole, info)
 
 
+def check_size(s: Tensor, top: float) -> None:
+    """Raises ValueError for singular values that are no numbers any more; top: about the largest |entry|."""
+    if not s.isfinite().all():
+        raise ValueError(
+            f"matrix is too large: with entries of about {top:.3g} its singular values leave {s.dtype}; scale it down"
+        )
+
+
 def warm_factors(warm: RPCAResult, u_shape, vh_shape) -> tuple[Tensor, Tensor]:
     """left and right of an earlier result, none of their components 0; raises where it does not fit."""
     if not isinstance(warm, RPCAResult):

@@ -274,6 +274,32 @@ def test_edges_of_shape():
     everything = fastpref.rpca(full, rank=7, method="annealed")
     torch.testing.assert_close(everything.low_rank(), full, rtol=0, atol=1e-4)
     assert isinstance(fastpref.rpca(full, rank=0), RPCAResult)
+    nothing = fastpref.rpca(full.unsqueeze(0), rank=0)
+    assert (nothing.low_rank() == 0).all() and nothing.U.shape == (1, 12, 0)
+
+
+@QUIET
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float64, size) for size in (1e307, 1e200, 1e-200, 5e-324)]
+    + [(torch.float32, size) for size in (1e37, 1e25, 1e-25, 1e-38)],
+)
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_sizes_whose_squares_leave_the_dtype(dtype, size, lead):
+    data = torch.full((*lead, 6, 5), size, dtype=dtype)
+    data[..., 2, 3] = -data[..., 2, 3]
+    if lead:
+        data[1] = 1.0
+    for rank in (1, None):
+        found = fastpref.rpca(data, rank=rank, sparse="dense")
+        dense = found.low_rank() + found.sparse
+        there = found.info.converged[..., None, None] & torch.ones_like(data, dtype=torch.bool)
+        if size > 1e-300:  # below, numbers have few digits
+            torch.testing.assert_close(dense[there], data[there], rtol=1e-2, atol=0)
+        assert not (found.low_rank().abs() > 1.01 * data.abs().amax((-2, -1), keepdim=True)).any()
+        assert rank is None or found.info.converged.all()
+        with pytest.raises(ValueError, match="matrix is too large: with entries of about"):
+            fastpref.rpca(torch.full((*lead, 6, 5), torch.finfo(dtype).max / 2, dtype=dtype), rank=rank)
 
 
 def test_bad_input():
