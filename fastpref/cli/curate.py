@@ -393,10 +393,11 @@ def summary_lines(result: "CurateResult") -> list[str]:
     of = "" if summary["sources"] is None else f" of {summary['sources']} sources"
     found = [("read", f"{summary['prompts']} prompts, {summary['responses']} responses{of}")]
     if summary["bad_rows"]:
-        found.append(("", f"{summary['bad_rows']} bad rows"))
+        found.append(("", _number_of(summary["bad_rows"], "bad row")))
     if summary["bad_responses"]:
-        found.append(("", f"{summary['bad_responses']} bad responses, left out of their pools"))
-    found += [("", f"{count} {reason}, left out") for reason, count in summary["not_read"].items()]
+        found.append(("", f"{_number_of(summary['bad_responses'], 'bad response')}, left out of their pools"))
+    for reason, count in summary["not_read"].items():
+        found.append(("", f"{count} {reason[:-1] if (reason, count) == ('ties', 1) else reason}, left out"))
     found += [(name, _SAID[name](stages[name])) for name in stages]
     if "pairs" in summary:
         found.append(("left out", _counted(summary["responses_left_out"], "responses")))
@@ -410,6 +411,10 @@ def summary_lines(result: "CurateResult") -> list[str]:
     found += [("note", f"{notice.text} [{notice.id}]") for notice in result.notices if notice.severity == "finding"]
     found.append(("", f"{summary['seconds']:.1f} s"))
     return [f"read as {summary['read_as']}", *(f"{name:<10} {said}" for name, said in found if said)]
+
+
+def _number_of(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _hygiene(stage) -> str:

@@ -112,7 +112,7 @@ def test_numbers_beyond_all_measure(curate):
         for scores in ("[1e400, 2]", "[123456789012345678901234567890, 2]", "[1e308, -1e308]", "[1, 2]"):
             file.write(f'{{"prompt": "p{scores}", "responses": ["a1", "b2"], "scores": {scores}}}\n')
     code, rows, out, err = curate(("samples.jsonl",), "--rejected", "min")
-    assert code == 0 and len(rows) == 2 and "1 bad rows" in out and "samples.jsonl:1: scores[0] must be finite" in err
+    assert code == 0 and len(rows) == 2 and "1 bad row" in out and "samples.jsonl:1: scores[0] must be finite" in err
     assert "2 scores of a size of 1e+30 or more, left out" in out
     pool = {"prompt": "p", "responses": ["a1", "b2", "c3"]}
     _, rows, _, _ = curate([pool | {"scores": [-1, 0.5, 0.7]}], "--missing", "-1", "--rejected", "min")
@@ -191,7 +191,7 @@ def test_a_strength_becomes_the_margin_and_no_two_scores(curate):
         for strength in (-2, 0, 3)
     ]
     code, found, out, _ = curate(rows)
-    assert code == 0 and [row["margin"] for row in found] == [2, 3] and "1 rows that prefer no side, left out" in out
+    assert code == 0 and [row["margin"] for row in found] == [2, 3] and "1 tie, left out" in out
     assert not any(name.startswith("score") for row in found for name in row)
     assert [row["chosen"][0]["content"] for row in found] == ["hello", "no"]
 

@@ -275,22 +275,22 @@ def test_a_null_prompt_is_not_filled_from_another_column(tmp_path):
 
 def test_ties_are_counted_and_strengths_are_no_scores(tmp_path):
     row = {"context": [USER], "response1": "x", "response2": "y"}
-    values = [-3, 0, 1, 0, None, "2"]
+    values = [-3, 0, 1, 0, None, "high"]
     path = write_lines(tmp_path / "h.jsonl", [row | {"overall_preference": value} for value in values])
     samples = read_samples(path)
     assert samples.strength.tolist() == [3, 1] and samples.scored is False
-    assert samples.counts == {"rows that prefer no side": 2} and [p.row for p in samples.problems] == [5, 6]
+    assert samples.counts == {"ties": 2} and [p.row for p in samples.problems] == [5, 6]
     labels = ["a", "Model_B", "tie", "tie (bothbad)", "both_bad", "neither", 1]
     path = write_lines(tmp_path / "ab.jsonl", [AB | {"label": label} for label in labels])
     samples = read_samples(path)
     assert [responses for _, responses in texts(samples)] == [["x", "y"], ["y", "x"]]
-    assert samples.counts == {"rows that prefer no side": 3} and [p.row for p in samples.problems] == [6, 7]
+    assert samples.counts == {"ties": 3} and [p.row for p in samples.problems] == [6, 7]
 
 
 def test_what_changes_the_meaning_of_a_pair_is_carried_or_refused(tmp_path):
     row = {"prompt": "p", "chosen": "x", "rejected": "y", "images": ["a.png"], "documents": [{"t": 1}], "note": 3}
     samples = read_samples(write_lines(tmp_path / "pairs.jsonl", [row]), keep=["note"])
-    assert samples.fields.carried == ("documents", "images", "note")
+    assert samples.fields.carried == ("images", "documents", "note")
     for further, reason in [
         ({"history": "a turn"}, "history must be a list of turns, got str"),
         ({"history": [["a"]]}, r"history\[0\] must be \[prompt, response\], or history be messages"),
@@ -330,3 +330,57 @@ def test_scores_that_are_not_there(tmp_path):
     rows = [{"prompt": "p", "responses": ["x"], "scores": None}, {"prompt": "p", "responses": ["x"], "scores": [1]}]
     samples = read_samples(write_lines(tmp_path / "s.jsonl", rows))
     assert [problem.reason for problem in samples.problems] == ["scores is null"] and samples.prompts == 1
+
+
+@pytest.mark.parametrize("name", ["system_message", "System", "systemPrompt", "sys_prompt", "System Instruction"])
+def test_a_system_prompt_by_any_name(tmp_path, name):
+    row = {"prompt": "user", "chosen": "x", "rejected": "y", name: "system"}
+    assert next(texts(read_samples(write_lines(tmp_path / "s.jsonl", [row]))))[0] == [SYSTEM, USER]
+    with pytest.raises(InputError, match=f"has system_prompt and {name}: say which is the system by --columns system="):
+        read_samples(write_lines(tmp_path / "s.jsonl", [{"system_prompt": "t"} | row]))
+
+
+def test_what_a_prompt_is_about_by_any_name(tmp_path):
+    further = {"image_path": "a.png", "Images": [], "videoUrl": "v", "tool_choice": "auto", "system_fingerprint": "f"}
+    further |= {"input": "beside a prompt", "retrieved": 1}
+    row = {"prompt": "p", "chosen": "x", "rejected": "y"} | further
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", [row]))
+    assert set(samples.fields.carried) == set(further) - {"retrieved"}
+    row = {"instruction": "Sum it", "input": "1 + 2", "responses": ["x"], "scores": [1]}
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", [row]), columns={"prompt": "instruction"})
+    assert list(texts(samples)) == [("Sum it\n1 + 2", ["x"])]
+    row = {"instruction": "Sum it", "input": "1 + 2", "chosen": "x", "rejected": "y"}
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", [row]), layout="pairs")
+    assert list(texts(samples)) == [("Sum it\n1 + 2", ["x", "y"])]
+
+
+def test_numbers_in_texts(tmp_path):
+    row = {"prompt": "p", "chosen": "x", "rejected": "y", "score_chosen": "9", "score_rejected": "10"}
+    path = write_lines(tmp_path / "s.jsonl", [row, row | {"score_rejected": "1,234"}, row | {"score_rejected": "N/A"}])
+    samples = read_samples(path)
+    np.testing.assert_array_equal(samples.scores["score"], [9, 10, 9, np.nan])
+    assert [problem.reason for problem in samples.problems] == ["score_rejected must be a number, got '1,234'"]
+    (tmp_path / "s.csv").write_text('prompt;chosen;rejected;score_chosen;score_rejected\np;x;y;"2,5";1,0\n')
+    assert read_samples(tmp_path / "s.csv").scores["score"].tolist() == [2.5, 1.0]
+
+
+def test_a_margin_that_is_no_number_is_a_column_like_others(tmp_path):
+    row = {"prompt": "p", "chosen": "x", "rejected": "y", "margin": "theirs"}
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", [row]), keep=["margin"])
+    assert samples.strength is None and samples.problems == [] and samples.fields.carried == ("margin",)
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", [row | {"margin": 2}]))
+    assert samples.strength.tolist() == [2]
+
+
+def test_a_column_that_nobody_asks_for_may_be_there_twice(tmp_path):
+    (tmp_path / "s.csv").write_text("note,prompt,chosen,rejected,note\n1,p,x,y,2\n")
+    assert list(texts(read_samples(tmp_path / "s.csv"))) == [("p", ["x", "y"])]
+    with pytest.raises(InputError, match="more than one column note"):
+        read_samples(tmp_path / "s.csv", keep=["note"])
+
+
+def test_an_object_around_the_rows_is_named(tmp_path):
+    row = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    (tmp_path / "s.json").write_text(json.dumps({"data": [row, row]}, indent=1))
+    with pytest.raises(InputError, match=r"it is one JSON object that holds the array 'data'; .* as jq .data does"):
+        read_samples(tmp_path / "s.json")

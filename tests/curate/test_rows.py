@@ -36,8 +36,9 @@ MALFORMED = [
         b'{"prompt": "p", "responses": ["a"], "scores": [1], "scores": [2]}',
         "the key 'scores' stands there more than once",
     ),
-    (GOOD | {"scores": [1.0, "2"]}, "scores[1] must be a number, got str"),
-    (GOOD | {"scores": [1.0, True]}, "scores[1] must be a number, got bool"),
+    (GOOD | {"scores": [1.0, "1,234"]}, "scores[1] must be a number, got '1,234'"),
+    (GOOD | {"scores": [1.0, "high"]}, "scores[1] must be a number, got 'high'"),
+    (GOOD | {"scores": [1.0, True]}, "scores[1] must be a number, got True"),
     (GOOD | {"scores": [float("inf"), 1.0]}, "scores[0] must be finite, got inf"),
     (GOOD | {"scores": [10**400, 1.0]}, "scores[0] must be finite, got an integer beyond float64"),
     (GOOD | {"responses": ["a", USER]}, "responses must be all strings or all lists of messages, got both"),
@@ -151,7 +152,7 @@ def test_ultrafeedback(tmp_path):
     assert list(texts(samples)) == [("p", ["a", "bb"])]
     completions[1]["annotations"]["honesty"]["Rating"] = "good"
     path = write_lines(tmp_path / "samples.jsonl", rows)
-    assert read_samples(path, score_fields=["honesty"]).problems[0].reason == "honesty[1] must be a number, got str"
+    assert read_samples(path, score_fields=["honesty"]).problems[0].reason == "honesty[1] must be a number, got 'good'"
 
 
 def test_preference_rows_are_pools_of_two(tmp_path):

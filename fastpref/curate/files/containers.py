@@ -7,6 +7,7 @@ not asked for are not parsed, so that nothing in them can go wrong.
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -81,7 +82,10 @@ def first_rows(source: Source) -> list[dict]:
         lines = [] if block is None else block.lines.split(b"\n")
         values = [json_value(line, k == 0) for k, line in enumerate(lines[:MOST_HEAD_ROWS])]
     else:
-        values = [row for _, row in itertools.islice(numbered_rows(source), HEAD_ROWS)]
+        once = None  # of columns that are there twice nobody may ask
+        if source.container != "json-array":
+            once = [name for name, count in Counter(column_names(source)).items() if count == 1]
+        values = [row for _, row in itertools.islice(numbered_rows(source, once), HEAD_ROWS)]
     return [row for row in values if isinstance(row, dict)]
 
 
@@ -172,7 +176,7 @@ def numbered_rows(source: Source, columns: Sequence[str] | None = None) -> Itera
 
     Args:
         source: From `find_sources`.
-        columns: Those that are wanted of Parquet and Arrow, where other formats give all. None: all.
+        columns: Those that are wanted, each of which must be there once; CSV and JSON give the others, too. None: all.
 
     Raises:
         InputError: The source cannot be read.
@@ -184,7 +188,7 @@ def numbered_rows(source: Source, columns: Sequence[str] | None = None) -> Itera
         header = next(records, (1, []))[1]
         if isinstance(header, ValueError):
             raise InputError(f"{source.name}:1: {header}")
-        check_unique(source, header, [name for name in header if name])
+        check_unique(source, header, [name for name in header if name and (columns is None or name in columns)])
         for number, record in records:
             yield number, record if isinstance(record, ValueError) else record_as_row(header, record)
     else:

@@ -70,7 +70,7 @@ def _partitioned(sources, fields, folder, count, problems) -> tuple[int, list[st
     wanted, order = top_fields(fields), 0
     try:
         for source in sources:
-            of_source = fields._replace(text_cells=source.container == "csv")
+            of_source = fields._replace(cells=source.delimiter)
             for number, value in numbered_rows(source, wanted):
                 order += 1
                 try:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.files.containers import column_names, first_rows
+from fastpref.curate.files.containers import check_unique, column_names, first_rows
 from fastpref.curate.files.grouping import group_rows
 from fastpref.curate.files.layouts import LAYOUTS, Resolved, nearest, resolve_layout
-from fastpref.curate.files.rows import PREFERENCE, Fields, column_of_row, score_fields
+from fastpref.curate.files.rows import PREFERENCE, Fields, column_of_row, is_number, score_fields, top_fields
 from fastpref.curate.files.sources import Source, find_sources
 from fastpref.curate.files.table import RowProblem
 from fastpref.errors import InputError
@@ -62,14 +62,16 @@ def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs
         resolved = resolve_layout(
             name, columns, request.layout, request.columns, request.keep, _rare(sources, columns, head)
         )
-    _check_columns(sources, resolved)
     fields = Fields(
         None, request.source, request.length, resolved.layout, resolved.roles, resolved.carried, request.missing
     )
-    cells = any(source.container == "csv" for source in sources)
-    scores = _scores(name, columns, head, fields._replace(text_cells=cells), request.scores)
+    _check_columns(sources, fields._replace(scores=request.scores))
+    if "strength" not in request.columns and not any(is_number(row.get(fields.roles.get("strength"))) for row in head):
+        fields.roles.pop("strength", None)  # a column of that name which says something else
+    cells = next((source.delimiter for source in sources if source.delimiter is not None), None)
+    scores = _scores(name, columns, head, fields._replace(cells=cells), request.scores)
     scored = scores != (PREFERENCE,)
-    fields = fields._replace(scores=scores, beside=_beside(head, fields._replace(text_cells=cells), scores))
+    fields = fields._replace(scores=scores, beside=_beside(head, fields._replace(cells=cells), scores))
     read_as = f"{resolved}{_more_roles(fields, scored)}"
     formats = dict.fromkeys(source.description for source in sources if source.container == "csv")
     read_as = "; ".join([read_as, *formats])
@@ -97,15 +99,16 @@ def _names(source: Source, head: list[dict]) -> list[str]:
     return column_names(source)
 
 
-def _check_columns(sources: list[Source], resolved: Resolved) -> None:
-    """Of tables; a row of JSON without a column is a bad row."""
-    required = [resolved.roles[role] for role in LAYOUTS[resolved.layout].roles]
+def _check_columns(sources: list[Source], fields: Fields) -> None:
+    """Of tables; a row of JSON without a column, or with it twice, is a bad row."""
+    required = [fields.roles[role] for role in LAYOUTS[fields.layout].roles]
     for source in sources:
         if source.container not in ("json-lines", "json-array"):
             names = column_names(source)
+            check_unique(source, names, [name for name in names if name in top_fields(fields)])
             if missing := [name for name in required if name not in names]:
                 raise InputError(
-                    f"{source.name} has no column {', '.join(missing)} for {resolved.layout}, as {sources[0].name}; "
+                    f"{source.name} has no column {', '.join(missing)} for {fields.layout}, as {sources[0].name}; "
                     f"found {', '.join(names)}"
                 )
 

@@ -36,8 +36,9 @@ What a label says:
     shp              1: A is better; 0: B
     pku              the number of the better response
 
-Beside these, in every layout: system or system_prompt (becomes the first message), history (the turns before), tools,
-functions, documents, images, videos, audios, chat_template_kwargs (reach OUT as they are), prompt_id, id.
+Beside these, in every layout: system, system_prompt and the like (becomes the first message), history (the turns
+before), input (behind an instruction), tools, functions, documents, images, videos, audios, chat_template_kwargs and
+what else begins so (reach OUT as they are), prompt_id, id.
 """
 
 import difflib
@@ -133,7 +134,7 @@ LAYOUTS = {
             "alpaca",
             "pair",
             {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"},
-            {"input": ("input",), "strength": ("margin",)},
+            {"strength": ("margin",)},
             without=("prompt", "question"),
         ),
         Layout(
@@ -198,8 +199,42 @@ LAYOUTS = {
 _CHOICES = {"pku": ("better_response_id", "safer_response_id")}  # where the file has two labels
 
 # Columns that change what a pair means, in every layout: those that become messages, and those that reach OUT.
-MEANING = {"system": ("system", "system_prompt"), "history": ("history",)}
-CONTEXT = ("tools", "functions", "documents", "images", "image", "videos", "audios", "chat_template_kwargs")
+# Names are compared without case and punctuation.
+MEANING = {
+    "system": (
+        "system",
+        "systemprompt",
+        "systemmessage",
+        "systeminstruction",
+        "systeminstructions",
+        "systemcontent",
+        "systemtext",
+        "sysprompt",
+        "sysmessage",
+        "sysmsg",
+        "customsystemprompt",
+    ),
+    "history": (
+        "history",
+        "chathistory",
+        "conversationhistory",
+        "dialoghistory",
+        "dialoguehistory",
+        "priorturns",
+    ),
+}
+CONTEXT = ("tools", "functions", "documents", "images", "videos", "audios", "chat_template_kwargs")
+_CONTEXT_BEGINNINGS = (
+    "tool",
+    "function",
+    "document",
+    "image",
+    "img",
+    "video",
+    "audio",
+    "chattemplate",
+    "system",
+)  # beginnings
 FURTHER = {
     "prompt_id": ("prompt_id",),
     "lengths": ("lengths",),
@@ -264,14 +299,38 @@ def resolve_layout(
         choices = [name for name in _CHOICES.get(found.name, ()) if name in names] or list(names)
         choices = " or ".join(f"{missing[0]}={name}" for name in choices)
         raise InputError(f"{what} fits {found.name}, which needs --columns {choices}")
-    for role, aliases in (found.optional | MEANING | FURTHER).items():
+    for role, aliases in (found.optional | FURTHER).items():
         if role not in roles and (column := columns.get(role) or _first(what, role, aliases, names, roles)):
             roles[role] = column
+    for role, aliases in MEANING.items():
+        there = [name for name in names if _plain(name) in aliases and name not in roles.values()]
+        if role not in columns and len(there) > 1:
+            raise InputError(
+                f"{what} has {' and '.join(there)}: say which is the {role} by --columns {role}={there[0]}"
+            )
+        if column := columns.get(role) or next(iter(there), None):
+            roles[role] = column
+    if "input" in columns or ("input" in names and roles.get("prompt") == "instruction"):
+        roles["input"] = columns.get("input", "input")
     roles = {role: roles[role] for role in ("prompt", *roles) if role in roles}
-    used = {*roles.values()}
-    context = [columns.get(name, name) for name in CONTEXT if columns.get(name, name) in names]
-    carried = dict.fromkeys([*(n for n in context if n not in used), *(["id"] if "id" in names else []), *keep])
-    return Resolved(found.name, roles, tuple(carried))
+    return Resolved(found.name, roles, tuple(_carried(names, roles, columns, keep)))
+
+
+def _carried(names, roles, columns, keep) -> list[str]:
+    """What changes the meaning of a prompt and has no role, ids, and what is asked for; images and tools first."""
+    context = [columns[name] for name in CONTEXT if name in columns]
+    context += [name for name in names if is_context(name)]
+    further = [name for name in ("input", "id") if name in names]
+    return [name for name in dict.fromkeys([*context, *further, *keep]) if name not in roles.values() or name in keep]
+
+
+def is_context(name: str) -> bool:
+    """Returns whether a column of this name changes what a prompt means: images, tools, documents and the like."""
+    return _plain(name).startswith(_CONTEXT_BEGINNINGS)
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -289,13 +348,13 @@ def parse_columns(text: str) -> dict[str, str]:
 
 def roles_of(layout: Layout) -> list[str]:
     """Returns the roles that --columns may name for a layout."""
-    return [*layout.roles, *layout.optional, *MEANING, *CONTEXT, *FURTHER]
+    return [*layout.roles, *layout.optional, "input", *MEANING, *CONTEXT, *FURTHER]
 
 
 def nearest(name: str, names: Sequence[str]) -> list[str]:
     """Returns the names that may be meant by one that is not there, the nearest first."""
-    plain = {re.sub("[^a-z0-9]", "", other.lower()): other for other in names}
-    found = difflib.get_close_matches(re.sub("[^a-z0-9]", "", name.lower()), plain, 3, 0.6)
+    plain = {_plain(other): other for other in names}
+    found = difflib.get_close_matches(_plain(name), plain, 3, 0.6)
     return [plain[match] for match in found]
 
 

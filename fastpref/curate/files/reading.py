@@ -94,7 +94,7 @@ def parts(sources: Sequence[Source], fields: Fields | None) -> Iterator[FilePart
                 source, arrow_batches(source, _wanted(source, fields), OBJECT_ROWS), 0, extent(source)
             )
         elif source.container == "csv":
-            found = _parts_of_csv(source)
+            found = _parts_of_csv(source, fields)
         elif source.container == "json-array":
             found = _parts_of_lines(source, ((element, None, None) for element in json_elements(source)))
         elif source.seekable:
@@ -233,12 +233,12 @@ def _parts_of_lines(source: Source, rows: Iterable[tuple[bytes, int | None, str 
         yield part()
 
 
-def _parts_of_csv(source: Source) -> Iterator[FilePart]:
+def _parts_of_csv(source: Source, fields: Fields | None) -> Iterator[FilePart]:
     records = csv_records(source)
     _, header = next(records, (1, []))
     if isinstance(header, ValueError):
         raise InputError(f"{source.name}:1: {header}")
-    check_unique(source, header, [name for name in header if name])
+    check_unique(source, header, [name for name in header if name and (fields is None or name in top_fields(fields))])
 
     def rows():
         for number, record in records:
@@ -343,7 +343,7 @@ class Columns(NamedTuple):
 
 def columns_of_part(source: Source, part: FilePart, fields: Fields) -> Columns:
     """The columns of the rows of a part."""
-    fields = fields._replace(text_cells=source.container == "csv")
+    fields = fields._replace(cells=source.delimiter)
     columns = columns_of(source.name, part_rows(source, part, fields), fields, part.numbers)
     return columns._replace(position=columns.position + part.base, file=part.file)
 
@@ -523,7 +523,7 @@ def fields_again(fields: Fields) -> Fields:
 
 def same_rows(source: Source, part: FilePart, known: Known, fields: Fields) -> list[Row]:
     """The rows of these prompts once more, without scores. Raises InputError when they are others."""
-    fields = fields_again(fields)._replace(text_cells=source.container == "csv")
+    fields = fields_again(fields)._replace(cells=source.delimiter)
     try:
         rows = [valid_row(value, fields) for _, value in part_rows(source, part, fields, known.position.tolist())]
         same = [len(row.responses) for row in rows] == known.counts.tolist()

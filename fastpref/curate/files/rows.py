@@ -13,7 +13,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeAlias
 
-from fastpref.curate.files.layouts import CONTEXT, FIRST, LAYOUTS, PAIR_SHAPES, SECOND, TIES
+from fastpref.curate.files.layouts import FIRST, LAYOUTS, PAIR_SHAPES, SECOND, TIES, is_context
 from fastpref.errors import InputError
 
 SIDES = ("chosen", "rejected")
@@ -37,7 +37,7 @@ class Fields(NamedTuple):
     carried: tuple[str, ...] = ()  # columns that reach the output as they are
     missing: tuple[float, ...] = ()  # scores that stand for none
     beside: tuple[str, ...] = ()  # scores that nobody asked for; a row need not have them
-    text_cells: bool = False  # of CSV: numbers and lists are text
+    cells: str | None = None  # the delimiter of CSV, where numbers and lists are text
 
     @property
     def shape(self) -> str:
@@ -73,7 +73,7 @@ def parse_row(row, fields: Fields) -> Row:
     """Reads a row. Raises ValueError with the reason when it is malformed, and Tie where no side is preferred."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {type(row).__name__}")
-    if fields.text_cells:
+    if fields.cells is not None:
         row = _decoded_cells(row, fields)
     if fields.scores is None:
         raise ValueError("the file has no scores under a usual name, and none are named")
@@ -100,7 +100,7 @@ def parse_row(row, fields: Fields) -> Row:
     if truncated is None:
         _, finish = optional(None, roles.get("finish_reason", "finish_reason"))
         truncated = None if finish is None else [reason == "length" for reason in finish]
-    scores = {name: _scores(name, _aligned(name, column, count)) for name, column in columns.items()}
+    scores = {name: _scores(name, _aligned(name, column, count), shape.keys(name)) for name, column in columns.items()}
     prompt_id = row.get(roles.get("prompt_id"))
     found = Row(
         prompt,
@@ -142,7 +142,9 @@ def score_fields(row, fields: Fields) -> tuple[str, ...] | None:
 def column_of_row(row: dict, fields: Fields, name: str) -> list | None:
     """Returns one value per response, None where the row has no such field or is malformed."""
     try:
-        return _SHAPES[fields.shape](_decoded_cells(row, fields) if fields.text_cells else row, fields).column(name)
+        return _SHAPES[fields.shape](_decoded_cells(row, fields) if fields.cells is not None else row, fields).column(
+            name
+        )
     except ValueError:
         return None
 
@@ -167,7 +169,7 @@ def plain_text(text: Text) -> str:
 
 def context_of(row: Row) -> dict[str, Any]:
     """Returns the carried columns that change what the prompt means, but for empty ones."""
-    return {name: value for name, value in row.carried.items() if name in CONTEXT and value not in (None, [], "", {})}
+    return {name: value for name, value in row.carried.items() if is_context(name) and value not in (None, [], "", {})}
 
 
 # ---- the shapes
@@ -180,6 +182,7 @@ class _Shape(NamedTuple):
     source: str | None  # the usual name of the column of sources
     length: str | None
     strength: float | None = None
+    keys: Callable[[str], list[str] | None] = lambda name: None  # name -> the columns of the sides, for messages
 
 
 def _value(row, fields: Fields, role: str):
@@ -190,13 +193,13 @@ def _value(row, fields: Fields, role: str):
 
 
 def _pool(row, fields: Fields) -> _Shape:
-    prompt, responses = _value(row, fields, "prompt"), _value(row, fields, "responses")
+    prompt, responses = _with_input(row, fields), _value(row, fields, "responses")
     return _Shape(prompt, responses, row.get, fields.roles.get("sources"), fields.roles.get("lengths"))
 
 
 def _completions(row, fields: Fields) -> _Shape:
     name, key = fields.roles["completions"], fields.roles.get("response") or _response_key(fields)
-    prompt, completions = _value(row, fields, "prompt"), _value(row, fields, "completions")
+    prompt, completions = _with_input(row, fields), _value(row, fields, "completions")
     if not isinstance(completions, list):
         raise ValueError(f"{name} must be a list, got {type(completions).__name__}")
     for index, completion in enumerate(completions):
@@ -223,10 +226,8 @@ def _rating(completion, name):
     rating = annotation.get("Rating") if isinstance(annotation, dict) else None
     if not isinstance(rating, str):
         return rating
-    try:
-        return math.nan if rating == "N/A" else float(rating)
-    except ValueError:
-        return rating
+    number = _number_in(rating)
+    return rating if number is None else number
 
 
 def _pair(row, fields: Fields) -> _Shape:
@@ -244,14 +245,18 @@ def _published(row, fields: Fields, prompt, sides) -> _Shape:
         if text is None:
             raise ValueError(f"{fields.roles.get(side, side)} is null")
 
+    def keys_of(name):
+        return next((keys for keys in _pair_keys(name) if all(key in row for key in keys)), None)
+
     def column(name):
-        keys = next((keys for keys in _pair_keys(name) if all(key in row for key in keys)), None)
+        keys = keys_of(name)
         if keys is None:
             return [1.0, 0.0] if name == PREFERENCE else None
         return [row[key] for key in keys]
 
     strength = row.get(fields.roles.get("strength"))
-    return _Shape(prompt, sides, column, "source", "len", None if strength is None else _score("margin", strength))
+    strength = None if strength is None else _score(fields.roles["strength"], strength)
+    return _Shape(prompt, sides, column, "source", "len", strength, keys_of)
 
 
 def _pair_keys(name) -> list[list[str]]:
@@ -268,9 +273,9 @@ def _scores_of_pairs(row, fields: Fields) -> tuple[str, ...] | None:
     for name in names:
         keys = next((keys for keys in _pair_keys(name) if all(key in row for key in keys)), None)
         values = [row[key] for key in keys or ()]
-        if fields.text_cells:
-            values = [_decoded_number(value) for value in values]
-        if any(type(value) in (int, float, Decimal) for value in values) and name not in _NO_SCORES:
+        if fields.cells is not None:
+            values = [_decoded_number(value, fields.cells) for value in values]
+        if any(is_number(value) for value in values) and name not in _NO_SCORES:
             found.append(name)
     for usual in ("score", "rating", "reward"):
         if usual in found:
@@ -374,7 +379,7 @@ def _arena_wins(row, fields: Fields) -> _Shape:
         names = ", ".join(fields.roles[role] for role in ("wins_a", "wins_b", "tie"))
         raise ValueError(f"one of {names} must be 1 and the others 0, got {', '.join(map(str, votes))}")
     if votes[2]:
-        raise Tie("rows that prefer no side")
+        raise Tie("ties")
     return _preferred(row, fields, bool(votes[0]), None)
 
 
@@ -384,7 +389,7 @@ def _preferred(row, fields: Fields, first: bool, strength) -> _Shape:
     if "prompt" not in fields.roles:
         prompt, *sides = _implicit_prompt(*sides)
     else:
-        prompt = _value(row, fields, "prompt")
+        prompt = _with_input(row, fields)
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
             prompt, *sides = _from_turns(prompt, *sides)
         else:
@@ -433,7 +438,7 @@ def _from_turns(prompts, *answers) -> tuple:
 def _letters(name, label) -> tuple[bool, None]:
     text = label.strip().lower() if isinstance(label, str) else label
     if text in TIES:
-        raise Tie("rows that prefer no side")
+        raise Tie("ties")
     if text not in (*FIRST, *SECOND):
         raise ValueError(f"{name} must be one of {', '.join((*FIRST, *SECOND, *TIES))}, got {label!r}")
     return text in FIRST, None
@@ -444,7 +449,7 @@ def _signed(name, label) -> tuple[bool, float]:
     if math.isnan(number):
         raise ValueError(f"{name} is null")
     if number == 0:
-        raise Tie("rows that prefer no side")
+        raise Tie("ties")
     return number < 0, abs(number)
 
 
@@ -473,7 +478,7 @@ def _single(row, fields: Fields) -> _Shape:
     responses = [_value(row, fields, "response")]
     if isinstance(responses[0], dict):
         responses = [responses]
-    return _Shape(_value(row, fields, "prompt"), responses, column, fields.roles.get("source"), "length")
+    return _Shape(_with_input(row, fields), responses, column, fields.roles.get("source"), "length")
 
 
 _SHAPES = {
@@ -646,7 +651,7 @@ def _plain_message(message) -> str:
     return content or ""
 
 
-_PAYLOADS = {"image": ("images", "image"), "video": ("videos",), "audio": ("audios",)}
+_PAYLOADS = ("image", "video", "audio")
 
 
 def _check_images(row: Row) -> None:
@@ -658,10 +663,10 @@ def _check_images(row: Row) -> None:
             if type(message["content"]) is not list:
                 continue
             for part in message["content"]:
-                columns = _PAYLOADS.get(part["type"])
-                alone = columns and not any(value for key, value in part.items() if key not in ("type", "text"))
-                if alone and not any(row.carried.get(name) for name in columns):
-                    raise ValueError(f"a message has an {part['type']}, and the row no column {columns[0]}")
+                kind = part["type"]
+                alone = kind in _PAYLOADS and not any(v for key, v in part.items() if key not in ("type", "text"))
+                if alone and not any(value and name.lower().startswith(kind) for name, value in row.carried.items()):
+                    raise ValueError(f"a message has an {kind}, and the row no column {kind}s")
 
 
 # ---- what is left out
@@ -729,9 +734,9 @@ def _aligned(name, values, count) -> list:
     return values
 
 
-def _scores(name, values) -> list[float]:
+def _scores(name, values, keys=None) -> list[float]:
     return [
-        value if type(value) is float and math.isfinite(value) else _score(f"{name}[{i}]", value)
+        value if type(value) is float and math.isfinite(value) else _score(keys[i] if keys else f"{name}[{i}]", value)
         for i, value in enumerate(values)
     ]
 
@@ -749,16 +754,37 @@ def _beside(values, count) -> list[float]:
 def _score(name, value) -> float:
     if value is None:
         return math.nan
+    number = _number_in(value) if isinstance(value, str) else value
     # bool is an int in Python, but `true` is no score.
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
-        raise ValueError(f"{name} must be a number, got {type(value).__name__}")
+    if isinstance(number, bool) or not isinstance(number, int | float | Decimal):
+        raise ValueError(f"{name} must be a number, got {value!r:.40}")
     try:
-        number = float(value)
+        number = float(number)
     except OverflowError:
         raise ValueError(f"{name} must be finite, got an integer beyond float64") from None
     if math.isinf(number):
         raise ValueError(f"{name} must be finite, got {number}")
     return number
+
+
+_NO_NUMBER = ("", "na", "n/a", "null", "none")
+
+
+def _number_in(text: str) -> float | None:
+    """The number that a text spells, NaN for a word that says there is none, None for another text."""
+    if text.strip().lower() in _NO_NUMBER:
+        return math.nan
+    try:
+        return None if "_" in text else float(text)  # 1_000 is Python's alone
+    except ValueError:
+        return None
+
+
+def is_number(value) -> bool:
+    """Returns whether a value is a number, or a text that spells one."""
+    if isinstance(value, str):
+        return _number_in(value) is not None and value.strip().lower() not in _NO_NUMBER
+    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
 
 
 def _sources(name, values) -> list[str | None] | None:
@@ -804,7 +830,7 @@ def _decoded_cells(row: dict, fields: Fields) -> dict:
         elif value[:1] in "[{" and value[:1]:
             found[name] = _decoded_json(value)
         else:
-            found[name] = _decoded_number(value)
+            found[name] = _decoded_number(value, fields.cells)
     if fields.layout in ("arena", "arena-wins"):
         sides = {name: _decoded_json(found[name]) for name in texts if isinstance(found.get(name), str)}
         if len(sides) == 3 and all(isinstance(side, list) for side in sides.values()):  # an entry per turn
@@ -828,10 +854,16 @@ def _decoded_messages(text: str):
     return value if isinstance(value, list) and all(_role(message) for message in value) else text
 
 
-def _decoded_number(text):
-    """The number that a cell holds, else the text."""
-    try:
-        number = float(text) if isinstance(text, str) and "_" not in text else text
-    except ValueError:
+def _decoded_number(text, delimiter: str):
+    """The number that a cell holds, else the text; with a decimal comma where it does not separate fields."""
+    if not isinstance(text, str):
+        return text
+    if delimiter in (";", "\t") and _DECIMAL_COMMA.fullmatch(text):
+        text = text.replace(",", ".")
+    number = _number_in(text)
+    if number is None:
         return {"true": True, "false": False}.get(text.lower(), text)
-    return int(number) if isinstance(number, float) and number.is_integer() and abs(number) < 2**53 else number
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+
+
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")

@@ -31,6 +31,7 @@ PACKINGS = (".gz", ".zst")
 NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 SPLITS = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
 DELIMITERS = ",\t;|"
+_WRAPPED = re.compile(r'\{\s*"([^"\\]+)"\s*:\s*\[\s*\n\s*\{\s*\n')  # indented
 HEAD = 1 << 16  # bytes that decide what a file is
 MOST_UNPACKED = 1 << 30  # bytes; a packed file may hold more only if
 MOST_RATIO = 500  # it does not unpack to so many times its size, as no text does
@@ -296,6 +297,11 @@ def _container_of_text(name: str, text: str) -> str:
         return "json-lines" if first == "{" and _is_json(line) else "csv"
     if first == "[":
         return "json-array"
+    if match := _WRAPPED.match(text):
+        raise InputError(
+            f"cannot read {name}: it is one JSON object that holds the array {match[1]!r}; make that a file of its "
+            f"own, as jq .{match[1]} does"
+        )
     if first in ("", "{") or kind in (".jsonl", ".ndjson", ".json") or _is_json(line):
         return "json-lines"
     return "csv" if any(delimiter in line for delimiter in DELIMITERS) and "\0" not in line else "json-lines"
