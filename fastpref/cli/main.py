@@ -29,7 +29,8 @@ def main(argv=None) -> int:
     arguments = _parse(argv)
     try:
         code = arguments.handler(arguments)
-        sys.stdout.flush()  # where it is full, it says so here
+        if sys.stdout is not None:  # closed
+            sys.stdout.flush()  # where it is full, it says so here
         return code
     except InputError as error:
         return _refuse(arguments, error)

@@ -18,6 +18,7 @@ FEWEST_COMPARED = 20  # responses with both scores, from which on they say how o
 ALIKE = 0.5  # rank correlation of two columns, below which they measure different things
 FAR = 5.0  # robust standard deviations between the two ranks of a response
 PLACES_APART = 1 / 3  # of all responses between the two ranks, for columns that agree to the last digit
+MOST = 0.05  # of the responses; columns that contradict each other more often measure different things
 LEAST_SPREAD = 0.1  # of these differences, for columns that agree in nearly every response
 
 
@@ -68,9 +69,9 @@ def find_contradictions(columns: Mapping[str, np.ndarray]) -> Contradictions:
     """Finds responses that the first column ranks quite otherwise than another one that goes with it elsewhere.
 
     Both columns become normal scores of their ranks, so that neither their scale nor the shape of their relation
-    matters, and the differences are measured in robust standard deviations (1.4826 MAD) of all of them. Columns whose
-    rank correlation is within 0.5 of 0 are not compared; one that falls with the other (a rank, where 1 is best) is
-    turned around.
+    matters, and the differences are measured in robust standard deviations (1.4826 MAD) of all of them. Columns that
+    measure different things are not compared: those whose rank correlation is within 0.5 of 0, or that contradict each
+    other in more than 5 % of the responses. One that falls with the other (a rank, where 1 is best) is turned around.
 
     Args:
         columns: name -> [responses] numbers, NaN where there is none; the first one is compared with every other.
@@ -94,7 +95,10 @@ def find_contradictions(columns: Mapping[str, np.ndarray]) -> Contradictions:
         apart -= np.median(apart)
         apart /= max(MAD_TO_STD * np.median(np.abs(apart)), LEAST_SPREAD)
         places = ranks[0] - (ranks[1] if alike > 0 else 1 - ranks[1])
-        beyond = (np.abs(apart) > np.abs(furthest[both])) & (np.abs(places) > PLACES_APART)
+        apart[np.abs(places) < PLACES_APART] = 0
+        if np.count_nonzero(np.abs(apart) > FAR) > MOST * len(both):
+            continue
+        beyond = np.abs(apart) > np.abs(furthest[both])
         furthest[both[beyond]], column[both[beyond]] = apart[beyond], k
     found = np.flatnonzero(np.abs(furthest) > FAR)
     found = found[np.argsort(-np.abs(furthest[found]), kind="stable")]

@@ -282,3 +282,15 @@ def test_damaged_files_of_stages(samples, capsys):
         "fastpref curate: w/construct.npz, which keeps what there was after stage construct was done, is not there: "
         "run once with --work w and without --from and --stage, or begin at an earlier stage\n"
     )
+
+
+def test_a_closed_stdout_and_a_closed_pipe(samples, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it where descriptor 1 is closed
+    assert curate("-o", "pairs.jsonl") == 0
+    reading, writing_end = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing_end, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        assert curate("-o", "again.jsonl") == 2
+    assert "cannot write to standard output: Broken pipe\n" in capsys.readouterr().err
+    assert Path("pairs.jsonl").read_bytes() == Path("again.jsonl").read_bytes()

@@ -233,3 +233,9 @@ def test_every_id_that_is_issued_is_in_the_table():
 def test_a_config_is_no_file_name():
     with pytest.raises(TypeError, match=r"config must be a CurateConfig, got 'all.jsonl': .*CurateConfig\(input="):
         run("all.jsonl")
+
+
+def test_labels_are_for_published_pairs(tmp_path):
+    pool = [{"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]}]
+    with pytest.raises(InputError, match=r"--labels agree is for pairs whose sides are published, and .* holds pools"):
+        curate(tmp_path, pool, construct={"labels": "agree"})

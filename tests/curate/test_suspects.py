@@ -83,3 +83,13 @@ def test_equal_columns_do_not_contradict():
     wrong[7] = 5.0 if scores[7] <= 2 else 1.0
     wrong[8:], scores[8:] = np.sort(wrong[8:]), np.sort(wrong[8:])
     assert 7 in find_contradictions({"a": scores, "b": wrong}).response or abs(wrong[7] - scores[7]) < 3
+
+
+def test_columns_that_often_disagree_are_not_compared():
+    rng = np.random.default_rng()
+    overall, fine = two_columns(rng)
+    rare, often = overall.copy(), overall.copy()
+    low = rng.permutation(np.flatnonzero(fine <= 2.25))
+    rare[low[:10]], often[low[:150]] = 10.0, 10.0
+    assert set(find_contradictions({"a": rare, "b": fine}).response) >= set(low[:10])
+    assert len(find_contradictions({"a": often, "b": fine}).response) == 0

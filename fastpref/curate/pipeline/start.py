@@ -77,6 +77,11 @@ def first_state(samples: Samples, config) -> State:
     """The state before the first stage, of samples that were read."""
     score = primary_scores(samples, config)
     published = keeps_published_sides(samples, config)
+    if config.construct.labels != "published" and not samples.published:
+        raise InputError(
+            f"--labels {config.construct.labels} is for pairs whose sides are published, and {samples.path} holds "
+            f"{samples.layout}"
+        )
     if not published and not samples.scored:
         raise InputError(f"--labels {config.construct.labels} goes by scores, and {samples.path} has none")
     # what keeps its published side needs no score
