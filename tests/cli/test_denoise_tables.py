@@ -7,8 +7,8 @@ import io
 import json
 import os
 import random
-import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -137,7 +137,7 @@ def test_encodings_by_their_marks(tmp_path, run, encoding):
     assert code == 0 and [row["item"] for row in out] == ["Åsa", "Øyvind"]
 
 
-def test_several_files_a_glob_a_folder_and_stdin_are_one_table(tmp_path, run):
+def test_several_files_a_glob_a_folder_and_stdin_are_one_table(tmp_path, run, monkeypatch):
     whole = [["winner", "loser"], *([random.choice(["ab", "ba", "bc", "cb", "ca", "ac"])] for _ in range(60))]
     whole = [whole[0], *([pair[0][0], pair[0][1]] for pair in whole[1:])]
     (tmp_path / "all.csv").write_text(as_csv(whole))
@@ -150,9 +150,8 @@ def test_several_files_a_glob_a_folder_and_stdin_are_one_table(tmp_path, run):
         assert code == 0 and summary["comparisons"] == 60
         assert scores_of(out) == pytest.approx(expected, abs=1e-6)
     with open(tmp_path / "all.csv", "rb") as file:
-        command = [sys.executable, "-m", "fastpref", "denoise", "-", "out.csv", "--json"]
-        done = subprocess.run(command, cwd=tmp_path, stdin=file, capture_output=True, text=True)
-    assert done.returncode == 0 and json.loads(done.stdout)["comparisons"] == 60
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=file))
+        assert run("-")[1]["comparisons"] == 60
     assert main(["denoise", "parts", "parts/1.csv"]) == 2 and main(["denoise", "parts/?.csv", "parts/1.csv"]) == 2
     (tmp_path / "parts" / "2.csv").write_text("winner,looser\na,b\n")
     code, _, err, _ = run("parts/0.csv", "parts/2.csv")
@@ -578,28 +577,26 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_refusal_imports_no_torch(tmp_path, python, name):
-    text, flags = REFUSED[name]
-    if text is not None:
-        (tmp_path / "in.csv").write_text(text)
-    code = (
-        "import sys; from fastpref.cli.main import main\n"
-        f"code = main(['denoise', 'in.csv', 'out.csv', *{flags!r}]); print(code, 'torch' in sys.modules)"
-    )
-    done = python(code)
-    assert done.stdout == "2 False\n" and done.stderr.count("\n") == 1, done.stderr
-
-
-def test_a_refused_matrix_imports_no_torch(tmp_path, python):
+def test_a_refusal_imports_no_torch(tmp_path, python):
     np.save(tmp_path / "vector.npy", np.ones(3))
     np.save(tmp_path / "in.npy", np.ones((3, 3)))
-    for arguments in (["vector.npy", "out.npy"], ["in.npy", "out.csv"], ["in.npy", "out.npy", "--layout", "votes"]):
-        done = python(
-            "import sys; from fastpref.cli.main import main\n"
-            f"code = main(['denoise', *{arguments!r}]); print(code, 'torch' in sys.modules)"
-        )
-        assert done.stdout == "2 False\n" and done.stderr.count("\n") == 1, done.stderr
+    commands = {
+        "a vector": ["vector.npy", "out.npy"],
+        "an ending of a matrix": ["in.npy", "out.csv"],
+        "a flag of tables": ["in.npy", "out.npy", "--layout", "votes"],
+    }
+    for number, (name, (text, flags)) in enumerate(REFUSED.items()):
+        if text is not None:
+            (tmp_path / f"{number}.csv").write_text(text)
+        commands[name] = [f"{number}.csv", "out.csv", *(flag.replace("in.csv", f"{number}.csv") for flag in flags)]
+    code = (
+        "import sys; from fastpref.cli.main import main\n"
+        f"for name, command in {commands!r}.items():\n"
+        "    print(name, main(['denoise', *command]), 'torch' in sys.modules)"
+    )
+    done = python(code)
+    assert done.stdout.splitlines() == [f"{name} 2 False" for name in commands], done.stderr
+    assert done.stderr.count("\n") == len(commands)
 
 
 def test_a_pipe_that_nobody_writes_to_is_refused_before_it_is_opened(tmp_path, run):

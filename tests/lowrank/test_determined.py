@@ -144,22 +144,3 @@ def test_nothing_is_larger_than_the_data_without_convergence(in_batch):
                 unconverged += 1
                 assert not (dense.abs() > 1).any()
     assert unconverged
-
-
-def test_ranks_of_one_matrix_agree_on_its_parts(two_ranks):
-    results = two_ranks("""
-        low = torch.randn(30, 1, dtype=torch.float64) @ torch.randn(1, 24, dtype=torch.float64)
-        data = torch.full_like(low, torch.nan)
-        data[:10, :8], data[10:, 8:] = low[:10, :8], low[10:, 8:]
-        data[3] = torch.nan
-        mine = data[: 13] if rank == 0 else data[13:]
-        import warnings
-        warnings.simplefilter("ignore")
-        found = fastpref.rpca(mine.contiguous(), rank=1, group=dist.group.WORLD)
-        whole = fastpref.rpca(data, rank=1).info
-        result = found.info.row_part, found.info.column_part, whole.row_part, whole.column_part
-    """)
-    (first, columns, whole_rows, whole_columns), (second, also, _, _) = results
-    assert torch.equal(torch.cat([first, second]), whole_rows)
-    assert torch.equal(columns, whole_columns) and torch.equal(also, whole_columns)
-    assert whole_rows[3] == NO_ROW and len(whole_columns.unique()) == 2

@@ -365,6 +365,14 @@ def test_row_shards_give_the_whole_matrix_answer(two_ranks):
                 torch.testing.assert_close(getattr(mine.info, name), getattr(whole.info, name), rtol=1e-3, atol=1e-6)
             torch.testing.assert_close(mine.info.row_outlier_rate, whole.info.row_outlier_rate[part])
             torch.testing.assert_close(mine.info.column_outlier_rate, whole.info.column_outlier_rate)
+        apart = torch.full((30, 24), torch.nan, dtype=torch.float64)
+        apart[:10, :8], apart[10:, 8:], apart[3] = 1.0, 2.0, torch.nan
+        part = slice(0, 13) if rank == 0 else slice(13, 30)
+        for data in (apart, torch.where(apart.isnan(), torch.nan, apart)[:, :8].contiguous()):
+            whole = fastpref.rpca(data, rank=1).info
+            mine = fastpref.rpca(data[part].contiguous(), rank=1, group=group).info
+            assert torch.equal(mine.row_part, whole.row_part[part])
+            assert torch.equal(mine.column_part, whole.column_part)
         result = True
     """
     two_ranks(code)
