@@ -229,6 +229,12 @@ def test_what_is_said_of_how_it_is_read(tmp_path):
         ("prompt responses", {"layout": "pool"}, "--layout must be one of pools, ultrafeedback"),
         ("prompt responses", {"columns": {"promt": "prompt"}}, "no role is called 'promt'"),
         ("prompt responses", {"columns": {"prompt": "questoin"}}, "has no column 'questoin', found prompt, responses"),
+        ("prompt chosen rejected", {"columns": {"chosen": "chosen", "rejected": "chosen"}}, "got 'chosen' twice"),
+        (
+            "prompt response_a response_b preference",
+            {},
+            "nearest is ab, which lacks label: name it with .*label=preference",
+        ),
         ("prompt responses", {"keep": ("respones",)}, "no column 'respones', .*; nearest is 'responses'"),
     ],
 )

@@ -114,6 +114,14 @@ def test_a_bad_response_leaves_its_pool(tmp_path, bad, reason):
     assert list(texts(samples)) == [("p", ["a", "", "c"])]
 
 
+@pytest.mark.parametrize("further", [{"tools": "\ud800"}, {"id": "\ud800"}, {"images": [{"path": "\ud800"}]}])
+def test_what_stands_beside_a_prompt_is_text_too(tmp_path, further):
+    row = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    samples = read_samples(write_lines(tmp_path / "samples.jsonl", [row | further, row]))
+    assert samples.row.tolist() == [2] or list(further) == ["id"]
+    assert all("lone surrogate" in problem.reason for problem in samples.problems)
+
+
 def test_messages_keep_what_they_hold(tmp_path):
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
     chosen = [

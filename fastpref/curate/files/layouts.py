@@ -367,6 +367,8 @@ def _check_request(what, names, layout, columns, keep) -> None:
     for role in columns:
         if role not in known:
             raise InputError(f"--columns: no role is called {role!r}, only {', '.join(known)}")
+    if repeated := [name for name in columns.values() if list(columns.values()).count(name) > 1]:
+        raise InputError(f"--columns must name a column for each role, got {repeated[0]!r} twice")
     for name in [*columns.values(), *keep]:
         if name not in names:
             raise InputError(f"{what} has no column {name!r}, found {', '.join(names)}{_hint(name, names)}")
@@ -424,11 +426,16 @@ def _no_layout(what, names, tried, columns) -> str:
 
     def distance(layout):
         lacks = lacking(layout)
-        return len(lacks), -sum(bool(nearest(name, names)) for _, name in lacks), -len(layout.roles)
+        known = len(layout.roles) - len(lacks) - list(layout.roles.values()).count("")
+        alike = sum(bool(nearest(name, names)) for _, name in lacks)
+        return -known / len(layout.roles), -alike / max(1, len(lacks)), len(lacks)
 
     layout = min(usable, key=distance)
     lacks = lacking(layout)
-    flags = ",".join(f"{role}={(nearest(name, names) or ['NAME'])[0]}" for role, name in lacks)
+    # where nothing is called alike, the only column without a use may be meant
+    unused = [name for name in names if name not in _required(layout, columns).values()]
+    other = unused if len(unused) == 1 else ["NAME"]
+    flags = ",".join(f"{role}={(nearest(name, unused) or other)[0]}" for role, name in lacks)
     return (
         f"{what}: its columns {', '.join(names) or '(none)'} fit no layout; nearest is {layout.name}, which lacks "
         f"{', '.join(name for _, name in lacks)}: name {'it' if len(lacks) == 1 else 'them'} with --columns {flags}"

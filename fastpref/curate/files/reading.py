@@ -414,7 +414,10 @@ def _row_and_digests(value, fields: Fields) -> tuple[Row, list[bytes]]:
         return row, digests_of(row)
     except UNENCODABLE:
         row = without_bad_unicode(row, fields)
+    try:
         return row, digests_of(row)
+    except UNENCODABLE as error:
+        raise ValueError(f"a column beside the prompt holds what is no JSON: {error}") from None
 
 
 def _known(name: str, scores: np.ndarray, fields: Fields, left_out: dict[str, int]) -> np.ndarray:

@@ -682,6 +682,8 @@ def without_bad_unicode(row: Row, fields: Fields) -> Row:
     """
     if not _is_unicode(row.prompt):
         raise ValueError("prompt holds a lone surrogate, which is not Unicode text")
+    if wrong := [name for name, value in row.carried.items() if not _is_unicode([value])]:
+        raise ValueError(f"{wrong[0]} holds a lone surrogate, which is not Unicode text")
     bad = {}
     for index, text in enumerate(row.responses):
         if not _is_unicode(text):
@@ -704,11 +706,9 @@ def _is_unicode(text: Text) -> bool:
             return False
         return True
     try:
-        json.dumps(text, ensure_ascii=False).encode()
+        json.dumps(text, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         return False
-    except TypeError as error:
-        raise ValueError(f"a message holds what is no JSON: {error}") from None
     return True
 
 
