@@ -239,3 +239,30 @@ def test_labels_are_for_published_pairs(tmp_path):
     pool = [{"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]}]
     with pytest.raises(InputError, match=r"--labels agree is for pairs whose sides are published, and .* holds pools"):
         curate(tmp_path, pool, construct={"labels": "agree"})
+
+
+@pytest.mark.parametrize("layout", ["pools", "responses"])
+def test_a_column_beside_the_score_that_was_asked_for_contradicts_it(tmp_path, layout):
+    """And one that measures something else does not, nor the numbers of tokens."""
+    rng = np.random.default_rng()
+    given, wrong = [], 0
+    for k in range(150):
+        worth = rng.normal(size=4)
+        helpful, fine = 5 + 2 * worth + 0.4 * rng.normal(size=4), 3 + worth + 0.2 * rng.normal(size=4)
+        if k % 30 == 0:
+            at = int(np.argmin(fine))
+            helpful[at], fine[at], wrong = 12.0, -1.0, wrong + 1
+        texts = [f"{'w' * int(rng.integers(5, 60))} {k} {s}" for s in range(4)]
+        columns = {"helpful": helpful, "fine": fine, "verbose": rng.normal(size=4), "tokens": rng.permutation(helpful)}
+        columns = {name: column.round(2).tolist() for name, column in columns.items()}
+        if layout == "pools":
+            given.append({"prompt": f"q{k}", "responses": texts, **columns})
+        else:
+            for s in range(4):
+                given.append(
+                    {"prompt": f"q{k}", "response": texts[s], **{n: column[s] for n, column in columns.items()}}
+                )
+    result, _ = curate(tmp_path, given, read={"scores": ["helpful"]})
+    listed = result.summary["contradicting"]
+    assert wrong <= len(listed) <= wrong + 2 and sum(row["helpful"] == 12 for row in listed) == wrong
+    assert all({"helpful", "fine"} <= row.keys() for row in listed)
