@@ -127,7 +127,8 @@ def test_pools_of_five_or_fewer_have_the_rule_min_and_no_warning(tmp_path):
     assert result.warnings == () and ids(result) == ["small-pools"]
     assert all(row["rank_rejected"] == 0 for row in rows)
     assert result.notices[0].text == (
-        "60 of 60 pairs come from so few responses that mean-2std can only be the worst one"
+        "60 of 60 pairs come from pools of 5 responses or fewer, where the rule mean-2std is min: none of so few can lie "
+        "that far below their mean"
     )
     asked, _ = curate(tmp_path, given, construct={"on_degenerate": "warn"})
     assert asked.warnings == ()  # there is nothing to mend
