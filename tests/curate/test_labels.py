@@ -127,8 +127,8 @@ def test_pools_of_five_or_fewer_have_the_rule_min_and_no_warning(tmp_path):
     assert result.warnings == () and ids(result) == ["small-pools"]
     assert all(row["rank_rejected"] == 0 for row in rows)
     assert result.notices[0].text == (
-        "60 of 60 pairs come from pools of 5 responses or fewer, where the rule mean-2std is min: none of so few can lie "
-        "that far below their mean"
+        "60 of 60 pairs come from pools of 5 responses or fewer, where the rule mean-2std is min: none of so few can "
+        "lie that far below their mean"
     )
     asked, _ = curate(tmp_path, given, construct={"on_degenerate": "warn"})
     assert asked.warnings == ()  # there is nothing to mend
@@ -267,3 +267,12 @@ def test_a_column_beside_the_score_that_was_asked_for_contradicts_it(tmp_path, l
     listed = result.summary["contradicting"]
     assert wrong <= len(listed) <= wrong + 2 and sum(row["helpful"] == 12 for row in listed) == wrong
     assert all({"helpful", "fine"} <= row.keys() for row in listed)
+
+
+def test_columns_that_come_along_under_another_name_are_said(tmp_path):
+    given = [row | {"route": f"A{k}", "rule": "mine", "kind": "x"} for k, row in enumerate(published(reversed_ones=0))]
+    result, rows = curate(tmp_path, given, read={"keep": ["route", "rule", "kind"]})
+    assert [row["input_route"] for row in rows] == [row["route"] for row in given]
+    assert rows[0]["kind"] == "x" and rows[0]["rule"] == "published"
+    (text,) = [notice.text for notice in result.notices if notice.id == "renamed-columns"]
+    assert text.endswith("route is input_route, rule is input_rule") and not result.warnings
