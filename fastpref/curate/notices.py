@@ -114,6 +114,9 @@ NOTICES: dict[str, NoticeKind] = {
         "A model whose scores do not fit the others was kept out",
         "Read some of its responses; --exclude none lets it in again.",
     ),
+    "renamed-columns": NoticeKind(
+        "finding", "Columns that came along under another name", "Their own names are those of columns of pairs."
+    ),
     "one-response": NoticeKind("finding", "Prompts with one response", "There is nothing to compare it with."),
     "small-pools": NoticeKind(
         "finding", "Few responses per prompt", "With five or fewer the rejected response is the worst one."

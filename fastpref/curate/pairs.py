@@ -71,7 +71,7 @@ class PairSelection:
     target: np.ndarray  # float64 [prompts], the value the rejected response was sought at; -inf for "min"
     minimum: np.ndarray  # float64 [prompts], the lowest valid reward
     share_below_min: float  # of the prompts with spread: the target of the rule asked for lies below every reward
-    small_pools: int  # prompts with a pair and so few rewards that the rule asked for can only be min; see `reach`
+    small_pools: int  # prompts with a pair and so few rewards that the rule asked for can only be min; see `small_pool`
     rule: str  # "max vs mean-2std"; "max vs min_of_5 for mean-2std" where on_degenerate replaced the rule
     scale: str
 
@@ -173,7 +173,7 @@ def select_pairs(
     selection = select(rejected)
     if rejected.kind != "target" or math.isinf(rejected.number):
         return selection
-    large = selection.n_pool > reach(rejected.number, scale, ddof)
+    large = selection.n_pool > _small_pool(rejected, scale, ddof)
     share = _share_below(selection, large)
     if not share > DEGENERATE_SHARE:
         return selection
@@ -200,18 +200,23 @@ def select_pairs(
     return selection
 
 
-def reach(k, scale="raw", ddof=0) -> float:
-    """The size up to which no pool holds a reward more than |k| standard deviations from its mean, whatever they are.
+def small_pool(rejected, scale="raw", ddof=0) -> int:
+    """The number of rewards up to which a rejected "mean-<k>std" is min, whatever the rewards are; 0: of no pool.
 
     One of n rewards is at most sqrt(n - 1) population standard deviations from their mean, so that none of five is
     beyond two; with the sample's standard deviation at most (n - 1) / sqrt(n). The lowest normal score is the quantile
-    of 1 / (2 n). A distance in MADs has no bound: 1, a pool without a pair.
+    of 1 / (2 n). A distance in MADs has no bound.
     """
-    if scale == "mad":
-        return 1.0
+    return _small_pool(_parse_rule("rejected", rejected), scale, ddof)
+
+
+def _small_pool(rule, scale, ddof) -> int:
+    k = rule.number
+    if rule.kind != "target" or not -math.inf < k < 0 or scale == "mad":
+        return 0
     if scale == "normal_score":
-        return 0.5 / NormalDist().cdf(-abs(k))
-    return k * k + 1 if ddof == 0 else (k * k + 2 + abs(k) * math.sqrt(k * k + 4)) / 2
+        return int(0.5 / NormalDist().cdf(k))
+    return int(k * k + 1 if ddof == 0 else (k * k + 2 - k * math.sqrt(k * k + 4)) / 2)
 
 
 def _share_below(selection, which) -> float:
@@ -474,10 +479,8 @@ def _select(data, pairings, bounds, slots, seed) -> list[PairSelection]:
         if slots == 1:
             pairs = {name: values[:, 0] for name, values in pairs.items()}
         rule = f"{chosen.name} vs {rejected.name}"
-        small = 0
-        if rejected.kind == "target" and -math.inf < rejected.number < 0:
-            few = shared["n_pool"] <= reach(rejected.number, data.scale, data.ddof)
-            small = int(np.count_nonzero(few & (columns["reason"][:, 0] == DropReason.KEPT)))
+        few = shared["n_pool"] <= _small_pool(rejected, data.scale, data.ddof)
+        small = int(np.count_nonzero(few & (columns["reason"][:, 0] == DropReason.KEPT)))
         results.append(
             PairSelection(
                 **pairs,

@@ -15,7 +15,7 @@ MARKS = (-1.0, -9.0, -99.0, -100.0, -999.0, -1000.0, -9999.0, -99999.0, 999.0, 9
 MARKED_SHARE = 0.01  # of the prompts that have the mark, from which on it is no chance
 FEWEST_VALUES = 3  # of the rest: fewer, such as 0 and 1 beside -1, are a scale that the mark belongs to
 FEWEST_COMPARED = 20  # responses with both scores, from which on they say how one goes with the other
-ALIKE = 0.5  # rank correlation of two columns, below which they measure different things
+ALIKE = 0.7  # rank correlation of two columns, below which they measure different things
 FAR = 5.0  # robust standard deviations between the two ranks of a response
 PLACES_APART = 1 / 3  # of all responses between the two ranks, for columns that agree to the last digit
 MOST = 0.05  # of the responses; columns that contradict each other more often measure different things
@@ -70,7 +70,7 @@ def find_contradictions(columns: Mapping[str, np.ndarray]) -> Contradictions:
 
     Both columns become normal scores of their ranks, so that neither their scale nor the shape of their relation
     matters, and the differences are measured in robust standard deviations (1.4826 MAD) of all of them. Columns that
-    measure different things are not compared: those whose rank correlation is within 0.5 of 0, or that contradict each
+    measure different things are not compared: those whose rank correlation is within 0.7 of 0, or that contradict each
     other in more than 5 % of the responses. One that falls with the other (a rank, where 1 is best) is turned around.
 
     Args:

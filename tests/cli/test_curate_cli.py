@@ -396,4 +396,7 @@ def test_findings_are_notes_and_do_not_count_as_warnings(samples, capsys):
     assert curate("-o", "pairs.jsonl", "--strict", scores="s") == 0
     captured = capsys.readouterr()
     assert captured.err == "" and captured.out.count("[small-pools]\n") == 1
-    assert "note       20 of 20 pairs come from so few responses" in captured.out
+    assert (
+        "note       20 of 20 pairs come from pools of 5 responses or fewer, where the rule mean-2std is min"
+        in captured.out
+    )

@@ -258,3 +258,22 @@ def test_random_values_keep_their_shape():
         array = arrow_array(values, shape)
         assert array.type == arrow_type(shape) and len(array) == len(values)
         assert [decoded(known, shape) for known in array.to_pylist()] == values
+
+
+def test_what_json_has_no_word_for_is_refused_by_its_column(tmp_path):
+    import datetime
+    from decimal import Decimal
+
+    import pyarrow
+
+    columns = {"prompt": ["q"], "chosen": ["good"], "rejected": ["bad"], "price": [Decimal("2.50")]}
+    for name, value, kind in (("b", b"\x89PNG", "bytes"), ("d", datetime.timedelta(1), "timedelta")):
+        parquet.write_table(pyarrow.table(columns | {name: [value]}), tmp_path / "in.parquet")
+        samples = read_samples(tmp_path / "in.parquet", keep=(name,))
+        pairs = {"prompt": [0], "chosen": [0], "rejected": [1]}
+        for out in ("out.jsonl", "out.parquet"):
+            with pytest.raises(InputError, match=rf"the column {name} cannot be written \(.*{kind}\), in prompt"):
+                write_pairs(samples, pairs, tmp_path / out)
+            assert not (tmp_path / out).exists()
+    write_pairs(read_samples(tmp_path / "in.parquet", keep=("price",)), pairs, tmp_path / "out.jsonl")
+    assert lines(tmp_path / "out.jsonl")[0]["price"] == 2.5

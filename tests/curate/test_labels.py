@@ -127,7 +127,8 @@ def test_pools_of_five_or_fewer_have_the_rule_min_and_no_warning(tmp_path):
     assert result.warnings == () and ids(result) == ["small-pools"]
     assert all(row["rank_rejected"] == 0 for row in rows)
     assert result.notices[0].text == (
-        "60 of 60 pairs come from so few responses that mean-2std can only be the worst one"
+        "60 of 60 pairs come from pools of 5 responses or fewer, where the rule mean-2std is min: none of so few can "
+        "lie that far below their mean"
     )
     asked, _ = curate(tmp_path, given, construct={"on_degenerate": "warn"})
     assert asked.warnings == ()  # there is nothing to mend
@@ -239,3 +240,39 @@ def test_labels_are_for_published_pairs(tmp_path):
     pool = [{"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]}]
     with pytest.raises(InputError, match=r"--labels agree is for pairs whose sides are published, and .* holds pools"):
         curate(tmp_path, pool, construct={"labels": "agree"})
+
+
+@pytest.mark.parametrize("layout", ["pools", "responses"])
+def test_a_column_beside_the_score_that_was_asked_for_contradicts_it(tmp_path, layout):
+    """And one that measures something else does not, nor the numbers of tokens."""
+    rng = np.random.default_rng()
+    given, wrong = [], 0
+    for k in range(150):
+        worth = rng.normal(size=4)
+        helpful, fine = 5 + 2 * worth + 0.4 * rng.normal(size=4), 3 + worth + 0.2 * rng.normal(size=4)
+        if k % 30 == 0:
+            at = int(np.argmin(fine))
+            helpful[at], fine[at], wrong = 12.0, -1.0, wrong + 1
+        texts = [f"{'w' * int(rng.integers(5, 60))} {k} {s}" for s in range(4)]
+        columns = {"helpful": helpful, "fine": fine, "verbose": rng.normal(size=4), "tokens": rng.permutation(helpful)}
+        columns = {name: column.round(2).tolist() for name, column in columns.items()}
+        if layout == "pools":
+            given.append({"prompt": f"q{k}", "responses": texts, **columns})
+        else:
+            for s in range(4):
+                given.append(
+                    {"prompt": f"q{k}", "response": texts[s], **{n: column[s] for n, column in columns.items()}}
+                )
+    result, _ = curate(tmp_path, given, read={"scores": ["helpful"]})
+    listed = result.summary["contradicting"]
+    assert wrong <= len(listed) <= wrong + 2 and sum(row["helpful"] == 12 for row in listed) == wrong
+    assert all({"helpful", "fine"} <= row.keys() for row in listed)
+
+
+def test_columns_that_come_along_under_another_name_are_said(tmp_path):
+    given = [row | {"route": f"A{k}", "rule": "mine", "kind": "x"} for k, row in enumerate(published(reversed_ones=0))]
+    result, rows = curate(tmp_path, given, read={"keep": ["route", "rule", "kind"]})
+    assert [row["input_route"] for row in rows] == [row["route"] for row in given]
+    assert rows[0]["kind"] == "x" and rows[0]["rule"] == "published"
+    (text,) = [notice.text for notice in result.notices if notice.id == "renamed-columns"]
+    assert text.endswith("route is input_route, rule is input_rule") and not result.warnings

@@ -1,6 +1,7 @@
 """What one input is: its files, the layout that they have, and what is read of every row."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,6 +15,9 @@ from fastpref.curate.files.rows import PREFERENCE, Fields, column_of_row, is_num
 from fastpref.curate.files.sources import Source, find_sources
 from fastpref.curate.files.table import RowProblem
 from fastpref.errors import InputError
+
+MOST_BESIDE = 3  # columns of numbers that nobody asked for
+_NO_SCORE = re.compile("len|token|count|size|words|char|time|seed|turn|_id$|^id$|index|logp|temperature", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs
     cells = next((source.delimiter for source in sources if source.delimiter is not None), None)
     scores = _scores(name, columns, head, fields._replace(cells=cells), request.scores)
     scored = scores != (PREFERENCE,)
-    fields = fields._replace(scores=scores, beside=_beside(head, fields._replace(cells=cells), scores))
+    fields = fields._replace(scores=scores, beside=_beside(head, columns, fields._replace(cells=cells), scores))
     read_as = f"{resolved}{_more_roles(fields, scored)}"
     formats = dict.fromkeys(source.description for source in sources if source.container == "csv")
     read_as = "; ".join([read_as, *formats])
@@ -134,10 +138,20 @@ def _scores(name, columns, head, fields: Fields, asked) -> tuple[str, ...] | Non
     raise InputError(f"{name} has no scores ({usual}){there}: name them by --scores {(numbers or ['NAME'])[0]}")
 
 
-def _beside(head, fields: Fields, scores) -> tuple[str, ...]:
-    """Usual scores that were not asked for: they may contradict those that were."""
-    others = [name for name in LAYOUTS[fields.layout].scores if name not in (scores or ())]
-    return tuple(name for name in others if any(column_of_row(row, fields, name) is not None for row in head))
+def _beside(head, columns, fields: Fields, scores) -> tuple[str, ...]:
+    """Scores not asked for, which may contradict those that were: usual ones, and a few numbers per response."""
+    usual = [name for name in LAYOUTS[fields.layout].scores if any(column_of_row(row, fields, name) for row in head)]
+    taken = {*(scores or ()), *fields.roles.values(), *fields.carried, fields.length, fields.source}
+    further = []
+    if fields.shape in ("pool", "rows"):
+        further = [
+            name
+            for name in columns
+            if not _NO_SCORE.search(name)
+            and all(isinstance(row.get(name), list) == (fields.shape == "pool") for row in head if name in row)
+            and any(_holds_numbers(row.get(name)) for row in head)
+        ]
+    return tuple(name for name in dict.fromkeys([*usual, *further]) if name not in taken)[:MOST_BESIDE]
 
 
 def _holds_numbers(value) -> bool:

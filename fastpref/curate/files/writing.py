@@ -87,7 +87,8 @@ def write_pairs(
     conversational = bool(samples.conversational[prompts].any())
     if not is_conversational(format) and conversational and not samples.conversational[prompts].all():
         raise InputError(
-            f"{samples.path} holds strings and lists of messages, a file of pairs only one: write trl-conversational"
+            f"{samples.path} holds strings and lists of messages, and a file of pairs can only hold one of them: "
+            "write --format trl-conversational"
         )
     workers = processes.worthwhile_processes(samples.size) if workers is None else workers
     done, total = deque(), sum(map(reading.extent, samples.files))
@@ -198,6 +199,12 @@ class Picked(NamedTuple):
     columns: dict[str, object]  # as of `pair_columns`
 
 
+def carried_names(carried, names) -> dict[str, str]:
+    """What the columns that come along are called in the output, beside columns of these names."""
+    taken = {"prompt_id", *TEXTS, *names}
+    return {name: f"input_{name}" if name in taken else name for name in carried}
+
+
 def pair_rows_of(rows: list[Row], hashes: np.ndarray, picked: Picked, carried, format) -> list[dict]:
     """The output row of every pair, with the texts as for TRL.
 
@@ -205,8 +212,7 @@ def pair_rows_of(rows: list[Row], hashes: np.ndarray, picked: Picked, carried, f
     a column of the pairs gets "input_" before it.
     """
     names = list(picked.columns)
-    taken = {"prompt_id", *TEXTS, *names}
-    carried = {name: f"input_{name}" if name in taken else name for name in carried}
+    carried = carried_names(carried, names)
     values = zip(*(_values(column, len(picked.row)) for column in picked.columns.values()), strict=True)
     places = (picked.row.tolist(), picked.chosen.tolist(), picked.rejected.tolist(), picked.to_sft.tolist())
     found = []
@@ -273,7 +279,6 @@ def _indices(samples, pairs) -> list[np.ndarray]:
 
 def _lines_of_part(source, part, known, picked, hashes, fields, format, finished) -> tuple[bytes, np.ndarray]:
     """The rows of the pairs as JSON, one after the other, and the bytes of each. hashes: of chosen and rejected."""
-    import orjson
 
     from fastpref.curate.files import reading  # needs orjson, xxhash and pyarrow
     from fastpref.curate.files.texts import text_hash
@@ -286,17 +291,32 @@ def _lines_of_part(source, part, known, picked, hashes, fields, format, finished
     found = pair_rows_of(rows, known.prompt_hash, picked, fields.carried, format)
     if finished:
         found = [shaped for row in found for shaped in shaped_rows(row, format)]
-    lines = [orjson.dumps(row, _json_value) for row in found]
+    lines = list(map(_json_line, found))
     return b"".join(lines), np.array([len(line) for line in lines], np.int64)
 
 
+def _json_line(row: dict) -> bytes:
+    """The row as JSON. Raises InputError where a column holds what JSON has no word for, as those of Parquet can."""
+    import orjson
+
+    try:
+        return orjson.dumps(row, _json_value)
+    except orjson.JSONEncodeError:
+        for name, value in row.items():
+            try:
+                orjson.dumps(value, _json_value)
+            except orjson.JSONEncodeError as error:
+                raise InputError(
+                    f"the column {name} cannot be written ({error}), in prompt {row['prompt_id']}: leave it out; of "
+                    "pictures, rows can hold the paths"
+                ) from error
+        raise
+
+
 def _json_value(value) -> float:
-    """Of what a Parquet column can hold and JSON cannot."""
     if isinstance(value, Decimal):
         return float(value)
-    if isinstance(value, bytes):
-        raise InputError("a column holds bytes, such as pictures themselves, where rows can hold paths: leave it out")
-    raise TypeError(f"JSON has no {type(value).__name__}")
+    raise TypeError
 
 
 def _in_given_order(blocks: Iterable[tuple[bytes, np.ndarray]], in_file, folder) -> Iterator[list[bytes]]:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
@@ -13,6 +14,7 @@ from fastpref.curate import goals
 from fastpref.curate.files import writing as files
 from fastpref.curate.files.formats import FORMATS
 from fastpref.curate.hygiene import split_of
+from fastpref.curate.notices import DataWarning
 from fastpref.curate.pipeline.options import Options, check_positive, choice
 from fastpref.curate.pipeline.scores import linear_scores, primary_field
 from fastpref.curate.pipeline.state import PairReason, State
@@ -85,6 +87,11 @@ def write_outputs(state: State, config, progress=None) -> tuple[dict, dict]:
         columns, rewrite = _with_goals(columns, config)
     reproducible = replace(config, read=replace(config.read, workers=None))  # which change nothing
     metadata = {"version": version, "config": asdict(reproducible), "rating_scale": scale}
+    names = files.carried_names(samples.fields.carried, files.pair_columns(samples, columns))
+    if renamed := {name: written for name, written in names.items() if name != written}:
+        text = ", ".join(f"{name} is {written}" for name, written in renamed.items())
+        text = f"columns of {samples.path} have the names of columns that are written: there, {text}"
+        warnings.warn(DataWarning("renamed-columns", text), stacklevel=2)
     held_out = split_of(samples.prompt_hash, test_share=options.test_share, salt=config.seed)[columns["prompt"]]
     parts = [(config.output, ~held_out, options.sft)]
     if options.test is not None:

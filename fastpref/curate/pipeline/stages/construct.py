@@ -8,7 +8,7 @@ import numpy as np
 
 from fastpref.curate.length import match_length
 from fastpref.curate.notices import DataWarning
-from fastpref.curate.pairs import DropReason, PairSelection, parse_bounds, select_pairs
+from fastpref.curate.pairs import DropReason, PairSelection, parse_bounds, select_pairs, small_pool
 from fastpref.curate.pipeline.options import Options, choice
 from fastpref.curate.pipeline.state import PairReason, State
 from fastpref.curate.routing import Route
@@ -81,10 +81,11 @@ def construct_pairs(state: State, config) -> State:
     state = replace(state, pairs=pairs).with_summary("construct", summary)
     if samples.published:
         summary |= _said_of_labels(state, reversed_ones=dropped.get(DropReason.REVERSED.name.lower(), 0))
-    elif selection.small_pools and options.rejected not in ("min", "max"):
+    elif selection.small_pools:
+        most = small_pool(options.rejected, options.scale, options.ddof)
         text = (
-            f"{selection.small_pools} of {len(pairs['prompt'])} pairs come from so few responses that "
-            f"{options.rejected} can only be the worst one"
+            f"{selection.small_pools} of {len(pairs['prompt'])} pairs come from pools of {most} responses or fewer, "
+            f"where the rule {options.rejected} is min: none of so few can lie that far below their mean"
         )
         warnings.warn(DataWarning("small-pools", text), stacklevel=2)
     return state.with_summary("construct", summary)
