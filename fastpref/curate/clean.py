@@ -371,7 +371,8 @@ def vote_consensus(scores, *, offsets, valid=None, temperature=None, threshold=5
     """One score per response from the pairs of each prompt on which the judges vote, whatever their scales.
 
     A robust Bradley-Terry fit of the votes gives the scores, which are logits and compare within a prompt only. Votes
-    do not know by how much: where the scales can be compared, `consensus` picks the best response more often.
+    do not know by how much, least where all judges agree that one response is the best, whose lead is then that of the
+    fit's ridge: where the scales can be compared, `consensus` picks the best response more often.
 
     scores: [responses, J], NaN where a judge gave none; offsets: [prompts + 1]. valid: [responses] bool, False leaves a
         response out (NaN).
@@ -389,7 +390,9 @@ def vote_consensus(scores, *, offsets, valid=None, temperature=None, threshold=5
     padded = np.full((len(offsets) - 1, int(np.diff(offsets).max(initial=0)), scores.shape[1]), np.nan)
     padded[prompt, place] = scores
     votes = preference_matrix.from_scores(padded, temperature=temperature)
-    found = preference_matrix.denoise(votes, method="bradley_terry", threshold=threshold)
+    with warnings.catch_warnings():  # few judges are often of one mind; then the order alone is theirs, as said above
+        warnings.filterwarnings("ignore", ".* ridge of ", RuntimeWarning)
+        found = preference_matrix.denoise(votes, method="bradley_terry", threshold=threshold)
     fitted = found.scores.numpy()
     return replace(_judged(found, None, votes.dense().numpy(), fitted), scores=fitted[prompt, place])
 
