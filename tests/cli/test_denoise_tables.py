@@ -129,6 +129,12 @@ def test_other_delimiters_and_decimal_commas(tmp_path, run, text):
     )
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_thousands_are_not_taken_for_decimals(tmp_path, run, delimiter):
+    (tmp_path / "in.csv").write_text("i;j;wins_i;wins_j\na;b;3;1\nb;c;6,000;2\n".replace(";", delimiter))
+    assert "in.csv:3: wins_i may be a decimal comma or thousands, got '6,000'" in run("in.csv")[2]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
 def test_encodings_by_their_marks(tmp_path, run, encoding):
     text = ("\ufeff" if encoding.endswith("le") else "") + "winner,loser\r\nÅsa,Øyvind\r\nØyvind,Åsa\r\n"
