@@ -129,6 +129,12 @@ def test_other_delimiters_and_decimal_commas(tmp_path, run, text):
     )
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_thousands_are_not_taken_for_decimals(tmp_path, run, delimiter):
+    (tmp_path / "in.csv").write_text("i;j;wins_i;wins_j\na;b;3;1\nb;c;6,000;2\n".replace(";", delimiter))
+    assert "in.csv:3: wins_i may be a decimal comma or thousands, got '6,000'" in run("in.csv")[2]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
 def test_encodings_by_their_marks(tmp_path, run, encoding):
     text = ("\ufeff" if encoding.endswith("le") else "") + "winner,loser\r\nÅsa,Øyvind\r\nØyvind,Åsa\r\n"
@@ -410,6 +416,37 @@ def test_unused_votes_are_counted_and_said(tmp_path, run):
     code, summary, err, out = run("in.csv")
     assert (summary["comparisons"], summary["unused"], summary["ties"]) == (3, 0, 5)
     assert None not in scores_of(out).values() and "not used" not in err
+
+
+@pytest.mark.parametrize("name", ["count", "weight"])
+def test_a_column_of_counts_is_used(tmp_path, run, name):
+    (tmp_path / "in.csv").write_text(f"winner,loser,{name}\na,b,30\nb,a,10\nb,c,5\nc,b,5\na,c,0\n")
+    code, summary, _, out = run("in.csv")
+    found = scores_of(out)
+    assert code == 0 and summary["unused"] == 1 and f"count={name}" in summary["read_as"]
+    assert found["a"] - found["b"] == pytest.approx(np.log(3), abs=0.02) and found["b"] == pytest.approx(
+        found["c"], abs=0.02
+    )
+    (tmp_path / "in.csv").write_text(f"model_a,model_b,winner,{name}\na,b,A,30\na,b,B,10\nb,c,tie,10\n")
+    code, summary, _, out = run("in.csv")
+    assert scores_of(out) == pytest.approx(found, abs=0.02) and summary["ties"] == 10
+    assert run("in.csv", ["--columns", f"count={name}"])[1]["read_as"] == summary["read_as"]
+
+
+@pytest.mark.parametrize("name", ["tie", "ties", "is_tie"])
+def test_a_column_of_ties_beside_winners_is_used(tmp_path, run, name):
+    (tmp_path / "in.csv").write_text(f"winner,loser,{name}\na,b,True\na,b,True\nb,c,False\nc,b,False\n")
+    code, summary, _, out = run("in.csv")
+    assert code == 0 and summary["ties"] == 2 and list(scores_of(out).values()) == pytest.approx([0, 0, 0], abs=1e-6)
+    (tmp_path / "in.csv").write_text(f"winner,loser,{name}\na,b,3\n")
+    assert f"in.csv:2: {name} must be true or false, 1 or 0, got 3" in run("in.csv")[2]
+
+
+@pytest.mark.parametrize("header", ["winner,loser", "i,j,wins_i,wins_j", "row,column,value"])
+def test_a_header_that_stands_again_is_refused(tmp_path, run, header):
+    row = {2: "a,b", 4: "a,b,1,2", 3: "a,b,1"}[header.count(",") + 1]
+    (tmp_path / "in.csv").write_text(f"{header}\n{row}\n{header}\n{row}\n")
+    assert run("in.csv")[2] == "fastpref denoise: in.csv:3: the header stands here again, as a row\n"
 
 
 def test_half_wins_are_votes(tmp_path, run):

@@ -21,8 +21,8 @@ IN is a matrix or comparisons:
     triples  row, column, value             cells of a matrix, those without one missing: robust PCA
     votes    i, j, wins_i, wins_j [ties]    how often item i beat item j, j beat i, and neither: robust Bradley-Terry
              model_a, model_b, winner_model_a, winner_model_b, winner_tie       the same
-    winners  winner, loser                  one vote a row: the same
-    battles  model_a, model_b, winner       one vote a row: winner is model_a or model_b (a, b), tie, tie (bothbad) or
+    winners  winner, loser [tie] [count]    one vote a row, or count (weight) of them: the same
+    battles  model_a, model_b, winner       likewise [count]: winner is model_a or model_b (a, b), tie, tie (bothbad) or
              (or i, j, winner)              both_bad, and a tie is half a win for each
     logits   i, j, value                    the logit of i beating j, log(p / (1 - p)): the same
   Columns called otherwise are named with --columns, and where several layouts fit, --layout chooses. Names are strings

@@ -13,6 +13,7 @@ class Layout(NamedTuple):
     roles: tuple[str, ...]  # all of which it needs
     optional: tuple[str, ...]
     names: tuple[dict[str, str], ...]  # role -> what the column is called by itself, in one way or another
+    others: tuple[tuple[str, str], ...] = ()  # of optional roles, further names that are read
 
 
 def _same(*roles: str) -> dict[str, str]:
@@ -30,11 +31,17 @@ LAYOUTS = {
             _ARENA | {"wins_i": "winner_model_a", "wins_j": "winner_model_b", "ties": "winner_tie", "judge": "judge"},
         ),
     ),
-    "winners": Layout(("winner", "loser"), ("judge", "prompt"), (_same("winner", "loser", "judge"),)),
+    "winners": Layout(
+        ("winner", "loser"),
+        ("ties", "count", "judge", "prompt"),
+        (_same("winner", "loser", "ties", "count", "judge"),),
+        (("ties", "tie"), ("ties", "is_tie"), ("count", "weight")),
+    ),
     "battles": Layout(
         ("i", "j", "winner"),
-        ("judge", "prompt"),
-        (_same("i", "j", "winner", "judge"), _ARENA | _same("winner", "judge")),
+        ("count", "judge", "prompt"),
+        (_same("i", "j", "winner", "count", "judge"), _ARENA | _same("winner", "count", "judge")),
+        (("count", "weight"),),
     ),
     "logits": Layout(("i", "j", "value"), ("prompt",), (_same("i", "j", "value"),)),
 }
@@ -128,7 +135,9 @@ def _fit(name: str, found: Sequence[str], columns: dict[str, str]) -> Choice | N
                 continue
             # a column that is not called ties counts them only beside the wins it belongs to
             belongs = role != "ties" or own[role] == role or own["wins_i"] == chosen["wins_i"]
-            if own.get(role) in found and own[role] not in taken and belongs:
-                chosen[role] = own[role]
+            usual = [own[role]] if role in own and belongs else []
+            usual += [other for its_role, other in layout.others if its_role == role]
+            if there := [name for name in usual if name in found and name not in taken]:
+                chosen[role] = there[0]
         return Choice(name, chosen)
     return None

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 
 from fastpref.cli.denoise.layouts import Choice
 from fastpref.cli.denoise.tables import first_row, index_names, measures_of, names_of, near_twins
@@ -57,13 +58,12 @@ def read_comparisons(table: Table, choice: Choice, what: str, found: list[str], 
     names, (i, j) = index_names(*items)
     if (row := first_row(i == j)) is not None:
         raise InputError(f"{table.place(row)}: compares an item with itself: {names[int(i[row])]}")
+    refuse_header(table, columns, (first, second))
     warnings, notes, ties, back = [], [], 0.0, None
-    if layout == "winners":
-        _refuse_labels(table, columns["winner"])
-        value, back = np.ones(len(i)), np.zeros(len(i))
-    elif layout == "battles":
-        value = _labels(table, columns["winner"])
-        back, ties = 1 - value, float((value == 0.5).sum())
+    if layout in ("winners", "battles"):
+        share = _shares(table, layout, columns)
+        count = _counts(table, columns["count"]) if "count" in columns else np.ones(len(i))
+        value, back, ties = count * share, count * (1 - share), float(count[share == 0.5].sum())
     elif layout == "votes":
         value, back = (_counts(table, columns[role]) for role in ("wins_i", "wins_j"))
         if "ties" in columns:
@@ -103,6 +103,31 @@ def _counts(table: Table, column: str) -> np.ndarray:
     if (row := first_row(~((votes >= 0) & (votes < np.inf)))) is not None:
         raise InputError(f"{table.place(row)}: {column} must be a finite count >= 0, got {votes[row]:g}")
     return votes
+
+
+def _shares(table: Table, layout: str, columns: dict[str, str]) -> np.ndarray:
+    """The share that the first item of every row has of its vote."""
+    if layout == "battles":
+        return _labels(table, columns["winner"])
+    _refuse_labels(table, columns["winner"])
+    if "ties" not in columns:
+        return np.ones(len(table.numbers))
+    tied = as_numbers(table, columns["ties"])
+    if (row := first_row(~np.isin(tied, (0, 1)))) is not None:
+        raise InputError(f"{table.place(row)}: {columns['ties']} must be true or false, 1 or 0, got {tied[row]:g}")
+    return np.where(tied == 1, 0.5, 1.0)
+
+
+def refuse_header(table: Table, columns: dict[str, str], roles: tuple[str, str]) -> None:
+    """Raises InputError where the header stands again as a row, as in files that were put one behind the other."""
+    again = np.ones(len(table.numbers), bool)
+    for role in roles:
+        values = table.columns[columns[role]]
+        if not (pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)):
+            return
+        again &= pyarrow.compute.equal(values, columns[role]).to_numpy().astype(bool)
+    if (row := first_row(again)) is not None:
+        raise InputError(f"{table.place(row)}: the header stands here again, as a row")
 
 
 def _labels(table: Table, column: str) -> np.ndarray:

@@ -384,6 +384,13 @@ def _parsed_numbers(table: Table, name: str) -> np.ndarray:
     texts = table.columns[name]
     comma = np.array([source.delimiter == ";" for source in table.sources])[table.source]
     if comma.any():
+        doubtful = pyarrow.compute.match_substring_regex(texts, r"^\s*[+-]?\d{1,3}(,\d{3})+\s*$").fill_null(False)
+        if len(rows := np.flatnonzero(doubtful.to_numpy() & comma)):
+            said = texts[int(rows[0])].as_py()
+            raise InputError(
+                f"{table.place(int(rows[0]))}: {name} may be a decimal comma or thousands, got {said!r}: write such "
+                "numbers without the comma"
+            )
         with_comma = pyarrow.compute.replace_substring(texts, ",", ".", max_replacements=1)
         texts = pyarrow.compute.if_else(pyarrow.array(comma), with_comma, texts)
     texts = pyarrow.compute.utf8_trim_whitespace(texts)
