@@ -291,7 +291,7 @@ def _pair_keys(name) -> list[list[str]]:
 
 _BASE = re.compile(r"(?:chosen[_-](.+)|(.+)_chosen)")
 # Other numbers of the sides, such as tokens or log-probs, are scores only if they are named.
-_SCORE = re.compile(r"(?<![a-z])(score|rating|reward|grade|quality|helpfulness|win_?prob)s?(?![a-z])")
+_SCORE_NAMES = re.compile(r"(?<![a-z])(score|rating|reward|grade|quality|helpfulness|win_?prob)s?(?![a-z])")
 
 
 def _scores_of_pairs(row, fields: Fields) -> tuple[str, ...] | None:
@@ -302,7 +302,7 @@ def _scores_of_pairs(row, fields: Fields) -> tuple[str, ...] | None:
         values = [row[key] for key in keys or ()]
         if fields.cells is not None:
             values = [_decoded_number(value, fields.cells) for value in values]
-        if any(is_number(value) for value in values) and _SCORE.search(name.lower()):
+        if any(is_number(value) for value in values) and _SCORE_NAMES.search(name.lower()):
             found.append(name)
     for usual in ("score", "rating", "reward"):
         if usual in found:
@@ -362,7 +362,7 @@ def _holds(text, prompt: str) -> bool:
 
 
 # What begins the reply of an assistant in the templates of chat models and in published data.
-_TURN = re.compile(
+_TURN_MARKS = re.compile(
     r"\n\nAssistant:|\n(?:### ?)?(?:Assistant|ASSISTANT):|\n### ?Response:|(?<=\s)ASSISTANT:"
     r"|(?<=\s)GPT4 Correct Assistant:|<\|im_start\|>assistant\n|<\|assistant\|>\n?|\[/INST\]|<start_of_turn>model\n"
     r"|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n|<\|turn>model\n"
@@ -383,7 +383,7 @@ def _implicit_prompt(chosen, rejected) -> tuple:
     if same is None:
         same = min(len(chosen), len(rejected)) - isinstance(chosen, list)
     if isinstance(chosen, str):
-        turns = [turn for turn in _TURN.finditer(chosen, 0, same) if chosen[: turn.start()].strip()]
+        turns = [turn for turn in _TURN_MARKS.finditer(chosen, 0, same) if chosen[: turn.start()].strip()]
         if not turns:
             raise ValueError("no field 'prompt', and chosen and rejected have no turn of an assistant in common")
         same = turns[-1].end()
