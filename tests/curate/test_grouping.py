@@ -101,3 +101,34 @@ def test_the_groups_of_a_changed_file_are_not_read(tmp_path):
     write_lines(path, rows[1:])
     with pytest.raises(reading.InputError, match="changed after its scores were read"):
         list(texts(samples))
+
+
+def test_columns_of_single_responses_do_not_part_a_prompt(tmp_path):
+    rows = [{"prompt": "p", "response": f"{k}", "score": k, "id": k, "prompt_id": None} for k in range(3)]
+    samples = read_samples(write_lines(tmp_path / "rows.jsonl", rows))
+    assert np.diff(samples.offsets).tolist() == [3] and samples.problems == []
+    rows = [row | {"prompt_id": float(k // 2)} for k, row in enumerate(rows)]  # of pandas
+    samples = read_samples(write_lines(tmp_path / "rows.jsonl", rows))
+    assert np.diff(samples.offsets).tolist() == [2, 1]
+    line = b'{"prompt": "p", "response": "a", "score": 1, "score": 2}'
+    samples = read_samples(write_lines(tmp_path / "rows.jsonl", [*rows, line]))
+    assert [problem.reason for problem in samples.problems] == ["the key 'score' stands there more than once"]
+
+
+def test_values_of_parquet_that_json_cannot_hold(tmp_path):
+    from decimal import Decimal
+
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    row = {"prompt": "p", "response": "x", "score": 1.0}
+    parquet.write_table(
+        pyarrow.Table.from_pylist([row | {"prompt_id": Decimal(7), "id": Decimal(3)}] * 2), tmp_path / "d.parquet"
+    )
+    assert list(texts(read_samples(tmp_path / "d.parquet"))) == [("p", ["x", "x"])]
+    image = {"bytes": b"\x89PNG", "path": None}
+    parquet.write_table(pyarrow.Table.from_pylist([row | {"image": image}]), tmp_path / "i.parquet")
+    assert "holds bytes" in read_samples(tmp_path / "i.parquet").problems[0].reason
+    pair = {"prompt": "p", "chosen": "x", "rejected": "y", "image": image}
+    parquet.write_table(pyarrow.Table.from_pylist([pair]), tmp_path / "p.parquet")
+    assert read_samples(tmp_path / "p.parquet").fields.carried == ("image",)

@@ -8,6 +8,7 @@ import pytest
 from samples_cases import write_lines
 
 from fastpref.curate import InputError, read_samples, texts
+from fastpref.curate.files import containers
 from fastpref.curate.files.layouts import LAYOUTS, resolve_layout
 
 USER, SYSTEM = ({"role": role, "content": role} for role in ("user", "system"))
@@ -390,3 +391,49 @@ def test_an_object_around_the_rows_is_named(tmp_path):
     (tmp_path / "s.json").write_text(json.dumps({"data": [row, row]}, indent=1))
     with pytest.raises(InputError, match=r"it is one JSON object that holds the array 'data'; .* as jq .data does"):
         read_samples(tmp_path / "s.json")
+
+
+def test_what_comes_first_behind_the_first_rows_is_not_left_out(tmp_path, monkeypatch):
+    row = {"prompt": "user", "chosen": "x", "rejected": "y"}
+    monkeypatch.setattr(containers, "MOST_HEAD_ROWS", 3)
+    late = [{"system": "s"}, {"tools": [1]}, {"image_url": "u"}, {"chat_history": ["t"]}]
+    late += [{"score_chosen": 2, "score_rejected": 1}, {"system": None, "note": 1}]
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", [row] * 4 + [row | further for further in late]))
+    assert [problem.row for problem in samples.problems] == [5, 6, 7, 8, 9] and samples.row.tolist() == [1, 2, 3, 4, 10]
+    assert all("of none of the first" in p.reason or "in none of the first" in p.reason for p in samples.problems)
+
+
+BOB = {"role": "user", "content": "user", "name": "bob"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before", "read"),
+    [
+        ([USER], [USER], [USER]),
+        ([USER], [SYSTEM, USER], [SYSTEM, USER]),
+        ([USER], [BOB], [BOB]),
+        ([USER | {"tool_calls": None}], [USER], [USER]),
+        ([USER], [USER, *reply("a"), USER], [USER, *reply("a"), USER]),
+        ([USER], [], [USER]),
+        ("user", [SYSTEM, USER], [SYSTEM, USER]),
+        ("user", [], [USER]),
+        ([{"role": "user", "content": "another"}], [USER], None),
+        ("another", [USER], None),
+    ],
+)
+def test_a_prompt_beside_whole_conversations(tmp_path, prompt, before, read):
+    row = {"prompt": prompt, "chosen": [*before, *reply("x")], "rejected": [*before, *reply("y")]}
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", [row]))
+    assert list(texts(samples)) == ([] if read is None else [(read, [reply("x"), reply("y")])])
+
+
+def test_a_system_message_stays_first(tmp_path):
+    row = {"prompt": [SYSTEM, USER], "chosen": "x", "rejected": "y", "history": [["a", "b"]]}
+    ((prompt, _),) = texts(read_samples(write_lines(tmp_path / "s.jsonl", [row])))
+    assert [message["role"] for message in prompt] == ["system", "user", "assistant", "user"]
+
+
+def test_a_header_that_comes_again_is_no_row(tmp_path):
+    (tmp_path / "s.csv").write_text("prompt,chosen,rejected\np,x,y\nprompt,chosen,rejected\nq,x,y\n")
+    samples = read_samples(tmp_path / "s.csv")
+    assert samples.prompts == 2 and [str(p) for p in samples.problems] == [f"{samples.path}:3: the header once more"]

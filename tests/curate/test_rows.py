@@ -266,7 +266,18 @@ def test_a_row_by_itself():
             ("overall_score",),
         ),
         ("pairs", {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 0}, ("score",)),
-        ("pairs", {"chosen": "a", "rejected": "b", "chosen-x": 1, "rejected-x": 0, "chosen_model": "m"}, ("x",)),
+        (
+            "pairs",
+            {
+                "chosen": "a",
+                "rejected": "b",
+                "chosen-rating": 1,
+                "rejected-rating": 0,
+                "tokens_chosen": 3,
+                "tokens_rejected": 2,
+            },
+            ("rating",),
+        ),
         ("pairs", {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": None, "score_rejected": None}, None),
         ("pools", [1], None),
     ],
@@ -276,16 +287,12 @@ def test_the_score_fields_of_a_row(layout, row, fields):
 
 
 def test_several_scores_of_the_sides_must_be_named(tmp_path):
-    row = {
-        "prompt": "p",
-        "chosen": "a",
-        "rejected": "b",
-        "a_chosen": 1,
-        "a_rejected": 0,
-        "b_chosen": 1,
-        "b_rejected": 0,
-    }
-    path = write_lines(tmp_path / "pairs.jsonl", [row])
-    with pytest.raises(InputError, match="scores of the sides are a, b: name those to use"):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "tokens_chosen": 3, "tokens_rejected": 5}
+    scores = {"a_score_chosen": 1, "a_score_rejected": 0, "b_score_chosen": 1, "b_score_rejected": 0}
+    path = write_lines(tmp_path / "pairs.jsonl", [row | scores])
+    with pytest.raises(InputError, match="scores of the sides are a_score, b_score: name those to use"):
         read_samples(path)
-    assert read_samples(path, score_fields=["b"]).scores["b"].tolist() == [1, 0]
+    assert read_samples(path, score_fields=["b_score"]).scores["b_score"].tolist() == [1, 0]
+    path = write_lines(tmp_path / "pairs.jsonl", [row])
+    assert not read_samples(path).scored  # a number of tokens is no score
+    assert read_samples(path, score_fields=["tokens"]).scores["tokens"].tolist() == [3, 5]

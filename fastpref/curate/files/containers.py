@@ -149,7 +149,7 @@ def read_table(sources: Sequence[Source], columns: Sequence[str] | None = None) 
 def as_numbers(table: Table, name: str) -> np.ndarray:
     """Returns a column as float64 [rows], NaN for null, an empty field and NaN itself; true is 1 and false 0.
 
-    A field of CSV with ';' or tabs may have a decimal comma.
+    A field of CSV with ';' may have a decimal comma.
 
     Raises:
         InputError: An entry is no number, with its file and line.
@@ -233,14 +233,52 @@ def json_rows(source: Source) -> Iterator[tuple[int, object]]:
         return
     number = 0
     for block in line_blocks(source):
-        place = block.begin
-        for line in block.lines.split(b"\n"):
+        place, lines = block.begin, block.lines.split(b"\n")
+        rows = [json_value(line, place == 0 and k == 0) for k, line in enumerate(lines)]
+        keys = next((list(row) for row in rows if isinstance(row, dict)), [])
+        for k in lines_with_repeats(block.lines, keys):
+            if isinstance(rows[k], dict):
+                rows[k] = without_repeats(lines[k], rows[k])
+        for row in rows:
             number += 1
-            row = json_value(line, place == 0)
-            place += len(line) + 1
             if row is not None:
                 yield number, row
         number -= block.lines.endswith(b"\n")  # what follows the last line feed is the next block's
+
+
+def lines_with_repeats(lines: bytes, keys: Sequence[str]) -> set[int]:
+    """Returns the lines, from 0, that may hold a key twice: JSON allows it, and the last one would win unseen.
+
+    By the colons, of which texts have few: a search for the keys would take as long as parsing.
+    """
+    text = np.frombuffer(lines, np.uint8)
+    ends = np.flatnonzero(text == ord(":"))
+    ends = ends[ends > 0]
+    while (blank := (text[ends - 1] == ord(" ")) & (ends > 1)).any():
+        ends = ends - blank
+    line_feeds, repeated = None, set()
+    for key in keys:
+        token = json.dumps(key).encode()
+        at = ends[ends >= len(token)]
+        for back, character in enumerate(reversed(token), start=1):
+            at = at[text[at - back] == character]
+        if len(at) > 1:
+            line_feeds = np.flatnonzero(text == ord("\n")) if line_feeds is None else line_feeds
+            numbers = np.searchsorted(line_feeds, at)
+            repeated.update(numbers[1:][numbers[1:] == numbers[:-1]].tolist())
+    return repeated
+
+
+def without_repeats(line: bytes, value: dict) -> dict | ValueError:
+    """Returns the value of a line, or a ValueError where one of its objects holds a key twice."""
+    repeated = []
+
+    def keep(pairs):
+        names = [name for name, _ in pairs]
+        repeated.extend(name for name in names if names.count(name) > 1)
+
+    json.loads(line.decode("utf-8-sig"), object_pairs_hook=keep)
+    return ValueError(f"the key {repeated[0]!r} stands there more than once") if repeated else value
 
 
 def json_value(line: bytes, first: bool):
@@ -344,7 +382,7 @@ def _csv_batches(source: Source, columns: list[str]) -> Iterator[Batch]:
 
 def _parsed_numbers(table: Table, name: str) -> np.ndarray:
     texts = table.columns[name]
-    comma = np.array([source.delimiter in (";", "\t") for source in table.sources])[table.source]
+    comma = np.array([source.delimiter == ";" for source in table.sources])[table.source]
     if comma.any():
         doubtful = pyarrow.compute.match_substring_regex(texts, r"^\s*[+-]?\d{1,3}(,\d{3})+\s*$").fill_null(False)
         if len(rows := np.flatnonzero(doubtful.to_numpy() & comma)):

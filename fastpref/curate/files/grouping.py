@@ -17,10 +17,10 @@ import numpy as np
 import orjson
 
 from fastpref.curate.files.containers import numbered_rows
-from fastpref.curate.files.rows import Fields, Row, parse_row, top_fields, without_bad_unicode
+from fastpref.curate.files.rows import Fields, Row, context_of, parse_row, top_fields, without_bad_unicode
 from fastpref.curate.files.sources import Source, temporary_folder
 from fastpref.curate.files.table import RowProblem
-from fastpref.curate.files.texts import prompt_digest
+from fastpref.curate.files.texts import as_json, prompt_digest
 
 PARTITION = 1 << 27  # bytes of rows that are grouped at a time
 UNPACKED = 8  # times the size of a packed file, about
@@ -90,10 +90,20 @@ def _partitioned(sources, fields, folder, count, problems) -> tuple[int, list[st
 
 
 def _line(order: int, number: int, name: str, key: str, row: Row) -> bytes:
+    if any(isinstance(value, bytes) for carried in row.carried.values() for value in _values_in(carried)):
+        raise ValueError("a column beside the prompt holds bytes, which no file of pools can: save images as files")
     scores = [None if math.isnan(values[0]) else values[0] for values in (row.scores | row.beside).values()]
     beside = [None if values is None else values[0] for values in (row.sources, row.lengths, row.truncated)]
-    prompt = [row.prompt, row.prompt_id, row.carried]
-    return orjson.dumps([order, number, name, key, prompt, row.responses[0], scores, beside])
+    prompt = [row.prompt, context_of(row)]
+    further = [row.prompt_id, row.carried]
+    return orjson.dumps([order, number, name, key, prompt, further, row.responses[0], scores, beside], as_json)
+
+
+def _values_in(value) -> Iterator:
+    """A value and all that it holds."""
+    yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _values_in(item)
 
 
 def _pools_of_partition(path: str, fields: Fields, problems: list[RowProblem]) -> Iterator[tuple[int, int, bytes]]:
@@ -101,20 +111,21 @@ def _pools_of_partition(path: str, fields: Fields, problems: list[RowProblem]) -
     pools: dict[str, list] = {}
     with open(path, "rb") as file:
         for line in file:
-            order, number, name, key, prompt, response, scores, beside = orjson.loads(line)
-            pool = pools.setdefault(key, [order, number, prompt, [], [], []])
+            order, number, name, key, prompt, further, response, scores, beside = orjson.loads(line)
+            pool = pools.setdefault(key, [order, number, prompt, further, [], [], []])
             if pool[2] != prompt:
-                problems.append(RowProblem(name, number, f"another prompt than the first row of prompt_id {prompt[1]}"))
+                reason = f"another prompt than the first row of prompt_id {further[0]}"
+                problems.append(RowProblem(name, number, reason))
                 continue
-            for column, value in zip(pool[3:], (response, scores, beside), strict=True):
+            for column, value in zip(pool[4:], (response, scores, beside), strict=True):
                 column.append(value)
     for key in list(pools):
-        order, number, prompt, responses, scores, beside = pools.pop(key)
-        yield order, number, orjson.dumps(_pool(fields, prompt, responses, scores, beside))
+        order, number, (prompt, _), further, responses, scores, beside = pools.pop(key)
+        yield order, number, orjson.dumps(_pool(fields, prompt, further, responses, scores, beside))
 
 
-def _pool(fields: Fields, prompt, responses, scores, beside) -> dict:
-    text, prompt_id, carried = prompt
+def _pool(fields: Fields, text, further, responses, scores, beside) -> dict:
+    prompt_id, carried = further  # of the first row
     pool = carried | {
         name: list(column)
         for name, column in zip((*fields.scores, *fields.beside), zip(*scores, strict=True), strict=True)

@@ -69,6 +69,8 @@ def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs
     fields = Fields(
         None, request.source, request.length, resolved.layout, resolved.roles, resolved.carried, request.missing
     )
+    if all(source.container in ("json-lines", "json-array") for source in sources):
+        fields = fields._replace(known=tuple(columns))
     _check_columns(sources, fields._replace(scores=request.scores))
     if "strength" not in request.columns and not any(is_number(row.get(fields.roles.get("strength"))) for row in head):
         fields.roles.pop("strength", None)  # a column of that name which says something else

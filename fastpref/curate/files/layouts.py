@@ -329,6 +329,11 @@ def is_context(name: str) -> bool:
     return _plain(name).startswith(_CONTEXT_BEGINNINGS)
 
 
+def changes_meaning(name: str) -> bool:
+    """Returns whether a column of this name changes what a prompt means: context, a system prompt or earlier turns."""
+    return is_context(name) or any(_plain(name) in aliases for aliases in MEANING.values())
+
+
 def _plain(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.lower())
 

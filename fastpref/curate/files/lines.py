@@ -96,7 +96,7 @@ def csv_records(source: Source) -> Iterator[tuple[int, list[str] | ValueError]]:
                     yield line.decode(errors="replace")
 
     reader = csv.reader(lines(), delimiter=source.delimiter, strict=True)
-    width, begun = None, 1
+    header, begun = None, 1
     while True:
         begun = reader.line_num + 1
         try:
@@ -106,14 +106,17 @@ def csv_records(source: Source) -> Iterator[tuple[int, list[str] | ValueError]]:
         except csv.Error as error:
             reason = next((meant for said, meant in _CSV_ERRORS if said in str(error)), str(error))
             raise InputError(f"{source.name}:{begun}: not CSV: {reason}") from error
-        if not record and width != 1:
+        if not record and (header is None or len(header) != 1):
             continue
         record = record or [""]
-        width = width or len(record)
         if broken is not None:
             record, broken = broken, None
-        elif len(record) != width:
-            record = ValueError(f"{len(record)} fields, where the header has {width}")
+        elif header is None:
+            header = record
+        elif len(record) != len(header):
+            record = ValueError(f"{len(record)} fields, where the header has {len(header)}")
+        elif record == header:
+            record = ValueError("the header once more")
         yield begun, record
 
 

@@ -6,7 +6,6 @@ of JSON, whose bytes count. orjson parses and XXH3 hashes.
 """
 
 import io
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -20,9 +19,11 @@ from fastpref.curate.files.containers import (
     arrow_names,
     check_unique,
     json_value,
+    lines_with_repeats,
     open_parquet,
     python_rows,
     record_as_row,
+    without_repeats,
 )
 from fastpref.curate.files.lines import LONGEST_ROW, csv_records, json_elements, line_blocks
 from fastpref.curate.files.rows import (
@@ -124,11 +125,11 @@ def part_rows(source: Source, part: FilePart, fields: Fields | None, only=None) 
             lines = file.read(part.end - part.begin)
     errors = part.errors or {}
     if only is None:
-        position, repeated = part.begin, set() if fields is None else _lines_with_repeats(lines, fields)
+        position, repeated = part.begin, set() if fields is None else lines_with_repeats(lines, _top_keys(fields))
         for number, line in enumerate(io.BytesIO(lines)):
             value = ValueError(errors[position]) if position in errors else json_value(line, position == 0)
             if number in repeated and isinstance(value, dict):
-                value = _refused_repeats(line, value, fields)
+                value = without_repeats(line, value)
             yield position, value
             position += len(line)
         return
@@ -156,39 +157,8 @@ def valid_row(row, fields: Fields) -> Row:
     return parse_row(row, fields)
 
 
-def _lines_with_repeats(lines: bytes, fields: Fields) -> set[int]:
-    """The lines, from 0, that may hold a key twice at their top: JSON allows it, and the last one would win unseen.
-
-    By the colons, of which texts have few: a search for the keys would take as long as parsing.
-    """
-    text = np.frombuffer(lines, np.uint8)
-    ends = np.flatnonzero(text == ord(":"))
-    ends = ends[ends > 0]
-    while (blank := (text[ends - 1] == ord(" ")) & (ends > 1)).any():
-        ends = ends - blank
-    line_feeds, repeated = None, set()
-    for key in _top_keys(fields):
-        token = json.dumps(key).encode()
-        at = ends[ends >= len(token)]
-        for back, character in enumerate(reversed(token), start=1):
-            at = at[text[at - back] == character]
-        if len(at) > 1:
-            line_feeds = np.flatnonzero(text == ord("\n")) if line_feeds is None else line_feeds
-            numbers = np.searchsorted(line_feeds, at)
-            repeated.update(numbers[1:][numbers[1:] == numbers[:-1]].tolist())
-    return repeated
-
-
 def _top_keys(fields: Fields) -> list[str]:
     return list(dict.fromkeys([*fields.roles.values(), *(fields.scores or ())]))
-
-
-def _refused_repeats(line: bytes, value: dict, fields: Fields):
-    keys = []
-    # of nested objects, the outermost comes last
-    json.loads(line.decode("utf-8-sig"), object_pairs_hook=lambda pairs: keys.append([key for key, _ in pairs]))
-    repeated = [key for key in _top_keys(fields) if keys[-1].count(key) > 1]
-    return ValueError(f"the key {repeated[0]!r} stands there more than once") if repeated else value
 
 
 def _wanted(source: Source, fields: Fields | None) -> list[str] | None:

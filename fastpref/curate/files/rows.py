@@ -6,6 +6,7 @@ is no score. A response that cannot be read is left out of its pool, counted; a 
 refused with the reason, never repaired.
 """
 
+import functools
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeAlias
 
-from fastpref.curate.files.layouts import FIRST, LAYOUTS, PAIR_SHAPES, SECOND, TIES, is_context
+from fastpref.curate.files.layouts import FIRST, LAYOUTS, PAIR_SHAPES, SECOND, TIES, changes_meaning, is_context
 from fastpref.errors import InputError
 
 SIDES = ("chosen", "rejected")
@@ -37,6 +38,7 @@ class Fields(NamedTuple):
     carried: tuple[str, ...] = ()  # columns that reach the output as they are
     missing: tuple[float, ...] = ()  # scores that stand for none
     beside: tuple[str, ...] = ()  # scores that nobody asked for; a row need not have them
+    known: tuple[str, ...] = ()  # all columns of the first rows of JSON; none: every row has the same
     cells: str | None = None  # the delimiter of CSV, where numbers and lists are text
 
     @property
@@ -75,6 +77,8 @@ def parse_row(row, fields: Fields) -> Row:
         raise ValueError(f"a row must be an object, got {type(row).__name__}")
     if fields.cells is not None:
         row = _decoded_cells(row, fields)
+    if fields.known:
+        _check_late_columns(row, fields)
     if fields.scores is None:
         raise ValueError("the file has no scores under a usual name, and none are named")
     shape = _SHAPES[fields.shape](row, fields)
@@ -109,7 +113,7 @@ def parse_row(row, fields: Fields) -> Row:
         _sources(*optional(fields.source, shape.source)),
         _lengths(*optional(fields.length, shape.length)),
         truncated,
-        str(prompt_id) if isinstance(prompt_id, str | int) else None,
+        _identity(prompt_id),
         {name: row.get(name) for name in fields.carried} if fields.carried else {},
         shape.strength,
         {name: _beside(shape.column(name), count) for name in fields.beside} if fields.beside else {},
@@ -117,6 +121,28 @@ def parse_row(row, fields: Fields) -> Row:
     )
     _check_images(found)
     return _without_bad_responses(found, fields) if bad else found
+
+
+def _identity(value) -> str | None:
+    """An id as text; pandas makes floats of integers beside missing ones."""
+    if value is None or isinstance(value, list | dict) or value != value:
+        return None
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+_known_columns = functools.cache(frozenset)
+
+
+def _check_late_columns(row: dict, fields: Fields) -> None:
+    """What changes the meaning of a row must not be left out because the first rows, which were looked at, lack it."""
+    late = row.keys() - _known_columns(fields.known)
+    if not late:
+        return
+    for name in late:
+        if changes_meaning(name) and row[name] not in (None, "", [], {}):
+            raise ValueError(f"{name} is a column of this row and of none of the first: have such a row at the top")
+    if fields.scores == (PREFERENCE,) and any(_BASE.fullmatch(name) for name in late) and _scores_of_pairs(row, fields):
+        raise ValueError("scores of the sides are in this row and in none of the first: have such a row at the top")
 
 
 def score_fields(row, fields: Fields) -> tuple[str, ...] | None:
@@ -264,7 +290,8 @@ def _pair_keys(name) -> list[list[str]]:
 
 
 _BASE = re.compile(r"(?:chosen[_-](.+)|(.+)_chosen)")
-_NO_SCORES = ("len", "length", "tokens", "id", "logps", "logp", "source", "model", "response", "text", "messages")
+# Other numbers of the sides, such as tokens or log-probs, are scores only if they are named.
+_SCORE = re.compile(r"(?<![a-z])(score|rating|reward|grade|quality|helpfulness|win_?prob)s?(?![a-z])")
 
 
 def _scores_of_pairs(row, fields: Fields) -> tuple[str, ...] | None:
@@ -275,7 +302,7 @@ def _scores_of_pairs(row, fields: Fields) -> tuple[str, ...] | None:
         values = [row[key] for key in keys or ()]
         if fields.cells is not None:
             values = [_decoded_number(value, fields.cells) for value in values]
-        if any(is_number(value) for value in values) and name not in _NO_SCORES:
+        if any(is_number(value) for value in values) and _SCORE.search(name.lower()):
             found.append(name)
     for usual in ("score", "rating", "reward"):
         if usual in found:
@@ -303,16 +330,35 @@ def _explicit_prompt(prompt, chosen, rejected) -> tuple:
     lists = [isinstance(side, list) for side in (chosen, rejected)]
     if prompt is None or not all(lists) or not (chosen and rejected):
         return prompt, chosen, rejected
-    if isinstance(prompt, list):
-        size = len(prompt)
-        if min(len(chosen), len(rejected)) > size and chosen[:size] == prompt == rejected[:size]:
-            return prompt, chosen[size:], rejected[size:]
+    if not isinstance(prompt, list | str):
         return prompt, chosen, rejected
+    if all(_role(side[0]) not in ("user", "system", "developer") for side in (chosen, rejected)):
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, chosen, rejected
+    common, *sides = _implicit_prompt(chosen, rejected)
+    turns = [_turn(message) for message in common]
     if isinstance(prompt, str):
-        if all(_role(side[0]) == "assistant" for side in (chosen, rejected)):
-            return [{"role": "user", "content": prompt}], chosen, rejected
-        return _implicit_prompt(chosen, rejected)
-    return prompt, chosen, rejected
+        if not any(_holds(text, prompt) for _, text in turns):
+            raise ValueError("prompt is in no message that chosen and rejected begin with")
+        return common, *sides
+    asked = [_turn(message) for message in prompt]
+    for end in range(len(turns), len(asked) - 1, -1):
+        if turns[end - len(asked) : end] == asked:
+            return chosen[:end], chosen[end:], rejected[end:]
+    raise ValueError("prompt is not what chosen and rejected begin with")
+
+
+def _turn(message) -> tuple:
+    """Role and text: one of two copies may have a name, or nulls, which the other lacks."""
+    if not isinstance(message, dict):
+        return None, message
+    content = message.get("content", message.get("value"))
+    return _role(message), content.strip() if isinstance(content, str) else content
+
+
+def _holds(text, prompt: str) -> bool:
+    if isinstance(text, list):
+        text = "".join([part.get("text") or "" for part in text if isinstance(part, dict)])
+    return isinstance(text, str) and bool(text) and (text in prompt or prompt.strip() in text)
 
 
 # What begins the reply of an assistant in the templates of chat models and in published data.
@@ -545,7 +591,9 @@ def _with_turns_before(prompt, responses, row, fields: Fields) -> tuple[Text, li
     """As messages, in every row of the file, with the system prompt and the turns before."""
     if isinstance(prompt, str):
         prompt, responses = [{"role": "user", "content": prompt}], _as_replies(responses)
-    prompt = [*_history(row.get(fields.roles.get("history"))), *prompt]
+    history = _history(row.get(fields.roles.get("history")))
+    begin = 1 if prompt[0]["role"] == "system" else 0
+    prompt = [*prompt[:begin], *history, *prompt[begin:]]
     name = fields.roles.get("system")
     system = row.get(name)
     if system is None or system == "":
@@ -858,7 +906,7 @@ def _decoded_number(text, delimiter: str):
     """The number that a cell holds, else the text; with a decimal comma where it does not separate fields."""
     if not isinstance(text, str):
         return text
-    if delimiter in (";", "\t") and _DECIMAL_COMMA.fullmatch(text):
+    if delimiter == ";" and _DECIMAL_COMMA.fullmatch(text):
         text = text.replace(",", ".")
     number = _number_in(text)
     if number is None:

@@ -1,6 +1,7 @@
 """Hashes by which texts are known without being held: XXH3 of the UTF-8 of a string, or of the JSON of messages."""
 
 import contextlib
+from decimal import Decimal
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def prompt_hash(rows: list[Row]) -> np.ndarray:
 
 def digest(text: Text) -> bytes:
     """Returns the 8 bytes of a text's hash, of which the first is the highest."""
-    return xxh3_64_digest(text.encode() if isinstance(text, str) else orjson.dumps(text))
+    return xxh3_64_digest(text.encode() if isinstance(text, str) else orjson.dumps(text, as_json))
 
 
 def digests_of(row: Row) -> list[bytes]:
@@ -36,6 +37,15 @@ def digests_of(row: Row) -> list[bytes]:
     if isinstance(row.prompt, str):
         return [prompt_digest(row), *[xxh3_64_digest(text.encode()) for text in row.responses]]
     return [prompt_digest(row), *map(digest, row.responses)]
+
+
+def as_json(value):
+    """Returns what stands in JSON for a value of a Parquet column that it cannot hold."""
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, bytes):
+        return value.hex()
+    return str(value)
 
 
 def prompt_digest(row: Row) -> bytes:
