@@ -456,8 +456,8 @@ REFUSED_CSV = {
     "negative": (VOTES + "a,b,-1,1\n", [], "in.csv:3: wins_i must be a finite count >= 0, got -1"),
     "no count": (VOTES + "a,b,,1\n", [], "in.csv:3: wins_i must be a finite count >= 0, got nan"),
     "infinite count": (VOTES + "a,b,inf,1\n", [], "in.csv:3: wins_i must be a finite count >= 0, got inf"),
-    "another label": (BATTLES + "a,b,tie\na,b,both\n", [], "in.csv:3: winner must be one of a, model_a, response_a, b, "),
-    "a model for a label": (BATTLES + "gpt,llm,gpt\n", [], "in.csv:2: winner must be one of a, model_a, response_a, b, "),
+    "another label": (BATTLES + "a,b,tie\na,b,both\n", [], "in.csv:3: winner must be one of a, model_a, "),
+    "a model for a label": (BATTLES + "gpt,llm,gpt\n", [], "in.csv:2: winner must be one of a, model_a, "),
     "no label": (BATTLES + "a,b,\n", [], "in.csv:2: winner must hold a name, got none"),
     "labels for items": (
         BATTLES + "x,y,model_b\nx,y,tie\n",
