@@ -135,11 +135,10 @@ def _table_input(options: DenoiseOptions, outputs) -> Input:
     read_as = f"read as {choice}"
     if (description := sources[0].description) not in ("CSV with ','", "JSON Lines", "Parquet"):
         read_as += f" ({description})"
-    from fastpref.cli.denoise.votes import read_comparisons, refuse_header
-
     if choice.layout == "triples":
-        refuse_header(table, choice.columns, ("row", "column"))
         return _triples(table, choice, options, read_as)
+    from fastpref.cli.denoise.votes import read_comparisons
+
     comparisons = read_comparisons(table, choice, options.name, found, options.layout is not None)
     return Input(read_as, comparisons=comparisons, warnings=tuple(comparisons.warnings))
 

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow
-import pyarrow.compute
 
 from fastpref.cli.denoise.layouts import Choice
 from fastpref.cli.denoise.tables import first_row, index_names, measures_of, names_of, near_twins
@@ -58,7 +57,6 @@ def read_comparisons(table: Table, choice: Choice, what: str, found: list[str], 
     names, (i, j) = index_names(*items)
     if (row := first_row(i == j)) is not None:
         raise InputError(f"{table.place(row)}: compares an item with itself: {names[int(i[row])]}")
-    refuse_header(table, columns, (first, second))
     warnings, notes, ties, back = [], [], 0.0, None
     if layout in ("winners", "battles"):
         share = _shares(table, layout, columns)
@@ -116,18 +114,6 @@ def _shares(table: Table, layout: str, columns: dict[str, str]) -> np.ndarray:
     if (row := first_row(~np.isin(tied, (0, 1)))) is not None:
         raise InputError(f"{table.place(row)}: {columns['ties']} must be true or false, 1 or 0, got {tied[row]:g}")
     return np.where(tied == 1, 0.5, 1.0)
-
-
-def refuse_header(table: Table, columns: dict[str, str], roles: tuple[str, str]) -> None:
-    """Raises InputError where the header stands again as a row, as in files that were put one behind the other."""
-    again = np.ones(len(table.numbers), bool)
-    for role in roles:
-        values = table.columns[columns[role]]
-        if not (pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)):
-            return
-        again &= pyarrow.compute.equal(values, columns[role]).to_numpy().astype(bool)
-    if (row := first_row(again)) is not None:
-        raise InputError(f"{table.place(row)}: the header stands here again, as a row")
 
 
 def _labels(table: Table, column: str) -> np.ndarray:
