@@ -64,7 +64,11 @@ def warp_size(tensor: Tensor) -> int:
 
 def total_memory(device: torch.device) -> int:
     """Bytes of that GPU's memory, whoever holds them: the same in every step, on every rank and in every run."""
-    return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return torch.cuda.get_device_properties(device).total_memory
+    except (AssertionError, RuntimeError) as error:  # no such GPU, or a torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the memory of {device} is not known here ({reason}): give max_tile_bytes=") from error
 
 
 def launch_triton(kernel, grid: tuple[int, ...], *args, **options) -> None:

@@ -188,6 +188,13 @@ def _require_positive(argument: str, value: float) -> None:
     _require(not isinstance(value, Tensor) and 0 < value < math.inf, argument, "a positive number", value)
 
 
+def _check_options(name: str, options, known) -> None:
+    for option in options:
+        if option not in known:
+            near = "".join(f"; nearest is {match!r}" for match in difflib.get_close_matches(option, known, n=1))
+            raise TypeError(f"{name}() got an unexpected keyword argument {option!r}{near}; it has {', '.join(known)}")
+
+
 def _require_smoothing(label_smoothing: float) -> None:
     _require(0 <= label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)", label_smoothing)
 
@@ -276,6 +283,7 @@ def _loss(*needs, separable=True, delta_only=False, f_divergences=False, coeffic
         @functools.wraps(formula)
         def loss(pairs, *, beta=0.1, reference_free=False, f_divergence="reverse_kl", f_alpha=0.5, **options):
             _require_positive("beta", beta)
+            _check_options(name, options, defaults)
             if f_divergence != "reverse_kl" and not f_divergences:
                 raise ValueError(f"f_divergence must be 'reverse_kl' for {name}, got {f_divergence!r}")
             pairs = _resolve(pairs, name, loss_traits(reference_free=reference_free, **options).needs, reference_free)
@@ -294,6 +302,7 @@ def _loss(*needs, separable=True, delta_only=False, f_divergences=False, coeffic
             *, beta=0.1, reference_free=False, f_divergence="reverse_kl", f_alpha=0.5, **options
         ) -> LossTraits:
             """LossTraits under these options."""
+            _check_options(name, options, defaults)
             found = varies({**defaults, **options}) if varies else fixed
             # A vector passed as an option is not sliced along with the pairs, so groups cannot be evaluated apart.
             vectors = any(isinstance(value, Tensor) and value.dim() > 0 for value in options.values())
@@ -306,6 +315,7 @@ def _loss(*needs, separable=True, delta_only=False, f_divergences=False, coeffic
         def logistic(*, beta=0.1, reference_free=False, f_divergence="reverse_kl", f_alpha=0.5, **options):
             """The Logistic record under these options; None outside the family."""
             _require_positive("beta", beta)
+            _check_options(name, options, defaults)
             return coefficients(**{**defaults, **options, "beta": beta}) if f_divergence == "reverse_kl" else None
 
         keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)

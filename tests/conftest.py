@@ -34,6 +34,7 @@ THREADS = int(os.environ.get("FASTPREF_TEST_THREADS", "1"))
 def pytest_addoption(parser):
     with contextlib.suppress(ValueError):  # benchmarks/ has it too, in a run of both
         parser.addoption("--full", action="store_true", help="every case of the grids that are thinned otherwise")
+        parser.addoption("--fuzz", type=int, default=5000, help="damaged files that the readers are given in all")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -204,7 +204,10 @@ def plan(
         raise ValueError(f"lengths must be {what}, got {lengths[0] if single else lengths}")
     if not single and len(lengths) % 2:
         raise ValueError(f"lengths must hold B chosen and then B rejected sequences, got {len(lengths)}")
-    place, backend = torch.device(device), backend or ""
+    try:
+        place, backend = torch.device(device), backend or ""
+    except RuntimeError as error:
+        raise ValueError(f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {device!r}") from error
     device = _native.device_kind(place)
     tokens = sum(lengths)
     total_tokens = tokens if total_tokens is None else total_tokens

@@ -67,7 +67,7 @@ def batched_annealed_ref(matrix: Tensor, rank: int, skew: bool, attempt: int, to
     mean = clean.abs().sum((-2, -1)) / count.clamp(min=1)
     norm = torch.linalg.vector_norm(clean, dim=(-2, -1))
     left, right = start_factors(matrix, observed, rank, skew)
-    if warm is not None:  # unless that is nothing, from which no step leads away
+    if warm is not None and rank:  # unless that is nothing, from which no step leads away
         something = (warm[0].abs().amax((-2, -1)) > 0)[:, None, None]
         left, right = (torch.where(something, own, cold) for own, cold in zip(warm, (left, right), strict=True))
     if skew:  # right = left core stays so under scaled steps, and keeps the product skew
@@ -199,7 +199,7 @@ def batched_annealed(
         fit = _solve_attempt(matrix, rank, skew, attempt, tol, budget, warm, backend)
         return fit, batched_verdict(matrix, fit.left, fit.right, fit.median, backend)
 
-    tries = 1 if full_rank or warm is not None else TRIES
+    tries = 1 if full_rank or warm is not None or not rank else TRIES
     orders = [schedules(little_missing, full_rank) for little_missing in (False, True)]
 
     def share(attempt):

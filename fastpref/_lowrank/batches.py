@@ -13,8 +13,9 @@ from fastpref._lowrank import ialm
 from fastpref._lowrank.batched_ialm import batched_ialm, is_small
 from fastpref._lowrank.batched_rpca import batched_annealed
 from fastpref._lowrank.batched_verdict import BatchVerdict, batched_verdict
+from fastpref._lowrank.determined import batch_parts, everything
 from fastpref._lowrank.noise import MAD, outlier_bound
-from fastpref._lowrank.result import RPCAInfo, RPCAResult, SparseCOO, condition_number
+from fastpref._lowrank.result import RPCAInfo, RPCAResult, SparseCOO, check_size, condition_number
 
 
 class BatchFit(NamedTuple):
@@ -42,7 +43,7 @@ def fixed_rank_batch(
     ranks = torch.full_like(found.iterations, rank)
     gap = torch.full(ranks.shape, torch.nan, dtype=torch.float64, device=ranks.device)
     fit = BatchFit(found.left, found.right, ranks, found.iterations, found.converged, found.median, gap)
-    return _batch_result(matrix, fit, verdict, sparse)
+    return _batch_result(matrix, fit, verdict, skew, sparse)
 
 
 def rank_free_batch(
@@ -82,7 +83,30 @@ def rank_free_batch(
         converged[part] &= fit.converged
         median[part] = fit.median
     fit = BatchFit(left, right, rank, iterations, converged, median, found.gap)
-    return _batch_result(matrix, fit, batched_verdict(flat, left, right, median, backend), sparse)
+    return _batch_result(matrix, fit, batched_verdict(flat, left, right, median, backend), skew, sparse)
+
+
+def batch_units(matrix: Tensor) -> Tensor | None:
+    """Powers of two [...] of the sizes of matrices whose squares leave the dtype, 1 for others; None: no such one."""
+    limit = torch.finfo(matrix.dtype).max ** 0.25
+    top = matrix.detach().abs().nan_to_num(nan=0.0, posinf=0.0).amax((-2, -1)).double()
+    far = (top > limit) | ((top < 1 / limit) & (top > 0))
+    if not far.any():
+        return None
+    most = 126 if matrix.dtype == torch.float32 else 1022  # they and their inverses are numbers of the dtype, too
+    return torch.where(far, torch.exp2(torch.frexp(top).exponent.clamp(-most, most).double()), 1.0).to(matrix.dtype)
+
+
+def in_units(result: RPCAResult, units: Tensor) -> RPCAResult:
+    """The result of matrices that were divided by units [...]."""
+    s, sparse, info = result.S * units.unsqueeze(-1), result.sparse, result.info
+    check_size(s, float(units.amax()))
+    if isinstance(sparse, SparseCOO):
+        sparse = sparse._replace(values=sparse.values * units[tuple(sparse.indices[:, :-2].T)])
+    elif sparse is not None:
+        sparse = sparse * units[..., None, None]
+    info = info._replace(scale=info.scale * units, bound=info.bound * units)
+    return RPCAResult(result.U, s, result.Vh, sparse, info)
 
 
 def check_finite(matrix: Tensor) -> None:
@@ -92,10 +116,17 @@ def check_finite(matrix: Tensor) -> None:
         raise ValueError(f"matrix must be finite (NaN: missing), got {matrix[tuple(where)].item()} at {where}")
 
 
-def _batch_result(matrix: Tensor, found: BatchFit, verdict: BatchVerdict, sparse: str) -> RPCAResult:
+def _batch_result(matrix: Tensor, found: BatchFit, verdict: BatchVerdict, skew: bool, sparse: str) -> RPCAResult:
     *lead, m, n = matrix.shape
     rank = found.left.shape[-1]
     s = verdict.S * (torch.arange(rank, device=matrix.device) < found.rank.unsqueeze(-1))
+    parts, bound = everything(matrix), torch.full(lead, torch.inf, dtype=torch.float64, device=matrix.device)
+    if matrix.numel():
+        flat = matrix.reshape(-1, m, n)
+        if flat.isnan().any():
+            parts = batch_parts(flat, found.rank, skew)
+        if (lost := ~found.converged).any():
+            bound.view(-1)[lost] = flat[lost].abs().nan_to_num(nan=0.0).amax((1, 2)).double()
     info = RPCAInfo(
         rank=found.rank.view(lead),
         iterations=found.iterations.view(lead),
@@ -107,6 +138,9 @@ def _batch_result(matrix: Tensor, found: BatchFit, verdict: BatchVerdict, sparse
         row_outlier_rate=verdict.row_rates.view(*lead, m),
         column_outlier_rate=verdict.column_rates.view(*lead, n),
         condition=condition_number(s, found.rank).view(lead),
+        row_part=parts.rows.view(*lead, m),
+        column_part=parts.columns.view(*lead, n),
+        bound=bound,
     )
     whole = None if sparse == "none" else _sparse_part(matrix, found, verdict, sparse)
     u, vh = verdict.U.view(*lead, m, rank), verdict.Vh.view(*lead, rank, n)

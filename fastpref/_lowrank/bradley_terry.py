@@ -22,6 +22,8 @@ LARGEST_DENSE = 512  # items; above, a matrix's observed pairs are solved as edg
 # of logits: the annealing's constant, in units of the mean |logit|, below which it is known which ones are wrong: what
 # they still pull falls with its square
 EARLY, DECAY, LATE_DECAY = 0.1, 0.7, 0.4
+RIDGE = 1e-2  # of counts without a maximum of their likelihood, and of every robust fit of counts; as in the kernels
+RULES = 0.05  # share of the pull on the scores that the ridge may have before it is said to rule them
 LARGEST_STDERR = 4096  # items of an edge list: the pseudo-inverse is dense
 DATA = ("logits", "counts", "counts_mle")
 # columns of the statistics, csrc/bradley_terry.h
@@ -55,6 +57,8 @@ class BradleyTerryInfo(NamedTuple):
     outlier_rate: share of the compared pairs whose |residual| exceeds `threshold`
     gradient: largest |gradient| / degree of an item, in units of the mean |logit| (counts: in logits); 0 at a fit
     threshold: 5 * scale, at least 1e-5 (float64: 1e-6) of the mean |logit|; for counts 5 * max(scale, 1)
+    separated: bool, of counts: the likelihood has no maximum, and the ridge alone keeps the scores finite
+    ridge_share: of counts: the share that the ridge has of the pull on the scores, by which they are too small
     """
 
     __module__ = "fastpref"
@@ -65,6 +69,8 @@ class BradleyTerryInfo(NamedTuple):
     outlier_rate: Tensor
     gradient: Tensor
     threshold: Tensor
+    separated: Tensor
+    ridge_share: Tensor
 
 
 class PairOutliers(NamedTuple):
@@ -193,7 +199,7 @@ def _solve_ref(graph: _Graph, values: Tensor, votes: Tensor, data: str, tol: flo
 
     zero = values.new_zeros(g.graphs)
     mean = zero.index_add(0, g.entry_graph, values.abs()) / g.observed.clamp(min=1)
-    ridge = torch.full_like(zero, 0.0 if logits else 1e-2)
+    ridge = torch.full_like(zero, 0.0 if logits else RIDGE)
     if data == "counts_mle":
         roots = root == torch.arange(nodes, device=root.device)
         complete = g.reached(roots, values > 0) & g.reached(roots, values < 1)
@@ -422,8 +428,8 @@ def bradley_terry(
 
     Args:
         robust: redescending (Cauchy) weights. False: logits by least squares are not offered (ValueError); wins by
-            maximum likelihood, with a ridge of 1e-2/2 |w|^2 and a warning where no maximum exists because wins do not
-            lead from every item to every other of its component. The robust fit of wins always has that ridge.
+            maximum likelihood, with a ridge of 1e-2/2 |w|^2 where no maximum exists because wins do not lead from every
+            item to every other of its component. The robust fit of wins always has that ridge.
         stderr: standard errors of the centred scores, sqrt(diag(pinv(Laplacian))) with the final weights, for logits
             times info.scale; at most 4096 items.
         outliers: "pairs" lists the pairs beyond info.threshold.
@@ -438,6 +444,11 @@ def bradley_terry(
     Raises:
         ValueError: naming the worst entry of logits that are not skew-symmetric or the first infinite entry; for
             negative or infinite counts; for edges out of range or from an item to itself.
+
+    Warns:
+        RuntimeWarning: where the wins have no maximum of their likelihood, so that the ridge alone keeps the scores
+            finite, robust or not; and where the ridge rules: it shrinks the scores by more than 5 %, because the votes
+            are few, or weighted far below 1.
 
     Sources: Bradley and Terry 1952; Holland and Welsch 1977 (Cauchy weights); Jiang et al. 2011 (HodgeRank).
     """
@@ -478,16 +489,16 @@ def _fit_matrices(name: str, value, options: _Options, stderr: bool, outliers: s
     items = shape[-1]
     flat = matrix.reshape(shape[:-2].numel(), items, items)
     options = options._replace(tol=options.tol or (1e-9 if matrix.dtype == torch.float64 else 1e-6))
-    if items > LARGEST_DENSE and options.backend != "reference" and _native.device_kind(flat) == "cpu":
-        fits = _Fits(*(flat.new_empty(0, size) for size in (items, items, items, len(STATS))))
-        if len(flat):
-            every = [_fit_large(name, one, given.dtype, options) for one in flat]
-            fits = _Fits(*(torch.stack(part) for part in zip(*every, strict=True)))
-    else:
-        fits = _Fits(*bradley_terry_dense(flat, *options))
-        _refuse_matrices(name, flat, given.dtype, fits.stats)
+    if _are_large(flat, options):
+        for one in flat:
+            _refuse_large(name, one, given.dtype)
+    fits = _fit_each(flat, options)
+    _refuse_matrices(name, flat, given.dtype, fits.stats)
     scores, components, rejected, stats = fits
-    _warn_of_ridge(data, stats)
+    separated, share = torch.zeros(len(flat), dtype=torch.bool, device=flat.device), stats.new_zeros(len(flat))
+    if data != "logits" and len(flat):
+        separated, share = _separated_matrices(flat, stats, options), _share_in_matrices(flat, fits)
+        _warn_of_ridge(separated, share)
     deviations = found = None
     if stderr:
         rows = zip(flat, scores, components, stats, strict=True)
@@ -497,7 +508,7 @@ def _fit_matrices(name: str, value, options: _Options, stderr: bool, outliers: s
         found = _outlier_pairs(flat, scores, stats, data, batch)
     return BradleyTerryResult(
         scores.view(*batch, items).to(matrix.dtype),
-        _info(stats, batch),
+        _info(stats, separated, share, batch),
         None if deviations is None else deviations.view(*batch, items),
         found,
         components.view(*batch, items),
@@ -505,23 +516,69 @@ def _fit_matrices(name: str, value, options: _Options, stderr: bool, outliers: s
     )
 
 
-def _info(stats: Tensor, batch) -> BradleyTerryInfo:
+def _info(stats: Tensor, separated: Tensor, share: Tensor, batch) -> BradleyTerryInfo:
     column = dict(zip(STATS, stats.unbind(-1), strict=True))
     return BradleyTerryInfo(
         column["iterations"].long().view(batch),
         column["converged"].bool().view(batch),
         *(column[name].clone().view(batch) for name in ("scale", "outlier_rate", "gradient", "threshold")),
+        separated.view(batch),
+        share.view(batch),
     )
 
 
-def _warn_of_ridge(data: str, stats: Tensor) -> None:
-    if data == "counts_mle" and (separated := int((stats[:, _AT["ridge"]] > 0).sum())):
-        warnings.warn(
-            f"the maximum-likelihood scores of {separated} of {len(stats)} graphs do not exist: wins do not lead from "
-            "every item to every other of its component; a ridge of 1e-2 keeps them finite",
-            RuntimeWarning,
-            stacklevel=4,
+def ridge_doubts(separated: Tensor, share: Tensor) -> list[str]:
+    """What there is to say of `separated` and `ridge_share` of the info of some graphs."""
+    said = []
+    if count := int(separated.sum()):
+        said.append(
+            f"the maximum-likelihood scores of {count} of {len(separated)} graphs do not exist: wins do not lead from "
+            f"every item to every other of its component; a ridge of {RIDGE:g} keeps them finite"
         )
+    ruled = share[~separated & (share > RULES)]
+    if len(ruled):
+        said.append(
+            f"a ridge of {RIDGE:g} rules the scores of {len(ruled)} of {len(separated)} graphs: it shrinks them by up "
+            f"to {float(ruled.max()):.0%}, for their votes say too little; collect more, or give them larger weights"
+        )
+    return said
+
+
+def _warn_of_ridge(separated: Tensor, share: Tensor) -> None:
+    for text in ridge_doubts(separated, share):
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def _separated_matrices(flat: Tensor, stats: Tensor, options: _Options) -> Tensor:
+    """[B]: the likelihood of the counts has no maximum."""
+    if options.data == "counts_mle":
+        return stats[:, _AT["ridge"]] > 0
+    won = flat > 0
+    separated = (won != won.mT).flatten(1).any(1)  # both sides of every pair won: there is a maximum
+    if separated.any():  # no iteration: the ridge that the fit would have tells
+        fits = _fit_each(won[separated].float(), options._replace(data="counts_mle", max_iter=0))
+        separated[separated.clone()] = fits.stats[:, _AT["ridge"]] > 0
+    return separated
+
+
+def _share_in_matrices(flat: Tensor, fits: _Fits) -> Tensor:
+    """[B]: the share that the ridge has of the pull on the scores."""
+    share = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
+    ridged = (fits.stats[:, _AT["ridge"]] > 0).nonzero().flatten()
+    for some in ridged.split(max(1, (1 << 17) // max(flat.shape[-1] ** 2, 1))):
+        w = fits.scores[some].nan_to_num(0).float()
+        difference = w.unsqueeze(2) - w.unsqueeze(1)
+        # s (1 - s) = (1 - tanh(d / 2)^2) / 4, and a pair's votes are its wins of both directions
+        curved = (difference / 2).tanh_().square_().neg_().add_(1).mul_(difference.square_())
+        pull = (curved.flatten(1) * flat[some].float().flatten(1)).nansum(1).double() / 4
+        share[some] = _share_of_ridge(w, pull)
+    return share
+
+
+def _share_of_ridge(w: Tensor, pull: Tensor) -> Tensor:
+    """Of w^T (L + ridge) w, where pull is w^T L w: by about so much the scores would grow without it."""
+    own = RIDGE * w.double().square().sum(-1)
+    return own / (own + pull).clamp(min=1e-300)
 
 
 def _refuse_matrices(name: str, flat: Tensor, dtype: torch.dtype, stats: Tensor) -> None:
@@ -540,14 +597,16 @@ def _refuse_matrices(name: str, flat: Tensor, dtype: torch.dtype, stats: Tensor)
         raise ValueError(f"logits must be finite or NaN, got {flat[b, i, j].item()} at {[b, i, j]}")
     i, j = int(column["worst_row"][b]), int(column["worst_column"][b])
     there, back = flat[b, i, j].item(), flat[b, j, i].item()
+    at, mirror = ([b, i, j], [b, j, i]) if len(flat) > 1 else ([i, j], [j, i])
+    if i == j:
+        raise ValueError(f"{name} must be 0 or NaN on the diagonal, an item against itself, got {there} at {at}")
     if name == "logits":
         raise ValueError(
             f"logits must be skew-symmetric, logits[i, j] = -logits[j, i] and NaN on both sides or neither; the worst "
-            f"entry is {there} at {[b, i, j]} against {back} at {[b, j, i]} (preference_matrix symmetrises)"
+            f"entry is {there} at {at} against {back} at {mirror} (preference_matrix symmetrises)"
         )
     raise ValueError(
-        f"wins must be finite counts >= 0, 0 or NaN on the diagonal and NaN on both sides or neither, got {there} at "
-        f"{[b, i, j]} and {back} at {[b, j, i]}"
+        f"wins must be finite counts >= 0, and NaN on both sides or neither, got {there} at {at} and {back} at {mirror}"
     )
 
 
@@ -559,8 +618,26 @@ def _pairs(matrix: Tensor, data: str):
     return matrix / votes, votes
 
 
-def _fit_large(name: str, matrix: Tensor, dtype: torch.dtype, options: _Options) -> _Fits:
-    """One matrix [N, N] as the edges it has; its stats are [len(STATS)]."""
+def _are_large(flat: Tensor, options: _Options) -> bool:
+    """Whether matrices [B, N, N] are solved as the edges they have."""
+    return flat.shape[-1] > LARGEST_DENSE and options.backend != "reference" and _native.device_kind(flat) == "cpu"
+
+
+def _fit_each(flat: Tensor, options: _Options) -> _Fits:
+    if not _are_large(flat, options):
+        return _Fits(*bradley_terry_dense(flat, *options))
+    items = flat.shape[-1]
+    if not len(flat):
+        return _Fits(*(flat.new_empty(0, size) for size in (items, items, items, len(STATS))))
+    every = []
+    for matrix in flat:
+        fit = _Fits(*bradley_terry_edges(*_edges_of(matrix, options.data), *options))
+        every.append(fit._replace(stats=fit.stats[0]))
+    return _Fits(*(torch.stack(part) for part in zip(*every, strict=True)))
+
+
+def _refuse_large(name: str, matrix: Tensor, dtype: torch.dtype) -> None:
+    """Looks at one matrix [N, N] as the dense kernel does, which edges do not pass through."""
     items = matrix.shape[0]
     worst, largest = matrix.new_zeros(()), matrix.new_zeros(())
     position = -1
@@ -579,15 +656,15 @@ def _fit_large(name: str, matrix: Tensor, dtype: torch.dtype, options: _Options)
     stats = torch.zeros(1, len(STATS), dtype=torch.float64)
     stats[0, _AT["worst"] :] = torch.tensor([worst.item(), position // items, position % items, largest.item()])
     _refuse_matrices(name, matrix[None], dtype, stats)
-    values, votes = _pairs(matrix, options.data)
+
+
+def _edges_of(matrix: Tensor, data: str) -> _Directed:
+    values, votes = _pairs(matrix, data)
     seen = ~values.isnan()
     seen.fill_diagonal_(False)
-    offsets = torch.zeros(items + 1, dtype=torch.int64)
+    offsets = torch.zeros(len(matrix) + 1, dtype=torch.int64)
     torch.cumsum(seen.sum(1), 0, out=offsets[1:])
-    columns = seen.nonzero()[:, 1].int()
-    directed = _Directed(offsets, columns, values[seen].double(), votes[seen].double())
-    fit = _Fits(*bradley_terry_edges(*directed, *options))
-    return fit._replace(stats=fit.stats[0])
+    return _Directed(offsets, seen.nonzero()[:, 1].int(), values[seen].double(), votes[seen].double())
 
 
 def _stderr(matrix, scores, components, stats, data):
@@ -704,8 +781,11 @@ def _fit_edges(directed: _Directed, options: _Options, stderr: bool, outliers: s
         raise ValueError(f"stderr=True takes at most {LARGEST_STDERR} items (a dense pseudo-inverse), got {items}")
     fits = _Fits(*bradley_terry_edges(*directed, *options._replace(tol=options.tol or 1e-9)))
     scores, components, rejected, stats = fits
-    _warn_of_ridge(data, stats)
     rows = torch.repeat_interleave(torch.arange(items, device=offsets.device), offsets.diff())
+    separated, share = torch.zeros(1, dtype=torch.bool, device=stats.device), stats.new_zeros(1)
+    if data != "logits":
+        separated, share = _separated_edges(directed, stats, options), _share_in_edges(directed, rows, fits)
+        _warn_of_ridge(separated, share)
     deviations = found = None
     if stderr:
         deviations = _deviations(rows, columns.long(), values, votes, scores, components, stats[0], data)
@@ -714,4 +794,23 @@ def _fit_edges(directed: _Directed, options: _Options, stderr: bool, outliers: s
         residual = pair_terms(values, votes, difference, data, 1.0)[0]
         flagged = (residual.abs() > stats[0, _AT["threshold"]]) & (rows < columns)
         found = PairOutliers(torch.stack([rows[flagged], columns[flagged].long()], 1), residual[flagged])
-    return BradleyTerryResult(scores, _info(stats, ()), deviations, found, components, rejected)
+    return BradleyTerryResult(scores, _info(stats, separated, share, ()), deviations, found, components, rejected)
+
+
+def _separated_edges(directed: _Directed, stats: Tensor, options: _Options) -> Tensor:
+    """[1]: the likelihood of the counts has no maximum."""
+    if options.data == "counts" and not ((directed.values > 0) & (directed.values < 1)).all():
+        # no iteration: the ridge that the fit would have tells
+        options = options._replace(data="counts_mle", max_iter=0, tol=1e-9)
+        return _Fits(*bradley_terry_edges(*directed, *options)).stats[:, _AT["ridge"]] > 0
+    return (stats[:, _AT["ridge"]] > 0) & (options.data == "counts_mle")
+
+
+def _share_in_edges(directed: _Directed, rows: Tensor, fits: _Fits) -> Tensor:
+    """[1]: the share that the ridge has of the pull on the scores."""
+    if not fits.stats[0, _AT["ridge"]] > 0:
+        return torch.zeros(1, dtype=torch.float64, device=rows.device)
+    w = fits.scores.nan_to_num(0)
+    difference = w[rows] - w[directed.columns.long()]
+    _, _, weight = pair_terms(directed.values, directed.votes, difference, "counts_mle", 1.0)
+    return _share_of_ridge(w, (weight * difference.square()).sum() / 2).reshape(1)

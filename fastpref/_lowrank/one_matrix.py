@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref._lowrank.annealing import CLIP, FINEST
+from fastpref._lowrank.determined import Observed, Parts, everything, find_parts, one_part
 from fastpref._lowrank.noise import EXACT, MAD, MISFIT, OUTLIER, outlier_bound
 from fastpref._lowrank.outliers import OutlierList, outlier_counts, outliers
 from fastpref._lowrank.residual_pass import histogram_mean, histogram_median, residual_pass
-from fastpref._lowrank.storage import factor_dtype
+from fastpref._lowrank.storage import factor_dtype, row_blocks
 
 SMALL = 1e-6  # sizes of the largest entry, or their inverses, from which a matrix is rescaled
 
@@ -46,7 +47,8 @@ class OneMatrix:
         found = self._pass(*self.thin(0), "identity", torch.inf)
         self.top = self.max(found.max_kept).item()
         if 0 < self.top < SMALL or 1 / SMALL < self.top < torch.inf:
-            self.magnitude = 2.0 ** math.frexp(self.top)[1]
+            exponent = math.frexp(self.top)[1]
+            self.magnitude = 2.0 ** min(max(exponent, -1022), 1023)  # it and its inverse are numbers, too
             self.unit, self.top = self.unit / self.magnitude, self.top / self.magnitude
             found = self._pass(*self.thin(0), "identity", torch.inf)
         everything = self._over_ranks(found)
@@ -71,6 +73,24 @@ class OneMatrix:
         found = self.outlier_counts(*self.thin(0), torch.inf)
         return found.row_observed, found.column_observed
 
+    def parts(self, rank: int) -> Parts:
+        """What the entries determine of a fit of this rank; of this rank's rows, and the columns."""
+        skew = self.structure == "skew"
+        if self.observed >= self._entries():
+            return everything(self.matrix)
+
+        def blocks():
+            for block in row_blocks(self.matrix):
+                part = self.matrix[block]
+                yield block, (part != -128 if part.dtype == torch.int8 else ~part.isnan()).unsqueeze(0)
+
+        shape, device = (1, self.rows, self.columns), self.matrix.device
+        observed, rank = Observed(blocks, shape, device, self.sum, self.least), torch.tensor([rank], device=device)
+        found, settled = one_part(observed, rank, skew)
+        if not settled:
+            found = find_parts(observed, rank, skew)
+        return Parts(found.rows[0], found.columns[0])
+
     def thin(self, rank: int) -> tuple[Tensor, Tensor]:
         like = {"dtype": self.dtype, "device": self.matrix.device}
         return torch.zeros(self.rows, rank, **like), torch.zeros(self.columns, rank, **like)
@@ -84,6 +104,11 @@ class OneMatrix:
     def max(self, tensor: Tensor) -> Tensor:
         if self.group is not None:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
+    def least(self, tensor: Tensor) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.group)
         return tensor
 
     def gram(self, left: Tensor) -> Tensor:

@@ -23,6 +23,9 @@ class RPCAInfo(NamedTuple):
     row_outlier_rate: Tensor  # [..., m] float64
     column_outlier_rate: Tensor  # [..., n] float64
     condition: Tensor  # float64, largest over smallest singular value of L
+    row_part: Tensor  # [..., m] int64: the observed entries determine L where row_part == column_part
+    column_part: Tensor  # [..., n] int64; such cells, by counting: see `determined`
+    bound: Tensor  # float64, largest |D| of a fit that did not converge, beyond which its L means nothing; else inf
 
 
 class SparseCOO(NamedTuple):
@@ -43,9 +46,19 @@ class RPCAResult(NamedTuple):
     sparse: Tensor | SparseCOO | None
     info: RPCAInfo
 
-    def low_rank(self) -> Tensor:
-        """L, dense."""
-        return (self.U * self.S.unsqueeze(-2)) @ self.Vh
+    def low_rank(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """L, dense, or these rows of it.
+
+        NaN where the observed entries do not determine it (`info.row_part` is not `info.column_part`), and where a fit
+        that did not converge lies beyond all that was observed (`info.bound`).
+        """
+        low_rank = (self.U[..., rows, :] * self.S.unsqueeze(-2)) @ self.Vh
+        row_part, column_part = self.info.row_part[..., rows], self.info.column_part
+        if row_part.any() or column_part.any():
+            low_rank = torch.where(row_part.unsqueeze(-1) == column_part.unsqueeze(-2), low_rank, torch.nan)
+        if self.info.bound.isfinite().any():
+            low_rank = torch.where(low_rank.abs() <= self.info.bound[..., None, None], low_rank, torch.nan)
+        return low_rank
 
 
 class RPCAProgress(NamedTuple):
@@ -78,9 +91,20 @@ def empty_result(matrix: Tensor, rank: int, sparse: str) -> RPCAResult:
         row_outlier_rate=torch.zeros(*lead, m, **number),
         column_outlier_rate=torch.zeros(*lead, n, **number),
         condition=unknown,
+        row_part=torch.zeros(*lead, m, **number).long(),
+        column_part=torch.zeros(*lead, n, **number).long(),
+        bound=torch.full(lead, torch.inf, **number),
     )
     u, vh = torch.zeros(*lead, m, rank, **floating), torch.zeros(*lead, rank, n, **floating)
     return RPCAResult(u, torch.zeros(*lead, rank, **floating), vh, whole, info)
+
+
+def check_size(s: Tensor, top: float) -> None:
+    """Raises ValueError for singular values that are no numbers any more; top: about the largest |entry|."""
+    if not s.isfinite().all():
+        raise ValueError(
+            f"matrix is too large: with entries of about {top:.3g} its singular values leave {s.dtype}; scale it down"
+        )
 
 
 def warm_factors(warm: RPCAResult, u_shape, vh_shape) -> tuple[Tensor, Tensor]:

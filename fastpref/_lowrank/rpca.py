@@ -21,14 +21,22 @@ from fastpref import _checks, _library, _native
 from fastpref._lowrank import ialm, ialm_pass
 from fastpref._lowrank.annealing import CUTOFF
 from fastpref._lowrank.batched_ialm import batched_ialm, is_small
-from fastpref._lowrank.batches import check_finite, fixed_rank_batch, rank_free_batch
+from fastpref._lowrank.batches import batch_units, check_finite, fixed_rank_batch, in_units, rank_free_batch
 from fastpref._lowrank.large_ialm import large_ialm
 from fastpref._lowrank.large_rpca import LargeSolve, Stop, fixed_rank
 from fastpref._lowrank.noise import EXACT
 from fastpref._lowrank.one_matrix import Lines, OneMatrix, judge_entries
 from fastpref._lowrank.outliers import outliers
 from fastpref._lowrank.residual_pass import STRUCTURES
-from fastpref._lowrank.result import RPCAInfo, RPCAProgress, RPCAResult, SparseCOO, empty_result, warm_factors
+from fastpref._lowrank.result import (
+    RPCAInfo,
+    RPCAProgress,
+    RPCAResult,
+    SparseCOO,
+    check_size,
+    empty_result,
+    warm_factors,
+)
 from fastpref._lowrank.storage import check_matrix, entries
 
 CORRUPTIONS = ("entries", "rows", "columns")
@@ -78,10 +86,13 @@ def rpca(
         backend: None (the fastest), "native", "triton" (of one matrix with a rank) or "reference".
 
     Returns:
-        RPCAResult. Matrices that did not converge say so in info.converged; they do not hold up the others. With a
-        rank, converged means that the iteration came to rest: where much is corrupted and the matrix small that may be
-        at a wrong answer, of which info.scale and info.outlier_rate tell. Without, that the duality gap has closed too;
-        gap is that of the convex program's L, before a fit of its rank undoes what noise made of it.
+        RPCAResult. Its low_rank() is NaN where the observed entries do not determine L: rows and columns with too few
+        of them, and cells between parts of the matrix that share none (`info.row_part`, `info.column_part`). Matrices
+        that did not converge say so in info.converged; they do not hold up the others, and their low_rank() is NaN
+        beyond the size of what was observed. With a rank, converged means that the iteration came to rest: where much
+        is corrupted and the matrix small that may be at a wrong answer, of which info.scale and info.outlier_rate tell.
+        Without, that the duality gap has closed too; gap is that of the convex program's L, before a fit of its rank
+        undoes what noise made of it.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, shape or combination, and infinite entries.
@@ -138,9 +149,15 @@ def rpca(
         factors = None if warm is None else warm_factors(warm, (*lead, m, rank), (*lead, rank, n))
         if matrix.dim() > 2:
             options = {"skew": skew, "tol": tol, "max_iter": max_iter, "sparse": sparse, "backend": backend or ""}
+            units = batch_units(matrix)
+            if units is not None:
+                matrix = matrix / units[..., None, None]
+                factors = None if factors is None else (factors[0] / units[..., None, None], factors[1])
             if rank is None:
-                return rank_free_batch(matrix, lam=lam, **options)
-            return fixed_rank_batch(matrix, rank, warm=factors, **options)
+                result = rank_free_batch(matrix, lam=lam, **options)
+            else:
+                result = fixed_rank_batch(matrix, rank, warm=factors, **options)
+            return result if units is None else in_units(result, units)
         data = OneMatrix(matrix, scale, structure, group, backend)
         stop = Stop(tol, max_iter, _reporter(callback))
         if rank is None:
@@ -255,6 +272,7 @@ def _dense(data: OneMatrix) -> Tensor:
 def _one_result(data: OneMatrix, found: LargeSolve, corruption: str, sparse: str, gap: Tensor | None) -> RPCAResult:
     matrix, rank, magnitude = data.matrix, found.left.shape[1], data.magnitude
     u, s, v = data.decompose(found.left, found.right)
+    check_size((s * magnitude).to(u.dtype), data.top * magnitude)
     root = s.sqrt().to(u.dtype)
     left, right = u * root, v * root
     verdict, lines = found.verdict, None
@@ -275,17 +293,22 @@ def _one_result(data: OneMatrix, found: LargeSolve, corruption: str, sparse: str
             whole = torch.zeros(matrix.shape, dtype=data.dtype, device=matrix.device)
             whole[listed.rows, listed.columns] = listed.values * magnitude
     number = {"dtype": torch.float64, "device": matrix.device}
+    converged = found.converged and data.observed > 0
+    parts = data.parts(rank)
     info = RPCAInfo(
         rank=torch.tensor(rank, device=matrix.device),
         iterations=torch.tensor(found.iterations, device=matrix.device),
         residual=torch.tensor(verdict.residual, **number),
         gap=torch.tensor(torch.nan, **number) if gap is None else gap,
-        converged=torch.tensor(found.converged and data.observed > 0, device=matrix.device),
+        converged=torch.tensor(converged, device=matrix.device),
         scale=torch.tensor(verdict.sigma * magnitude, **number),
         outlier_rate=torch.tensor(verdict.rate, **number),
         row_outlier_rate=verdict.row_rates,
         column_outlier_rate=verdict.column_rates,
         condition=s[0] / s[-1] if rank else torch.tensor(torch.nan, **number),
+        row_part=parts.rows,
+        column_part=parts.columns,
+        bound=torch.tensor(torch.inf if converged else data.top * magnitude, **number),
     )
     return RPCAResult(u, (s * magnitude).to(u.dtype), v.mT, whole, info)
 

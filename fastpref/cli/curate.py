@@ -7,19 +7,20 @@ import warnings
 from typing import TYPE_CHECKING
 
 from fastpref._progress import StageBars
-from fastpref.cli.arguments import options_of, positive_integer, positive_number
+from fastpref.cli.arguments import ColumnsAction, options_of, positive_integer, positive_number
 from fastpref.cli.signals import sigterm_interrupts
 from fastpref.curate.pipeline.config import (
     CLEAN,
     EXCLUDE,
     FORMATS,
     GOALS,
+    LABELS,
     LENGTH_CONTROL,
     CurateConfig,
     config_from_table,
     toml_table,
 )
-from fastpref.errors import InputError
+from fastpref.errors import InputError, printable
 
 if TYPE_CHECKING:
     from fastpref.curate.pipeline.run import CurateResult
@@ -27,33 +28,33 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Makes training pairs of scored responses. It starts at scored files: it samples no responses and scores none.
 
-IN is JSON Lines (also .gz) or Parquet, a prompt a row:
-  prompt, responses[], scores[]     any name for the scores (--scores), several columns of them; also sources[] (who
-                                    wrote each response: --sources), lengths[], truncated[] or finish_reason[]
-  instruction, completions[]        UltraFeedback
-  chosen, rejected, score_chosen, score_rejected    TRL's preference rows with scores: a pool of two
-Prompts and responses are strings or messages [{"role", "content"}, ...]. What a row must hold and does not is a bad
-row: left out, counted, listed in --bad-rows.
+IN is JSON Lines, a JSON array, CSV (its delimiter is found), Parquet or Arrow, also .gz or .zst: a file, several, a
+glob in quotes, a folder, "-" for stdin, or an address that fsspec opens. A row holds a prompt and its responses with
+their scores, a published pair with scores or without, two responses and a label, or one response; --help-layouts lists
+the layouts, which are told apart by their columns. Columns called otherwise are named with --columns.
+Prompts and responses are strings or messages [{"role", "content", ...}, ...]. A row that lacks what it must hold is a
+bad row: left out, counted, listed in --bad-rows.
 
 OUT is .jsonl[.gz] or .parquet, a row a pair: texts as --format has them, and beside them the scores (score_chosen,
-score_rejected, margin) and where it all comes from. Scores stay as they are in every stage.
+score_rejected, margin) and where it all comes from. Scores stay as they are in every stage. Pairs whose sides were
+published keep them; the margin of one that its scores contradict is negative (--labels).
 
 The stages, in this order unless the config says otherwise:
   hygiene    copies of a text under one prompt count once (with the mean of their scores), blank responses and missing
-             scores not at all. One text under many prompts, and prompts that stand in --decontaminate files, are
-             reported; --apply leaves them out.
+             scores not at all. One text under many prompts, prompts that stand in --decontaminate files, and responses
+             whose scores contradict each other are reported; --apply leaves them out.
   audit      with --sources: whose scores the other sources do not explain. From 200 prompts on, flagged sources are
              neither chosen nor rejected, nor part of a pool (--exclude).
   clean      with --sources: single scores that the others contradict count as missing (--clean).
   length     --length-control, after the audit; "longest wins" is reported in any case.
   construct  --chosen against --rejected, of every prompt.
   select     --select of the pairs, by margins; several score columns vote.
-  route      pairs of small margin (--tau) go to SFT: their route says so, or they go to --sft.
+  route      with --tau: pairs of small margin go to SFT: their route says so, or they go to --sft.
 
 IN is read twice: first the scores, then the texts of the pairs. Every output is written whole or not at all."""
 EXIT_CODES = """\
-Exit codes: 0 done; 1 done and written, but no pair was kept, or there were warnings and --strict; 2 the user can mend
-it; 3 a defect of fastpref, with a traceback; 130 interrupted."""
+Exit codes: 0 done; 1 done and written, but no pair was kept, or there were warnings and --strict; 2 an input, an option
+or an output is wrong, and the message says which; 3 a defect of fastpref, with a traceback; 130 interrupted."""
 
 
 def add_parser(commands) -> None:
@@ -77,12 +78,13 @@ def add_parser(commands) -> None:
 
 def _add_run_flags(curate) -> None:
     add = curate.add_argument
-    add("input", metavar="IN", help="scored samples")
+    add("input", metavar="IN", nargs="+", help="scored samples, or published pairs")
+    add("--help-layouts", action=_HelpLayouts, nargs=0, help="the layouts of IN, a row each")
     add("-o", dest="output", metavar="OUT", help="the pairs; replaced if it is there")
     add("--config", metavar="FILE", help="TOML, a table per stage; flags win over it")
     add("--report", metavar="DIR", help="a page of what was done, report.md and report.html")
     add("--json", action="store_true", help="print the summary as JSON")
-    add("--strict", action="store_true", help="exit with 1 after warnings: degenerate rules, correlated scores, ...")
+    add("--strict", action="store_true", help="exit with 1 after warnings; findings are none")
     add("--seed", type=int, metavar="N", help="of everything random (0)")
     add("--order", type=_comma_separated, metavar="STAGE,...", help="of the stages; those not named are left out")
     add("--work", metavar="DIR", help="keep what every stage makes, one .npz each")
@@ -96,11 +98,34 @@ def _add_reading_flags(group) -> None:
         "--scores",
         dest="read.scores",
         type=_comma_separated,
-        metavar="FIELD[:logit],...",
-        help=":logit for probabilities; the first constructs the pairs (default: scores, else win_prob)",
+        metavar="FIELD[:SCALE],...",
+        help=":logit for probabilities, :best-low or :best-high for ranks; the first constructs the pairs (default: "
+        "the usual ones of the layout)",
     )
     add("--sources", dest="read.sources", metavar="FIELD", help="who wrote each response, such as models")
     add("--lengths", dest="read.lengths", metavar="FIELD", help="of the responses (default: characters)")
+    add("--layout", dest="read.layout", metavar="NAME", help="of IN, where its columns fit several (--help-layouts)")
+    add(
+        "--columns",
+        dest="read.columns",
+        action=ColumnsAction,
+        metavar="ROLE=NAME,...",
+        help="what IN calls them, such as prompt=question,responses=generations or response=output,system=instructions",
+    )
+    add(
+        "--keep",
+        dest="read.keep",
+        type=_comma_separated,
+        metavar="FIELD,...",
+        help="columns that reach OUT as they are",
+    )
+    add(
+        "--missing",
+        dest="read.missing",
+        type=_numbers,
+        metavar="X,...",
+        help="scores that stand for none, such as -1; numbers of 1e30 and more always do",
+    )
     add(
         "--implicit",
         dest="read.implicit",
@@ -136,16 +161,44 @@ def _add_cleaning_flags(group) -> None:
     add("--exclude", dest="audit.exclude", choices=EXCLUDE, help="flagged sources: from what (both)")
     add("--clean", dest="clean.action", choices=CLEAN, help="single corrupted scores (mask)")
     add(
+        "--repeated-share",
+        dest="hygiene.repeated_share",
+        type=float,
+        metavar="X",
+        help="of the prompts, beyond which a text under so many of them is reported (0.01)",
+    )
+    add("--repeated-least", dest="hygiene.repeated_least", type=positive_integer, metavar="N", help="and as many (3)")
+    add(
+        "--audit-threshold", dest="audit.threshold", type=positive_number, metavar="X", help="z of a flagged source (3)"
+    )
+    add("--audit-rank", dest="audit.rank", type=positive_integer, metavar="N", help="of what sources share (at most 3)")
+    add(
+        "--clean-threshold",
+        dest="clean.threshold",
+        type=positive_number,
+        metavar="X",
+        help="deviations of a wrong score (5)",
+    )
+    add("--clean-rank", dest="clean.rank", type=positive_integer, metavar="N", help="of what sources share (at most 3)")
+    add(
         "--length-control",
         dest="length.control",
         choices=LENGTH_CONTROL,
         help="within_source: scores minus their slope over length within prompt and source; match: of the responses "
         "near the rejected's target the one nearest in length to the chosen (none)",
     )
+    add("--length-band", dest="length.band", type=positive_number, metavar="X", help="how near, in deviations (0.5)")
 
 
 def _add_pair_flags(group) -> None:
     add = group.add_argument
+    add(
+        "--labels",
+        dest="construct.labels",
+        choices=LABELS,
+        help="pairs whose sides were published: as published (default); scores: the higher score is chosen; agree: "
+        "without those that their scores contradict",
+    )
     add(
         "--chosen",
         dest="construct.chosen",
@@ -163,9 +216,10 @@ def _add_pair_flags(group) -> None:
         "--on-degenerate",
         dest="construct.on_degenerate",
         metavar="WHAT",
-        help="where more than a fifth of the rejected's targets lie below the pool: warn (default), min_of_5, "
-        "quantile:0.10, drop, error",
+        help="where more than a fifth of the rejected's targets lie below pools of more than five: ignore (default), "
+        "warn, min_of_5, quantile:0.10, drop, error",
     )
+    add("--ddof", dest="construct.ddof", type=int, choices=(0, 1), help="1: the sample's standard deviation (0)")
     add(
         "--min-chosen", dest="construct.min_chosen", type=_number_or_text, metavar="X", help="least score of the chosen"
     )
@@ -174,12 +228,29 @@ def _add_pair_flags(group) -> None:
     add("--pairs-per-prompt", dest="construct.pairs_per_prompt", type=positive_integer, metavar="N")
     add("--select", dest="select", type=_count_or_share, metavar="N", help="pairs to keep, or their share below 1")
     add("--how", dest="select.how", metavar="HOW", help="margins combine: mul (BeeS, default), add, max, ... ")
+    add("--select-lower", dest="select.lower", type=float, metavar="X", help="margin that counts as none (-2)")
+    add("--select-upper", dest="select.upper", type=float, metavar="X", help="margin that counts as certain (sought)")
+    add(
+        "--require-positive",
+        dest="select.require_positive",
+        action="store_true",
+        default=None,
+        help="select no pair that one of the scores contradicts",
+    )
     add(
         "--tau",
         dest="route.tau",
         type=_number_or_text,
         metavar="X",
-        help="margin below which a pair goes to SFT; quantile:0.12 (default), or 0.5 for --score-range 1,10; none",
+        help="margin below which a pair goes to SFT: a number, quantile:0.12, auto (that, or 0.5 for --score-range "
+        "1,10), none (default)",
+    )
+    add(
+        "--tau-inclusive",
+        dest="route.inclusive",
+        action="store_true",
+        default=None,
+        help="a margin of exactly that goes to SFT, too",
     )
 
 
@@ -202,7 +273,31 @@ def _add_writing_flags(group) -> None:
         choices=GOALS,
         help="goal-conditioned rows: both, the pair and its swap; half, as many rows as pairs (none)",
     )
+    add(
+        "--no-system-role",
+        dest="write.system_role",
+        action="store_false",
+        default=None,
+        help="goals go before the first user turn, for chat templates without a system role",
+    )
+    add(
+        "--beta",
+        dest="write.beta",
+        type=positive_number,
+        metavar="X",
+        help="of the loss, for the scale of ratings (0.1)",
+    )
     add("--bad-rows", dest="write.bad_rows", metavar="FILE", help="rows that could not be read, and why, as .jsonl")
+
+
+class _HelpLayouts(argparse.Action):
+    """Prints the table of layouts."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from fastpref.curate.files import layouts
+
+        print(layouts.__doc__.strip())
+        parser.exit()
 
 
 def _comma_separated(text) -> list[str]:
@@ -239,10 +334,13 @@ def run_command(arguments) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # they are in the result
             with StageBars(unit_scale=True) as bars:
+                run_options["command"] = arguments.command
                 result = _run_pipeline(config, run_options, bars.report)
-        for warning in result.warnings:
-            print(f"fastpref curate: warning: {warning}", file=sys.stderr)
-        print(json.dumps(result.summary, indent=2) if options["json"] else "\n".join(summary_lines(result)))
+        lines = [json.dumps(result.summary, indent=2)] if options["json"] else map(printable, summary_lines(result))
+        print("\n".join(lines), flush=True)
+        for notice in result.notices:
+            if notice.severity != "finding":
+                print(f"fastpref curate: {notice.severity}: {printable(notice.text)} [{notice.id}]", file=sys.stderr)
     failed = (options["strict"] and result.warnings) or result.summary.get("pairs") == 0
     return 1 if failed else 0
 
@@ -254,6 +352,8 @@ def parse_options(options: dict) -> tuple[CurateConfig, dict]:
     for name in ("input", "output", "report", "work", "seed", "order"):
         if name in given:
             table[name] = given[name]
+    if isinstance(table.get("input"), list) and len(table["input"]) == 1:
+        (table["input"],) = table["input"]
     for name, value in given.items():
         part, dot, key = name.partition(".")
         if dot:
@@ -280,7 +380,7 @@ def _run_pipeline(config, options, progress) -> "CurateResult":
     try:
         return run(config, **options, progress=progress)
     except OSError as error:
-        raise InputError(f"cannot write: {error.strerror or error}") from error
+        raise InputError(f"cannot write {error.filename or 'an output'}: {error.strerror or error}") from error
 
 
 # ---- the summary in words
@@ -293,19 +393,28 @@ def summary_lines(result: "CurateResult") -> list[str]:
     of = "" if summary["sources"] is None else f" of {summary['sources']} sources"
     found = [("read", f"{summary['prompts']} prompts, {summary['responses']} responses{of}")]
     if summary["bad_rows"]:
-        found.append(("", f"{summary['bad_rows']} bad rows"))
+        found.append(("", _number_of(summary["bad_rows"], "bad row")))
+    if summary["bad_responses"]:
+        found.append(("", f"{_number_of(summary['bad_responses'], 'bad response')}, left out of their pools"))
+    for reason, count in summary["not_read"].items():
+        found.append(("", f"{count} {reason[:-1] if (reason, count) == ('ties', 1) else reason}, left out"))
     found += [(name, _SAID[name](stages[name])) for name in stages]
     if "pairs" in summary:
         found.append(("left out", _counted(summary["responses_left_out"], "responses")))
         found.append(("dropped", _counted(summary["dropped"], "pairs")))
         found.append(("length", _length(summary["length"])))
-        found.append(("resample", _resample(summary["resample"])))
+        found.append(("resample", _resample(summary["resample"] or {"median_gain": None})))
     if summary.get("rating_scale"):
         found.append(("ratings", _ratings(summary["rating_scale"])))
     for path, rows in summary.get("written", {}).items():
         found.append(("wrote", f"{path}: {rows} rows"))
+    found += [("note", f"{notice.text} [{notice.id}]") for notice in result.notices if notice.severity == "finding"]
     found.append(("", f"{summary['seconds']:.1f} s"))
-    return [f"{name:<10} {said}" for name, said in found if said]
+    return [f"read as {summary['read_as']}", *(f"{name:<10} {said}" for name, said in found if said)]
+
+
+def _number_of(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _hygiene(stage) -> str:
@@ -321,6 +430,9 @@ def _hygiene(stage) -> str:
         )
         if stage[key]
     ]
+    if stage["contradicting"]:
+        done = "left out" if stage["applied"] else "reported"
+        parts.append(f"{len(stage['contradicting'])} responses with contradicting scores, {done}")
     if stage["repeated_texts"]:
         most = stage["most_repeated"][0]
         source = f" ({most['source']})" if most["source"] is not None else ""
@@ -358,6 +470,14 @@ def _control(stage) -> str:
 
 
 def _construct(stage) -> str:
+    if stage["rule"] == "published":
+        text = f"{stage['pairs']} pairs, sides as they were published"
+        agree = ", without those that their scores contradict" if stage["labels"] == "agree" else ""
+        if not stage["compared"]:
+            return f"{text}, without scores"
+        return (
+            f"{text}{agree}; of {stage['compared']} with scores, {stage['reversed']} reversed and {stage['tied']} tied"
+        )
     text = f"{stage['pairs']} pairs, {stage['rule']}"
     if not stage["pairs"]:
         return text

@@ -8,7 +8,7 @@ def add_parser(commands) -> None:
         "info", help="what was built, which backend serves which op on which device, and why not"
     )
     info.add_argument("--json", action="store_true", help="print JSON")
-    info.set_defaults(handler=run_command, name="fastpref")
+    info.set_defaults(handler=run_command, name="fastpref info")
 
 
 def run_command(arguments) -> int:

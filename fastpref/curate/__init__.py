@@ -7,8 +7,8 @@ The whole pipeline
     run                  from a file of scored samples to files of pairs, as a config says
     CurateConfig         what `run` does: a table per stage, a field per option
     config_from_toml     a CurateConfig from a TOML file
-    CurateResult         what `run` returns: state, rows, summary, warnings
-    InputError           raised for what the user can mend
+    CurateResult         what `run` returns: state, rows, summary, and notices (`curate.notices` explains their ids)
+    InputError           raised for an input, option or output that is wrong
 
 Files
     read_samples         scored samples without their texts
@@ -18,7 +18,7 @@ Files
     read_scored_samples  scored samples with their texts
     ScoredSamples        prompts, responses and scores
     RowProblem           a row that was left out, and why
-    write_pairs          pairs with their texts, for trl or axolotl
+    write_pairs          pairs with their texts, as trainers read them (`curate.files.formats`)
     Coded                a column of names of which most occur often
     read_metadata        what `write_pairs` was given as metadata
     pair_rows            rows of samples to rows of pairs, for engines that map batches

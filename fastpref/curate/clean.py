@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastpref.curate.hygiene import as_sources
+from fastpref.curate.notices import DataWarning
 from fastpref.curate.pools import as_pools, per_prompt
 from fastpref.curate.scale import to_logit
 
@@ -100,11 +101,8 @@ def audit(
             matrix, rank, threshold=threshold, resamples=resamples, confidence=confidence, seed=seed
         )
     if len(rows) < least_prompts:
-        warnings.warn(
-            f"sources were scored on {len(rows)} prompts: they are ranked, none is flagged; score {least_prompts}",
-            UserWarning,
-            stacklevel=2,
-        )
+        text = f"sources were scored on {len(rows)} prompts: they are ranked, none is flagged; score {least_prompts}"
+        warnings.warn(DataWarning("few-prompts-to-audit", text), stacklevel=2)
     prompts = found.observed.numpy()
     return SourceReport(
         unexplained=found.outlyingness.numpy(),
@@ -341,8 +339,8 @@ def consensus(scores, *, offsets, valid=None, threshold=5.0) -> Consensus:
     varied = spread > 0
     if varied.sum() < 3:
         raise ValueError(
-            f"scores must have three columns of judges that vary, got {varied.sum()} of {len(spread)}: of two that "
-            "differ nobody knows which is wrong"
+            f"scores must have three columns of judges that vary, got {varied.sum()} of {len(spread)}: when two "
+            "differ, nothing says which of them is wrong"
         )
     standard = (scores - centre) / np.where(varied, spread, np.nan)
     distance = np.abs(standard - _quantile(standard, 0.5, 1)[:, None])
@@ -373,7 +371,8 @@ def vote_consensus(scores, *, offsets, valid=None, temperature=None, threshold=5
     """One score per response from the pairs of each prompt on which the judges vote, whatever their scales.
 
     A robust Bradley-Terry fit of the votes gives the scores, which are logits and compare within a prompt only. Votes
-    do not know by how much: where the scales can be compared, `consensus` picks the best response more often.
+    do not know by how much, least where all judges agree that one response is the best, whose lead is then that of the
+    fit's ridge: where the scales can be compared, `consensus` picks the best response more often.
 
     scores: [responses, J], NaN where a judge gave none; offsets: [prompts + 1]. valid: [responses] bool, False leaves a
         response out (NaN).
@@ -391,7 +390,9 @@ def vote_consensus(scores, *, offsets, valid=None, temperature=None, threshold=5
     padded = np.full((len(offsets) - 1, int(np.diff(offsets).max(initial=0)), scores.shape[1]), np.nan)
     padded[prompt, place] = scores
     votes = preference_matrix.from_scores(padded, temperature=temperature)
-    found = preference_matrix.denoise(votes, method="bradley_terry", threshold=threshold)
+    with warnings.catch_warnings():  # few judges are often of one mind; then the order alone is theirs, as said above
+        warnings.filterwarnings("ignore", ".* ridge of ", RuntimeWarning)
+        found = preference_matrix.denoise(votes, method="bradley_terry", threshold=threshold)
     fitted = found.scores.numpy()
     return replace(_judged(found, None, votes.dense().numpy(), fitted), scores=fitted[prompt, place])
 
@@ -443,12 +444,11 @@ def _judged(found, probabilities, given, after) -> CleanedJudges:
 
 def _warn_low_rank(changed, masked, prompts) -> None:
     beside = "" if masked is None else f" ({masked} if only wrong scores were masked)"
-    warnings.warn(
+    text = (
         f"action='low_rank' changes the best response of {changed} of {prompts} prompts{beside}: the best of the fit "
-        "is seldom the best response, and sources that game the judge gain by it; take action='mask'",
-        UserWarning,
-        stacklevel=3,
+        "is seldom the best response, and sources that game the judge gain by it; take action='mask'"
     )
+    warnings.warn(DataWarning("low-rank-scores", text), stacklevel=3)
 
 
 def _with_sources(scores, sources, offsets, valid, probability):
@@ -516,8 +516,8 @@ def _rank(matrix, rank) -> int:
     most = min(max((typical - 2) // 2, 1), len(matrix) - 2)
     if typical < LEAST_SOURCES:
         raise NothingToClean(
-            f"scores must have {LEAST_SOURCES} sources that vary under a typical prompt, got {typical}: of two that "
-            "differ nobody knows which is wrong"
+            f"scores must have {LEAST_SOURCES} sources that vary under a typical prompt, got {typical}: when two "
+            "differ, nothing says which of them is wrong"
         )
     if most < 1:
         raise ValueError(f"scores must have 3 prompts with sources, got {len(matrix)}")

@@ -17,6 +17,7 @@ import numpy as np
 
 from fastpref.curate.files.table import Coded
 from fastpref.curate.margins import as_vector
+from fastpref.curate.notices import DataWarning
 
 ON_TIE = ("positive", "drop")
 
@@ -57,11 +58,8 @@ def goal_records(pairs, *, attributes=None, half=False, on_tie="positive", seed=
 
     scored = np.isfinite(score_chosen).all(axis=1) & np.isfinite(score_rejected).all(axis=1)
     if left_out := int(np.count_nonzero(~scored)):
-        warnings.warn(
-            f"{left_out} of {len(scored)} pairs have no finite score and no goal; they are left out",
-            UserWarning,
-            stacklevel=2,
-        )
+        text = f"{left_out} of {len(scored)} pairs have no finite score and no goal; they are left out"
+        warnings.warn(DataWarning("goals-left-out", text), stacklevel=2)
     tied = (score_chosen == score_rejected).all(axis=1)
     positive = np.flatnonzero(scored & ~tied if on_tie == "drop" else scored)
     negative = np.flatnonzero(scored & ~tied)

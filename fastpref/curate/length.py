@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastpref.curate.notices import DataWarning
 from fastpref.curate.pairs import PairSelection, gap_bound, parse_bounds, places_of
 from fastpref.curate.pools import Pools, as_mask, as_pools, per_prompt, pool_table, same_size, share_of
 from fastpref.curate.scale import rescale, sort_pools
@@ -265,10 +266,9 @@ def _without_effects(values, prompt, source) -> np.ndarray:
             squares, before = gradient @ gradient, squares
             direction = gradient + squares / before * direction
         else:
-            warnings.warn(
+            text = (
                 f"the effects of {len(weight)} sources are not solved after {STEPS} steps (gradient "
-                f"{math.sqrt(squares / enough):.1g} times what would be): the slope of length is inexact",
-                UserWarning,
-                stacklevel=3,
+                f"{math.sqrt(squares / enough):.1g} times what would be): the slope of length is inexact"
             )
+            warnings.warn(DataWarning("length-slope", text), stacklevel=3)
     return values

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastpref.curate.notices import DataWarning
 from fastpref.curate.pools import as_pools, blocks, share_of
 
 START = {"external": 1.5, "implicit": 2.0}  # the search for the upper bound begins at the largest margin over this
@@ -171,11 +172,8 @@ def select_top(scores, *, k=None, fraction=None, tie_break=None) -> TopSelection
             raise ValueError(f"tie_break must have shape {[len(scores)]} to match scores, got {[len(tie_break)]}")
     k = _count(k, fraction, len(scores), "pairs")
     if k and (allowed := np.count_nonzero(scores > -math.inf)) < k:
-        warnings.warn(
-            f"only {allowed} of {len(scores)} pairs may be selected, {k - allowed} fewer than asked for",
-            UserWarning,
-            stacklevel=2,
-        )
+        text = f"only {allowed} of {len(scores)} pairs may be selected, {k - allowed} fewer than asked for"
+        warnings.warn(DataWarning("fewer-selected", text), stacklevel=2)
         k = allowed
     if k == 0:
         return TopSelection(np.empty(0, np.int64), math.nan, 0.0, math.nan)
@@ -243,11 +241,10 @@ def select_prompts(rewards, fraction=0.25, *, k=None, valid=None, offsets=None) 
     asked = _count(k, fraction if k is None else None, len(margin), "prompts")
     usable = int(np.count_nonzero(margin > 0))
     if usable < asked:
-        warnings.warn(
-            f"only {usable} of {len(margin)} prompts have two different rewards, {asked - usable} fewer than asked for",
-            UserWarning,
-            stacklevel=2,
+        text = (
+            f"only {usable} of {len(margin)} prompts have two different rewards, {asked - usable} fewer than asked for"
         )
+        warnings.warn(DataWarning("fewer-selected", text), stacklevel=2)
     top = select_top(margin, k=min(asked, usable))
     kept = top.indices
     return PromptSelection(kept, chosen[kept], rejected[kept], margin[kept], top.tied_at_cut)
@@ -383,7 +380,7 @@ def _correlated(table):
     if pairs > RANKED_PAIRS:
         drawn = np.random.default_rng(0).choice(pairs, RANKED_PAIRS, replace=False)
         few = [margin[drawn] for margin in table]
-    return _pearson(table), _pearson([_ranks(margin) for margin in few])
+    return _pearson(table), _pearson([mean_ranks(margin) for margin in few])
 
 
 def _pearson(table) -> np.ndarray:
@@ -401,20 +398,21 @@ def _pearson(table) -> np.ndarray:
     return np.clip([[a @ b for b in scaled] for a in scaled], -1, 1)
 
 
-def _ranks(values) -> np.ndarray:
+def mean_ranks(values) -> np.ndarray:
     """[n] ranks from 0; equal values share the mean of theirs."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
 
 
-def _warn(message) -> None:
-    warnings.warn(message, UserWarning, stacklevel=4)  # of the caller of `bees`
+def _warn(id, message) -> None:
+    warnings.warn(DataWarning(id, message), stacklevel=4)  # of the caller of `bees`
 
 
 def _warn_of_margins(values, described) -> None:
     for name, source in described.items():
         if source.missing:
-            _warn(f"margins[{name!r}] has {source.missing} of {len(values[name])} NaN or infinite, which count as 0")
+            text = f"margins[{name!r}] has {source.missing} of {len(values[name])} NaN or infinite, which count as 0"
+            _warn("missing-margins", text)
 
 
 def _warn_of_one_vote(names, pearson, spearman, compared) -> None:
@@ -423,8 +421,9 @@ def _warn_of_one_vote(names, pearson, spearman, compared) -> None:
         alike = pearson[i, j] > ONE_VOTE or spearman[i, j] > ONE_VOTE
         if alike and compared[i, j] >= CORRELATED_PAIRS:
             _warn(
+                "votes-agree",
                 f"{names[i]!r} and {names[j]!r} are one vote counted twice: Pearson {pearson[i, j]:.2f}, Spearman "
-                f"{spearman[i, j]:.2f}, above {ONE_VOTE}; leave one out, or take a margin that is judged otherwise"
+                f"{spearman[i, j]:.2f}, above {ONE_VOTE}; leave one out, or take a margin that is judged otherwise",
             )
 
 
@@ -435,25 +434,29 @@ def _warn_of_bounds(values, described, searched) -> None:
         spread = float(values[name].std())
         if source.smallest >= source.lower:
             _warn(
+                "clip-bounds",
                 f"lower={source.lower:g} clips none of the {len(values[name])} margins of {name!r}, which begin at "
-                f"{source.smallest:.3g} and have a standard deviation of {spread:.3g}: give lower= on their scale"
+                f"{source.smallest:.3g} and have a standard deviation of {spread:.3g}: give lower= on their scale",
             )
         elif 0 < abs(source.lower) < spread / 100:
             _warn(
+                "clip-bounds",
                 f"lower={source.lower:g} is {100 * abs(source.lower) / spread:.2g} % of the standard deviation "
                 f"{spread:.3g} of the margins of {name!r}: the {100 * source.clipped_low:.0f} % below it all count as "
-                "p = 0; give lower= on their scale"
+                "p = 0; give lower= on their scale",
             )
         if name in searched and source.upper <= source.lower < source.largest:
             _warn(
+                "clip-bounds",
                 f"the search for the upper bound of {name!r} ends at {source.upper:g}, not above lower="
-                f"{source.lower:g}: every margin counts as p = 0; give upper= on their scale"
+                f"{source.lower:g}: every margin counts as p = 0; give upper= on their scale",
             )
         elif name in searched and source.clipped_high > MOST_CLIPPED:
             _warn(
+                "clip-bounds",
                 f"the search for the upper bound of {name!r} ends at {source.upper:g}, and the "
                 f"{100 * source.clipped_high:.0f} % of the margins above it all count as p = 1; give upper= on their "
-                "scale"
+                "scale",
             )
 
 

@@ -13,11 +13,13 @@ import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
 from fastpref.curate.files.processes import available_cpus
+from fastpref.curate.notices import DataWarning
 from fastpref.curate.pools import as_flat, as_mask, as_usable, pool_table, same_size, share_of
 from fastpref.curate.scale import SortedPools, check_scale, quantile, sort_pools, tied_runs
 
@@ -41,6 +43,7 @@ class DropReason(enum.IntEnum):
     LOW_CHOSEN = 7  # chosen below min_chosen
     SMALL_GAP = 8  # gap below min_gap
     LARGE_GAP = 9  # gap above max_gap
+    REVERSED = 10  # a published pair whose scores contradict it, where only those that agree are asked for
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class PairSelection:
     target: np.ndarray  # float64 [prompts], the value the rejected response was sought at; -inf for "min"
     minimum: np.ndarray  # float64 [prompts], the lowest valid reward
     share_below_min: float  # of the prompts with spread: the target of the rule asked for lies below every reward
+    small_pools: int  # prompts with a pair and so few rewards that the rule asked for can only be min; see `small_pool`
     rule: str  # "max vs mean-2std"; "max vs min_of_5 for mean-2std" where on_degenerate replaced the rule
     scale: str
 
@@ -137,8 +141,10 @@ def select_pairs(
         std is -2. Ranks, and so "quantile" and "min_of", are the same on all of them.
     ddof: 0 for the population std, 1 for the sample std.
     on_degenerate: what happens when more than 20 % of the targets of a rejected "mean-<k>std" lie below every reward of
-        their pool, where the rule is no other than "min": "warn" (UserWarning), "error" (ValueError), "ignore", "drop"
-        these prompts, or a "min_of_<m>" or "quantile:<q>" that takes the rule's place for all prompts.
+        their pool, where the rule is no other than "min": "warn" (DataWarning), "error" (ValueError), "ignore", "drop"
+        these prompts, or a "min_of_<m>" or "quantile:<q>" that takes the rule's place for all prompts. Pools that no
+        target can lie within, for the number of their rewards (`small_pools`), are not counted and not dropped: the
+        rule there is min.
     min_chosen, min_gap, max_gap: bounds, in units of rewards, on score_chosen and on score_chosen - score_rejected; a
         pair outside is dropped. Or "quantile:<q>" within the prompt: of its rewards for min_chosen, of the differences
         between any two of its rewards for the gaps.
@@ -147,8 +153,8 @@ def select_pairs(
     seed: of the draws of "min_of"; one number per prompt is drawn, by its index.
 
     Without a pair, `reason` says why. Up to five responses mean - 2 std is never inside the pool (|r - mean| <= std *
-    sqrt(n - 1)), so there the default is exactly max against min; for normal rewards it still is in 96 % of pools of
-    16.
+    sqrt(n - 1)), so there the default is exactly max against min, which `small_pools` counts; for normal rewards it
+    still is in 96 % of pools of 16.
     Statistics are taken in float64 over the sorted rewards: the result does not depend on the order of the responses,
     nor on the other prompts or the padding.
     Raises ValueError for wrong shapes, rules and options, TypeError for rewards that are not numbers.
@@ -165,26 +171,59 @@ def select_pairs(
         return _select(data, [(chosen, rule)], bounds, pairs_per_prompt, seed)[0]
 
     selection = select(rejected)
-    if math.isinf(rejected.number) or rejected.kind != "target" or not selection.share_below_min > DEGENERATE_SHARE:
+    if rejected.kind != "target" or math.isinf(rejected.number):
+        return selection
+    large = selection.n_pool > _small_pool(rejected, scale, ddof)
+    share = _share_below(selection, large)
+    if not share > DEGENERATE_SHARE:
         return selection
     if replacement is not None:
         replaced = select(replacement)
         rule = f"{replaced.rule} for {rejected.name}"
         return replace(replaced, share_below_min=selection.share_below_min, rule=rule)
     if on_degenerate == "drop":
-        return without(selection, selection.target < selection.minimum, DropReason.DEGENERATE)
+        return without(selection, large & (selection.target < selection.minimum), DropReason.DEGENERATE)
     if on_degenerate == "ignore":
         return selection
+    worst = ""
+    if selection.keep.any():
+        worst = f": the rejected response is the worst of its pool in {selection.share_rejected_min:.1%} of the pairs"
     message = (
-        f"{rejected.name} lies below every reward of its pool for {selection.share_below_min:.1%} of the prompts (more "
-        f"than {DEGENERATE_SHARE:.0%}; median pool: {np.median(selection.n_pool):g} responses). There the rule is min: "
-        f"the rejected response is the worst of its pool in {selection.share_rejected_min:.1%} of the pairs. "
-        'rejected="quantile:0.10", "min_of_5" and larger pools avoid that, rejected="min" says it'
+        f"{rejected.name} lies below every reward of its pool for {share:.1%} of the prompts (more than "
+        f"{DEGENERATE_SHARE:.0%}; median pool: {np.median(selection.n_pool[large]):g} responses). There the rule is "
+        f"min{worst}. "
+        'rejected="quantile:0.10", "min_of_5" and larger pools avoid that; rejected="min" is the same rule by its name'
     )
     if on_degenerate == "error":
         raise ValueError(message)
-    warnings.warn(message, UserWarning, stacklevel=2)
+    warnings.warn(DataWarning("rule-below-pool", message), stacklevel=2)
     return selection
+
+
+def small_pool(rejected, scale="raw", ddof=0) -> int:
+    """The number of rewards up to which a rejected "mean-<k>std" is min, whatever the rewards are; 0: of no pool.
+
+    One of n rewards is at most sqrt(n - 1) population standard deviations from their mean, so that none of five is
+    beyond two; with the sample's standard deviation at most (n - 1) / sqrt(n). The lowest normal score is the quantile
+    of 1 / (2 n). A distance in MADs has no bound.
+    """
+    return _small_pool(_parse_rule("rejected", rejected), scale, ddof)
+
+
+def _small_pool(rule, scale, ddof) -> int:
+    k = rule.number
+    if rule.kind != "target" or not -math.inf < k < 0 or scale == "mad":
+        return 0
+    if scale == "normal_score":
+        return int(0.5 / NormalDist().cdf(k))
+    return int(k * k + 1 if ddof == 0 else (k * k + 2 - k * math.sqrt(k * k + 4)) / 2)
+
+
+def _share_below(selection, which) -> float:
+    """Share of targets below the pool, among those prompts that have spread; NaN if there are none."""
+    first = selection.reason if selection.reason.ndim == 1 else selection.reason[:, 0]
+    spread_out = which & ~np.isin(first, (DropReason.TOO_FEW, DropReason.NO_SPREAD))
+    return share_of((selection.target < selection.minimum)[spread_out])
 
 
 def all_pairings(
@@ -440,8 +479,18 @@ def _select(data, pairings, bounds, slots, seed) -> list[PairSelection]:
         if slots == 1:
             pairs = {name: values[:, 0] for name, values in pairs.items()}
         rule = f"{chosen.name} vs {rejected.name}"
+        few = shared["n_pool"] <= _small_pool(rejected, data.scale, data.ddof)
+        small = int(np.count_nonzero(few & (columns["reason"][:, 0] == DropReason.KEPT)))
         results.append(
-            PairSelection(**pairs, **shared, target=target, share_below_min=below, rule=rule, scale=data.scale)
+            PairSelection(
+                **pairs,
+                **shared,
+                target=target,
+                share_below_min=below,
+                small_pools=small,
+                rule=rule,
+                scale=data.scale,
+            )
         )
     return results
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastpref.curate.margins import as_vector
+from fastpref.curate.notices import DataWarning
 from fastpref.curate.pools import share_of
 
 JUDGE_TAU = 0.5  # of scores from 1 to 10; 12 % of the authors' pairs lie below it
@@ -59,12 +60,11 @@ def route_by_margin(margin, tau=DEFAULT_TAU, *, inclusive=False) -> Routes:
     at_tau = int(np.count_nonzero(margin == threshold))
     routed = share_of(small[rated])
     if share is not None and abs(routed - share) > ROUTED_OFF and at_tau > 1:
-        warnings.warn(
+        text = (
             f"tau={tau!r} routes {100 * routed:.1f} % of the pairs to SFT, since {at_tau} of {len(margin)} margins are "
-            f"exactly {threshold:g}; give tau as a number, or turn inclusive {'off' if inclusive else 'on'}",
-            UserWarning,
-            stacklevel=2,
+            f"exactly {threshold:g}; give tau as a number, or turn inclusive {'off' if inclusive else 'on'}"
         )
+        warnings.warn(DataWarning("routing-ties", text), stacklevel=2)
     return Routes(
         np.where(small, Route.SFT, Route.PREF).astype(np.int8),
         threshold,

@@ -125,8 +125,9 @@ def denoise(
 
     Warns:
         RuntimeWarning: of what makes the result doubtful and what to do: too few items or pairs for a low-rank fit,
-            too few votes to flag any pair or to tell them from coin tosses, comparison graphs of several components, so
-            many corrupted pairs that preferences may be intransitive.
+            too few votes to flag any pair, to tell them from coin tosses or to give scores that are finite without a
+            ridge, comparison graphs of several components, so many corrupted pairs that preferences may be
+            intransitive.
     """
     for name, value, choices in (
         ("link", link, LINKS),
@@ -313,6 +314,8 @@ def _warn_of_doubts(table, fit: TableFit, corrupted, votes, by_votes: bool, meth
             RuntimeWarning,
             stacklevel=3,
         )
+    for text in fit.ridge_doubts:
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
     few = float((2 * votes <= threshold).double().mean()) if by_votes and len(votes) else 0.0
     if few > 0.5:
         warnings.warn(

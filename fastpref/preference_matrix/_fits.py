@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref._lowrank.bradley_terry import Edges, bradley_terry
+from fastpref._lowrank.bradley_terry import BradleyTerryResult, Edges, bradley_terry, ridge_doubts
 from fastpref._lowrank.curatron import NcRPCAResult, ncrpca, optspace
 from fastpref._lowrank.rpca import rpca
 from fastpref.preference_matrix._table import CHUNK, Preferences, chunks_of, is_small, scatter_pairs
@@ -23,34 +23,40 @@ class TableFit(NamedTuple):
     converged: Tensor  # [P]
     components: Tensor  # [P, N]
     low_rank: Tensor | None  # [P, N, N]; None: scores[i] - scores[j]
+    ridge_doubts: list[str]  # of votes, what the ridge of their scores did
 
 
 def fit_scores(table: Preferences, values: Tensor | None, backend: str | None) -> TableFit:
     """Robust Bradley-Terry scores of link values [E], or (None) of the votes."""
-    found = []
-    for prompts, pairs in chunks_of(table):
-        i, j = table.i[pairs], table.j[pairs]
-        if is_small(table):
-            if values is None:
-                wins = scatter_pairs(table, prompts, pairs, table.wins_i[pairs], table.wins_j[pairs])
-                found.append(bradley_terry(wins=wins, backend=backend))
-            else:
-                logits = scatter_pairs(table, prompts, pairs, values[pairs], -values[pairs])
-                found.append(bradley_terry(logits, backend=backend))
-        else:
-            edges = Edges(i, j, table.wins_i[pairs], table.wins_j[pairs], None, table.num_items)
-            if values is not None:
-                edges = Edges(i, j, None, None, values[pairs], table.num_items)
-            found.append(bradley_terry(edges=edges, backend=backend))
+    with warnings.catch_warnings():  # said once of all prompts, by `denoise`
+        warnings.filterwarnings("ignore", ".* ridge of ", RuntimeWarning)
+        found = [_fit_chunk(table, values, backend, *chunk) for chunk in chunks_of(table)]
     shape = (table.num_prompts, table.num_items)
     if not found:
         empty = table.wins_i.new_zeros(shape)
-        return TableFit(table.wins_i, empty, empty.new_zeros(shape[0], dtype=torch.bool), empty.long(), None)
+        return TableFit(table.wins_i, empty, empty.new_zeros(shape[0], dtype=torch.bool), empty.long(), None, [])
     scores = torch.cat([part.scores.flatten() for part in found]).double().view(shape)
     converged = torch.cat([part.info.converged.flatten() for part in found])
     components = torch.cat([part.components.flatten() for part in found]).view(shape)
     difference = scores[table.prompt, table.i] - scores[table.prompt, table.j]
-    return TableFit(difference, scores, converged, components, None)
+    separated, share = (
+        torch.cat([getattr(part.info, name).flatten() for part in found]) for name in ("separated", "ridge_share")
+    )
+    return TableFit(difference, scores, converged, components, None, ridge_doubts(separated, share))
+
+
+def _fit_chunk(table: Preferences, values: Tensor | None, backend, prompts: slice, pairs: slice) -> BradleyTerryResult:
+    i, j = table.i[pairs], table.j[pairs]
+    if is_small(table):
+        if values is None:
+            wins = scatter_pairs(table, prompts, pairs, table.wins_i[pairs], table.wins_j[pairs])
+            return bradley_terry(wins=wins, backend=backend)
+        logits = scatter_pairs(table, prompts, pairs, values[pairs], -values[pairs])
+        return bradley_terry(logits, backend=backend)
+    edges = Edges(i, j, table.wins_i[pairs], table.wins_j[pairs], None, table.num_items)
+    if values is not None:
+        edges = Edges(i, j, None, None, values[pairs], table.num_items)
+    return bradley_terry(edges=edges, backend=backend)
 
 
 def fit_table(
@@ -91,8 +97,9 @@ def fit_table(
     components = simple.components
     same = (components.unsqueeze(-1) == components.unsqueeze(-2)) & ~simple.scores.isnan().unsqueeze(-1)
     low_rank = torch.where(same, low_rank, torch.nan)
-    scores = low_rank.nansum(-1) / same.sum(-1)
-    return TableFit(low_rank[table.prompt, table.i, table.j], scores, torch.cat(converged), components, low_rank)
+    scores = low_rank.nanmean(-1)  # over what the comparisons determine
+    values = low_rank[table.prompt, table.i, table.j]
+    return TableFit(values, scores, torch.cat(converged), components, low_rank, [])
 
 
 def _curatron(matrix: Tensor, rank: int) -> NcRPCAResult:

@@ -181,7 +181,7 @@ def denoise_scores(
         refuse_exchangeable(part, 0)
         centre, residual = 0, part
         for _ in range(2):  # medians of the scores are not the offsets that leave a matrix of this rank
-            centre = centre + residual.nanmedian(0).values
+            centre = centre + residual.nanmedian(0).values.nan_to_num(0)  # of a column whose fit nothing determines
             centred = part - centre
             found = rpca(centred, rank=rank, backend=backend)
             low_rank = found.low_rank()

@@ -1,5 +1,7 @@
 """fastpref curate: flags and config, what it prints and writes, its exit codes."""
 
+import dataclasses
+import io
 import json
 import os
 import re
@@ -9,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastpref.cli.main import main
+from fastpref.cli.arguments import options_of
+from fastpref.cli.curate import parse_options
+from fastpref.cli.main import _build_parser, _parse, main
 from fastpref.curate import read_metadata
 from fastpref.curate.files import writing
-from fastpref.curate.pipeline.config import STAGES
+from fastpref.curate.pipeline.config import STAGES, CurateConfig
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "curate.toml"
 SOURCES = 10
@@ -29,7 +33,7 @@ def make_rows(prompts, seed=0):
                 "prompt": f"Question {p}?",
                 "responses": ["word " * (1 + rank) + f"{p} {s}" for s, rank in enumerate(logits.argsort().argsort())],
                 "win_prob": (1 / (1 + np.exp(-logits))).tolist(),
-                "models": [f"model-{s}" for s in range(SOURCES)],
+                "who": [f"model-{s}" for s in range(SOURCES)],
             }
         )
     return rows
@@ -53,17 +57,20 @@ def curate(*arguments, scores="win_prob:logit"):
 
 
 def test_a_run_says_what_it_did(samples, capsys):
-    assert curate("-o", "pairs.jsonl", "--rejected", "quantile:0.10", "--sft", "sft.jsonl") == 0
+    options = ("--rejected", "quantile:0.10", "--sft", "sft.jsonl", "--tau", "auto")
+    assert curate("-o", "pairs.jsonl", *options) == 0
     captured = capsys.readouterr()
     said = dict(line.split(maxsplit=1) for line in captured.out.splitlines() if line[0] != " ")
-    assert said["read"] == "50 prompts, 500 responses"
+    assert captured.out.startswith("read as pools: prompt=prompt, responses=responses, scores=win_prob\n")
+    assert "read       50 prompts, 500 responses\n" in captured.out
     assert said["audit"] == "skipped: no sources"
     assert said["construct"].startswith("50 pairs, max vs quantile:0.10; rejected is its pool's minimum in 0.0%")
     assert said["route"].startswith("6 pairs to SFT (12.0%)")
     assert "wrote      pairs.jsonl: 44 rows\nwrote      sft.jsonl: 6 rows\n" in captured.out
     warned = captured.err.splitlines()
     assert all(line.startswith("fastpref curate: warning: ") for line in warned)
-    assert [line for line in warned if "the longer response is the chosen one in 100.0% of the pairs" in line]
+    (line,) = [line for line in warned if line.endswith(" [length-decides]")]
+    assert "the longer response is the chosen one in 100.0% of the pairs" in line
     assert sorted(os.listdir()) == [
         "pairs.jsonl", "pairs.jsonl.meta.json", "samples.jsonl", "sft.jsonl", "sft.jsonl.meta.json"
     ]  # fmt: skip
@@ -90,12 +97,13 @@ def test_the_summary_as_json(samples, capsys):
     assert (summary["prompts"], summary["responses"], summary["pairs"]) == (50, 500, 50)
     assert list(summary["stages"]) == ["hygiene", "audit", "clean", "length", "construct", "select", "route"]
     assert summary["written"] == {"pairs.jsonl": 50}
-    assert len(summary["warnings"]) == 2
+    assert [notice["id"] for notice in summary["notices"]] == ["length-decides"]
+    assert summary["notices"][0]["severity"] == "warning"
 
 
 def test_what_more_responses_would_bring(samples, capsys):
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
-    for name in ("responses", "win_prob", "models"):
+    for name in ("responses", "win_prob", "who"):
         rows[0][name] = rows[0][name][:4]
     rows[1]["responses"][1] = rows[1]["responses"][0]  # a copy, whose two scores differ by 0.2 in logits
     rows[1]["win_prob"][:2] = (1 / (1 + np.exp(-np.array([-5.1, -4.9])))).tolist()
@@ -125,7 +133,7 @@ def test_the_scale_of_the_ratings_is_in_the_output(samples):
 
 
 def test_flags_win_over_the_config(samples, capsys):
-    arguments = ["curate", "samples.jsonl", "-o", "pairs.jsonl", "--config", str(EXAMPLE), "--json"]
+    arguments = ["curate", "samples.jsonl", "-o", "pairs.jsonl", "--config", str(EXAMPLE), "--json", "--sources", "who"]
     assert main([*arguments, "--rejected", "min", "--select", "7", "--tau", "none"]) == 0
     captured = capsys.readouterr()
     stages_said = json.loads(captured.out)["stages"]
@@ -168,7 +176,7 @@ def test_bad_rows_have_a_file_of_their_own(samples, capsys):
 
 
 def test_strict_writes_and_exits_with_1(samples, capsys):
-    assert curate("-o", "pairs.jsonl", "--strict") == 1
+    assert curate("-o", "pairs.jsonl", "--strict", "--on-degenerate", "warn") == 1
     assert "warning: mean-2std lies below every reward" in capsys.readouterr().err
     assert len(read_lines("pairs.jsonl")) == 50
     texts = ["a b", "c d e", "f"]
@@ -201,7 +209,7 @@ def test_no_pair_at_all_exits_with_1(samples, capsys):
 
 
 def test_a_report(samples):
-    assert curate("-o", "pairs.jsonl", "--sources", "models", "--exclude", "none", "--report", "page") == 0
+    assert curate("-o", "pairs.jsonl", "--sources", "who", "--exclude", "none", "--report", "page") == 0
     assert {"report.md", "report.html"} <= set(os.listdir("page"))
     page = Path("page/report.html").read_text()
     assert "Pairs of samples.jsonl" in page and "Question 0?" in page
@@ -252,11 +260,11 @@ def test_help_says_where_it_starts(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "output must be a file"),
+        ([], "no output was named: -o OUT (output), a file that ends in .jsonl, .jsonl.gz or .parquet"),
         (["-o", "pairs.txt"], "the output must end in .jsonl, .jsonl.gz, .parquet, got pairs.txt"),
         (["-o", "samples.jsonl"], "samples.jsonl would overwrite an input"),
-        (["-o", "p.jsonl", "--bad-rows", os.devnull], f"cannot write {os.devnull}: it is no regular file"),
-        (["-o", "none/pairs.jsonl"], "cannot write none/pairs.jsonl: the folder none is not there"),
+        (["-o", "p.jsonl", "--bad-rows", os.devnull], f"cannot write {os.devnull}: it is not a regular file"),
+        (["-o", "samples.jsonl/pairs.jsonl"], "samples.jsonl is not a folder"),
         (["-o", "p.jsonl", "--config", "c.toml"], "unknown key construct.rejectd, known: construct.chosen"),
         (["-o", "p.jsonl", "--config", "none.toml"], "cannot read none.toml: No such file or directory"),
         (["-o", "p.jsonl", "--rejected", "worst"], "rejected must be"),
@@ -264,8 +272,8 @@ def test_help_says_where_it_starts(capsys):
         (["-o", "p.jsonl", "--select", "51"], "select.k must be at most the 50 pairs there are, got 51"),
         (["-o", "p.jsonl", "--tau", "high"], 'tau must be a number or "quantile:'),
         (["-o", "p.jsonl", "--order", "audit"], "order must hold construct"),
-        (["-o", "p.jsonl", "--sources", "who"], "no field 'who'"),
-        (["-o", "p.jsonl", "--stage", "construct"], "work must be a folder"),
+        (["-o", "p.jsonl", "--sources", "whom"], "whom"),
+        (["-o", "p.jsonl", "--stage", "construct"], "needs --work DIR"),
         (["-o", "p.jsonl", "--from", "construct", "--stage", "construct", "--work", "w"], "must not both be given"),
         (["-o", "p.jsonl", "--test-share", "0.1"], "write.test and write.test_share need each other"),
     ],
@@ -288,7 +296,8 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(samples, capsys, arg
         (["--select", "1.5"], "must be below 1 or a whole number, got 1.5"),
         (["--exclude", "all"], "invalid choice: 'all'"),
         (["--workers", "0"], "must be at least 1, got 0"),
-        (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--unknown"], "unrecognized arguments: --unknown (see fastpref curate --help)"),
+        (["--rejectd", "min"], "unrecognized arguments: --rejectd min, nearest is --rejected (see fastpref curate --"),
     ],
 )
 def test_wrong_flags(capsys, flag, message):
@@ -305,3 +314,89 @@ def test_an_interrupted_run_leaves_nothing(samples, monkeypatch, capsys, error, 
     monkeypatch.setattr(writing, "pair_rows_of", failing)
     assert curate("-o", "pairs.jsonl", "--workers", "1") == code
     assert os.listdir() == ["samples.jsonl"]
+
+
+def test_every_option_of_the_config_has_a_flag():
+    given = {}
+    for action in _flags():
+        if action.dest not in ("help", "select"):
+            assert action.help or action.metavar, action.option_strings
+            given[action.dest] = action
+    named = {"input", "output", "report", "work", "seed", "order"}
+    for table in dataclasses.fields(CurateConfig):
+        options = table.default_factory if dataclasses.is_dataclass(table.default_factory) else None
+        if options is None:
+            assert table.name in named and table.name in given
+            continue
+        for option in dataclasses.fields(options):
+            if (table.name, option.name) not in (("select", "fraction"), ("select", "k")):  # --select
+                assert f"{table.name}.{option.name}" in given, f"{table.name}.{option.name} has no flag"
+    assert not [dest for dest in given if "." in dest and not _is_option(dest)]
+
+
+def _flags():
+    _, commands = _build_parser()
+    return commands.choices["curate"]._actions
+
+
+def _is_option(dest) -> bool:
+    table, _, name = dest.partition(".")
+    return name in {option.name for option in dataclasses.fields(getattr(CurateConfig(), table))}
+
+
+@pytest.mark.parametrize(
+    ("flags", "stage", "expected"),
+    [
+        (["--repeated-share", "0.5", "--repeated-least", "9"], "hygiene", {"repeated_share": 0.5, "repeated_least": 9}),
+        (["--audit-threshold", "2.5", "--audit-rank", "2"], "audit", {"threshold": 2.5, "rank": 2}),
+        (["--clean-threshold", "4", "--clean-rank", "1"], "clean", {"threshold": 4.0, "rank": 1}),
+        (["--length-band", "0.2"], "length", {"band": 0.2}),
+        (["--ddof", "1", "--labels", "agree"], "construct", {"ddof": 1, "labels": "agree"}),
+        (
+            ["--select-lower", "-1", "--select-upper", "3", "--require-positive"],
+            "select",
+            {"lower": -1.0, "upper": 3.0, "require_positive": True},
+        ),
+        (["--tau", "0.5", "--tau-inclusive"], "route", {"tau": 0.5, "inclusive": True}),
+        (["--no-system-role", "--beta", "0.5"], "write", {"system_role": False, "beta": 0.5}),
+    ],
+)
+def test_flags_of_options(flags, stage, expected):
+    config, _ = parse_options(options_of(_parse(["curate", "in.jsonl", "-o", "out.jsonl", *flags])))
+    assert vars(getattr(config, stage)).items() >= expected.items()
+
+
+def test_results_come_before_warnings(samples, capfd):
+    assert curate("-o", "pairs.jsonl") == 0
+    both = capfd.readouterr()
+    assert "wrote" in both.out and "warning:" not in both.out and "[length-decides]" in both.err
+    order = []
+
+    class Stream(io.StringIO):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def write(self, text):
+            order.append(self.name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", Stream("results"))
+        patch.setattr(sys, "stderr", Stream("warnings"))
+        assert curate("-o", "pairs.jsonl") == 0
+    assert order[0] == "results" and order.index("warnings") > order.count("results") - 1
+
+
+def test_findings_are_notes_and_do_not_count_as_warnings(samples, capsys):
+    rows = [
+        {"prompt": f"{p}", "responses": [f"{t} {p}" for t in ("a b", "c d e", "f")], "s": [3 + p, 1, 2]}
+        for p in range(20)
+    ]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert curate("-o", "pairs.jsonl", "--strict", scores="s") == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and captured.out.count("[small-pools]\n") == 1
+    assert (
+        "note       20 of 20 pairs come from pools of 5 responses or fewer, where the rule mean-2std is min"
+        in captured.out
+    )

@@ -26,7 +26,7 @@ pytest.importorskip("matplotlib", reason="fastpref[cli] is not installed")
 import pyarrow
 from pyarrow import parquet
 
-from fastpref.cli.denoise import comparisons, matrices, plots
+from fastpref.cli.denoise import comparisons, inputs, matrices, plots
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +196,7 @@ def test_a_batch_is_solved_in_pieces(tmp_path, run, monkeypatch, dtype, output):
         data = np.where(np.isnan(data), -128, np.round(data * 8).clip(-127, 127))
     data = data.astype(dtype)
     np.save(tmp_path / "in.npy", data)
-    monkeypatch.setattr(matrices, "BATCH_ENTRIES", 3 * 40 * 30)
+    monkeypatch.setattr(inputs, "BATCH_ENTRIES", 3 * 40 * 30)
     out = tmp_path / ("out.npz" if output == "factors" else "out.npy")
     code, summary, _ = run(tmp_path / "in.npy", out, "--rank", 2, "--output", output, "--scale", 0.5)
 
@@ -222,7 +222,7 @@ def test_a_batch_is_solved_in_pieces(tmp_path, run, monkeypatch, dtype, output):
 def test_a_batch_without_a_rank_has_ranks_of_its_own(tmp_path, run, monkeypatch):
     data = np.stack([corrupted(40, 30, rank)[1] for rank in (1, 3, 2)])
     np.save(tmp_path / "in.npy", data)
-    monkeypatch.setattr(matrices, "BATCH_ENTRIES", 40 * 30)
+    monkeypatch.setattr(inputs, "BATCH_ENTRIES", 40 * 30)
     _, summary, _ = run(tmp_path / "in.npy", tmp_path / "out.npz", "--output", "factors")
     alone = [fastpref.rpca(torch.from_numpy(data[k : k + 1])) for k in range(3)]
     ranks = [int(fit.info.rank) for fit in alone]
@@ -305,7 +305,7 @@ def test_votes_of_many_prompts(tmp_path, run, ending):
     source = write_table(tmp_path / f"in.{ending}", [rows[k] for k in order])
     format = ending.removesuffix(".gz")
     out, flagged = tmp_path / f"out.{format}", tmp_path / f"flagged.{format}"
-    code, summary, _ = run(source, out, "--flagged", flagged, "--stderr")
+    code, summary, _ = run(source, out, "--flagged", flagged, "--stderr", "--columns", "prompt=prompt")
     assert code == 0 and (summary["graphs"], summary["items"], summary["comparisons"]) == (3, 24, len(rows))
     found = read_table(out)
     assert list(found[0]) == ["prompt", "item", "score", "stderr", "component", "rejected"]
@@ -355,8 +355,10 @@ def test_logits_with_integer_names_and_repeated_pairs(tmp_path, run):
     more = [{"i": 0, "j": 50, "value": w[0] - w[5]}, {"i": 50, "j": 0, "value": None}]
     for extra in ([], more):
         source = write_table(tmp_path / "in.parquet", rows + extra)
-        code, _, err = run(source, tmp_path / "out.parquet", "--flagged", tmp_path / "flagged.csv")
-        assert (code, err) == (0, "")
+        code, summary, _ = run(source, tmp_path / "out.parquet", "--flagged", tmp_path / "flagged.csv")
+        unused = f"1 of {len(rows + extra)} rows have no value, and are not used"
+        assert code == 0 and summary["warnings"] == [unused] * bool(extra)
+        assert summary["comparisons"] == len(rows) + bool(extra) and summary["unused"] == bool(extra)
         for row in read_table(tmp_path / "out.parquet"):
             assert row["score"] == pytest.approx(w[row["item"] // 10] - w.mean(), abs=1e-5)
         flagged = read_table(tmp_path / "flagged.csv")
@@ -385,6 +387,7 @@ def test_unconnected_items_are_said(tmp_path, run):
 MATRIX = np.eye(6)
 VOTES = "i,j,wins_i,wins_j\na,b,3,1\n"
 WINNERS = "winner,loser\n"
+BATTLES = "model_a,model_b,winner\n"
 LOGITS = "i,j,value\n"
 TRIPLES = "row,column,value\n"
 DENSE = ["--max-dense", "1e-9"]
@@ -421,54 +424,71 @@ REFUSED_MATRICES = {
     "memory, converted": (np.ones((9, 9), np.uint8), DENSE, "as float32 in.npy takes 3.02e-07 GiB, more than"),
     "plot": (MATRIX, ["--rank", "1", "--plot", "plot.txt"], "--plot must end in .pdf, .png, .svg, got plot.txt"),
     "plot over IN": (MATRIX, ["--rank", "1", "--plot", "in.npy"], "in.npy would overwrite IN"),
-    "plot nowhere": (MATRIX, ["--rank", "1", "--plot", "no/plot.png"], "cannot write no/plot.png: No such file"),
+    "a folder for a plot": (MATRIX, ["--rank", "1", "--plot", "in.npy/plot.png"], "cannot write in.npy/plot.png: "),
 }
 REFUSED_CSV = {
-    "no bytes": ("", [], "cannot read in.csv: "),
+    "no bytes": ("", [], "in.csv is empty: it has no column"),
     "columns": ("a,b\n1,2\n", [], "in.csv: its columns a, b fit no layout (triples: row, column, value; votes: i, j"),
     "ambiguous": ("i,j,wins_i,wins_j,value\n", [], "fit several layouts, choose with --layout: votes, logits"),
+    "two that name items": ("winner,loser,model_a,model_b\n", [], "choose with --layout: winners, battles"),
     "no such column": ("i,j,w\n", ["--layout", "votes"], "no column wins_i, wins_j for votes, found i, j, w"),
     "no such column of any": (VOTES, ["--columns", "i=nope"], "in.csv has no column nope, found i, j, wins_i, wins_j"),
+    "the nearest column": (
+        VOTES,
+        ["--columns", "wins_i=win_i"],
+        "has no column win_i, found i, j, wins_i, wins_j; the nearest is wins_i",
+    ),
+    "the nearest role": (VOTES, ["--columns", "win_i=wins_i"], "no layout has a role win_i, only column, count, "),
     "no such role of any": (
         VOTES,
         ["--columns", "foo=i"],
-        "--columns: no layout has a role foo, only column, i, j, ",
+        "--columns: no layout has a role foo, only column, count, i, j, ",
     ),
     "a column twice": ("winner,loser,winner\na,b,c\n", [], "in.csv has more than one column winner"),
     "no such role": (VOTES, ["--layout", "votes", "--columns", "row=i"], "votes has no role row, only i, j"),
     "one column twice": (VOTES, ["--columns", "j=i"], "--columns must name a column for each role, got one twice"),
     "no rows": (WINNERS, [], "in.csv holds no comparisons"),
-    "a short line": (WINNERS + "a\n", [], "cannot read in.csv: CSV parse error"),
-    "text for numbers": (VOTES + "a,b,x,1\n", [], "cannot read in.csv: "),
-    "no name": (WINNERS + "a,b\n,b\n", [], "column winner of in.csv must hold a name in every row, got none in row 2"),
-    "itself": (WINNERS + "a,b\nb,b\n", [], "in.csv compares an item with itself in row 2: b"),
-    "negative": (VOTES + "a,b,-1,1\n", [], "wins_i of in.csv must be finite counts >= 0, got -1 in row 2"),
-    "no count": (VOTES + "a,b,,1\n", [], "wins_i of in.csv must be finite counts >= 0, got nan in row 2"),
-    "infinite logit": (LOGITS + "a,b,inf\n", [], "in.csv has the value inf in row 1"),
+    "a short line": (WINNERS + "a\n", [], "in.csv:2: 1 fields, where the header has 2"),
+    "open quotes": (WINNERS + 'a,b\n"a,b\n', [], "in.csv:3: not CSV: the quotes that begin here do not end"),
+    "text for numbers": (VOTES + "a,b,x,1\n", [], "in.csv:3: wins_i must be a number, got 'x'"),
+    "no name": (WINNERS + "a,b\n,b\n", [], "in.csv:3: winner must hold a name, got none"),
+    "itself": (WINNERS + "a,b\nb,b\n", [], "in.csv:3: compares an item with itself: b"),
+    "negative": (VOTES + "a,b,-1,1\n", [], "in.csv:3: wins_i must be a finite count >= 0, got -1"),
+    "no count": (VOTES + "a,b,,1\n", [], "in.csv:3: wins_i must be a finite count >= 0, got nan"),
+    "infinite count": (VOTES + "a,b,inf,1\n", [], "in.csv:3: wins_i must be a finite count >= 0, got inf"),
+    "another label": (BATTLES + "a,b,tie\na,b,both\n", [], "in.csv:3: winner must be one of a, model_a, "),
+    "a model for a label": (BATTLES + "gpt,llm,gpt\n", [], "in.csv:2: winner must be one of a, model_a, "),
+    "no label": (BATTLES + "a,b,\n", [], "in.csv:2: winner must hold a name, got none"),
+    "labels for items": (
+        BATTLES + "x,y,model_b\nx,y,tie\n",
+        ["--columns", "winner=winner,loser=model_b"],
+        "in.csv:2: winner holds 'model_b', which is a label, no item: name the columns of the two items, as in",
+    ),
     "rank": (VOTES, ["--rank", "2"], "--rank is not for comparisons, which in.csv holds (votes)"),
     "array": (VOTES, ["--array", "a"], "--array is not for a table"),
-    "robust": (LOGITS + "a,b,2\n", ["--no-robust"], "robust=False needs wins"),
+    "robust": (LOGITS + "a,b,2\n", ["--no-robust"], "--no-robust is for votes: it is maximum likelihood"),
     "probabilities": (LOGITS + "a,b,0.7\nb,a,0.3\na,c,\n", [], "the values of in.csv all lie in [0, 1], as probabilit"),
     "OUT": (VOTES, [], "OUT must end in .parquet, .csv, .jsonl for comparisons, got out.npy"),
     "flagged": (VOTES, ["--flagged", "x.npy"], "--flagged must end in .parquet, .csv, .jsonl, got x.npy"),
-    "a cell twice": (TRIPLES + "a,b,1\nc,b,1\na,b,2\n", [], "in.csv has more than one value for (a, b)"),
+    "a cell twice": (TRIPLES + "a,b,1\nc,b,1\na,b,2\n", [], "in.csv:4: has another value for (a, b) than in.csv:2"),
     "dense": (TRIPLES + "a,b,1\n", ["--max-dense", "1e-12"], "1 rows by 1 columns, dense, take 7.45e-09 GiB, more"),
     "stderr": (TRIPLES + "a,b,1\n", ["--stderr"], "--stderr is not for triples"),
 }
 REFUSED_JSONL = {
-    "no JSON": ('{"winner": "a"\n', [], "cannot read in.jsonl: "),
+    "no JSON": ('{"winner": "a"\n', [], "in.jsonl"),
     "a list": ('{"winner": ["a"], "loser": "b"}\n', [], "column winner of in.jsonl must hold strings or integers, got"),
     "text": (
-        '{"i": 1, "j": 2, "wins_i": "1", "wins_j": 2}',
+        '{"i": 1, "j": 2, "wins_i": "1", "wins_j": 2}\n{"i": 1, "j": 2, "wins_i": "one", "wins_j": 2}',
         [],
-        "column wins_i of in.jsonl must hold numbers, got str",
+        "in.jsonl:2: wins_i must be a number, got 'one'",
     ),
+    "two kinds": ('{"winner": "a", "loser": "b"}\n{"winner": "a", "loser": 3}', [], "in.jsonl:2: loser holds numbers"),
 }
 REFUSED = [
     *(("in.npy", "out.npy", *case) for case in REFUSED_MATRICES.values()),
     *(("in.csv", "out.npy" if name == "OUT" else "out.csv", *case) for name, case in REFUSED_CSV.items()),
     *(("in.jsonl", "out.csv", *case) for case in REFUSED_JSONL.values()),
-    ("in.txt", "out.npy", b"", [], "IN must end in .npy, .npz, .parquet, .csv, .jsonl, got in.txt"),
+    ("in.txt", "out.npy", b"", [], "in.txt is empty: it has no column"),
     ("in.parquet", "out.csv", b"PAR1", [], "cannot read in.parquet: "),
     ("in.npz", "out.npy", b"PK", [], "cannot read in.npz: "),
     ("in.npy", "in.npy", MATRIX, [], "in.npy would overwrite IN"),
@@ -542,10 +562,11 @@ def test_what_nothing_is_observed_of(tmp_path, run, capsys):
         np.save(tmp_path / "in.npy", data)
         code, summary, err = run(tmp_path / "in.npy", tmp_path / "out.npy", "--rank", 1)
         assert (code, err) == (1, f"fastpref denoise: warning: {warning}\n")
+        assert summary["undetermined"] == 30 and np.isnan(np.load(tmp_path / "out.npy")).sum() == 30
     assert summary["not_converged"] == 1
     np.save(tmp_path / "in.npy", nothing[0])
     assert main(["denoise", str(tmp_path / "in.npy"), str(tmp_path / "out.npy"), "--rank", "1"]) == 1
-    assert "6 x 5, rank 1, nothing observed, 0 iterations" in capsys.readouterr().out
+    assert "6 x 5, rank 1, 30 cells without a value, nothing observed, 0 iterations" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["--scale", "--max-dense"])
@@ -592,10 +613,11 @@ def test_plots(tmp_path, run, format):
     np.save(tmp_path / "in.npy", corrupted(700, 30, 2)[1])
     np.save(tmp_path / "batch.npy", corrupted(40, 30, 2, batch=(3,))[1])
     votes_file = write_table(tmp_path / "in.csv", votes(prompts=2, reversed_pair=(0, 6))[0])
+    by_prompt = ["--stderr", "--columns", "prompt=prompt"]
     for source, out, flags in (
         (tmp_path / "in.npy", "out.npy", ["--rank", 2]),
         (tmp_path / "batch.npy", "out.npy", ["--rank", 2, "--output", "masked"]),
-        (votes_file, "out.csv", ["--stderr"]),
+        (votes_file, "out.csv", by_prompt),
     ):
         plot = tmp_path / f"{source.stem}.{format}"
         assert run(source, tmp_path / out, *flags, "--plot", plot)[0] == 0

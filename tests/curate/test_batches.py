@@ -189,7 +189,7 @@ def test_options_that_are_refused(options, message):
 
 
 def test_a_degenerate_rule_is_not_replaced_in_a_batch():
-    rows = [{"prompt": "p", "responses": ["a", "b", "c"], "scores": [0.1, 0.2, 0.9]}]
+    rows = [{"prompt": "p", "responses": list("abcdefg"), "scores": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 9.0]}]
     with pytest.warns(UserWarning, match="lies below every reward"):
         warned = pair_rows(columns_of(rows), on_degenerate="warn")
     assert warned == pair_rows(columns_of(rows)) and warned["rule"] == ["max vs mean-2std"]
@@ -197,16 +197,20 @@ def test_a_degenerate_rule_is_not_replaced_in_a_batch():
 
 def test_malformed_rows():
     rows = [*pools(3), {"prompt": None, "responses": [], "scores": [], "models": [], "tokens": []}]
-    with pytest.raises(ValueError, match=r"1 of 4 rows are malformed, the first: batch:4: prompt must be a string"):
+    with pytest.raises(ValueError, match=r"1 of 4 rows are malformed, the first: batch:4: prompt is null"):
         pair_rows(columns_of(rows), rejected="min")
     with pytest.warns(UserWarning, match=r"1 of 4 rows are malformed, .*; they are left out"):
         found = pair_rows(columns_of(rows), rejected="min", on_bad_row="drop")
     assert found == pair_rows(columns_of(rows[:3]), rejected="min")
     with pytest.raises(ValueError, match="no field 'reward'"):
         pair_rows(columns_of(rows[:3]), score_field="reward")
-    with pytest.raises(ValueError, match=r"2 of 2 rows are malformed, the first: batch:1: no field 'prompt'"):
+    with pytest.raises(
+        ValueError, match="batch: its columns question fit no layout; nearest is pools, which lacks prompt, responses"
+    ):
         pair_rows({"question": ["p", "q"]})
-    with pytest.raises(ValueError, match=r"2 of 2 rows are malformed, the first: batch:1: no field 'prompt'"):
+    with pytest.raises(
+        ValueError, match="batch: its columns question fit no layout; nearest is pools, which lacks prompt, responses"
+    ):
         pair_rows(pyarrow.table({"question": ["p", "q"]}))
     with pytest.raises(TypeError, match="batch must be a dict of columns, a pyarrow Table or RecordBatch, got list"):
         pair_rows(rows)

@@ -530,7 +530,7 @@ def test_bad_judges(call):
 
 def test_consensus_needs_three_judges():
     scores, _, _, offsets = judge_columns(20, judges=2)
-    with pytest.raises(ValueError, match="of two that differ nobody knows which is wrong"):
+    with pytest.raises(ValueError, match="when two differ, nothing says which of them is wrong"):
         consensus(scores, offsets=offsets)
     with pytest.raises(ValueError, match="threshold must be positive, got 0"):
         consensus(judge_columns(20)[0], offsets=offsets, threshold=0)

@@ -28,6 +28,8 @@ from fastpref.curate.files import writing as files
 
 USER = [{"role": "user", "content": "hello"}]
 
+ONE_ROW = ("trl", "trl-conversational", "axolotl")  # formats with a row a pair; test_formats.py has the others
+
 
 def reply(text):
     return [{"role": "assistant", "content": text}]
@@ -272,7 +274,9 @@ def test_axolotl_takes_one_message_per_response(tmp_path):
     }
     samples = read_samples(write_samples(tmp_path / "samples.jsonl", [row]))
     pairs = {"prompt": [0], "chosen": [0], "rejected": [1]}
-    with pytest.raises(InputError, match="one message per response, got 3 for prompt 7: write trl-conversational"):
+    with pytest.raises(
+        InputError, match="one message per response, got 3 as chosen, in prompt 7: write --format trl-conv"
+    ):
         write_pairs(samples, pairs, tmp_path / "pairs.jsonl", format="axolotl")
     assert not (tmp_path / "pairs.jsonl").exists()
     assert write_pairs(samples, pairs, tmp_path / "pairs.jsonl").rows == 1
@@ -299,7 +303,7 @@ def test_what_is_written_is_read_again(tmp_path, messages, ending):
 
 
 @pytest.mark.parametrize("ending", files.ENDINGS)
-@pytest.mark.parametrize("format", files.FORMATS)
+@pytest.mark.parametrize("format", ONE_ROW)
 def test_rewriting(tmp_path, samples, ending, format):
     def twice(row):
         prefix = "goal: " if isinstance(row["prompt"], str) else [{"role": "system", "content": "goal"}]
@@ -325,7 +329,7 @@ def test_rewriting(tmp_path, samples, ending, format):
 
 @pytest.mark.parametrize("messages", [False, True])
 @pytest.mark.parametrize("ending", files.ENDINGS)
-@pytest.mark.parametrize("format", files.FORMATS)
+@pytest.mark.parametrize("format", ONE_ROW)
 def test_goal_rows(tmp_path, ending, format, messages):
     """Both rows of every pair: responses swapped with all that is known of them, and the goal in the prompt."""
     rows = pools(messages=messages)
@@ -440,7 +444,7 @@ def test_pairs_that_are_not_of_these_samples(tmp_path, samples, pairs, message):
 
 def test_other_arguments_that_are_refused(tmp_path, samples):
     pairs, out = best_against_worst(samples), tmp_path / "pairs.jsonl"
-    with pytest.raises(ValueError, match="format must be one of trl, trl-conversational, axolotl, got 'dpo'"):
+    with pytest.raises(ValueError, match=r"format must be one of trl, .*, kto, got 'dpo'"):
         write_pairs(samples, pairs, out, format="dpo")
     with pytest.raises(InputError, match=r"must end in .jsonl, .jsonl.gz, .parquet, got .*pairs.csv"):
         write_pairs(samples, pairs, tmp_path / "pairs.csv")
@@ -452,8 +456,8 @@ def test_other_arguments_that_are_refused(tmp_path, samples):
         write_pairs(samples, pairs, out, sft=tmp_path / "sft.jsonl", to_sft=[1])
     with pytest.raises(InputError, match=r"would overwrite another output"):
         write_pairs(samples, pairs, out, sft=out, to_sft=np.ones(60, bool))
-    with pytest.raises(InputError, match=r"cannot write .*: No such file or directory"):
-        write_pairs(samples, pairs, tmp_path / "nowhere" / "pairs.jsonl")
+    with pytest.raises(InputError, match=r"cannot write .*: Not a directory"):
+        write_pairs(samples, pairs, tmp_path / "samples.jsonl" / "pairs.jsonl")
     assert os.listdir(tmp_path) == ["samples.jsonl"]
 
 
@@ -484,7 +488,7 @@ def test_a_file_that_changed_is_refused_and_nothing_is_written(tmp_path, samples
     with pytest.raises(InputError, match="changed after its scores were read"):
         write_pairs(samples, pairs, out, workers=workers)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert reading.stamp(path) == samples.stamp
+    assert reading.stamp(samples.inputs) == samples.stamp
     with pytest.raises(InputError, match="changed after its scores were read"):
         write_pairs(samples, pairs, out, workers=workers)
     assert out.read_text() == "as before" and sorted(os.listdir(tmp_path)) == ["pairs.jsonl", "samples.jsonl"]
@@ -519,7 +523,7 @@ def load(tmp_path, monkeypatch):
     return load
 
 
-@pytest.mark.parametrize("format", files.FORMATS)
+@pytest.mark.parametrize("format", ONE_ROW)
 @pytest.mark.parametrize("ending", files.ENDINGS)
 def test_datasets_load_what_was_written(tmp_path, samples, load, ending, format):
     pairs = best_against_worst(samples, np.random.default_rng(0).permutation(60))
@@ -587,14 +591,14 @@ def test_a_link_stays_one(tmp_path):
 def test_what_is_no_file_is_not_replaced(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(InputError, match=r"cannot write .*pipe: it is no regular file"), whole_file(pipe):
+    with pytest.raises(InputError, match=r"cannot write .*pipe: it is not a regular file"), whole_file(pipe):
         pass
     assert pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
 
 
 def test_a_pipe_cannot_be_read_twice(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="pipe: it must be a regular file"):
+    with pytest.raises(InputError, match="pipe: it is a pipe, must be a regular file, or - for stdin"):
         read_samples(tmp_path / "pipe")
 
 
@@ -604,9 +608,9 @@ def test_a_large_row_group_is_read_in_parts(tmp_path, monkeypatch, workers):
     first = np.flatnonzero(np.diff(samples.offsets) > 1)
     pairs = {"prompt": first[::-1], "chosen": np.zeros(len(first), int), "rejected": np.ones(len(first), int)}
     write_pairs(samples, pairs, tmp_path / "whole.jsonl")
-    for name, value in (("ROW_GROUP", 0), ("PART", 1), ("PARQUET_ROWS", 2)):
+    for name, value in (("ROW_GROUP", 0), ("PART", 1), ("OBJECT_ROWS", 2)):
         monkeypatch.setattr(reading, name, value)
-    parts = list(reading.parts(samples.path, None))
+    parts = list(reading.parts(samples.files, None))
     assert len(parts) > 2 and all(part.table for part in parts)
     again = read_samples(samples.path, workers=workers)
     for name in ("offsets", "text_hash", "prompt_hash", "row", "position"):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import warnings
 from statistics import NormalDist
 
 import numpy as np
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.numerics
 
 NAN, INF = np.nan, np.inf
 
-# Most pools here are too small for mean - 2 std to lie inside them, which is warned about.
+# In most pools here mean - 2 std lies below every reward, which is warned about.
 select_pairs = functools.partial(curate.select_pairs, on_degenerate="ignore")
 
 
@@ -801,3 +802,29 @@ def test_a_kept_pair_is_valid(rewards):
 def test_curate_does_not_import_torch(python):
     code = "import sys, fastpref.curate; print('torch' in sys.modules)"
     assert python(code).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("scale", "ddof"), [("raw", 0), ("raw", 1), ("logit", 0), ("normal_score", 0)])
+@pytest.mark.parametrize("k", [1, 1.5, 2, 3])
+def test_small_pools_have_the_rule_min(scale, ddof, k):
+    """In no pool of that size can a reward lie k standard deviations below the mean, and in the next one it can."""
+    size = pairs_module.small_pool(f"mean-{k}std", scale, ddof)
+    rng = np.random.default_rng()
+    rewards = rng.uniform(size=(200, size))
+    rewards[0, 1:], rewards[0, 0] = 0.7, 0.3  # the furthest that one can be from the others
+    found = select_pairs(rewards, rejected=f"mean-{k}std", scale=scale, ddof=ddof)
+    assert (found.rank_rejected[found.keep] == 0).all() and found.small_pools == found.keep.sum()
+    more = np.full((1, size + 1), 0.7) if scale != "normal_score" else rng.uniform(size=(1, size + 1))
+    more[0, 0] = 0.3 if scale != "normal_score" else 0.0
+    found = select_pairs(more, rejected=f"mean-{k}std", scale=scale, ddof=ddof)
+    assert found.target[0] > found.minimum[0] - 1e-9 and found.small_pools == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curate.select_pairs(rewards, rejected=f"mean-{k}std", scale=scale, ddof=ddof, on_degenerate="warn")
+    assert (
+        pairs_module.small_pool("min")
+        == pairs_module.small_pool("quantile:0.1")
+        == pairs_module.small_pool("mean-2std", "mad")
+        == 0
+    )
+    assert pairs_module.small_pool("mean-2std") == 5

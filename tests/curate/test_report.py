@@ -1,6 +1,7 @@
 """curate.report: what the page says, that nothing in the data can break it, and that it needs nothing beside it."""
 
 import base64
+import html
 import html.parser
 import os
 import re
@@ -14,6 +15,8 @@ import pytest
 from fastpref.curate import InputError, length_report, read_scored_samples, select_pairs, to_logit
 from fastpref.curate.pipeline import report_plots
 from fastpref.curate.pipeline.report import (
+    GLOSSARY,
+    Action,
     Example,
     MarginPairs,
     PairLengths,
@@ -38,7 +41,12 @@ def some_data(**changes):
     everything = ReportData(
         title="Curation of samples.jsonl",
         summary={"prompts": 12345, "share kept": 0.25, "applied": True, "rule": "max vs min"},
-        warnings=["94 % of the targets lie below the minimum of their pool"],
+        verdict="12,345 pairs, with one thing to look at before you train on them.",
+        severity="warning",
+        actions=[Action("The longer response wins", "it does in 94 % of the pairs", "Try another rule.")],
+        findings=[Action("Few responses", "7 prompts have one", "Sample more.")],
+        before_after=[["pairs", 50, 40], ["mean margin", 3.25, 1.5]],
+        provenance={"input": "samples.jsonl", "command": "fastpref curate samples.jsonl", "version": "fastpref 9"},
         scores=some_scores(),
         sources=SourceTable(
             names=["plain", "gamer", "baseline"],
@@ -88,15 +96,17 @@ class Page(html.parser.HTMLParser):
 
 
 SECTIONS = {
-    "scores": "Scores, and where pairs were picked",
-    "sources": "Sources",
-    "margins": "External and implicit margins",
-    "counts": "Kept and dropped",
+    "sources": "Who wrote the responses",
+    "before_after": "Before and after",
+    "scores": "Where the pairs were picked",
     "lengths": "Length",
-    "rating_scale": "Rating scale",
+    "margins": "Scores against the model's own preference",
+    "counts": "Kept and dropped",
+    "rating_scale": "For losses that use the margin",
     "examples": "Examples",
+    "provenance": "How these pairs were made",
 }
-FIGURES = ("scores", "sources", "margins", "counts", "lengths")
+FIGURES = ("sources", "scores", "lengths", "margins", "counts")
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +126,18 @@ def test_the_whole_page(folder):
     page, markdown = Page(folder / "report.html"), (folder / "report.md").read_text()
     for title in SECTIONS.values():
         assert title in page.text and f"\n## {title}\n" in markdown
+    assert all(term in page.text and meaning in markdown for term, meaning in GLOSSARY)
     for numbers in (
         ["12,345", "0.25", "yes", "max vs min"],
-        ["94 % of the targets lie below the minimum of their pool"],
+        ["one thing to look at", "The longer response wins", "it does in 94 % of the pairs", "Try another rule."],
+        ["Few responses", "7 prompts have one", "Sample more."],
+        ["mean margin", "3.25", "1.5"],
+        ["fastpref curate samples.jsonl", "fastpref 9"],
         ["50 pairs of 50 prompts"],
         [
-            "1 of 3 sources flagged (gamer), with 1,379 chosen responses",
+            "1 of 3 sources do not fit (gamer), with 1,379 chosen responses",
             "0.850 to 0.950",
-            "not audited",
+            "not compared",
             "90 % interval",
         ],
         ["60 pairs kept"],
@@ -138,34 +152,42 @@ def test_the_whole_page(folder):
     assert "What is 1 < 2?" in page.text and "True & right." in page.text
     names = [name for name in page.texts if name in ("plain", "gamer", "baseline")]
     assert names == ["gamer", "plain", "baseline"]  # by what is unexplained
-    # Warnings come before anything else.
-    assert page.text.index("94 % of the targets") < page.text.index("12,345")
+    # the verdict, then what to do, then everything else
+    places = [page.text.index(text) for text in ("one thing to look at", "it does in 94 %", "share kept", "gamer")]
+    assert places == sorted(places)
 
 
 def test_the_numbers_of_the_scores(tmp_path):
     scores = some_scores()
     text = Page(write_report(tmp_path, ReportData("t", {}, scores=scores))).text
-    assert f"is {scores.rewards.max(1).mean():.4g}, contrast" in text
-    assert f"(mean gap) {np.ptp(scores.rewards, axis=1).mean():.4g};" in text
+    assert f"is {scores.rewards.max(1).mean():.4g}, and they lie" in text
+    assert f"lie {np.ptp(scores.rewards, axis=1).mean():.4g} above the rejected ones" in text
     assert f"50 %: {np.median(np.ptp(scores.rewards, axis=1)):.4g}" in text
     assert "in units of points" in text
 
 
 @pytest.mark.parametrize(
-    "left_out", [{"scores", "margins", "lengths", "examples"}, {"sources", "counts", "rating_scale"}]
+    "left_out",
+    [
+        {"scores", "margins", "lengths", "examples"},
+        {"sources", "counts", "rating_scale", "before_after", "provenance"},
+    ],
 )
 def test_a_section_without_data_is_left_out(tmp_path, left_out):
-    path = write_report(tmp_path, some_data(**{part: () if part == "examples" else None for part in left_out}))
+    path = write_report(
+        tmp_path, some_data(**{part: () if part in ("examples", "before_after") else None for part in left_out})
+    )
     headings = re.findall(r"^## (.*)$", (tmp_path / "report.md").read_text(), re.MULTILINE)
-    assert headings == [title for part, title in SECTIONS.items() if part not in left_out]
-    assert re.findall(r"<h2>(.*?)</h2>", path.read_text()) == ["Warnings", *headings]
+    assert headings == [*(title for part, title in SECTIONS.items() if part not in left_out), "Words"]
+    shown = [html.unescape(title) for title in re.findall(r"<h2>(.*?)</h2>", path.read_text())]
+    assert shown == ["To do first", *headings]
     assert {png.stem for png in tmp_path.glob("*.png")} == set(FIGURES) - left_out
 
 
 def test_nothing_but_a_title(tmp_path):
     path = write_report(tmp_path, ReportData("Nothing", {}))
-    assert Page(path).text.split()[-1] == "Nothing"
-    assert "Warnings" not in path.read_text().partition("<body>")[2]
+    assert re.findall(r"<h2>(.*?)</h2>", path.read_text()) == ["Words"]
+    assert "To do first" not in path.read_text() and "verdict" not in path.read_text().partition("<body>")[2]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.md"]
 
 
@@ -194,7 +216,11 @@ def test_texts_are_shown_as_they_are(tmp_path):
     data = some_data(
         title=EVIL,
         summary={EVIL: EVIL},
-        warnings=[EVIL],
+        verdict=EVIL,
+        actions=[Action(EVIL, EVIL, EVIL)],
+        findings=[Action(EVIL, EVIL, EVIL)],
+        before_after=[[EVIL, EVIL, EVIL]],
+        provenance={EVIL: EVIL},
         sources=sources,
         counts={EVIL: {EVIL: 3}},
         scores=replace(some_scores(), unit=EVIL),
@@ -204,14 +230,14 @@ def test_texts_are_shown_as_they_are(tmp_path):
     )
     page = Page(write_report(tmp_path, data))
     assert "script" not in page.tags and "b" not in page.tags
-    # title twice, summary, warning, sources twice, counts, scores, scale, example: everywhere unharmed
-    assert sum(EVIL.lower() in text.lower() for text in page.texts) >= 12
+    # title twice, verdict, actions, findings, summary, sources, counts, scores, scale, example: everywhere unharmed
+    assert sum(EVIL.lower() in text.lower() for text in page.texts) >= 24
     markdown = (tmp_path / "report.md").read_text()
     prose = re.sub(r"^(`{3,})text\n.*?\n\1$", "", markdown, flags=re.MULTILINE | re.DOTALL)
     assert not re.search(r"(?<!\\)<(script|b)>", prose)
-    assert not re.search(r"(?<!\\)[*`$]", prose.replace("**Warnings**", ""))
+    assert not re.search(r"(?<!\\)[*`$]", re.sub(r"^\*\*|\*\*$", "", prose, flags=re.MULTILINE))
     tables = re.findall(r"(?:^\|.*\n)+", prose, re.MULTILINE)
-    assert len(tables) == 5
+    assert len(tables) == 7
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
 
@@ -234,9 +260,9 @@ def test_texts_are_shown_as_they_are(tmp_path):
     ],
 )
 def test_a_line_of_text_is_no_markup(tmp_path, text, expected):
-    write_report(tmp_path, ReportData(text, {"what": text}, [text], examples=[Example("p", "c", "r", 1.0, 0.0, text)]))
+    write_report(tmp_path, ReportData(text, {"what": text}, examples=[Example("p", "c", "r", 1.0, 0.0, text)]))
     lines = (tmp_path / "report.md").read_text().splitlines()
-    assert f"# {expected}" in lines and f"- {expected}" in lines and f"| what | {expected} |" in lines
+    assert f"# {expected}" in lines and f"| what | {expected} |" in lines
     # inside of a line only what is markup everywhere
     assert any(line.startswith("### Pair 1: ") and ("#" not in line[4:] or r"\#" in line) for line in lines)
 
@@ -259,10 +285,12 @@ def test_long_texts_are_cut_and_say_so(tmp_path):
 
 
 def test_any_unicode_can_be_written(tmp_path):
-    names = ["模型", "m\ud800", "😀"]
+    names = ["模型", "m\ud800", "a\u202eb"]  # half a surrogate pair, and a mark that turns the direction of writing
     sources = SourceTable(names, *np.full((3, 3), 0.5), np.zeros(3, bool), np.ones(3, int))
-    page = Page(write_report(tmp_path, ReportData("\udfff", {"模型": "\ud800"}, ["模型 \ud800"], sources=sources)))
-    assert "模型" in page.text and "m?" in page.text
+    data = ReportData("\udfff", {"模型": "\ud800"}, "模型 \x1b[31m", sources=sources)
+    page = Page(write_report(tmp_path, data))
+    assert "模型" in page.text and r"m\ud800" in page.text and r"a\u202eb" in page.text and r"\x1b[31m" in page.text
+    assert not {"\u202e", "\x1b"} & set(page.text + (tmp_path / "report.md").read_text())
 
 
 # ---- odd numbers
@@ -345,7 +373,7 @@ def test_nothing_to_count(tmp_path):
     nobody = SourceTable([], *np.zeros((3, 0)), np.zeros(0, bool), np.zeros(0, int))
     data = ReportData("t", {}, counts={}, rating_scale={}, sources=nobody)
     page = Page(write_report(tmp_path, data))
-    assert "0 of 0 sources flagged" in page.text and page.tags.count("h2") == 1
+    assert "0 of 0 sources do not fit" in page.text and page.tags.count("h2") == 2
     counts = ReportData("t", {}, counts={"pairs": {}, "prompts": {"kept": 0}})
     assert "0.0 %" in Page(write_report(tmp_path, counts)).text
 
@@ -355,7 +383,7 @@ def test_many_sources(tmp_path):
     names = [f"source {at}" for at in range(200)]
     sources = SourceTable(names, share, share, share, share > 2, np.zeros(200, int), confidence=0.95)
     text = Page(write_report(tmp_path, ReportData("t", {}, sources=sources))).text
-    assert "0 of 200 sources flagged." in text and "shows the 30 most outlying" in text and "95 % interval" in text
+    assert "0 of 200 sources do not fit." in text and "The plot shows the first 30." in text and "95 % interval" in text
     assert all(name in text for name in names)
     assert text.index("source 199") < text.index("source 0 ")
 

@@ -985,3 +985,14 @@ def test_rating_scale_takes_arrays_lists_and_tensors():
 def test_rating_scale_refuses_what_has_no_scale(gap, beta, message):
     with pytest.raises(ValueError, match=message):
         losses.rating_scale(gap, beta)
+
+
+def test_an_unknown_option_names_the_nearest():
+    pairs = losses.Pairs(*torch.zeros(4, 2), rating_gap=torch.ones(2))
+    expected = (
+        r"rdpo\(\) got an unexpected keyword argument 'beta_rate'; nearest is 'beta_rating'; it has beta, beta_rating"
+    )
+    with pytest.raises(TypeError, match=expected):
+        losses.pair_loss(pairs, "rdpo", options={"beta_rate": 0.3})
+    with pytest.raises(TypeError, match=expected):
+        losses.traits("rdpo", {"beta_rate": 0.3})

@@ -76,3 +76,16 @@ def test_plan_errors():
     message((TypeError, ValueError), "adapter_rank", *good, loss="sigmoid", adapter_rank=-1)
     message(ValueError, "logits_dtype", *good, loss="sigmoid", logits_dtype=torch.int8)
     message(ValueError, "total_tokens", *good, loss="sigmoid", total_tokens=3)
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    with pytest.raises(ValueError, match=r"device must be one of torch's, such as 'cpu' or 'cuda:0', got 'gpu'"):
+        fastpref.plan([8, 8], 64, 1000, loss="sigmoid", device="gpu")
+
+    def absent(_):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", absent)
+    with pytest.raises(ValueError, match=r"the memory of cuda is not known here \(Torch .*\): give max_tile_bytes="):
+        fastpref.plan([8, 8], 64, 1000, loss="sigmoid", device="cuda")
+    assert fastpref.plan([8, 8], 64, 1000, loss="sigmoid", device="cuda", max_tile_bytes=1 << 20).tile_rows > 0

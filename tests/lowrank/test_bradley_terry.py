@@ -277,12 +277,12 @@ def test_large_dense_goes_by_edges():
     assert errors(result, w) < 1e-3
     wrong = m.clone()
     wrong[0, 550, 7] = 1e6
-    with pytest.raises(ValueError, match=r"skew-symmetric.*at \[0, (550, 7|7, 550)\]"):
+    with pytest.raises(ValueError, match=r"skew-symmetric.*at \[(550, 7|7, 550)\]"):
         bradley_terry(wrong)
     counts = win_matrices(1, 520, 3, seed=1)[1]
     assert bradley_terry(wins=counts).info.converged
     counts[0, 519, 519] = 1
-    with pytest.raises(ValueError, match=r"wins must be finite counts.*\[0, 519, 519\]"):
+    with pytest.raises(ValueError, match=r"wins must be 0 or NaN on the diagonal.*\[519, 519\]"):
         bradley_terry(wins=counts)
 
 
@@ -314,21 +314,78 @@ def test_standard_errors_are_calibrated():
 
 
 @pytest.mark.numerics
-def test_no_maximum_likelihood():
+@pytest.mark.parametrize("robust", [True, False])
+def test_no_maximum_likelihood(cpu_backend, robust):
+    """Robust or not: it is the ridge that keeps such scores finite, and it is said."""
+    options = {"robust": robust, "backend": cpu_backend}
     wins = torch.tensor([[0.0, 3, 3], [0, 0, 2], [0, 1, 0]])
-    with pytest.warns(RuntimeWarning, match="do not exist"):
-        result = bradley_terry(wins=wins, robust=False)
+    with pytest.warns(RuntimeWarning, match="of 1 of 1 graphs do not exist"):
+        result = bradley_terry(wins=wins, **options)
     assert result.scores.isfinite().all()
-    assert result.info.converged
+    assert result.info.converged and result.info.separated
     with pytest.warns(RuntimeWarning, match="do not exist"):
         edges = Edges(torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2]), wins[[0, 0, 1], [1, 2, 2]],
                       wins[[1, 2, 2], [0, 0, 1]], None, 3)  # fmt: skip
-        listed = bradley_terry(edges=edges, robust=False)
+        listed = bradley_terry(edges=edges, **options)
     torch.testing.assert_close(listed.scores, result.scores.double(), atol=1e-4, rtol=0)
-    cycle = torch.tensor([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]])
+    cycle = torch.tensor([[0.0, 9, 0], [0, 0, 9], [9, 0, 0]])
+    parts = torch.zeros(4, 4)
+    parts[0, 1] = parts[1, 0] = parts[2, 3] = parts[3, 2] = 9  # two components, each with its maximum
+    for there in (cycle, parts):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = bradley_terry(wins=there, **options)
+        torch.testing.assert_close(found.scores, torch.zeros(len(there)), atol=1e-6, rtol=0)
+        assert not found.info.separated
+    with pytest.warns(RuntimeWarning, match="of 1 of 3 graphs do not exist"):
+        several = bradley_terry(wins=torch.stack([cycle, wins, cycle]), **options)
+    assert several.info.separated.tolist() == [False, True, False]
+    with pytest.warns(RuntimeWarning, match="do not exist"):
+        bradley_terry(wins=torch.tensor([[0.0, 1], [0, 0]]), **options)
+
+
+@pytest.mark.numerics
+def test_a_large_graph_without_a_maximum_is_said():
+    wins = torch.ones(520, 520, dtype=torch.float64).fill_diagonal_(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        torch.testing.assert_close(bradley_terry(wins=cycle, robust=False).scores, torch.zeros(3), atol=1e-6, rtol=0)
+        assert not bradley_terry(wins=wins).info.separated
+    wins[:, 7] = 0  # nobody beats it
+    with pytest.warns(RuntimeWarning, match="do not exist"):
+        assert bradley_terry(wins=wins).info.separated
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("as_edges", [True, False])
+def test_small_weights_do_not_shrink_the_scores_in_silence(cpu_backend, as_edges):
+    n = 8
+    i, j = torch.triu_indices(n, n, 1)
+    w = torch.linspace(1, -1, n, dtype=torch.float64)
+    won = 50 * torch.sigmoid(w[i] - w[j])
+    lost = 50 - won
+
+    def fit(weight, **options):
+        if as_edges:
+            edges = Edges(i, j, weight * won, weight * lost, num_items=n)
+            return bradley_terry(edges=edges, backend=cpu_backend, **options)
+        wins = torch.zeros(n, n, dtype=torch.float64)
+        wins[i, j], wins[j, i] = weight * won, weight * lost
+        return bradley_terry(wins=wins, backend=cpu_backend, **options)
+
+    silent, loud = [], []
+    for weight in (100.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-6):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            found = fit(weight)
+        (loud if any("rules the scores" in str(one.message) for one in seen) else silent).append(weight)
+        shrunk = 1 - (found.scores @ w / (w @ w)).item()
+        assert found.info.ridge_share.item() == pytest.approx(shrunk, abs=0.25 * shrunk + 1e-3)
+        if weight in silent:
+            assert shrunk < 0.06
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # without a ridge, weights change nothing
+            torch.testing.assert_close(fit(weight, robust=False).scores, w, atol=1e-4, rtol=0)
+    assert silent == [100.0, 1.0, 0.1, 1e-2] and loud == [1e-3, 1e-4, 1e-6]
 
 
 def test_numpy_and_narrow_dtypes():
@@ -358,7 +415,7 @@ def test_refuses(cpu_backend):
     refused(ValueError, r"skew-symmetric.*\[0, (1, 4|4, 1)\]", one_side)
     diagonal = good.clone()
     diagonal[0, 2, 2] = 1.0
-    refused(ValueError, r"skew-symmetric.*\[0, 2, 2\]", diagonal)
+    refused(ValueError, r"logits must be 0 or NaN on the diagonal.*got 1.0 at \[0, 2, 2\]", diagonal)
     infinite = good.clone()
     infinite[1, 0, 3], infinite[1, 3, 0] = math.inf, -math.inf
     refused(ValueError, r"finite or NaN, got inf at \[1, 0, 3\]", infinite)
@@ -371,9 +428,11 @@ def test_refuses(cpu_backend):
     for bad in (-1.0, math.inf):
         wins = torch.ones(3, 3).fill_diagonal_(0)
         wins[2, 1] = bad
-        refused(ValueError, r"wins must be finite counts.*\[0, 2, 1\]", wins=wins)
+        refused(ValueError, r"wins must be finite counts.* at \[2, 1\]", wins=wins)
     wins = torch.ones(3, 3)
-    refused(ValueError, r"wins must be finite counts.*\[0, 0, 0\]", wins=wins)
+    refused(
+        ValueError, r"wins must be 0 or NaN on the diagonal, an item against itself, got 1.0 at \[0, 0\]", wins=wins
+    )
     i, j = torch.tensor([0, 1]), torch.tensor([1, 2])
     one = torch.ones(2)
     refused(ValueError, r"edges.j must lie in \[0, 2\)", edges=Edges(i, j, logits=one, num_items=2))

@@ -495,6 +495,7 @@ def test_a_forest_has_nothing_to_clean():
                 denoise(empty)
 
 
+@pytest.mark.filterwarnings("ignore:a ridge of .* rules the scores:RuntimeWarning")
 def test_an_order_has_nothing_to_clean():
     i, j = torch.triu_indices(12, 12, 1)
     place = torch.randperm(12)

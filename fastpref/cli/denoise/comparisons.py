@@ -1,22 +1,27 @@
 """Solves comparisons by bradley_terry: one graph, or one for every prompt, small ones of one size as a batch."""
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from fastpref import BradleyTerryInfo, Edges, bradley_terry
+from fastpref._lowrank.bradley_terry import ridge_doubts
 from fastpref._whole_file import format_of
 from fastpref.cli.denoise import tables
-from fastpref.cli.denoise.options import DenoiseOptions, check_ending, spread_of
-from fastpref.errors import InputError
+from fastpref.cli.denoise.options import DenoiseOptions, spread_of
+from fastpref.cli.denoise.votes import Comparisons
+from fastpref.preference_matrix import from_comparisons
+from fastpref.preference_matrix._comparisons import DECISIVE
 
+SHOWN = 3  # judges that are warned of by name
 SMALL = 64  # items: up to here graphs of one size are solved as dense batches
 BATCH_ENTRIES = 1 << 22  # of such a batch
 
 
-class _Comparisons(NamedTuple):
+class _Graphs(NamedTuple):
     """Comparisons, sorted by graph. Items are numbered from 0 in each graph, nodes through all of them."""
 
     graph: np.ndarray  # [E] int64, graphs by size
@@ -42,52 +47,27 @@ class _Fit(NamedTuple):
     info: BradleyTerryInfo
 
 
-def prepare_comparisons(table: dict, layout: str, options: DenoiseOptions) -> Callable:
-    """Checks the input; returns function(temporary, progress) -> summary, which solves and writes."""
-    check_ending("OUT", options.output_file, tables.FORMATS, " for comparisons")
+def denoise_comparisons(given: Comparisons, options: DenoiseOptions, temporary, progress) -> dict:
+    """Solves every graph and writes the scores, the flagged pairs and the plot; returns the summary."""
+    data = _by_graph(given)
+    progress.begin_stage("graphs", len(data.sizes))
+    fits = []
+    for fit in _fits(data, options):
+        fits.append(fit)
+        progress.advance(len(fit.info.converged))
+    progress.begin_stage("writing")
+    fit = _joined(fits)
+    starts = np.cumsum(data.sizes) - data.sizes
+    _write_scores(temporary[options.output_file], data, fit, given, options)
     if options.flagged is not None:
-        check_ending("--flagged", options.flagged, tables.FORMATS)
-    first, second = (table[role] for role in tables.LAYOUTS[layout][:2])
-    if len(first) == 0:
-        raise InputError(f"{options.input} holds no comparisons")
-    names, (i, j) = tables.index_names(first, second)
-    if (row := tables.first_row(i == j)) is not None:
-        raise InputError(f"{options.input} compares an item with itself in row {row}: {names[int(i[row - 1])]}")
-    back = None
-    if layout == "winners":
-        value, back = np.ones(len(i)), np.zeros(len(i))
-    elif layout == "votes":
-        value, back = (_votes(table[role], role, options) for role in ("wins_i", "wins_j"))
-    else:
-        value = tables.as_numbers(table["value"]).astype(np.float64)
-        if (row := tables.first_row(np.isinf(value))) is not None:
-            raise InputError(f"{options.input} has the value {value[row - 1]} in row {row}: must be finite or missing")
-        known = value[~np.isnan(value)]
-        if options.layout is None and len(known) and known.min() >= 0 and known.max() <= 1:
-            raise InputError(
-                f"the values of {options.input} all lie in [0, 1], as probabilities do: make logits of them, "
-                "log(p / (1 - p)), or say with --layout logits that they are"
-            )
-    prompts, (prompt,) = None, (np.zeros(len(i), np.int64),)
-    if "prompt" in table:
-        prompts, (prompt,) = tables.index_names(table["prompt"])
-    comparisons = _by_graph(prompt, i, j, value, back, len(names))
-
-    def run(temporary, progress):
-        return _denoise_graphs(comparisons, prompts, names, options, temporary, progress)
-
-    return run
+        _write_flagged(temporary[options.flagged], data, fit, starts, given, options)
+    if options.plot is not None:
+        _plot_largest(temporary[options.plot], data, fit, starts, options)
+    return _summary(given, data, fit, starts)
 
 
-def _votes(column, role, options) -> np.ndarray:
-    votes = tables.as_numbers(column).astype(np.float64)
-    if (row := tables.first_row(~((votes >= 0) & (votes < np.inf)))) is not None:
-        name = options.columns.get(role, role)
-        raise InputError(f"{name} of {options.input} must be finite counts >= 0, got {votes[row - 1]:g} in row {row}")
-    return votes
-
-
-def _by_graph(prompt, i, j, value, back, names: int) -> _Comparisons:
+def _by_graph(given: Comparisons) -> _Graphs:
+    prompt, i, j, names = given.prompt, given.i, given.j, len(given.names)
     nodes, place = np.unique(np.concatenate([prompt * names + i, prompt * names + j]), return_inverse=True)
     sizes = np.bincount(nodes // names)
     starts = np.cumsum(sizes) - sizes
@@ -98,33 +78,16 @@ def _by_graph(prompt, i, j, value, back, names: int) -> _Comparisons:
     order = np.argsort(graph, kind="stable")
     node_order = np.argsort(graph_of[nodes // names], kind="stable")
     nodes = nodes[node_order]
-    return _Comparisons(
+    return _Graphs(
         graph[order],
         i[order],
         j[order],
-        value[order],
-        None if back is None else back[order],
+        given.value[order],
+        None if given.back is None else given.back[order],
         sizes[by_size],
         nodes // names,
         nodes % names,
     )
-
-
-def _denoise_graphs(data: _Comparisons, prompts, names, options: DenoiseOptions, temporary, progress) -> dict:
-    progress.begin_stage("graphs", len(data.sizes))
-    fits = []
-    for fit in _fits(data, options):
-        fits.append(fit)
-        progress.advance(len(fit.info.converged))
-    progress.begin_stage("writing")
-    fit = _joined(fits)
-    starts = np.cumsum(data.sizes) - data.sizes
-    _write_scores(temporary[options.output_file], data, fit, prompts, names, options)
-    if options.flagged is not None:
-        _write_flagged(temporary[options.flagged], data, fit, starts, prompts, names, options)
-    if options.plot is not None:
-        _plot_largest(temporary[options.plot], data, fit, starts, options)
-    return _summary(data, fit.info, fit.components, starts, len(fit.residuals), prompts is None)
 
 
 def _joined(fits: list[_Fit]) -> _Fit:
@@ -145,26 +108,26 @@ def _joined(fits: list[_Fit]) -> _Fit:
     )
 
 
-def _write_scores(path, data: _Comparisons, fit: _Fit, prompts, names, options: DenoiseOptions) -> None:
+def _write_scores(path, data: _Graphs, fit: _Fit, given: Comparisons, options: DenoiseOptions) -> None:
     order = np.lexsort((data.name, data.prompt))  # prompts and items as they appear in the input
-    columns = {"prompt": prompts.take(data.prompt[order])} if prompts is not None else {}
-    columns |= {"item": names.take(data.name[order]), "score": fit.scores[order]}
+    columns = {"prompt": given.prompts.take(data.prompt[order])} if given.prompts is not None else {}
+    columns |= {"item": given.names.take(data.name[order]), "score": fit.scores[order]}
     if fit.stderr is not None:
         columns["stderr"] = fit.stderr[order]
     columns |= {"component": fit.components[order], "rejected": fit.rejected[order]}
-    tables.write_table(path, format_of(options.output_file), [tables.to_table(columns)])
+    tables.write_table(path, format_of(options.output_file), [tables.to_table(columns)], options.csv_safe)
 
 
-def _write_flagged(path, data: _Comparisons, fit: _Fit, starts, prompts, names, options: DenoiseOptions) -> None:
+def _write_flagged(path, data: _Graphs, fit: _Fit, starts, given: Comparisons, options: DenoiseOptions) -> None:
     i, j = (starts[fit.graph] + fit.pairs[:, side].numpy() for side in (0, 1))
     order = np.lexsort((data.name[j], data.name[i], data.prompt[i]))
-    columns = {"prompt": prompts.take(data.prompt[i][order])} if prompts is not None else {}
-    columns |= {side: names.take(data.name[node][order]) for side, node in (("i", i), ("j", j))}
+    columns = {"prompt": given.prompts.take(data.prompt[i][order])} if given.prompts is not None else {}
+    columns |= {side: given.names.take(data.name[node][order]) for side, node in (("i", i), ("j", j))}
     columns["residual"] = fit.residuals[order]
-    tables.write_table(path, format_of(options.flagged), [tables.to_table(columns)])
+    tables.write_table(path, format_of(options.flagged), [tables.to_table(columns)], options.csv_safe)
 
 
-def _plot_largest(path, data: _Comparisons, fit: _Fit, starts, options: DenoiseOptions) -> None:
+def _plot_largest(path, data: _Graphs, fit: _Fit, starts, options: DenoiseOptions) -> None:
     from fastpref.cli.denoise.plots import plot_scores
 
     flagged = fit.graph == len(data.sizes) - 1
@@ -174,7 +137,7 @@ def _plot_largest(path, data: _Comparisons, fit: _Fit, starts, options: DenoiseO
     plot_scores(path, fit.scores[nodes], stderr, fit.pairs[flagged], fit.residuals[flagged], format)
 
 
-def _fits(data: _Comparisons, options: DenoiseOptions) -> Iterator[_Fit]:
+def _fits(data: _Graphs, options: DenoiseOptions) -> Iterator[_Fit]:
     """Solves all graphs in order: small ones of one size together, the others one by one."""
     keywords = options.given("robust", "stderr", "tol", "max_iter") | {"outliers": "pairs"}
     alone = data.sizes > SMALL
@@ -192,11 +155,14 @@ def _fits(data: _Comparisons, options: DenoiseOptions) -> Iterator[_Fit]:
             end += 1
         edges = slice(*np.searchsorted(data.graph, (begin, end)))
         solve = _solve_alone if alone[begin] else _solve_batch
-        yield solve(data, edges, begin, end, keywords)
+        with warnings.catch_warnings():  # said once of all graphs, by `_summary`
+            warnings.filterwarnings("ignore", ".* ridge of ", RuntimeWarning)
+            fit = solve(data, edges, begin, end, keywords)
+        yield fit
         begin = end
 
 
-def _solve_alone(data: _Comparisons, edges: slice, begin: int, end: int, keywords) -> _Fit:
+def _solve_alone(data: _Graphs, edges: slice, begin: int, end: int, keywords) -> _Fit:
     i, j, value = (torch.from_numpy(column[edges]) for column in (data.i, data.j, data.value))
     if data.back is None:
         given = Edges(i, j, logits=value, num_items=int(data.sizes[begin]))
@@ -209,7 +175,7 @@ def _solve_alone(data: _Comparisons, edges: slice, begin: int, end: int, keyword
     return _Fit(found.scores, found.stderr, found.components, found.rejected, graph, pairs, residuals, info)
 
 
-def _solve_batch(data: _Comparisons, edges: slice, begin: int, end: int, keywords) -> _Fit:
+def _solve_batch(data: _Graphs, edges: slice, begin: int, end: int, keywords) -> _Fit:
     size = int(data.sizes[begin])
     graph, i, j, value = (column[edges] for column in (data.graph - begin, data.i, data.j, data.value))
     if data.back is None:
@@ -227,29 +193,62 @@ def _solve_batch(data: _Comparisons, edges: slice, begin: int, end: int, keyword
     return _Fit(*per_node, indices[:, 0] + begin, indices[:, 1:], residuals, found.info)
 
 
-def _summary(data: _Comparisons, info, components, starts, flagged: int, single: bool) -> dict:
-    messages = []
+def _summary(given: Comparisons, data: _Graphs, fit: _Fit, starts) -> dict:
+    info, messages = fit.info, []
     if not info.converged.all():
         count = int((~info.converged).sum())
         messages.append(f"{count} of {len(info.converged)} graphs did not converge: raise --max-iter")
-    parts = np.maximum.reduceat(components.numpy(), starts) + 1
+    parts = np.maximum.reduceat(fit.components.numpy(), starts) + 1
     if (parts > 1).any():
         messages.append(
             f"the comparisons of {int((parts > 1).sum())} of {len(parts)} graphs fall apart into unconnected parts: "
             "scores compare only within a component"
         )
-    shown = BradleyTerryInfo(*(number[0] for number in info)) if single else info
+    messages += ridge_doubts(info.separated, info.ridge_share)
+    shown = BradleyTerryInfo(*(number[0] for number in info)) if given.prompts is None else info
+    judges, said = (None, []) if given.judges is None else _judges(given)
     return {
         "kind": "comparisons",
         "graphs": len(data.sizes),
         "items": len(data.name),
-        "comparisons": len(data.i),
+        "comparisons": len(given.i) - given.unused,
+        "unused": given.unused,
+        "ties": given.ties,
+        "judges": judges,
         "components": int(parts.sum()),
         "converged": bool(info.converged.all()),
         "not_converged": int((~info.converged).sum()),
         "iterations": spread_of(shown.iterations),
         "outlier_rate": spread_of(shown.outlier_rate),
         "noise_scale": spread_of(shown.scale),
-        "flagged": flagged,
-        "warnings": messages,
+        "separated": int(info.separated.sum()),
+        "flagged": len(fit.residuals),
+        "warnings": messages + said,
+        "notes": given.notes,
     }
+
+
+def _judges(given: Comparisons) -> tuple[dict, list[str]]:
+    """How many judges there are, and how they take the order of presentation; warnings of those who favour one."""
+    found = {"number": len(given.judges)}
+    if not given.ordered:  # winner and loser say nothing about who was shown first
+        return found, []
+    votes = given.value + given.back
+    used = votes > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of judges by their numbers; here they have names
+        columns = (given.i[used], given.j[used], given.value[used])
+        report = from_comparisons(
+            *columns, votes=votes[used], prompt=given.prompt[used], judge=given.judge[used], num_items=len(given.names)
+        ).judges
+    found |= {name: spread_of(getattr(report, name)) for name in ("votes", "inconsistency", "first_advantage", "z")}
+    partial = (report.z.abs() > DECISIVE).nonzero().flatten().tolist()
+    names = [given.judges[k].as_py() for k in partial[:SHOWN]]
+    said = [
+        f"judge {name} favours the item shown {'first' if report.order_effect[k] > 0 else 'second'} by "
+        f"{abs(float(report.order_effect[k])):.2f} logits (z = {float(report.z[k]):.1f})"
+        for name, k in zip(names, partial, strict=False)
+    ]
+    if len(partial) > SHOWN:
+        said.append(f"{len(partial) - SHOWN} more judges favour an order of presentation (|z| > {DECISIVE:g})")
+    return found, said

@@ -3,9 +3,11 @@
 import argparse
 import json
 import sys
+import time
 
-from fastpref.cli.arguments import options_of, positive_integer, positive_number
+from fastpref.cli.arguments import ColumnsAction, options_of, positive_integer, positive_number
 from fastpref.cli.signals import sigterm_interrupts
+from fastpref.errors import printable
 
 DESCRIPTION = """\
 Splits what IN holds into structure and corruption, and writes the structure to OUT.
@@ -14,19 +16,29 @@ IN is a matrix or comparisons:
   .npy, .npz           a matrix [m, n] or a batch [batch, m, n], NaN (int8: -128) missing: robust PCA, M = L + S. One
                        float16, float32, float64 or int8 matrix in a .npy is memory-mapped and never copied; other
                        integers become float32 or float64 first.
-  .parquet, .csv[.gz], .jsonl[.gz]
-    row, column, value          triples of a matrix, cells without one missing: robust PCA
-    i, j, wins_i, wins_j        how often item i beat item j, and j beat i: robust Bradley-Terry scores
-    winner, loser               one vote a row: the same
-    i, j, value                 the logit of i beating j, log(p / (1 - p)): the same
-  With a column prompt, every prompt has scores of its own. Names are strings (in CSV always) or integers. Columns
-  called otherwise are named with --columns, and where several layouts fit, --layout chooses.
+  a table              CSV with any of , ; | and tabs, JSON Lines, a JSON array, Parquet or Arrow; text also .gz or
+                       .zst; one file or several, folders, globs, addresses that fsspec knows, - for stdin. Columns:
+    triples  row, column, value             cells of a matrix, those without one missing: robust PCA
+    votes    i, j, wins_i, wins_j [ties]    how often item i beat item j, j beat i, and neither: robust Bradley-Terry
+             model_a, model_b, winner_model_a, winner_model_b, winner_tie       the same
+    winners  winner, loser [tie] [count]    one vote a row, or count (weight) of them: the same
+    battles  model_a, model_b, winner       likewise [count]: winner is model_a or model_b (a, b), tie, tie (bothbad) or
+             (or i, j, winner)              both_bad, and a tie is half a win for each
+    logits   i, j, value                    the logit of i beating j, log(p / (1 - p)): the same
+  Columns called otherwise are named with --columns, and where several layouts fit, --layout chooses. Names are strings
+  (in CSV always) or integers. With --columns prompt=NAME every prompt has scores of its own; a column judge (or
+  judge=NAME) is counted, and judges who favour the item shown first are named. Rows without a vote, such as 0 and 0
+  where no column counts ties, are not used, and counted. A size of 1e30 or more is a missing value.
 
 OUT of a matrix is what --output says; of comparisons a .parquet, .csv or .jsonl with, for every item, its score (mean 0
-in each component), component (compared among each other, directly or not) and rejected (share of its pairs flagged)."""
+in each component), component (compared among each other, directly or not) and rejected (share of its pairs flagged).
+What the data do not determine has no value there (NaN, null): cells of rows and columns with too few entries, cells
+between parts of a matrix that share no row and no column, and what lies beyond all entries in a fit that did not
+converge. An output keeps the mode and the owner of the file that it replaces; its folder is made."""
 EXIT_CODES = """\
-Exit codes: 0 done; 1 done and written, but something did not converge, which stderr says; 2 the user can mend it; 3 a
-defect of fastpref, with a traceback; 130 interrupted. Every output is written whole or not at all.
+Exit codes: 0 done; 1 done and written, but something did not converge, which stderr says; 2 the input, the flags or the
+machine do not allow it: stderr says why in one line; 3 a defect of fastpref, with a traceback; 130 interrupted. Every
+output is written whole or not at all.
 
 With --rank, converged means that the iteration came to rest. Whether a low rank explains the matrix, the share of
 corrupted entries, the noise scale and the plot show."""
@@ -40,7 +52,7 @@ def add_parser(commands) -> None:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    denoise.add_argument("input", metavar="IN", help="told apart by its ending")
+    denoise.add_argument("inputs", metavar="IN", nargs="+", help="a matrix by its ending, a table by what is in it")
     denoise.add_argument("output_file", metavar="OUT", help="replaced if it is there")
     denoise.add_argument("--json", action="store_true", help="print a summary as JSON to stdout instead of one line")
     denoise.add_argument(
@@ -77,13 +89,20 @@ def add_parser(commands) -> None:
         "cells of L; IN's own rows, corrupted values null; .npz",
     )
     table = denoise.add_argument_group("tables")
-    table.add_argument("--layout", choices=["triples", "votes", "winners", "logits"], help="which of the four above")
+    table.add_argument(
+        "--layout", choices=["triples", "votes", "winners", "battles", "logits"], help="which of the five above"
+    )
     table.add_argument(
         "--columns",
-        type=_columns,
+        action=ColumnsAction,
         default={},
         metavar="ROLE=NAME,...",
-        help="what the file calls them, such as i=model_a,j=model_b,prompt=question_id",
+        help="what the file calls them, such as i=model_a,j=model_b,prompt=question_id; names may hold commas",
+    )
+    table.add_argument(
+        "--csv-safe",
+        action="store_true",
+        help="in CSV, put an apostrophe before names that begin with = + - @, which spreadsheets would compute",
     )
     comparisons = denoise.add_argument_group("comparisons, as the arguments of fastpref.bradley_terry")
     comparisons.add_argument(
@@ -94,22 +113,23 @@ def add_parser(commands) -> None:
     denoise.set_defaults(handler=run_command, name="fastpref denoise")
 
 
-def _columns(text) -> dict[str, str]:
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    if wrong := [role for role, equals, name in pairs if not (role and equals and name)]:
-        raise argparse.ArgumentTypeError(f"must be ROLE=NAME,..., got {wrong[0]!r} in {text!r}")
-    return {role: name for role, _, name in pairs}
-
-
 def run_command(arguments) -> int:
+    from fastpref._progress import StageBars
+    from fastpref.cli.denoise.inputs import open_input
     from fastpref.cli.denoise.options import DenoiseOptions
-    from fastpref.cli.denoise.run import denoise_file, sentence
 
     options = options_of(arguments)
     as_json = options.pop("json")
-    with sigterm_interrupts():
-        summary = denoise_file(DenoiseOptions(**options))
-    for warning in summary["warnings"]:
-        print(f"fastpref denoise: warning: {warning}", file=sys.stderr)
-    print(json.dumps(summary, indent=2) if as_json else sentence(summary))
+    options, began = DenoiseOptions(**options), time.perf_counter()
+    with sigterm_interrupts(), StageBars() as progress:
+        progress.begin_stage("reading")
+        given = open_input(options)
+        # torch, after all that may be refused without it
+        from fastpref.cli.denoise.run import denoise_input, summary_lines
+
+        summary = denoise_input(given, options, progress) | {"seconds": time.perf_counter() - began}
+    print(json.dumps(summary, indent=2) if as_json else "\n".join(map(printable, summary_lines(summary))), flush=True)
+    for kind in ("warning", "note"):
+        for text in summary.get(f"{kind}s", ()):
+            print(f"fastpref denoise: {kind}: {printable(text)}", file=sys.stderr)
     return 0 if summary["converged"] else 1

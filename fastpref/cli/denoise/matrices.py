@@ -1,8 +1,7 @@
 """Solves matrices by rpca: a single one is read from disk as it goes, batches and triples are held in memory."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -12,80 +11,18 @@ from fastpref import RPCAInfo, RPCAResult, SparseCOO, rpca
 from fastpref._checks import as_tensor
 from fastpref._whole_file import format_of
 from fastpref.cli.denoise import files
-from fastpref.cli.denoise.options import DenoiseOptions, check_ending, spread_of
-from fastpref.errors import InputError
+from fastpref.cli.denoise.inputs import Input, Names, at_a_time
+from fastpref.cli.denoise.options import DenoiseOptions, spread_of
 
-AS_IT_LIES = (np.float16, np.float32, np.float64, np.int8)  # what is read from the file as it is
-COPIES = {"entries": 1, "rows": 10, "columns": 10}  # of the matrix that the convex program holds beside it
 BLOCK_BYTES = 4 << 20  # of an output
-BATCH_ENTRIES = 1 << 24  # of a batch that are solved at a time
 
 
-class _Names(NamedTuple):
-    """Names of the rows and columns of triples, and the triples' places in the matrix."""
-
-    rows: object  # pyarrow.Array
-    columns: object
-    row: np.ndarray  # [triples] int64
-    column: np.ndarray
-
-
-def prepare_array(array: np.ndarray, options: DenoiseOptions) -> Callable:
-    """Checks the input; returns function(temporary, progress) -> summary, which solves and writes."""
+def denoise_matrix(given: Input, options: DenoiseOptions, temporary, progress) -> dict:
+    """Solves a matrix, or a batch, and writes what --output says and the plot; returns the summary."""
     wanted = options.output or "low-rank"
-    check_ending("OUT", options.output_file, (".npz",) if wanted == "factors" else (".npy",), f" for --output {wanted}")
-    if array.size == 0:
-        raise InputError(f"{options.input} is empty: shape {list(array.shape)}")
-    if array.dtype.newbyteorder("=") not in AS_IT_LIES or not array.dtype.isnative:
-        dtype = np.dtype(np.float64 if array.dtype.itemsize > 2 and array.dtype.kind in "iu" else np.float32)
-        if array.dtype.kind == "f":
-            dtype = array.dtype.newbyteorder("=")
-        files.check_memory(array.size * dtype.itemsize, options.max_dense, f"as {dtype} {options.input} takes")
-        array = array.astype(dtype)
-    if array.ndim == 3:
-        _check_rank_free(array[: _at_a_time(array)], options)
-        return lambda temporary, progress: _denoise_batch(array, options, wanted, temporary, progress)
-    _check_rank_free(array, options)
-    return lambda temporary, progress: _denoise_one(array, None, options, wanted, temporary, progress)
-
-
-def prepare_triples(table: dict, options: DenoiseOptions) -> Callable:
-    """Does the same for columns row, column and value; cells without a triple are missing."""
-    from fastpref.cli.denoise import tables
-
-    wanted = options.output or "low-rank"
-    formats = (".npz",) if wanted == "factors" else tables.FORMATS
-    check_ending("OUT", options.output_file, formats, f" for --output {wanted} of triples")
-    skew = options.structure == "skew"
-    if skew:
-        rows, (row, column) = tables.index_names(table["row"], table["column"])
-        columns = rows
-    else:
-        rows, (row,) = tables.index_names(table["row"])
-        columns, (column,) = tables.index_names(table["column"])
-    values = tables.as_numbers(table["value"])
-    size = len(rows) * len(columns) * values.itemsize
-    files.check_memory(size, options.max_dense, f"{len(rows)} rows by {len(columns)} columns, dense, take")
-    _, first, count = np.unique(row * len(columns) + column, return_index=True, return_counts=True)
-    if (count > 1).any():
-        where = first[count > 1].min()
-        cell = f"({rows[int(row[where])]}, {columns[int(column[where])]})"
-        raise InputError(f"{options.input} has more than one value for {cell}, the first in row {where + 1}")
-    matrix = np.full((len(rows), len(columns)), np.nan, values.dtype)
-    if skew:
-        matrix[column, row] = -values
-        if (at := tables.first_row(~np.isnan(matrix[row, column]) & (matrix[row, column] != values))) is not None:
-            raise InputError(f"{options.input} is not skew-symmetric: see row {at} and its mirror image")
-    matrix[row, column] = values
-    _check_rank_free(matrix, options)
-    names = _Names(rows, columns, row, column)
-    return lambda temporary, progress: _denoise_one(matrix, names, options, wanted, temporary, progress)
-
-
-def _check_rank_free(matrix: np.ndarray, options: DenoiseOptions) -> None:
-    if options.rank is None:
-        size = (1 + COPIES[options.corruption or "entries"]) * matrix.size * max(matrix.itemsize, 4)
-        files.check_memory(size, options.max_dense, "without --rank the convex program takes about")
+    if given.matrix.ndim == 3:
+        return _denoise_batch(given.matrix, options, wanted, temporary, progress)
+    return _denoise_one(given.matrix, given.names, options, wanted, temporary, progress)
 
 
 # ---- one matrix ----
@@ -97,21 +34,23 @@ def _denoise_one(matrix, names, options, wanted, temporary, progress) -> dict:
     if by_columns:
         matrix = matrix.T
     result = _solve(matrix, by_columns, options, wanted != "low-rank" or options.plot is not None, progress)
-    out = temporary[options.output_file]
+    out, unknown = temporary[options.output_file], _Unknown()
     progress.begin_stage("writing")
     if wanted == "factors":
         _write_factors(out, _transposed(result) if by_columns else result, names)
     elif names is not None:
-        _write_triples(out, matrix, result, names, options, wanted)
+        _write_triples(out, matrix, result, names, options, unknown)
     else:
-        blocks = _low_rank_blocks(result) if wanted == "low-rank" else _masked_blocks(matrix, result.sparse.indices)
+        blocks = unknown.counted(_low_rank_blocks(result))
+        if wanted == "masked":
+            blocks = _masked_blocks(matrix, result.sparse.indices)
         dtype = _numpy_dtype(result.U) if wanted == "low-rank" else matrix.dtype
         shape = matrix.shape[::-1] if by_columns else matrix.shape
         files.write_npy(out, shape, dtype, blocks, fortran_order=by_columns)
     if options.plot is not None:
         _plot_result(_transposed(result) if by_columns else result, options, temporary)
     shape = list(matrix.shape[::-1] if by_columns else matrix.shape)
-    return _summary(result.info, shape, matrix.dtype)
+    return _summary(result.info, shape, matrix.dtype, unknown.cells if wanted == "low-rank" else None)
 
 
 def _solve(matrix: np.ndarray, by_columns: bool, options: DenoiseOptions, with_outliers: bool, progress) -> RPCAResult:
@@ -132,7 +71,12 @@ def _transposed(result: RPCAResult) -> RPCAResult:
     sparse, info = result.sparse, result.info
     if sparse is not None:
         sparse = SparseCOO(sparse.indices.flip(1), sparse.values)
-    info = info._replace(row_outlier_rate=info.column_outlier_rate, column_outlier_rate=info.row_outlier_rate)
+    info = info._replace(
+        row_outlier_rate=info.column_outlier_rate,
+        column_outlier_rate=info.row_outlier_rate,
+        row_part=info.column_part,
+        column_part=info.row_part,
+    )
     return RPCAResult(result.Vh.mT, result.S, result.U.mT, sparse, info)
 
 
@@ -146,9 +90,20 @@ def _row_blocks(rows: int, row_bytes: int) -> Iterator[slice]:
 
 
 def _low_rank_blocks(result: RPCAResult) -> Iterator[np.ndarray]:
-    scaled, vh = result.U * result.S, result.Vh
-    for block in _row_blocks(len(scaled), vh.shape[1] * vh.element_size()):
-        yield (scaled[block] @ vh).numpy()
+    for block in _row_blocks(len(result.U), result.Vh.shape[1] * result.Vh.element_size()):
+        yield result.low_rank(block).numpy()
+
+
+class _Unknown:
+    """Cells of L without a value, counted as they are written."""
+
+    def __init__(self):
+        self.cells = 0
+
+    def counted(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for block in blocks:
+            self.cells += int(np.isnan(block).sum())
+            yield block
 
 
 def _masked_blocks(matrix: np.ndarray, indices: Tensor) -> Iterator[np.ndarray]:
@@ -162,7 +117,7 @@ def _masked_blocks(matrix: np.ndarray, indices: Tensor) -> Iterator[np.ndarray]:
         yield copy
 
 
-def _write_factors(path, result: RPCAResult, names: _Names | None = None) -> None:
+def _write_factors(path, result: RPCAResult, names: Names | None = None) -> None:
     arrays = {"U": result.U, "S": result.S, "Vh": result.Vh}
     arrays |= {"sparse_indices": result.sparse.indices, "sparse_values": result.sparse.values}
     arrays |= result.info._asdict()
@@ -174,19 +129,19 @@ def _write_factors(path, result: RPCAResult, names: _Names | None = None) -> Non
         np.savez(file, **arrays)
 
 
-def _write_triples(path, matrix, result, names: _Names, options, wanted) -> None:
+def _write_triples(path, matrix, result, names: Names, options, unknown: _Unknown) -> None:
     from fastpref.cli.denoise import tables
 
-    columns = [options.columns.get(role, role) for role in tables.LAYOUTS["triples"]]
+    columns = [names.roles[role] for role in ("row", "column", "value")]
 
     def cells():
-        if wanted == "masked":
+        if options.output == "masked":
             matrix[tuple(result.sparse.indices.numpy().T)] = np.nan
             yield names.row, names.column, matrix[names.row, names.column]
             return
         every = np.arange(matrix.shape[1])
         first = 0
-        for block in _low_rank_blocks(result):
+        for block in unknown.counted(_low_rank_blocks(result)):
             yield np.repeat(np.arange(first, first + len(block)), len(every)), np.tile(every, len(block)), block.ravel()
             first += len(block)
 
@@ -194,7 +149,7 @@ def _write_triples(path, matrix, result, names: _Names, options, wanted) -> None
         tables.to_table(dict(zip(columns, (names.rows.take(row), names.columns.take(column), value), strict=True)))
         for row, column, value in cells()
     )
-    tables.write_table(path, format_of(options.output_file), parts)
+    tables.write_table(path, format_of(options.output_file), parts, options.csv_safe)
 
 
 def _plot_result(result: RPCAResult, options, temporary) -> None:
@@ -210,7 +165,7 @@ def _denoise_batch(array, options, wanted, temporary, progress) -> dict:
     keywords = options.given("rank", "structure", "corruption", "method", "lam", "tol", "max_iter")
     sparse = "none" if wanted == "low-rank" and options.plot is None else "coo"
     scale = 1.0 if options.scale is None else options.scale
-    step = _at_a_time(array)
+    step = at_a_time(array)
     results, infos = [], []
     out_dtype = np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
 
@@ -230,9 +185,10 @@ def _denoise_batch(array, options, wanted, temporary, progress) -> dict:
             progress.advance(len(part))
             yield part, result
 
-    out = temporary[options.output_file]
+    out, unknown = temporary[options.output_file], _Unknown()
     if wanted == "low-rank":
-        files.write_npy(out, array.shape, out_dtype, (result.low_rank().numpy() for _, result in solve()))
+        blocks = unknown.counted(result.low_rank().numpy() for _, result in solve())
+        files.write_npy(out, array.shape, out_dtype, blocks)
     elif wanted == "masked":
         files.write_npy(out, array.shape, array.dtype, (_masked(*found) for found in solve()))
     else:
@@ -240,11 +196,7 @@ def _denoise_batch(array, options, wanted, temporary, progress) -> dict:
             pass
         _write_factors(out, _joined(results, step))
     info = RPCAInfo(*(torch.cat(parts) for parts in zip(*infos, strict=True)))
-    return _summary(info, list(array.shape), array.dtype)
-
-
-def _at_a_time(array: np.ndarray) -> int:
-    return max(1, BATCH_ENTRIES // max(math.prod(array.shape[1:]), 1))
+    return _summary(info, list(array.shape), array.dtype, unknown.cells if wanted == "low-rank" else None)
 
 
 def _masked(part: np.ndarray, result: RPCAResult) -> np.ndarray:
@@ -283,8 +235,11 @@ def _count(which: Tensor, text: str) -> str:
     return text.format(int(which.sum()), len(which)) if which.dim() else ""
 
 
-def _summary(info: RPCAInfo, shape: list[int], dtype: np.dtype) -> dict:
-    """Returns the summary for JSON; of a batch's numbers the smallest, median and largest."""
+def _summary(info: RPCAInfo, shape: list[int], dtype: np.dtype, unknown: int | None) -> dict:
+    """Returns the summary for JSON; of a batch's numbers the smallest, median and largest.
+
+    unknown: cells of L that were written as missing; None where L was not written.
+    """
     converged = info.converged
     empty = ~converged & (info.iterations == 0)
     messages = []
@@ -294,6 +249,12 @@ def _summary(info: RPCAInfo, shape: list[int], dtype: np.dtype) -> dict:
         messages.append(
             _count(~converged & ~empty, "{} of {} matrices ")
             + "did not converge: raise --max-iter, or look whether a low rank is there at all"
+        )
+    if unknown and unknown > math.prod(shape[-2:]) * int(empty.sum()):
+        beyond = ", or the fit, which did not converge, lies beyond those" * bool((~converged & ~empty).any())
+        messages.append(
+            f"{unknown} of {math.prod(shape)} cells of L have no value (NaN, in a table null): the observed entries do "
+            f"not determine them{beyond}"
         )
     return {
         "kind": "matrix" if converged.dim() == 0 else "batch",
@@ -308,5 +269,6 @@ def _summary(info: RPCAInfo, shape: list[int], dtype: np.dtype) -> dict:
         "outlier_rate": spread_of(info.outlier_rate.masked_fill(empty, torch.nan)),
         "noise_scale": spread_of(info.scale),
         "condition": spread_of(info.condition),
+        "undetermined": unknown,
         "warnings": messages,
     }

@@ -1,10 +1,9 @@
-"""The options of `fastpref denoise`, and which of them a kind of input takes."""
+"""The options of `fastpref denoise`, and which of them a kind of input takes. No torch: a refusal needs none."""
 
 import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import Tensor
 
 from fastpref.errors import InputError
 
@@ -13,7 +12,7 @@ from fastpref.errors import InputError
 class DenoiseOptions:
     """What the flags of `fastpref denoise` gave; its --help explains them. None: not given."""
 
-    input: str
+    inputs: list[str]
     output_file: str
     array: str | None = None
     layout: str | None = None
@@ -33,6 +32,12 @@ class DenoiseOptions:
     max_dense: float | None = None
     threads: int | None = None
     plot: str | None = None
+    csv_safe: bool = False
+
+    @property
+    def name(self) -> str:
+        """What messages call IN."""
+        return self.inputs[0] if len(self.inputs) == 1 else f"{self.inputs[0]} and {len(self.inputs) - 1} more"
 
     def given(self, *names) -> dict:
         """Returns those of these options that were given, as keywords of the function behind them."""
@@ -53,12 +58,16 @@ def check_ending(name: str, path, formats, what: str = "") -> None:
         raise InputError(f"{name} must end in {', '.join(formats)}{what}, got {path}")
 
 
-def spread_of(values: Tensor):
-    """Returns for JSON a number, or of several their smallest, median and largest; None for what is not finite."""
-    if values.dim() == 0:
+def spread_of(values):
+    """Returns for JSON a number, or of several their smallest, median and largest; None for what is not finite.
+
+    values: a tensor or an array.
+    """
+    values = np.asarray(values)
+    if values.ndim == 0:
         number = values.item()
         return number if math.isfinite(number) else None
-    known = values[values.isfinite()].numpy()
+    known = values[np.isfinite(values)]
     if not len(known):
         return None
     return {"min": known.min().item(), "median": float(np.median(known)), "max": known.max().item()}

@@ -19,7 +19,7 @@ def plot_low_rank(path, result, format: str | None = None) -> None:
     drawn, (low, sparse, values) = _figure(3)
     m, n = result.U.shape[0], result.Vh.shape[1]
     rows, columns = _sample(m), _sample(n)
-    dense = ((result.U[rows] * result.S) @ result.Vh[:, columns]).numpy()
+    dense = result.low_rank(rows)[:, columns].numpy()
     _image(drawn, low, dense, (m, n), f"L: rank {int(result.info.rank)}")
     share = float(result.info.outlier_rate)
     _image(drawn, sparse, _largest(*result.sparse, (m, n)), (m, n), f"S: {share:.2%} of the observed entries")
@@ -69,7 +69,7 @@ def _largest(indices: Tensor, values: Tensor, shape) -> np.ndarray:
 
 
 def _image(drawn, axes, image: np.ndarray, shape, title: str) -> None:
-    most = np.abs(image).max(initial=0.0) or 1.0
+    most = np.nanmax(np.abs(image), initial=0.0) or 1.0  # cells without a value stay blank
     extent = (-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5)
     shown = axes.imshow(image, "RdBu_r", vmin=-most, vmax=most, extent=extent, aspect="auto", interpolation="nearest")
     axes.set(title=title)

@@ -1,54 +1,58 @@
-"""`fastpref denoise`: reads, chooses between robust PCA and Bradley-Terry by what was read, and writes whole files."""
+"""`fastpref denoise`: chooses between robust PCA and Bradley-Terry by what was read, and writes whole files."""
 
 import contextlib
-import os
-import time
 from collections.abc import Iterator
 
 import torch
 
-from fastpref._progress import StageBars
 from fastpref._warnings import collected_warnings
-from fastpref._whole_file import format_of, whole_file
-from fastpref.cli.denoise import files, matrices
-from fastpref.cli.denoise.options import COMPARISON_OPTIONS, MATRIX_OPTIONS, DenoiseOptions, check_ending
+from fastpref._whole_file import whole_file
+from fastpref.cli.denoise.inputs import Input
+from fastpref.cli.denoise.options import DenoiseOptions
 from fastpref.errors import InputError
 
-PLOTS = (".pdf", ".png", ".svg")
 
+def denoise_input(given: Input, options: DenoiseOptions, progress) -> dict:
+    """Solves what `open_input` gave and writes the output files.
 
-def denoise_file(options: DenoiseOptions) -> dict:
-    """Writes the output files and returns the summary, ready for JSON. Raises InputError for what the user can mend."""
-    started = time.perf_counter()
+    Args:
+        given: From `open_input` with the same options.
+        options: Of the command.
+        progress: StageBars.
+
+    Returns:
+        The summary, ready for JSON, but for the seconds, which reading began.
+
+    Raises:
+        InputError: For what the user can mend.
+    """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    source, out = options.input, options.output_file
-    outputs = [path for path in (out, options.flagged, options.plot) if path is not None]
-    for index, path in enumerate(outputs):
-        for other in [source, *outputs[:index]]:
-            if os.path.realpath(path) == os.path.realpath(other):
-                raise InputError(f"{path} would overwrite {'IN' if other == source else 'another output'}")
+    outputs = [path for path in (options.output_file, options.flagged, options.plot) if path is not None]
     if options.plot is not None:
-        check_ending("--plot", options.plot, PLOTS)
         import fastpref.cli.denoise.plots  # noqa: F401  needs matplotlib: say so before the run rather than after it
     with _library_errors(), contextlib.ExitStack() as stack:
-        progress = stack.enter_context(StageBars())
-        progress.begin_stage("reading")
-        run = _prepared(options)
         temporary = {path: stack.enter_context(whole_file(path)) for path in outputs}
         with collected_warnings(RuntimeWarning) as messages:
-            summary = run(temporary, progress)
+            if given.comparisons is not None:
+                from fastpref.cli.denoise.comparisons import denoise_comparisons  # needs pyarrow
+
+                summary = denoise_comparisons(given.comparisons, options, temporary, progress)
+            else:
+                from fastpref.cli.denoise.matrices import denoise_matrix
+
+                summary = denoise_matrix(given, options, temporary, progress)
     return {
-        "input": source,
-        "output": out,
+        "input": options.name,
+        "output": options.output_file,
+        "read_as": given.read_as,
         **summary,
-        "warnings": summary["warnings"] + messages,
-        "seconds": time.perf_counter() - started,
+        "warnings": [*given.warnings, *summary["warnings"], *messages],
     }
 
 
-def sentence(summary: dict) -> str:
-    """Returns the summary in a line."""
+def summary_lines(summary: dict) -> list[str]:
+    """Returns the summary in a line; of a table a line before it says how it was read."""
 
     def typical(name):
         number = summary[name]
@@ -58,31 +62,14 @@ def sentence(summary: dict) -> str:
     if summary["kind"] == "comparisons":
         found = f"scores of {summary['items']} items from {summary['comparisons']} comparisons"
         found += f" in {summary['graphs']} graphs" * (summary["graphs"] > 1)
+        found += f", {summary['ties']:g} ties" * bool(summary["ties"])
+        found += f", {summary['unused']} rows unused" * bool(summary["unused"])
     else:
         found = f"{' x '.join(map(str, summary['shape']))}, rank {typical('rank'):g}"
+        found += f", {summary['undetermined']} cells without a value" * bool(summary["undetermined"])
     corrupted = "nothing observed" if rate is None else f"{rate:.2%} corrupted"
-    return f"{summary['output']}: {found}, {corrupted}, {iterations:g} iterations, {summary['seconds']:.1f} s"
-
-
-def _prepared(options: DenoiseOptions):
-    """Reads the input and checks flags and endings against it; returns function(temporary, progress) -> summary."""
-    format = format_of(options.input)
-    if format in (".npy", ".npz"):
-        options.refuse((*COMPARISON_OPTIONS, "layout"), "a matrix")
-        if options.columns:
-            raise InputError("--columns is not for a matrix")
-        return matrices.prepare_array(files.read_array(options.input, options.array, options.max_dense), options)
-    from fastpref.cli.denoise import comparisons, tables  # need pyarrow
-
-    if format not in tables.FORMATS:
-        raise InputError(f"IN must end in .npy, .npz, {', '.join(tables.FORMATS)}, got {options.input}")
-    options.refuse(("array",), "a table")
-    table, layout = tables.read_table(options.input, options.layout, options.columns)
-    if layout == "triples":
-        options.refuse(COMPARISON_OPTIONS, "triples, which are a matrix")
-        return matrices.prepare_triples(table, options)
-    options.refuse(MATRIX_OPTIONS, f"comparisons, which {options.input} holds ({layout})")
-    return comparisons.prepare_comparisons(table, layout, options)
+    line = f"{summary['output']}: {found}, {corrupted}, {iterations:g} iterations, {summary['seconds']:.1f} s"
+    return [line] if summary["read_as"] is None else [summary["read_as"], line]
 
 
 @contextlib.contextmanager
@@ -93,7 +80,7 @@ def _library_errors() -> Iterator[None]:
     except InputError:
         raise
     except (TypeError, ValueError, torch.linalg.LinAlgError) as error:
-        raise InputError(str(error).partition("\n")[0]) from error
+        raise InputError(" ".join(str(error).split())) from error
     except OSError as error:
         raise InputError(f"cannot write: {error.strerror or error}") from error
     except (MemoryError, RuntimeError) as error:

@@ -1,130 +1,53 @@
-"""Reads and writes tables by Arrow: Parquet, CSV and JSON Lines of comparisons or (row, column, value) triples."""
+"""The columns of a table as names and numbers, and tables that are written: Parquet, CSV and JSON Lines."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from fastpref._whole_file import format_of
+from fastpref.curate.files.containers import Table, as_numbers
 from fastpref.errors import InputError
 
 try:
     import pyarrow
     import pyarrow.compute
     import pyarrow.csv
-    import pyarrow.json
     import pyarrow.parquet
 except ImportError as error:
     raise InputError('tables need pyarrow: pip install "fastpref[cli]"') from error
 
 FORMATS = (".parquet", ".csv", ".jsonl")
-# how a table is read -> the roles of its columns
-LAYOUTS = {
-    "triples": ("row", "column", "value"),
-    "votes": ("i", "j", "wins_i", "wins_j"),
-    "winners": ("winner", "loser"),
-    "logits": ("i", "j", "value"),
-}
-NAMES = ("row", "column", "i", "j", "winner", "loser", "prompt")  # of items: kept as they are, in CSV as text
+HUGE = 1e30  # sizes from which a number stands for a missing one, such as the smallest float32
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet would compute
 
 
-def read_table(path, layout: str | None, columns: dict[str, str]) -> tuple[dict, str]:
-    """Returns the columns of a layout, role -> pyarrow.ChunkedArray, and the layout.
-
-    layout: None for the only one whose columns are all there. columns: role -> name of the column in the file.
-    """
-    try:
-        whole = pyarrow.json.read_json(path) if format_of(path) == ".jsonl" else None
-        found = _column_names(path) if whole is None else whole.column_names
-        known = {role for roles in LAYOUTS.values() for role in (*roles, "prompt")}
-        if unknown := set(columns) - known:
-            raise InputError(f"--columns: no layout has a role {', '.join(unknown)}, only {', '.join(sorted(known))}")
-        if missing := [name for name in columns.values() if name not in found]:
-            raise InputError(f"{path} has no column {', '.join(missing)}, found {', '.join(found)}")
-        layout = layout or _only_layout(path, columns, found)
-        roles = LAYOUTS[layout]
-        if layout != "triples" and columns.get("prompt", "prompt") in found:
-            roles = (*roles, "prompt")
-        if unknown := set(columns).difference(roles, () if layout == "triples" else ("prompt",)):
-            raise InputError(f"--columns: {layout} has no role {', '.join(unknown)}, only {', '.join(roles)}")
-        names = {role: columns.get(role, role) for role in roles} | columns
-        if missing := [name for name in names.values() if name not in found]:
-            raise InputError(f"{path} has no column {', '.join(missing)} for {layout}, found {', '.join(found)}")
-        if repeated := [name for name in names.values() if found.count(name) > 1]:
-            raise InputError(f"{path} has more than one column {', '.join(repeated)}")
-        if len(set(names.values())) < len(names):
-            raise InputError(
-                f"--columns must name a column for each role, got one twice in {', '.join(names.values())}"
-            )
-        read = _read_columns(path, names) if whole is None else whole
-        table = {role: read[name] for role, name in names.items()}
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except pyarrow.ArrowException as error:
-        raise InputError(f"cannot read {path}: {error}".splitlines()[0]) from error
-    for role, name in names.items():
-        _check_column(f"column {name} of {path}", table[role], role)
-    return table, layout
-
-
-def _column_names(path) -> list[str]:
-    if format_of(path) == ".parquet":
-        return pyarrow.parquet.read_schema(path).names
-    with pyarrow.csv.open_csv(path) as reader:
-        return reader.schema.names
-
-
-def _only_layout(path, columns, found) -> str:
-    fitting = [
-        name
-        for name, roles in LAYOUTS.items()
-        if all(columns.get(role, role) in found for role in roles) and set(columns) <= {*roles, "prompt"}
-    ]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        problem = f"fit several layouts, choose with --layout: {', '.join(fitting)}"
-    else:
-        layouts = "; ".join(f"{name}: {', '.join(roles)}" for name, roles in LAYOUTS.items())
-        problem = f"fit no layout ({layouts}); rename with --columns"
-    raise InputError(f"{path}: its columns {', '.join(found)} {problem}")
-
-
-def _read_columns(path, names: dict[str, str]) -> pyarrow.Table:
-    wanted = list(names.values())
-    if format_of(path) == ".parquet":
-        return pyarrow.parquet.read_table(path, columns=wanted)
-    # typed, or a name such as 007 would become a number
-    types = {name: pyarrow.string() if role in NAMES else pyarrow.float64() for role, name in names.items()}
-    options = pyarrow.csv.ConvertOptions(column_types=types, include_columns=wanted)
-    return pyarrow.csv.read_csv(path, convert_options=options)
-
-
-def _check_column(what: str, values: pyarrow.ChunkedArray, role: str) -> None:
+def names_of(table: Table, column: str) -> pyarrow.ChunkedArray:
+    """Returns a column of names, strings or integers, none of which is missing. Raises InputError otherwise."""
+    values = table.columns[column]
     is_integer = pyarrow.types.is_integer(values.type)
-    if role not in NAMES:
-        if not (is_integer or pyarrow.types.is_floating(values.type)):
-            raise InputError(f"{what} must hold numbers, got {values.type}")
-        return
-    if not (is_integer or pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)):
-        raise InputError(f"{what} must hold strings or integers, got {values.type}")
+    if pyarrow.types.is_null(values.type):
+        values = values.cast(pyarrow.string())
+    elif not (is_integer or pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)):
+        raise InputError(f"column {column} of {table.sources[0].name} must hold strings or integers, got {values.type}")
     absent = values.is_null()
     if not is_integer:
         absent = pyarrow.compute.or_kleene(absent, pyarrow.compute.equal(values, ""))
     if (row := first_row(absent.to_numpy())) is not None:
-        raise InputError(f"{what} must hold a name in every row, got none in row {row}")
+        raise InputError(f"{table.place(row)}: {column} must hold a name, got none")
+    return values
+
+
+def measures_of(table: Table, column: str) -> tuple[np.ndarray, int]:
+    """Returns a column as float64, NaN where missing, and how many entries of a size of HUGE and more are taken so."""
+    values = as_numbers(table, column)
+    huge = np.abs(values) >= HUGE  # infinity, too
+    return np.where(huge, np.nan, values), int(huge.sum())
 
 
 def first_row(condition: np.ndarray) -> int | None:
-    """Returns the first row, counted from 1, in which the condition holds."""
+    """Returns the first row, counted from 0, in which the condition holds."""
     rows = np.flatnonzero(condition)
-    return int(rows[0]) + 1 if len(rows) else None
-
-
-def as_numbers(values: pyarrow.ChunkedArray) -> np.ndarray:
-    """Returns the column as float64, or float32 where it is; NaN for null."""
-    dtype = values.type if values.type == pyarrow.float32() else pyarrow.float64()
-    return values.cast(dtype).to_numpy()
+    return int(rows[0]) if len(rows) else None
 
 
 def index_names(*columns: pyarrow.ChunkedArray) -> tuple[pyarrow.Array, list[np.ndarray]]:
@@ -136,6 +59,24 @@ def index_names(*columns: pyarrow.ChunkedArray) -> tuple[pyarrow.Array, list[np.
     return distinct, [pyarrow.compute.index_in(values, distinct).to_numpy().astype(np.int64) for values in columns]
 
 
+def near_twins(names: pyarrow.Array) -> tuple[str, str] | None:
+    """Returns two of the distinct names that differ only in white space at their ends, if there are any."""
+    if pyarrow.types.is_integer(names.type):
+        return None
+    bare = pyarrow.compute.utf8_trim_whitespace(names)
+    if len(bare.unique()) == len(names):
+        return None
+    seen = {}
+    for name, short in zip(names.to_pylist(), bare.to_pylist(), strict=True):
+        if short in seen:
+            return seen[short], name
+        seen[short] = name
+    return None
+
+
+# ---- written
+
+
 def to_table(columns: dict) -> pyarrow.Table:
     """Makes a table of Arrow columns and of numbers, whose NaN becomes null."""
     arrays = [
@@ -145,8 +86,11 @@ def to_table(columns: dict) -> pyarrow.Table:
     return pyarrow.table(arrays, names=list(columns))
 
 
-def write_table(path, format: str, tables: Iterable[pyarrow.Table]) -> None:
-    """Writes tables of one schema, at least one, one after the other into one file."""
+def write_table(path, format: str, tables: Iterable[pyarrow.Table], csv_safe: bool) -> None:
+    """Writes tables of one schema, at least one, one after the other into one file.
+
+    csv_safe: in CSV, texts that a spreadsheet would take for a formula get an apostrophe in front.
+    """
     tables = iter(tables)
     first = next(tables)
     if format == ".jsonl":
@@ -155,8 +99,30 @@ def write_table(path, format: str, tables: Iterable[pyarrow.Table]) -> None:
                 for batch in table.to_batches(max_chunksize=1 << 14):
                     file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist())
         return
-    make = pyarrow.parquet.ParquetWriter if format == ".parquet" else pyarrow.csv.CSVWriter
+    make = pyarrow.parquet.ParquetWriter
+    if format == ".csv":
+        make = pyarrow.csv.CSVWriter
+        if csv_safe:
+            first, tables = _without_formulas(first), map(_without_formulas, tables)
     with make(path, first.schema) as writer:
         writer.write_table(first)
         for table in tables:
             writer.write_table(table)
+
+
+def _without_formulas(table: pyarrow.Table) -> pyarrow.Table:
+    columns = [_quoted(column) if pyarrow.types.is_string(column.type) else column for column in table.columns]
+    return pyarrow.table(columns, names=_plain_names(table.column_names))
+
+
+def _quoted(column: pyarrow.ChunkedArray) -> pyarrow.ChunkedArray:
+    compute = pyarrow.compute
+    begins = [compute.starts_with(column, sign) for sign in FORMULA]
+    risky = begins[0]
+    for one in begins[1:]:
+        risky = compute.or_(risky, one)
+    return compute.if_else(risky, compute.binary_join_element_wise("'", column, ""), column)
+
+
+def _plain_names(names: Sequence[str]) -> list[str]:
+    return [f"'{name}" if name.startswith(FORMULA) else name for name in names]

@@ -13,15 +13,18 @@ from dataclasses import replace
 
 import numpy as np
 
+from fastpref.curate.files.arrow_types import widened
+from fastpref.curate.files.formats import check_format, is_conversational, shaped_rows, text_columns
+from fastpref.curate.files.layouts import resolve_layout
 from fastpref.curate.files.rows import Fields, parse_row, top_fields
 from fastpref.curate.files.writing import (
     Picked,
-    arrow_schema,
-    check_format,
+    arrays_of,
+    column_types,
     pair_columns,
     pair_rows_of,
     row_names,
-    shaped_row,
+    schema_of,
 )
 from fastpref.curate.pairs import select_pairs
 
@@ -34,6 +37,8 @@ def pair_rows(
     score_field="scores",
     source_field=None,
     length_field=None,
+    layout=None,
+    columns=None,
     format="trl",
     on_bad_row="error",
     **options,
@@ -44,7 +49,7 @@ def pair_rows(
         them. What comes back is of the same kind (arrays as lists) with the columns prompt_id, prompt, chosen, rejected
         (or those of the format), score_*, margin, source_* (where the rows have sources), len_*, chosen_id,
         rejected_id, z_*, rank_rejected, n_pool, rule and scale. A prompt without a pair has no row.
-    score_field: the field that is selected by; source_field, length_field: as in `read_samples`.
+    score_field: the field that is selected by; source_field, length_field, layout, columns: as in `read_samples`.
     format: of the texts, as in `write_pairs`.
     on_bad_row: "error", or "drop" with a UserWarning that counts them.
     options: of `select_pairs`, but for those that look beyond a prompt: "min_of_<m>", which draws by its index in the
@@ -56,10 +61,13 @@ def pair_rows(
 
     check_format(format)
     _check_options(on_bad_row, options)
-    fields = Fields((score_field,), source_field, length_field)
+    found = resolve_layout("batch", sorted(_names(batch)), layout, columns)
+    fields = Fields((score_field,), source_field, length_field, found.layout, found.roles, found.carried)
+    if fields.shape == "rows":
+        raise ValueError(f"batch has a row per response ({found}), which must be grouped by prompt first")
     rows = _python_rows(batch, top_fields(fields))
     part = reading.columns_of("batch", enumerate(rows), fields)
-    samples = reading.joined_columns("batch", [part], fields, None)
+    samples = reading.joined_columns("batch", [part], fields)
     if samples.problems:
         message = f"{len(samples.problems)} of {len(rows)} rows are malformed, the first: {samples.problems[0]}"
         if on_bad_row == "error":
@@ -72,18 +80,36 @@ def pair_rows(
 
     selection = select_pairs(samples.scores[score_field], offsets=samples.offsets, **options)
     pairs = selection.table() | {"rule": selection.rule, "scale": selection.scale}
-    columns = pair_columns(samples, pairs)
+    known = pair_columns(samples, pairs)
     prompts, own = np.unique(pairs["prompt"], return_inverse=True)
-    texts = [parse_row(rows[position], Fields(())) for position in samples.position[prompts].tolist()]
+    texts = [parse_row(rows[position], reading.fields_again(fields)) for position in samples.position[prompts].tolist()]
     conversational = {not isinstance(row.prompt, str) for row in texts}
-    if format == "trl" and len(conversational) > 1:
+    if not is_conversational(format) and len(conversational) > 1:
         raise ValueError("batch holds strings and lists of messages, the pairs must be one: use trl-conversational")
-    picked = Picked(own, pairs["chosen"], pairs["rejected"], np.zeros(len(own), bool), columns)
-    found = [shaped_row(row, format) for row in pair_rows_of(texts, samples.prompt_hash[prompts], picked, format)]
+    picked = Picked(own, pairs["chosen"], pairs["rejected"], np.zeros(len(own), bool), known)
+    carried = samples.fields.carried
+    found = pair_rows_of(texts, samples.prompt_hash[prompts], picked, carried, format)
+    found = [shaped for row in found for shaped in shaped_rows(row, format)]
     if isinstance(batch, Mapping):
-        return {name: [row[name] for row in found] for name in row_names(columns, format, False)}
-    schema = arrow_schema(columns, format, conversational == {True} or _holds_messages(batch), False)
-    return type(batch).from_pylist(found, schema)
+        names = list(found[0]) if found else row_names(known, carried, format)
+        return {name: [row[name] for row in found] for name in names}
+    types = _types(found, known, format, conversational == {True} or _holds_messages(batch))
+    return type(batch).from_arrays(arrays_of(found, types), schema=schema_of(types))
+
+
+def _types(found, columns, format, conversational) -> dict[str, object]:
+    """Of the columns of the rows found. Texts that are messages of a role and a content alone have their type in every
+    batch, whatever its rows hold."""
+    message = {"role": "string", "content": "string"}
+    shapes = dict.fromkeys(row_names(columns, (), format))
+    for name in text_columns(format, False):
+        single = format in ("axolotl", "llamafactory") and name in ("chosen", "rejected")
+        if conversational or is_conversational(format):
+            shapes[name] = message if single else [message]
+    for row in found:
+        shapes = {name: widened(shapes.get(name), value) for name, value in row.items()}
+    known = column_types(columns)
+    return {name: known.get(name, "string" if shape is None else shape) for name, shape in shapes.items()}
 
 
 def _check_options(on_bad_row, options) -> None:
@@ -104,6 +130,8 @@ def _check_options(on_bad_row, options) -> None:
 
 
 def _names(batch) -> set[str]:
+    if not isinstance(batch, Mapping) and not hasattr(batch, "schema"):
+        raise TypeError(f"batch must be a dict of columns, a pyarrow Table or RecordBatch, got {type(batch).__name__}")
     return set(batch if isinstance(batch, Mapping) else batch.schema.names)
 
 
@@ -111,11 +139,9 @@ def _python_rows(batch, wanted) -> list[dict]:
     if isinstance(batch, Mapping):
         count = max(map(len, batch.values()), default=0)
         columns = {name: _python(column) for name, column in batch.items() if name in wanted}
-    elif hasattr(batch, "schema"):
+    else:
         count = batch.num_rows
         columns = {name: batch.column(name).to_pylist() for name in batch.schema.names if name in wanted}
-    else:
-        raise TypeError(f"batch must be a dict of columns, a pyarrow Table or RecordBatch, got {type(batch).__name__}")
     if not columns:
         return [{}] * count  # rows that lack everything
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -1,11 +1,13 @@
 """Samples and columns of pairs in memory: numbers with the texts left in their file, or everything at once."""
 
-from dataclasses import dataclass, replace
+import os
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from fastpref.curate.files.rows import Fields
+from fastpref.curate.files.sources import Source
 
 
 @dataclass(frozen=True)
@@ -13,7 +15,7 @@ class RowProblem:
     """One row that was left out."""
 
     path: str
-    row: int  # line of a JSON Lines file, row of a Parquet file, both from 1
+    row: int  # line of JSON Lines and CSV, row of other files, both from 1
     reason: str
 
     def __str__(self):
@@ -24,7 +26,7 @@ class RowProblem:
 class Samples:
     """What is known of every response without its text. The responses of prompt p are offsets[p]:offsets[p + 1]."""
 
-    path: str
+    path: str  # what messages call the input
     offsets: np.ndarray  # int64 [prompts + 1]
     scores: dict[str, np.ndarray]  # by field, float64 [responses], NaN = no score
     lengths: np.ndarray  # int32 [responses], characters, or what the file says
@@ -33,13 +35,32 @@ class Samples:
     truncated: np.ndarray | None  # bool [responses], False where a row does not say; None where no row does
     sources: np.ndarray | None  # int32 [responses], index into source_names, -1 = unknown; None where no row says
     source_names: list[str]  # ascending
-    prompt_hash: np.ndarray  # uint64 [prompts]
-    row: np.ndarray  # int64 [prompts], line of a JSON Lines file, row of a Parquet file, both from 1
-    position: np.ndarray  # int64 [prompts], byte at which the line begins (unpacked), rows before it in a Parquet file
+    prompt_hash: np.ndarray  # uint64 [prompts], of the prompt with its tools, images and other context
+    row: np.ndarray  # int64 [prompts], line of JSON Lines and CSV, row of other files; from 1; of a group the first
+    position: np.ndarray  # int64 [prompts], ascending; where the row begins, as `reading` counts
     conversational: np.ndarray  # bool [prompts], lists of messages
-    problems: list[RowProblem]
+    problems: list[RowProblem]  # rows that were left out
     fields: Fields  # as they were read
-    stamp: tuple[int, int]  # size in bytes and time of change of the file, in ns
+    stamp: tuple[int, int] = (0, 0)  # size in bytes and time of change of the files, in ns
+    strength: np.ndarray | None = None  # float64 [prompts], how much the first response is preferred, by the file
+    bad_responses: list[RowProblem] = field(default_factory=list)  # that were left out of a pool
+    beside: dict[str, np.ndarray] = field(default_factory=dict)  # like scores: columns of numbers not asked for
+    counts: dict[str, int] = field(default_factory=dict)  # rows and scores that say nothing, by reason: ties, ...
+    inputs: tuple[Source, ...] = ()  # the files that were given
+    files: tuple[Source, ...] = ()  # those that are read: these, or one of pools that were grouped
+    layout: str = "pools"
+    read_as: str = ""  # the layout, and the columns of its roles
+    scored: bool = True  # False: the scores only say which response is preferred
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that are read."""
+        return sum(os.path.getsize(source.path) for source in self.files)
+
+    @property
+    def published(self) -> bool:
+        """Whether every pool is a published pair: the chosen response first, then the rejected one."""
+        return self.fields.published
 
     @property
     def prompts(self) -> int:

@@ -1,13 +1,13 @@
 """Pairs with their texts, as JSON Lines (also .gz) or Parquet: the second pass over a file of samples."""
 
 import contextlib
-import functools
 import gzip
 import json
 import os
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +15,20 @@ import numpy as np
 
 from fastpref._whole_file import whole_file
 from fastpref.curate.files import processes
+from fastpref.curate.files.arrow_types import arrow_array, arrow_type, widened
+from fastpref.curate.files.formats import (
+    TEXTS,
+    check_format,
+    dataset_info,
+    is_conversational,
+    shaped_rows,
+    text_columns,
+)
 from fastpref.curate.files.rows import Row
 from fastpref.curate.files.table import Coded, RowProblem, Samples
 from fastpref.curate.pairs import PLACES
 from fastpref.errors import InputError
 
-FORMATS = ("trl", "trl-conversational", "axolotl")
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 METADATA = b"fastpref"  # its key in the schema of a Parquet file
 GZIP_LEVEL = 3
@@ -54,11 +62,10 @@ def write_pairs(
         `chosen_id` and `rejected_id` (the columns), `source_*`, `len_*`, and the `margin` of `score_chosen` and
         `score_rejected`. A number that is not finite becomes null.
     out: ends in .jsonl, .jsonl.gz or .parquet, and is not there before it is complete.
-    format: "trl": prompt, chosen and rejected as they are in the samples, strings or lists of messages.
-        "trl-conversational": strings become a message of the user and of the assistant. "axolotl": messages, and one
-        message as chosen and as rejected, its `type: chat_template.default`.
+    format: one of `formats.FORMATS`, which are explained there: "trl", "trl-conversational", "axolotl", "llamafactory"
+        (which gets its entry in the dataset_info.json of the folder), "swift", "openrlhf", "kto" (two rows a pair).
     sft, to_sft: a second file, and bool [pairs]: the pairs whose chosen response goes there instead, as prompt and
-        completion (axolotl: messages).
+        completion, or as one conversation where the format has those.
     rewrite: function(row) -> rows in its place, each a dict. Rows have the columns above, with the texts as for TRL.
     metadata: a mapping for JSON, which `read_metadata` gives back: in the schema of a Parquet file, beside JSON Lines
         in a file of the same name with ".meta.json" behind it.
@@ -78,12 +85,13 @@ def write_pairs(
     prompts, first = np.unique(prompt[in_file], return_index=True)
     first = np.append(first, len(prompt))
     conversational = bool(samples.conversational[prompts].any())
-    if format == "trl" and conversational and not samples.conversational[prompts].all():
+    if not is_conversational(format) and conversational and not samples.conversational[prompts].all():
         raise InputError(
-            f"{samples.path} holds strings and lists of messages, a file of pairs only one: write trl-conversational"
+            f"{samples.path} holds strings and lists of messages, and a file of pairs can only hold one of them: "
+            "write --format trl-conversational"
         )
-    workers = processes.worthwhile_processes(samples.stamp[0]) if workers is None else workers
-    done, total = deque(), reading.extent(samples.path)
+    workers = processes.worthwhile_processes(samples.size) if workers is None else workers
+    done, total = deque(), sum(map(reading.extent, samples.files))
 
     def tasks():
         for part, here, known in reading.parts_again(samples, prompts):
@@ -94,7 +102,7 @@ def write_pairs(
             picked = Picked(row, chosen[these], rejected[these], to_sft[these], values)
             begin = samples.offsets[prompt[these]]
             hashes = samples.text_hash[begin + picked.chosen], samples.text_hash[begin + picked.rejected]
-            yield samples.path, part, known, picked, hashes, format, rewrite is None
+            yield samples.files[part.file], part, known, picked, hashes, samples.fields, format, finished
 
     def blocks():
         for block in processes.in_processes(_lines_of_part, tasks(), workers):
@@ -102,33 +110,37 @@ def write_pairs(
             if progress is not None:
                 progress(done.popleft(), total)
 
+    finished = rewrite is None and format != "kto"  # a line stays one line
     written = [0, 0]
     with contextlib.ExitStack() as stack:
         sinks = []
         for k, path in enumerate((out, sft)):
             if path is not None:
-                schema = functools.partial(arrow_schema, columns, format, conversational, bool(k))
-                sinks.append(stack.enter_context(_sink(path, schema, metadata)))
+                names = ["prompt_id", *text_columns(format, bool(k))]
+                sinks.append(stack.enter_context(_sink(path, names, column_types(columns), metadata)))
         place = 0
         for lines in _in_given_order(blocks(), in_file, Path(out).parent):
             routed = to_sft[place : place + len(lines)]
             place += len(lines)
             for k, sink in enumerate(sinks):
                 own = [line for line, to in zip(lines, routed.tolist(), strict=True) if to == k]
-                if rewrite is not None:
+                if not finished:
                     own = [line for row in own for line in _rewritten(row, rewrite, format)]
                 sink(own)
                 written[k] += len(own)
+    for k, path in enumerate((out, sft)):
+        if format == "llamafactory" and path is not None:
+            _write_dataset_info(path, dataset_info(path, samples.fields.carried, bool(k)))
     if progress is not None:
         progress(total, total)
     return Written(*written)
 
 
 def write_problems(problems: list[RowProblem], path) -> None:
-    """The rows that were left out, as JSON Lines: row and reason."""
+    """The rows and responses that were left out, as JSON Lines: file, row and reason."""
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for problem in problems:
-            file.write(json.dumps({"row": problem.row, "reason": problem.reason}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"file": problem.path, "row": problem.row, "reason": problem.reason}) + "\n")
 
 
 def read_metadata(path) -> dict | None:
@@ -172,13 +184,9 @@ def pair_columns(samples: Samples, pairs) -> dict[str, object]:
     return columns
 
 
-def row_names(columns, format, to_sft: bool) -> list[str]:
-    """The columns of the rows of `pair_rows_of`, shaped, in order."""
-    sides = ["completion"] if to_sft else ["chosen", "rejected"]
-    texts = ["prompt", *sides]
-    if format == "axolotl":
-        texts = ["messages"] if to_sft else ["messages", *sides]
-    return list(dict.fromkeys(["prompt_id", *texts, *columns]))
+def row_names(columns, carried, format) -> list[str]:
+    """The columns of the rows of `pair_rows_of`, shaped, in order, where there is no row to tell."""
+    return list(dict.fromkeys(["prompt_id", *text_columns(format, False), *carried, *columns]))
 
 
 class Picked(NamedTuple):
@@ -191,40 +199,34 @@ class Picked(NamedTuple):
     columns: dict[str, object]  # as of `pair_columns`
 
 
-def pair_rows_of(rows: list[Row], hashes: np.ndarray, picked: Picked, format) -> list[dict]:
-    """The output row of every pair, with the texts as for TRL. hashes: uint64 [rows], of the prompts."""
+def carried_names(carried, names) -> dict[str, str]:
+    """What the columns that come along are called in the output, beside columns of these names."""
+    taken = {"prompt_id", *TEXTS, *names}
+    return {name: f"input_{name}" if name in taken else name for name in carried}
+
+
+def pair_rows_of(rows: list[Row], hashes: np.ndarray, picked: Picked, carried, format) -> list[dict]:
+    """The output row of every pair, with the texts as for TRL.
+
+    hashes: uint64 [rows], of the prompts. carried: names of the columns that the rows hand on; one that has the name of
+    a column of the pairs gets "input_" before it.
+    """
     names = list(picked.columns)
+    carried = carried_names(carried, names)
     values = zip(*(_values(column, len(picked.row)) for column in picked.columns.values()), strict=True)
     places = (picked.row.tolist(), picked.chosen.tolist(), picked.rejected.tolist(), picked.to_sft.tolist())
     found = []
     for r, chosen, rejected, to_sft, own in zip(*places, values, strict=True):
         row = rows[r]
         prompt, texts = row.prompt, [row.responses[chosen], row.responses[rejected]]
-        if format != "trl" and isinstance(prompt, str):
+        if is_conversational(format) and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         texts = {"completion": texts[0]} if to_sft else {"chosen": texts[0], "rejected": texts[1]}
         known = {"prompt_id": row.prompt_id or f"{hashes[r]:016x}", "prompt": prompt}
-        found.append(known | texts | dict(zip(names, own, strict=True)))
+        known |= texts | {written: row.carried.get(name) for name, written in carried.items()}
+        found.append(known | dict(zip(names, own, strict=True)))
     return found
-
-
-def shaped_row(row: dict, format) -> dict:
-    """The row as the format has it, from one as for TRL."""
-    if format != "axolotl":
-        return row
-    row = {"messages" if name == "prompt" else name: value for name, value in row.items()}
-    if "completion" in row:
-        row["messages"] = row["messages"] + row.pop("completion")
-        return row
-    for side in ("chosen", "rejected"):
-        if len(row[side]) != 1:
-            raise InputError(
-                f"axolotl takes one message per response, got {len(row[side])} for prompt {row['prompt_id']}: "
-                "write trl-conversational"
-            )
-        row[side] = row[side][0]
-    return row
 
 
 def _alone(column) -> bool:
@@ -275,20 +277,46 @@ def _indices(samples, pairs) -> list[np.ndarray]:
 # ---- the second pass
 
 
-def _lines_of_part(path, part, known, picked, hashes, format, final) -> tuple[bytes, np.ndarray]:
+def _lines_of_part(source, part, known, picked, hashes, fields, format, finished) -> tuple[bytes, np.ndarray]:
     """The rows of the pairs as JSON, one after the other, and the bytes of each. hashes: of chosen and rejected."""
-    import orjson
 
-    from fastpref.curate.files import reading  # needs orjson and xxhash
+    from fastpref.curate.files import reading  # needs orjson, xxhash and pyarrow
+    from fastpref.curate.files.texts import text_hash
 
-    rows = reading.same_rows(path, part, known)
+    rows = reading.same_rows(source, part, known, fields)
     for index, before in zip((picked.chosen, picked.rejected), hashes, strict=True):
         texts = [rows[r].responses[k] for r, k in zip(picked.row.tolist(), index.tolist(), strict=True)]
-        if (reading.text_hash(texts) != before).any():
-            raise reading.changed_error(path)
-    found = pair_rows_of(rows, known.prompt_hash, picked, format)
-    lines = [orjson.dumps(shaped_row(row, format) if final else row) for row in found]
+        if (text_hash(texts) != before).any():
+            raise reading.changed_error(source.name)
+    found = pair_rows_of(rows, known.prompt_hash, picked, fields.carried, format)
+    if finished:
+        found = [shaped for row in found for shaped in shaped_rows(row, format)]
+    lines = list(map(_json_line, found))
     return b"".join(lines), np.array([len(line) for line in lines], np.int64)
+
+
+def _json_line(row: dict) -> bytes:
+    """The row as JSON. Raises InputError where a column holds what JSON has no word for, as those of Parquet can."""
+    import orjson
+
+    try:
+        return orjson.dumps(row, _json_value)
+    except orjson.JSONEncodeError:
+        for name, value in row.items():
+            try:
+                orjson.dumps(value, _json_value)
+            except orjson.JSONEncodeError as error:
+                raise InputError(
+                    f"the column {name} cannot be written ({error}), in prompt {row['prompt_id']}: leave it out; of "
+                    "pictures, rows can hold the paths"
+                ) from error
+        raise
+
+
+def _json_value(value) -> float:
+    if isinstance(value, Decimal):
+        return float(value)
+    raise TypeError
 
 
 def _in_given_order(blocks: Iterable[tuple[bytes, np.ndarray]], in_file, folder) -> Iterator[list[bytes]]:
@@ -317,28 +345,45 @@ def _in_given_order(blocks: Iterable[tuple[bytes, np.ndarray]], in_file, folder)
 def _rewritten(line, rewrite, format) -> list[bytes]:
     import orjson
 
-    return [orjson.dumps(shaped_row(row, format)) for row in rewrite(orjson.loads(line))]
+    row = orjson.loads(line)
+    rows = [row] if rewrite is None else rewrite(row)
+    return [orjson.dumps(shaped) for each in rows for shaped in shaped_rows(each, format)]
 
 
 # ---- the outputs
 
 
-def check_format(format) -> None:
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-
-
 def _check_outputs(samples, out, sft, format) -> None:
     check_format(format)
-    taken = {os.path.realpath(samples.path): "the samples"}
+    taken = {os.path.realpath(source.path): "the samples" for source in samples.inputs}
     for path in (out, sft):
         if path is None:
             continue
-        if not path.endswith(ENDINGS):
-            raise InputError(f"the output must end in {', '.join(ENDINGS)}, got {path}")
+        check_ending(path, format)
         if what := taken.get(os.path.realpath(path)):
             raise InputError(f"{path} would overwrite {what}")
         taken[os.path.realpath(path)] = "another output"
+
+
+def check_ending(path, format) -> None:
+    """Raises InputError for an output whose name has no known ending, or one that the format's host cannot read."""
+    if not path.endswith(ENDINGS):
+        raise InputError(f"the output must end in {', '.join(ENDINGS)}, got {path}")
+    if format == "llamafactory" and path.endswith(".gz"):
+        raise InputError(f"LLaMA-Factory does not read .gz: the output must end in .jsonl or .parquet, got {path}")
+
+
+def _write_dataset_info(path, entry) -> None:
+    """Adds the entry to the dataset_info.json beside the file, where others may stand already."""
+    listing = Path(path).parent / "dataset_info.json"
+    try:
+        known = json.loads(listing.read_bytes()) if listing.exists() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot add {path} to {listing}, which is no JSON: {error}") from error
+    if not isinstance(known, dict):
+        raise InputError(f"cannot add {path} to {listing}, which holds no object")
+    with whole_file(listing) as temporary:
+        temporary.write_text(json.dumps(known | entry, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _sft_mask(sft, to_sft, pairs) -> np.ndarray:
@@ -353,16 +398,21 @@ def _sft_mask(sft, to_sft, pairs) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _sink(path, schema, metadata) -> Iterator:
-    """A function that appends lines of JSON to the file; schema: function() -> that of a Parquet file."""
+def _sink(path, texts, types, metadata) -> Iterator:
+    """A function that appends lines of JSON to the file.
+
+    For a Parquet file: types of `column_types`, and texts, the first columns' names where there is no row to tell.
+    """
     parquet = path.endswith(".parquet")
     with contextlib.ExitStack() as stack:
         if metadata is not None and not parquet:
             beside = stack.enter_context(whole_file(_beside(path)))
-            beside.write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            # a name of a file may hold bytes that are no UTF-8: in a string of JSON they become its escapes
+            text = json.dumps(metadata, indent=2, ensure_ascii=False) + "\n"
+            beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         temporary = stack.enter_context(whole_file(path))
         try:
-            with _parquet_rows(temporary, schema(), metadata) if parquet else _lines(temporary, path) as append:
+            with _parquet_rows(temporary, texts, types, metadata) if parquet else _lines(temporary, path) as append:
                 yield append
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
@@ -384,64 +434,84 @@ def _beside(path) -> str:
 
 
 @contextlib.contextmanager
-def _parquet_rows(path, schema, metadata) -> Iterator:
+def _parquet_rows(path, texts, types, metadata) -> Iterator:
+    """A function that appends lines. The types of columns that are not known follow from all rows, which therefore wait
+    in a file beside the output until the last one has come."""
     import orjson
+
+    shapes, rows = {}, 0
+    with tempfile.TemporaryFile(dir=Path(path).parent) as waiting:
+
+        def append(lines):
+            nonlocal shapes, rows
+            for line in lines:
+                row = orjson.loads(line)
+                shapes = shapes or dict.fromkeys(row)
+                if row.keys() != shapes.keys():
+                    raise InputError(
+                        f"every row of a Parquet file must have the columns {', '.join(shapes)}, got "
+                        f"{', '.join(row)} in row {rows + 1}: write .jsonl"
+                    )
+                for name in shapes:
+                    if name not in types:
+                        shapes[name] = widened(shapes[name], row[name])
+                rows += 1
+            waiting.write(b"".join([line + b"\n" for line in lines]))
+
+        yield append
+        waiting.seek(0)
+        if not rows:
+            shapes = dict.fromkeys(texts, "string") | types
+        _write_row_groups(path, waiting, {name: types.get(name, shape) for name, shape in shapes.items()}, metadata)
+
+
+def _write_row_groups(path, lines, types, metadata) -> None:
+    """lines: of JSON, whose columns have these types."""
+    import orjson
+    from pyarrow import Table, parquet
+
+    held = None
+    if metadata is not None:
+        held = {METADATA: json.dumps(metadata, ensure_ascii=False).encode("utf-8", "backslashreplace")}
+    schema = schema_of(types).with_metadata(held)
+    # pyarrow opens no path that is not UTF-8
+    with open(path, "wb") as file, parquet.ParquetWriter(file, schema) as writer:
+        group, size = [], 0
+        while line := lines.readline():
+            group.append(orjson.loads(line))
+            size += len(line)
+            if size >= ROW_GROUP:
+                writer.write_table(Table.from_arrays(arrays_of(group, types), schema=schema))
+                group, size = [], 0
+        if group:
+            writer.write_table(Table.from_arrays(arrays_of(group, types), schema=schema))
+
+
+def column_types(columns) -> dict[str, object]:
+    """The pyarrow types of the columns of `pair_columns`."""
+    return {name: _arrow_type(column) for name, column in columns.items()}
+
+
+def schema_of(types):
+    """The pyarrow schema of columns whose types are pyarrow's, or a `Shape`."""
     import pyarrow
-    from pyarrow import parquet
 
-    held = None if metadata is None else {METADATA: json.dumps(metadata, ensure_ascii=False)}
-    waiting, size, writer = [], 0, None
-
-    def write():
-        nonlocal size, schema, writer
-        rows = [orjson.loads(line) for line in waiting]
-        if writer is None:
-            schema = _schema_of(rows, schema)
-            writer = parquet.ParquetWriter(path, schema.with_metadata(held))
-        for row in rows:
-            if row.keys() != set(schema.names):
-                raise ValueError(f"every row of a Parquet file must have the columns {schema.names}, got {list(row)}")
-        writer.write_table(pyarrow.Table.from_pylist(rows, schema).replace_schema_metadata(held))
-        waiting.clear()
-        size = 0
-
-    def append(lines):
-        nonlocal size
-        waiting.extend(lines)
-        size += sum(map(len, lines))
-        if size >= ROW_GROUP:
-            write()
-
-    yield append
-    if waiting or writer is None:
-        write()
-    writer.close()
+    fields = [
+        (name, known if isinstance(known, pyarrow.DataType) else arrow_type(known)) for name, known in types.items()
+    ]
+    return pyarrow.schema(fields)
 
 
-def _schema_of(rows: list[dict], schema):
-    """Of the columns that the rows have: a rewriting may have added some, or left some out."""
+def arrays_of(rows: list[dict], types) -> list:
+    """The columns of rows as pyarrow arrays; types as in `schema_of`."""
     import pyarrow
 
-    if not rows:
-        return schema
-    return pyarrow.schema(
-        [
-            schema.field(name) if name in schema.names else (name, pyarrow.array([row.get(name) for row in rows]).type)
-            for name in rows[0]
-        ]
-    )
-
-
-def arrow_schema(columns, format, conversational: bool, to_sft: bool):
-    """Of the rows of `pair_rows_of` with these columns, shaped; conversational: lists of messages in the samples."""
-    import pyarrow
-
-    message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
-    text = pyarrow.list_(message) if conversational or format != "trl" else pyarrow.string()
-    side = message if format == "axolotl" else text
-    types = {"prompt_id": pyarrow.string(), "prompt": text, "messages": text, "completion": side}
-    types |= {"chosen": side, "rejected": side} | {name: _arrow_type(column) for name, column in columns.items()}
-    return pyarrow.schema([(name, types[name]) for name in row_names(columns, format, to_sft)])
+    arrays = []
+    for name, known in types.items():
+        values = [row[name] for row in rows]
+        plain = isinstance(known, pyarrow.DataType)
+        arrays.append(pyarrow.array(values, known) if plain else arrow_array(values, known))
+    return arrays
 
 
 def _arrow_type(column):

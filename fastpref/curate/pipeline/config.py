@@ -15,11 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 from fastpref.curate.clean import EXCLUSION_MODES as EXCLUDE
-from fastpref.curate.files.writing import FORMATS
+from fastpref.curate.files.formats import FORMATS
 from fastpref.curate.pipeline.options import Options, check_choice, check_keys, check_table, typed_value
 from fastpref.curate.pipeline.stages.audit import AuditOptions, audit_sources
 from fastpref.curate.pipeline.stages.clean import CLEAN, CleanOptions, clean_scores
-from fastpref.curate.pipeline.stages.construct import ConstructOptions, construct_pairs
+from fastpref.curate.pipeline.stages.construct import LABELS, ConstructOptions, construct_pairs
 from fastpref.curate.pipeline.stages.hygiene import HygieneOptions, check_texts
 from fastpref.curate.pipeline.stages.length import LENGTH_CONTROL, LengthOptions, control_length
 from fastpref.curate.pipeline.stages.route import RouteOptions, route_pairs
@@ -35,6 +35,7 @@ __all__ = [
     "EXCLUDE",
     "FORMATS",
     "GOALS",
+    "LABELS",
     "LENGTH_CONTROL",
     "STAGES",
     "STAGE_FUNCTIONS",
@@ -64,7 +65,7 @@ class CurateConfig:
     Tables may be given as dicts. Raises InputError for values of another type, unknown keys, and what cannot be done.
     """
 
-    input: str = ""
+    input: str | tuple[str, ...] = ""  # a file, a glob, a folder, "-" or an address, or several
     output: str | None = None
     report: str | None = None  # folder
     work: str | None = None  # folder of the stages' files
@@ -79,6 +80,11 @@ class CurateConfig:
     select: SelectOptions = field(default_factory=SelectOptions)
     route: RouteOptions = field(default_factory=RouteOptions)
     write: WriteOptions = field(default_factory=WriteOptions)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the input."""
+        return (self.input,) if isinstance(self.input, str) else self.input
 
     def __post_init__(self):
         for name, hint in typing.get_type_hints(CurateConfig).items():

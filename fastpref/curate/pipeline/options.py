@@ -35,6 +35,13 @@ def typed_value(hint, value, name):
             if isinstance(value, list | tuple):
                 item_type = typing.get_args(option)[0]
                 return tuple(typed_value(item_type, item, f"{name}[{i}]") for i, item in enumerate(value))
+        elif typing.get_origin(option) is dict:
+            if isinstance(value, dict):
+                kinds = typing.get_args(option)
+                return {
+                    typed_value(kinds[0], key, name): typed_value(kinds[1], value[key], f"{name}.{key}")
+                    for key in value
+                }
         # a bool is an int in Python, but true is no number
         elif isinstance(value, bool) and option is not bool:
             continue
@@ -59,6 +66,8 @@ def _described_type(hint) -> str:
         return " or ".join(_described_type(option) for option in typing.get_args(hint) if option is not type(None))
     if typing.get_origin(hint) is tuple:
         return f"a list, each item {_described_type(typing.get_args(hint)[0])}"
+    if typing.get_origin(hint) is dict:
+        return f"a table, each entry {_described_type(typing.get_args(hint)[1])}"
     return {str: "a string", bool: "true or false", int: "an integer", float: "a number"}[hint]
 
 

@@ -1,27 +1,16 @@
-"""What one stage of the pipeline hands to the next, and the files in the work folder that keep it.
-
-A file carries the fingerprint of everything that led to it: the input (size and time of change), the version, the seed,
-the stages so far and their options. One that does not agree is refused, never mended.
-"""
+"""What one stage of the pipeline hands to the next."""
 
 import enum
-import json
 import math
-import os
 import warnings
-import zipfile
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fastpref._build import version
-from fastpref._whole_file import whole_file
-from fastpref.curate.files.rows import Fields
-from fastpref.curate.files.table import RowProblem, Samples
+from fastpref.curate.files.table import Samples
 from fastpref.curate.length import LengthReport, length_report
+from fastpref.curate.notices import DataWarning, Notice
 from fastpref.curate.pairs import PLACES
-from fastpref.errors import InputError
 
 
 class LeftOut(enum.IntEnum):
@@ -35,6 +24,7 @@ class LeftOut(enum.IntEnum):
     CONTAMINATED = 5  # it or its prompt stands in a file that must not be trained on
     FLAGGED_SOURCE = 6
     CORRUPTED_SCORE = 7
+    CONTRADICTED_SCORE = 8  # by another score of the response
 
 
 class PairReason(enum.IntEnum):
@@ -56,7 +46,8 @@ class State:
     taken: np.ndarray  # bool [prompts]; False: prompts that a selection before construction left out
     pairs: dict[str, np.ndarray] | None = None  # [pairs] each: prompt, chosen, rejected, reason (a PairReason), ...
     summaries: dict[str, dict] = field(default_factory=dict)  # by stage, ready for JSON
-    warnings: tuple[str, ...] = ()
+    notices: tuple[Notice, ...] = ()
+    published: bool = False  # the sides of every pair stay as they were published, whatever the scores say
 
     @property
     def valid(self) -> np.ndarray:
@@ -87,6 +78,13 @@ class State:
         """float64 [pairs], a number per response of the chosen minus that of the rejected one."""
         return column[self.place("chosen")] - column[self.place("rejected")]
 
+    def margins(self) -> np.ndarray:
+        """float64 [pairs], of the scores; of published pairs without them their published strength; NaN for neither."""
+        margin = self.margin(self.score)
+        if not self.published or self.samples.strength is None:
+            return margin
+        return np.where(np.isnan(margin), self.samples.strength[self.pairs["prompt"]], margin)
+
     def length_report(self) -> LengthReport:
         """How far length alone explains the kept pairs."""
         samples = self.samples
@@ -100,8 +98,9 @@ class State:
         return replace(self, left_out=left_out)._with_checked_pairs()
 
     def rescored(self, scores) -> "State":
-        """With other scores; NaN leaves a response out."""
-        left_out = np.where(np.isnan(scores) & self.valid, LeftOut.NO_SCORE, self.left_out).astype(np.uint8)
+        """With other scores; NaN leaves a response out, unless it had no score before and needs none."""
+        lost = np.isnan(scores) & ~np.isnan(self.score) & self.valid
+        left_out = np.where(lost, LeftOut.NO_SCORE, self.left_out).astype(np.uint8)
         return replace(self, score=scores, left_out=left_out)._with_checked_pairs()
 
     def _with_checked_pairs(self) -> "State":
@@ -110,7 +109,7 @@ class State:
             return self
         kept, valid = self.kept, self.valid
         missing = kept & ~((valid & self.choosable)[self.place("chosen")] & valid[self.place("rejected")])
-        worse = kept & ~missing & ~(self.margin(self.score) > 0)
+        worse = kept & ~missing & ~(self.margin(self.score) > 0) & (not self.published)
         reason = np.where(missing, PairReason.LEFT_OUT, np.where(worse, PairReason.NOT_BETTER, self.pairs["reason"]))
         return replace(self, pairs=self.pairs | {"reason": reason.astype(np.int8)})
 
@@ -124,7 +123,7 @@ class State:
     def refused(self, stage: str, error: ValueError, *, asked: bool) -> "State":
         """Nothing done, because the method refused the data; warns if the stage was asked for."""
         if asked:
-            warnings.warn(f"{stage} did nothing: {error}", UserWarning, stacklevel=3)
+            warnings.warn(DataWarning(f"{stage}-skipped", f"{stage} did nothing: {error}"), stacklevel=3)
         return self.skipped(stage, str(error))
 
 
@@ -137,102 +136,3 @@ def as_json(value):
     if isinstance(value, np.ndarray | np.generic):
         return as_json(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def fingerprint(config, stage) -> dict:
-    """Everything that decides what the file of a stage holds; equal for runs that would write the same."""
-    stages = () if stage == "read" else config.order[: config.order.index(stage) + 1]
-    found = {
-        "version": version,
-        "input": _file_facts(config.input),
-        "read": asdict(config.read) | {"workers": None},  # which change nothing
-    }
-    if stages:
-        implicit = config.read.implicit
-        files = [implicit] * (implicit is not None and os.path.exists(implicit)) + list(config.hygiene.decontaminate)
-        found |= {"seed": config.seed, "order": stages, "files": [_file_facts(path) for path in files]}
-        found |= {name: asdict(getattr(config, name)) for name in stages}
-    return json.loads(json.dumps(found))
-
-
-def _file_facts(path) -> dict:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    return {"path": os.path.realpath(path), "bytes": status.st_size, "changed_ns": status.st_mtime_ns}
-
-
-_COLUMNS = ("score", "left_out", "choosable", "flags", "taken")
-_SAMPLES_FACTS = ("path", "source_names", "fields", "stamp", "problems")
-
-
-def save_state(state: State, work, stage: str, made_of: dict) -> None:
-    """Writes work/<stage>.npz: the samples after "read", else what the stages made of them."""
-    if stage == "read":
-        known = vars(state.samples)
-        facts = {name: known[name] for name in _SAMPLES_FACTS}
-        facts["problems"] = [vars(problem) for problem in state.samples.problems]
-        arrays = {name: value for name, value in known.items() if isinstance(value, np.ndarray)}
-        arrays |= {f"scores.{name}": column for name, column in state.samples.scores.items()}
-    else:
-        facts = {"summaries": state.summaries, "warnings": state.warnings, "paired": state.pairs is not None}
-        arrays = {name: getattr(state, name) for name in _COLUMNS}
-        arrays |= {f"pairs.{name}": column for name, column in (state.pairs or {}).items()}
-    path = _stage_path(work, stage)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {work}: {error.strerror}") from error
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, facts=np.array(json.dumps({"made_of": made_of, **facts})), **arrays)
-
-
-def load_samples(work, made_of: dict) -> Samples:
-    """From work/read.npz. Raises InputError as `load_state` does."""
-    arrays, facts = _read_stage(work, "read", made_of)
-    scores = {name.removeprefix("scores."): arrays.pop(name) for name in list(arrays) if name.startswith("scores.")}
-    named = {name: facts[name] for name in _SAMPLES_FACTS}
-    named["problems"] = [RowProblem(**problem) for problem in facts["problems"]]
-    named["stamp"] = tuple(facts["stamp"])
-    named["fields"] = Fields(*(tuple(value) if isinstance(value, list) else value for value in facts["fields"]))
-    return Samples(**(dict.fromkeys(("truncated", "sources")) | arrays | named), scores=scores)
-
-
-def load_state(samples: Samples, work, stage: str, made_of: dict) -> State:
-    """From work/<stage>.npz. Raises InputError where it is not there, is no such file or was made of others."""
-    arrays, facts = _read_stage(work, stage, made_of)
-    pairs = {name.removeprefix("pairs."): arrays[name] for name in arrays if name.startswith("pairs.")}
-    return State(
-        samples,
-        *(arrays[name] for name in _COLUMNS),
-        pairs=pairs if facts["paired"] else None,
-        summaries=facts["summaries"],
-        warnings=tuple(facts["warnings"]),
-    )
-
-
-def _stage_path(work, stage) -> Path:
-    return Path(work) / f"{stage}.npz"
-
-
-def _read_stage(work, stage, made_of):
-    path = _stage_path(work, stage)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        facts = json.loads(str(arrays.pop("facts")))
-    except FileNotFoundError:
-        raise InputError(f"{path} is not there: run with --work {work} from an earlier stage first") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not the file of a stage: {str(error).partition(chr(10))[0]}") from error
-    if different := _differences(facts["made_of"], made_of, ""):
-        raise InputError(f"{path} is stale: {'; '.join(different)}; run from an earlier stage")
-    return arrays, facts
-
-
-def _differences(then, now, name) -> list[str]:
-    if isinstance(then, dict) and isinstance(now, dict):
-        keys = dict.fromkeys([*then, *now])
-        return [text for key in keys for text in _differences(then.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if then == now else [f"{name} was {then!r}, now {now!r}"]

@@ -1,6 +1,8 @@
 """Where a run ends: the kept pairs as rows of the files that were asked for."""
 
+import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
@@ -10,7 +12,9 @@ from fastpref._build import version
 from fastpref._rating_scale import of_gaps
 from fastpref.curate import goals
 from fastpref.curate.files import writing as files
+from fastpref.curate.files.formats import FORMATS
 from fastpref.curate.hygiene import split_of
+from fastpref.curate.notices import DataWarning
 from fastpref.curate.pipeline.options import Options, check_positive, choice
 from fastpref.curate.pipeline.scores import linear_scores, primary_field
 from fastpref.curate.pipeline.state import PairReason, State
@@ -22,7 +26,7 @@ GOALS = ("none", "both", "half")
 
 @dataclass(frozen=True)
 class WriteOptions(Options):
-    format: str = choice("trl", files.FORMATS)
+    format: str = choice("trl", FORMATS)
     sft: str | None = None  # file of the rows routed to SFT; without one they stay in the output, by their route
     test: str | None = None  # file of the prompts held out
     test_share: float = 0.0
@@ -46,24 +50,35 @@ def check_outputs(config) -> None:
     """Raises InputError for files that cannot be written, or would overwrite another."""
     write = config.write
     outputs = [path for path in (config.output, write.sft, write.test, write.bad_rows) if path is not None]
-    inputs = [path for path in (config.input, config.read.implicit, *config.hygiene.decontaminate) if path is not None]
+    given = (*config.inputs, config.read.implicit, *config.hygiene.decontaminate)
+    inputs = [path for path in given if path is not None]
     for index, path in enumerate(outputs):
-        if path != write.bad_rows and not path.endswith(files.ENDINGS):
-            raise InputError(f"the output must end in {', '.join(files.ENDINGS)}, got {path}")
-        if not os.access(folder := os.path.dirname(path) or ".", os.W_OK):
-            raise InputError(f"cannot write {path}: the folder {folder} is not there or cannot be written")
+        if path != write.bad_rows:
+            files.check_ending(path, write.format)
+        _check_folder(path)
         if os.path.exists(path) and not os.path.isfile(path):
-            raise InputError(f"cannot write {path}: it is no regular file")
+            raise InputError(f"cannot write {path}: it is not a regular file")
         for other in [*inputs, *outputs[:index]]:
             if os.path.realpath(path) == os.path.realpath(other):
                 raise InputError(f"{path} would overwrite {'an input' if other in inputs else 'another output'}")
+
+
+def _check_folder(path) -> None:
+    """Raises InputError where the folder of a file can neither be written nor made."""
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise InputError(f"cannot write {path}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write {path}: the folder {folder} must not be written")
 
 
 def write_outputs(state: State, config, progress=None) -> tuple[dict, dict]:
     """Writes every output. Returns the columns of all rows, and the summary."""
     samples, options = state.samples, config.write
     columns = row_columns(state, config)
-    scale = _rating_scale(columns["score_chosen"] - columns["score_rejected"], options.beta)
+    scale = _rating_scale(columns.get("margin", np.empty(0)), options.beta)
     rewrite = None
     if options.easy_to_hard:
         easiest_first = np.argsort(columns["easy_to_hard"], kind="stable")
@@ -72,6 +87,11 @@ def write_outputs(state: State, config, progress=None) -> tuple[dict, dict]:
         columns, rewrite = _with_goals(columns, config)
     reproducible = replace(config, read=replace(config.read, workers=None))  # which change nothing
     metadata = {"version": version, "config": asdict(reproducible), "rating_scale": scale}
+    names = files.carried_names(samples.fields.carried, files.pair_columns(samples, columns))
+    if renamed := {name: written for name, written in names.items() if name != written}:
+        text = ", ".join(f"{name} is {written}" for name, written in renamed.items())
+        text = f"columns of {samples.path} have the names of columns that are written: there, {text}"
+        warnings.warn(DataWarning("renamed-columns", text), stacklevel=2)
     held_out = split_of(samples.prompt_hash, test_share=options.test_share, salt=config.seed)[columns["prompt"]]
     parts = [(config.output, ~held_out, options.sft)]
     if options.test is not None:
@@ -96,8 +116,9 @@ def write_outputs(state: State, config, progress=None) -> tuple[dict, dict]:
         if sft is not None:
             written[sft] = done.sft_rows
     if options.bad_rows is not None:
-        files.write_problems(samples.problems, options.bad_rows)
-        written[options.bad_rows] = len(samples.problems)
+        problems = [*samples.problems, *samples.bad_responses]
+        files.write_problems(problems, options.bad_rows)
+        written[options.bad_rows] = len(problems)
     rows = columns | files.pair_columns(samples, columns)
     for name, column in rows.items():
         if isinstance(column, files.Coded):
@@ -112,9 +133,12 @@ def _take_rows(columns, which) -> dict:
 
 def _with_goals(columns, config) -> tuple[dict, Callable]:
     """Goal-conditioned rows, and what writes the goals into their prompts."""
+    if "score_chosen" not in columns:
+        raise InputError(f"write.goals states scores, and {', '.join(config.inputs)} has none")
     records = goals.goal_records(columns, half=config.write.goals == "half", seed=config.seed)
     del records["pair"]
     swapped = records["goal_swapped"]
+    del records["margin"]  # it is that of the scores, which are swapped
     for name in records:
         if name.startswith("margin_"):
             records[name] = np.where(swapped, -records[name], records[name])
@@ -134,6 +158,7 @@ def _with_goals(columns, config) -> tuple[dict, Callable]:
 
 
 def _rating_scale(gap, beta) -> dict | None:
+    gap = gap[~np.isnan(gap)]
     if not (gap != 0).any():
         return None
     return {"beta": beta, "pairs": len(gap), **of_gaps(gap, beta)._asdict()}
@@ -150,19 +175,26 @@ def row_columns(state: State, config) -> dict[str, object]:
     def both(column, end=""):
         columns.update({f"score_{side}{end}": column[place] for side, place in at.items()})
 
-    as_read = linear_scores(samples, primary)
-    both(as_read)
-    if any((state.score[place] != as_read[place]).any() for place in at.values()):
-        both(state.score, "_used")  # the mean of copies, or replaced, or without the slope of length
-    if primary.scale != "raw" or len(samples.scores) > 1:
-        for field, column in samples.scores.items():
-            both(column, f"_{field}")
+    if primary is not None:
+        as_read = linear_scores(samples, primary)
+        both(as_read)
+        columns["margin"] = np.subtract(*(as_read[place] for place in at.values()))
+        if any(not np.array_equal(state.score[place], as_read[place], equal_nan=True) for place in at.values()):
+            both(state.score, "_used")  # the mean of copies, or replaced, or without the slope of length
+        if primary.scale != "raw" or len(samples.scores) > 1:
+            for field, column in samples.scores.items():
+                both(column, f"_{field}")
+    if samples.strength is not None:
+        known = columns.get("margin", math.nan)
+        columns["margin"] = np.where(np.isnan(known), state.margins()[kept], known)
     for known in ("n_pool", "z_chosen", "z_rejected", "rank_rejected"):
-        columns[known] = state.pairs[known][kept]
+        if known in state.pairs:
+            columns[known] = state.pairs[known][kept]
     made = state.summaries["construct"]
     columns["rule"] = made["rule"]
-    field = primary.declaration
-    columns["scale"] = field if made["scale"] == "raw" else f"{field}, {made['scale']}"
+    if primary is not None:
+        field = primary.declaration
+        columns["scale"] = field if made["scale"] == "raw" else f"{field}, {made['scale']}"
     columns["reason"] = PairReason.KEPT.name.lower()
     columns["route"] = np.array([route.name.lower() for route in Route], object)[state.pairs["route"][kept]]
     further = [known for known in state.pairs if known.startswith(("margin_", "p_", "select_", "easy_"))]

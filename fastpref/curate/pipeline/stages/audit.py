@@ -4,6 +4,7 @@ import warnings
 from dataclasses import dataclass, replace
 
 from fastpref.curate import clean
+from fastpref.curate.notices import DataWarning
 from fastpref.curate.pipeline.options import Options, check_at_least_one, check_positive, choice
 from fastpref.curate.pipeline.scores import primary_scores
 from fastpref.curate.pipeline.stages.construct import picked_pairs
@@ -25,6 +26,8 @@ def audit_sources(state: State, config) -> State:
     samples, options = state.samples, config.audit
     if samples.sources is None:
         return state.skipped("audit", "no sources")
+    if not samples.scored:
+        return state.skipped("audit", "no scores")
     rule = config.construct.on_degenerate
     # By the rule of this run: another one later, on what --work kept, does not bring the audit back. What warns or
     # fails here would do so again, or not, of the pools that are left.
@@ -62,12 +65,18 @@ def audit_sources(state: State, config) -> State:
     if flagged and options.exclude == "none":
         names = ", ".join(f"{row['source']} (z {row['z']:.1f})" for row in flagged)
         supply = sum(row["would_supply_chosen"] for row in flagged)
-        warnings.warn(
+        text = (
             f"flagged sources are left in: {names}; they supply the chosen response of {supply} pairs. "
-            'exclude="both" leaves them out',
-            UserWarning,
-            stacklevel=2,
+            "--exclude both leaves them out"
         )
+        warnings.warn(DataWarning("flagged-source-left-in", text), stacklevel=2)
+    elif flagged:
+        names = ", ".join(row["source"] for row in flagged)
+        text = (
+            f"the responses of {names} are {'never chosen' if options.exclude == 'chosen' else 'left out'}; they would "
+            f"have been the chosen response of {sum(row['would_supply_chosen'] for row in flagged)} pairs"
+        )
+        warnings.warn(DataWarning("flagged-source-out", text), stacklevel=2)
     state = replace(state, choosable=state.choosable & masks.choosable)
     state = state.leave_out(~masks.valid, LeftOut.FLAGGED_SOURCE)
     summary = {

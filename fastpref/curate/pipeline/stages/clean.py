@@ -24,8 +24,10 @@ class CleanOptions(Options):
 
 def clean_scores(state: State, config) -> State:
     samples, options = state.samples, config.clean
-    if options.action == "none" or samples.sources is None:
-        return state.skipped("clean", "not asked for" if options.action == "none" else "no sources")
+    if options.action == "none":
+        return state.skipped("clean", "not asked for")
+    if samples.sources is None or not samples.scored:
+        return state.skipped("clean", "no sources" if samples.sources is None else "no scores")
     try:
         found = denoise_scores(
             state.score,

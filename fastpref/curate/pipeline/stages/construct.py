@@ -1,25 +1,35 @@
-"""Stage construct: the pairs of every prompt, by the distribution of its scores."""
+"""Stage construct: the pairs of every prompt, by the distribution of its scores or as they were published."""
 
+import math
+import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fastpref.curate.length import match_length
-from fastpref.curate.pairs import DropReason, PairSelection, select_pairs
-from fastpref.curate.pipeline.options import Options
+from fastpref.curate.notices import DataWarning
+from fastpref.curate.pairs import DropReason, PairSelection, parse_bounds, select_pairs, small_pool
+from fastpref.curate.pipeline.options import Options, choice
 from fastpref.curate.pipeline.state import PairReason, State
 from fastpref.curate.routing import Route
+from fastpref.errors import InputError
+
+LABELS = ("published", "scores", "agree")
+MOSTLY = 0.5  # share of published pairs that their scores contradict, beyond which all of them are in doubt
+FEWEST_PAIRS = 20  # for that
 
 
 @dataclass(frozen=True)
 class ConstructOptions(Options):
-    """As the arguments of `select_pairs`."""
+    """As the arguments of `select_pairs`; and labels, what becomes of pairs whose sides were published: "published",
+    the sides stay; "scores", the higher score is chosen; "agree", those leave that their scores contradict."""
 
     chosen: str = "max"
     rejected: str = "mean-2std"
+    labels: str = choice("published", LABELS)
     scale: str = "raw"
     ddof: int = 0
-    on_degenerate: str = "warn"
+    on_degenerate: str = "ignore"
     min_chosen: float | str | None = None
     min_gap: float | str | None = None
     max_gap: float | str | None = None
@@ -30,6 +40,11 @@ def construct_pairs(state: State, config) -> State:
     samples, options = state.samples, config.construct
     selection = picked_pairs(state, config, on_degenerate=options.on_degenerate)
     if "length" in config.order and config.length.control == "match":
+        if state.published:
+            raise InputError(
+                "length.control match chooses another rejected response, and published pairs have no other: leave it "
+                "out, or give pools of responses"
+            )
         selection = match_length(
             selection,
             state.score,
@@ -42,6 +57,8 @@ def construct_pairs(state: State, config) -> State:
         )
     pairs = selection.table()
     del pairs["score_chosen"], pairs["score_rejected"]  # they are those of the responses, by their index
+    if state.published:
+        del pairs["z_chosen"], pairs["z_rejected"], pairs["rank_rejected"]  # there is no pool
     pairs["reason"] = np.full(len(pairs["prompt"]), PairReason.KEPT, np.int8)
     pairs["route"] = np.full(len(pairs["prompt"]), Route.PREF, np.int8)
     dropped = selection.dropped()
@@ -52,18 +69,49 @@ def construct_pairs(state: State, config) -> State:
     summary = {
         "rule": selection.rule,
         "scale": selection.scale,
+        "labels": options.labels if samples.published else None,
         "pairs": len(pairs["prompt"]),
         "dropped": dropped,
         "share_below_min": selection.share_below_min,
+        "small_pools": selection.small_pools,
         "share_rejected_min": selection.share_rejected_min,
         "median_percentile": selection.median_percentile,
         "median_pool": np.median(selection.n_pool),
     }
-    return replace(state, pairs=pairs).with_summary("construct", summary)
+    state = replace(state, pairs=pairs).with_summary("construct", summary)
+    if samples.published:
+        summary |= _said_of_labels(state, reversed_ones=dropped.get(DropReason.REVERSED.name.lower(), 0))
+    elif selection.small_pools:
+        most = small_pool(options.rejected, options.scale, options.ddof)
+        text = (
+            f"{selection.small_pools} of {len(pairs['prompt'])} pairs come from pools of {most} responses or fewer, "
+            f"where the rule {options.rejected} is min: none of so few can lie that far below their mean"
+        )
+        warnings.warn(DataWarning("small-pools", text), stacklevel=2)
+    return state.with_summary("construct", summary)
+
+
+def _said_of_labels(state, reversed_ones) -> dict:
+    """How the published sides and the scores agree, for the summary; warns where they do not."""
+    margin = state.margin(state.score)
+    compared = int((~np.isnan(margin)).sum()) + reversed_ones
+    against = int((margin < 0).sum()) + reversed_ones
+    if not state.published:  # the scores have decided
+        against = int((state.pairs["chosen"] == 1).sum())
+        if against:
+            text = f"{against} of {compared} pairs have their published sides exchanged, as their scores want it"
+            warnings.warn(DataWarning("relabelled", text), stacklevel=3)
+    elif against:
+        text = f"the scores contradict the published sides of {against} of {compared} pairs"
+        mostly = compared >= FEWEST_PAIRS and against > MOSTLY * compared
+        warnings.warn(DataWarning("labels-reversed" if mostly else "reversed-labels", text), stacklevel=3)
+    return {"compared": compared, "reversed": against, "tied": int((margin == 0).sum())}
 
 
 def picked_pairs(state: State, config, on_degenerate: str) -> PairSelection:
     """The pairs of the rule of this run, of the responses as they are now."""
+    if state.published:
+        return _published_pairs(state, config)
     options = config.construct
     return select_pairs(
         state.score,
@@ -81,3 +129,53 @@ def picked_pairs(state: State, config, on_degenerate: str) -> PairSelection:
         pairs_per_prompt=options.pairs_per_prompt,
         seed=config.seed,
     )
+
+
+def _published_pairs(state, config) -> PairSelection:
+    """The two sides of every prompt, where both take part; scores decide what the bounds and labels = agree drop."""
+    options, samples = config.construct, state.samples
+    first = samples.offsets[:-1]
+    two = np.diff(samples.offsets) == 2
+    chosen, rejected = (np.where(two, first + k, 0) for k in (0, 1))
+    scores = {side: np.where(two, state.score[at], np.nan) for side, at in (("chosen", chosen), ("rejected", rejected))}
+    margin = scores["chosen"] - scores["rejected"]
+    if samples.strength is not None:
+        margin = np.where(np.isnan(margin), samples.strength, margin)
+    reason = np.full(len(first), DropReason.KEPT, np.int8)
+    for which, why in (
+        (_beyond(margin, options.max_gap, np.greater, "max_gap"), DropReason.LARGE_GAP),
+        (_beyond(margin, options.min_gap, np.less, "min_gap"), DropReason.SMALL_GAP),
+        (_beyond(scores["chosen"], options.min_chosen, np.less, "min_chosen"), DropReason.LOW_CHOSEN),
+        ((margin < 0) & (options.labels == "agree"), DropReason.REVERSED),
+        (~state.choosable[chosen], DropReason.NO_CHOOSABLE),
+        (~(two & state.usable[chosen] & state.usable[rejected]), DropReason.TOO_FEW),
+    ):
+        reason[which] = why
+    keep = reason == DropReason.KEPT
+    nan = np.full(len(first), math.nan)
+    return PairSelection(
+        chosen=np.where(keep, 0, -1),
+        rejected=np.where(keep, 1, -1),
+        keep=keep,
+        reason=reason,
+        **{f"score_{side}": np.where(keep, column, np.nan) for side, column in scores.items()},
+        z_chosen=nan,
+        z_rejected=nan,
+        rank_rejected=np.where(keep, 0, -1),
+        n_pool=np.diff(samples.offsets),
+        mean=nan,
+        std=nan,
+        target=nan,
+        minimum=nan,
+        share_below_min=math.nan,
+        small_pools=0,
+        rule="published",
+        scale="raw",
+    )
+
+
+def _beyond(values, bound, compare, name) -> np.ndarray:
+    """Where a value is beyond a bound of the config; a quantile within a prompt of two is always met."""
+    bound = parse_bounds(**{name: bound})
+    bound = getattr(bound, name)
+    return np.zeros(len(values), bool) if bound is None or bound.within else compare(values, bound.number)

@@ -7,13 +7,14 @@ import numpy as np
 from fastpref.curate import routing
 from fastpref.curate.pipeline.options import Options
 from fastpref.curate.pipeline.state import State
+from fastpref.errors import InputError
 
 
 @dataclass(frozen=True)
 class RouteOptions(Options):
-    """tau: a number, "quantile:<share>", "none", or "auto": 0.5 for scores declared as 1 to 10, else quantile:0.12."""
+    """tau: "none", a number, "quantile:<share>", or "auto": 0.5 for scores declared as 1 to 10, else quantile:0.12."""
 
-    tau: float | str = "auto"
+    tau: float | str = "none"
     inclusive: bool = False
 
 
@@ -21,7 +22,9 @@ def route_pairs(state: State, config) -> State:
     tau, kept = config.route.tau, np.flatnonzero(state.kept)
     if tau == "auto":
         tau = routing.JUDGE_TAU if config.read.score_range == (1.0, 10.0) else routing.DEFAULT_TAU
-    margin = state.margin(state.score)[kept]
+    margin = state.margins()[kept]
+    if tau != "none" and len(margin) and np.isnan(margin).all():
+        raise InputError("route.tau goes by margins, and the pairs have neither scores nor a published strength")
     pairs = dict(state.pairs)
     pairs["easy_to_hard"] = np.full(len(pairs["prompt"]), -1)
     pairs["easy_to_hard"][kept[routing.easy_to_hard(margin)]] = np.arange(len(kept))

@@ -6,20 +6,24 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastpref.curate import margins
+from fastpref.curate.notices import DataWarning, collected_notices
 from fastpref.curate.pipeline.options import Options
 from fastpref.curate.pipeline.scores import votes
 from fastpref.curate.pipeline.state import PairReason, State
 from fastpref.errors import InputError
 
+DEFAULT_LOWER = -2.0  # of `bees`
+
 
 @dataclass(frozen=True)
 class SelectOptions(Options):
-    """At most one of `fraction` and `k`; neither keeps every pair. The rest as the arguments of `bees`."""
+    """At most one of `fraction` and `k`; neither keeps every pair. The rest as the arguments of `bees`; `lower` is -2
+    where it is not given."""
 
     fraction: float | None = None
     k: int | None = None
     how: str = "mul"
-    lower: float = -2.0
+    lower: float | None = None
     upper: float | None = None
     require_positive: bool = False
 
@@ -47,16 +51,21 @@ def select_by_margin(state: State, config) -> State:
         raise InputError(
             f"select.how must be one of {', '.join([*margins.COMBINATIONS, *columns])}, got {options.how!r}"
         )
-    if len(columns) == 1 and not options.asked:
+    if not columns and options.asked:
+        raise InputError("select goes by margins, and the file has no scores")
+    if len(columns) < 2 and not options.asked:
         return state.skipped("select", "every pair is kept")
     kept = np.flatnonzero(state.kept)
     of_pairs = {name: state.margin(column)[kept] for name, column in columns.items()}
     kinds = {name: "implicit" if name == "implicit" else "external" for name in of_pairs}
     # A single vote ranks by itself, whatever its scale.
     how = options.how if len(of_pairs) > 1 else next(iter(of_pairs))
-    rules = {"how": how, "kinds": kinds, "lower": options.lower, "upper": options.upper}
+    lower = DEFAULT_LOWER if options.lower is None else options.lower
+    rules = {"how": how, "kinds": kinds, "lower": lower, "upper": options.upper}
     rules["require_positive"] = options.require_positive
-    found = margins.bees(of_pairs, **rules)
+    with collected_notices() as notices:
+        found = margins.bees(of_pairs, **rules)
+    _warn_of_votes(notices, options)
     pairs = dict(state.pairs)
     count = len(pairs["prompt"])
     for name, margin in of_pairs.items():
@@ -79,8 +88,7 @@ def select_by_margin(state: State, config) -> State:
         reason[kept] = PairReason.NOT_SELECTED
         reason[kept[top.indices]] = PairReason.KEPT
         pairs["reason"] = reason
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # said above
+        with collected_notices():  # said above
             beside = margins.compare_selections(of_pairs, len(top.indices), seed=config.seed, **rules)
         summary |= {
             "pairs": len(kept),
@@ -102,6 +110,15 @@ def _select_prompts(state, options) -> State:
     taken[found.prompts] = True
     summary = {"prompts": len(taken), "selected": int(taken.sum()), "tied_at_cut": found.tied_at_cut}
     return replace(state, taken=taken).with_summary("select", summary)
+
+
+def _warn_of_votes(notices, options) -> None:
+    """What `bees` warns of, where a selection was asked for; a bound that was not given is no mistake of the user's."""
+    for notice in notices:
+        if notice.id == "clip-bounds" and options.lower is None and options.upper is None:
+            notice = notice._replace(id="default-bounds")
+        if options.asked or notice.id == "votes-agree":
+            warnings.warn(DataWarning(*notice), stacklevel=3)
 
 
 def _spread_out(values, where, size) -> np.ndarray:
