@@ -2,7 +2,6 @@
 
 import os
 import re
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
