@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -66,6 +67,8 @@ def add_parser(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     curate.set_defaults(handler=run_command, name="fastpref curate")
+    # argparse takes what begins with a minus for a flag, but for one number: "-1,-100" is a value, too
+    curate._negative_number_matcher = re.compile(r"-\.?\d")
     _add_run_flags(curate)
     _add_reading_flags(curate.add_argument_group("reading"))
     _add_cleaning_flags(curate.add_argument_group("cleaning"))

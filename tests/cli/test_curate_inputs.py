@@ -115,7 +115,7 @@ def test_numbers_beyond_all_measure(curate):
     assert code == 0 and len(rows) == 2 and "1 bad row" in out and "samples.jsonl:1: scores[0] must be finite" in err
     assert "2 scores of a size of 1e+30 or more, left out" in out
     pool = {"prompt": "p", "responses": ["a1", "b2", "c3"]}
-    _, rows, _, _ = curate([pool | {"scores": [-1, 0.5, 0.7]}], "--missing", "-1", "--rejected", "min")
+    _, rows, _, _ = curate([pool | {"scores": [-1, 0.5, 0.7]}], "--missing", "-1,-100", "--rejected", "min")
     assert rows[0]["score_rejected"] == 0.5
 
 

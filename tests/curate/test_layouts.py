@@ -326,6 +326,12 @@ def test_numbers_that_stand_for_none(tmp_path):
     assert samples.counts["scores declared as missing"] == 1
 
 
+def test_the_scores_of_both_sides_have_one_name(tmp_path):
+    path = write_lines(tmp_path / "s.jsonl", [{"prompt": "p", "chosen": "x", "rejected": "y"} | SCORED])
+    with pytest.raises(InputError, match="score_chosen is the score of one side; --scores score reads those of both"):
+        read_samples(path, score_fields=["score_chosen"])
+
+
 def test_scores_that_are_not_there(tmp_path):
     path = write_lines(tmp_path / "s.jsonl", [{"prompt": "p", "responses": ["x"], "quality": [1.5], "n": 3}])
     with pytest.raises(

@@ -123,6 +123,9 @@ def _scores(name, columns, head, fields: Fields, asked) -> tuple[str, ...] | Non
     """The columns of the scores; None where no row is there."""
     if asked is not None:
         for score in asked:
+            base = re.sub("^(chosen|rejected)[_-]|_(chosen|rejected)$", "", score)
+            if fields.published and score in columns and base != score:
+                raise InputError(f"{name}: {score} is the score of one side; --scores {base} reads those of both")
             if head and score not in columns and not any(column_of_row(row, fields, score) is not None for row in head):
                 near = nearest(score, columns)
                 hint = f"; nearest is {near[0]!r}" if near else ""
