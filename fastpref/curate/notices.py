@@ -49,7 +49,7 @@ NOTICES: dict[str, NoticeKind] = {
         "A score looks like a mark for 'no score'",
         "If it is one, say so with --missing and the value; if it is a score, ignore this.",
     ),
-    "labels-reversed": NoticeKind(
+    "most-labels-reversed": NoticeKind(
         "serious",
         "Most published labels contradict their scores",
         "Check whether a low score is the better one, or whether the labels were exchanged.",
@@ -103,7 +103,7 @@ NOTICES: dict[str, NoticeKind] = {
         "warning", "The slope of length is inexact", "Use fewer sources, or --length-control none.", technical=True
     ),
     "relabelled": NoticeKind("finding", "Labels that were replaced by scores", "They differ from the published ones."),
-    "reversed-labels": NoticeKind(
+    "some-labels-reversed": NoticeKind(
         "finding", "Published labels that the scores contradict", "Read a few of them: label or score is wrong."
     ),
     "contradicting-scores-out": NoticeKind(

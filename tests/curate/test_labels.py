@@ -49,7 +49,7 @@ def test_published_sides_are_kept_and_margins_are_signed(tmp_path):
     assert (made["rule"], made["labels"]) == ("published", "published")
     assert (made["compared"], made["reversed"], made["tied"]) == (40, 8, 3)
     assert result.summary["negative_margins"] == 8
-    assert ids(result) == ["negative-margins", "reversed-labels"]
+    assert ids(result) == ["negative-margins", "some-labels-reversed"]
     (warning,) = result.warnings
     assert "the margin of 8 of 40 pairs is negative" in warning and "RDPO" in warning
 
@@ -75,7 +75,7 @@ def test_labels_scores_exchanges_sides(tmp_path):
 
 def test_labels_that_are_mostly_wrong_are_serious(tmp_path):
     result, _ = curate(tmp_path, published(reversed_ones=30))
-    assert result.notices[0].id == "labels-reversed" and result.notices[0].severity == "serious"
+    assert result.notices[0].id == "most-labels-reversed" and result.notices[0].severity == "serious"
     assert "the scores contradict the published sides of 30 of 40 pairs" in result.notices[0].text
 
 

@@ -104,7 +104,7 @@ def _said_of_labels(state, reversed_ones) -> dict:
     elif against:
         text = f"the scores contradict the published sides of {against} of {compared} pairs"
         mostly = compared >= FEWEST_PAIRS and against > MOSTLY * compared
-        warnings.warn(DataWarning("labels-reversed" if mostly else "reversed-labels", text), stacklevel=3)
+        warnings.warn(DataWarning("most-labels-reversed" if mostly else "some-labels-reversed", text), stacklevel=3)
     return {"compared": compared, "reversed": against, "tied": int((margin == 0).sum())}
 
 
