@@ -283,8 +283,10 @@ def test_residual_pass_kernels(compiled, pytestconfig):
 
 # ---- CUDA C++ ----
 
-ARCHITECTURES = ("80", "90", "100")  # and, with --full, those that have the instructions of one of these
-MORE_ARCHITECTURES = ("86", "89", "120")
+# sm_90 is compiled by the build as well, where what spills is an error in CI. The others, with --full, have the
+# instructions of one of these.
+ARCHITECTURES = ("90", "100")
+MORE_ARCHITECTURES = ("80", "86", "89", "120")
 # 3 dtypes x softcap x stats; 5 pairs of dtypes x softcap; the epilogue of pairs and the tail
 KERNELS = {"token_logps": 12 + 10, "preference": 12 + 2}
 OF_TOKENS = ("pair_kernel", "tail_kernel")  # which read no column

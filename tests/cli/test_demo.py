@@ -141,10 +141,11 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys
     ("content", "flags", "message"),
     [
         ("", [], "holds no usable row (0 malformed)"),
-        ("[]\n{}\n", [], "holds no usable row (2 malformed)"),
+        ('{"prompt": 1, "responses": ["a", "b"], "scores": [1, 2]}\n' * 2, [], "holds no usable row (2 malformed)"),
+        ("[]\n{}\n", [], "samples.jsonl:2: not a JSON array"),
         ('{"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}', [], "gives 1 training and 0 held-out pairs"),
         ('{"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}', ["--score-scale", "logit"], "in [0, 1], 1 in"),
-        ('{"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}', ["--score-field", "x"], "no usable row"),
+        ('{"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}', ["--score-field", "x"], "has no scores 'x'"),
         ('{"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}', ["--json", "no/such/folder"], "cannot write"),
     ],
 )

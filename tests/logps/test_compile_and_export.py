@@ -126,7 +126,8 @@ sys.stdout.buffer.write(pickle.dumps([value.tolist() for value in found]))
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_exported_programs_run_in_another_process(tmp_path, strict):
+def test_exported_programs_run_in_another_process(tmp_path, strict, thin):
+    thin(unless=not strict)
     hidden, weight, labels, ref_logps = batch()
     inputs = hidden, labels, ref_logps
     paths, expected = [], []

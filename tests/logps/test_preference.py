@@ -145,8 +145,9 @@ TRITON = {
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 @pytest.mark.parametrize("form", ["ref_logits", "ref_token_logps", "ref_logps"])
 @pytest.mark.parametrize("case", TRITON)
-def test_triton_is_the_native_call(case, form, monkeypatch):
+def test_triton_is_the_native_call(case, form, monkeypatch, thin):
     """Under the interpreter; compiled: ptxsim/test_preference.py."""
+    thin(unless=form != "ref_logits" or list(TRITON).index(case) % 4 == 0)
     logits, labels, ref_logits, gap = make()
     options = {"rating_gap": gap, "beta": 0.4, "pair_weights": torch.rand(3), "stats": STATS} | TRITON[case]
     reference = references(ref_logits, labels, options.get("shift", False))[form]
@@ -222,7 +223,8 @@ backends = pytest.mark.parametrize(
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("form", ["ref_logits", "ref_token_logps"])
 @pytest.mark.parametrize("case", PARTS)
-def test_losses_of_parts_and_stats_are_those_of_the_reference(case, form, shift, backend, monkeypatch):
+def test_losses_of_parts_and_stats_are_those_of_the_reference(case, form, shift, backend, monkeypatch, thin):
+    thin(unless=backend != "triton" or (form, shift) == ("ref_logits", True))
     logits, labels, ref_logits, _ = make()
     reference = references(ref_logits, labels, shift)[form]
     options, logits, labels, reference = layout_of(PARTS[case], logits, labels, reference)
@@ -245,7 +247,8 @@ def test_losses_of_parts_and_stats_are_those_of_the_reference(case, form, shift,
 @backends
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("layout", [{}, {"lengths": [3, 9, 0, 1, 9, 8]}, {"keep": [9, 0, 4, 9, 8, 2]}], ids=str)
-def test_tails_and_sums_of_stats_are_those_of_their_definition(layout, reference, backend):
+def test_tails_and_sums_of_stats_are_those_of_their_definition(layout, reference, backend, thin):
+    thin(unless=backend != "triton" or reference)
     logits, labels, ref_logits, _ = make()
     options, logits, labels, ref_logits = layout_of(layout, logits, labels, ref_logits)
     cu_seqlens, lengths = options.get("cu_seqlens"), options.get("lengths")

@@ -291,7 +291,8 @@ def test_one_row(backend):
 @pytest.mark.sanitize
 @dtypes
 @pytest.mark.parametrize("cap", [0.5, 5.0, 30.0])
-def test_a_softcapped_tie_is_a_hit(backend, dtype, cap):
+def test_a_softcapped_tie_is_a_hit(backend, dtype, cap, thin):
+    thin(unless=not backend.interpreted or cap == 5.0)
     logits, _ = make((40, 60), dtype, backend.device)
     labels = logits.float().argmax(-1)
     logits[:, 7] = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -302,7 +303,8 @@ def test_a_softcapped_tie_is_a_hit(backend, dtype, cap):
 @pytest.mark.sanitize
 @dtypes
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_stats(backend, dtype, transform):
+def test_stats(backend, dtype, transform, thin):
+    thin(unless=not backend.interpreted or dtype == torch.bfloat16)
     logits, labels = make((3, 7, 1234), dtype, backend.device)
     labels[0, 0] = logits[0, 0].argmax()
     plain_logps = fastpref.token_logps(logits, labels, backend=backend.name, **transform)

@@ -215,7 +215,7 @@ BUGS = {
     ),
     "lse of another row": ("hi = a.lse[row];", "hi = a.lse[row ? row - 1 : row];", "wrong"),
 }
-FIRST = ("a neighbour's vector", "misaligned vectors", "pieces overlap")
+FIRST = ("misaligned vectors",)  # of bounds and races some are planted in preference.cu always
 
 
 @pytest.mark.parametrize("bug", [b if b in FIRST else pytest.param(b, marks=pytest.mark.full) for b in BUGS])

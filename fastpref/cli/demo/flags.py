@@ -15,7 +15,9 @@ def add_parser(commands) -> None:
         "on two CPU cores. Without --data it uses samples the project makes itself.",
     )
     demo.add_argument("--data", metavar="FILE", help="JSON Lines (also .gz) or Parquet: prompt, responses[], scores[]")
-    demo.add_argument("--score-field", metavar="NAME", help="field with the scores (default: scores, else win_prob)")
+    demo.add_argument(
+        "--score-field", "--scores", metavar="NAME", help="field with the scores (default: scores, else win_prob)"
+    )
     demo.add_argument(
         "--score-scale",
         choices=["auto", "raw", "logit"],
