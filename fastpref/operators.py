@@ -120,8 +120,8 @@ linear_logps_fwd = _define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fastpref._logps.linear_logps:_fwd",
 )
-# has_kept: whether linear_logps_fwd was handed kept rows -> a gradient for each part of the head, empty where `needs` says that it is
-# not asked for
+# has_kept: whether linear_logps_fwd was handed kept rows -> a gradient for each part of the head, empty where `needs`
+# says that it is not asked for
 linear_logps_bwd = _define(
     f"linear_logps_bwd(Tensor grad, {_HEAD}, Tensor labels, Tensor logps, Tensor lse, Tensor index, Tensor bounds, "
     f"{_TRANSFORM}, bool has_kept, bool[] needs, {_BUDGET}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -5,8 +5,8 @@ on that data; one that mixes the two places raises, as it would with a GPU. Trit
 
 What counts: an op of torch that is no view and no bare allocation is a launch; one that is a copy and a change in one
 call is two. What CUDA makes of it inside (cub's passes, a memset) is not seen. A read is a value of the device on the
-host; an upload is a copy from there, for which the host waits unless it is non_blocking. The peak is the largest sum of bytes that are held at a time, without the inputs
-and what a product takes for itself.
+host; an upload is a copy from there, for which the host waits unless it is non_blocking. The peak is the largest sum of
+bytes that are held at a time, without the inputs and what a product takes for itself.
 """
 
 import contextlib

@@ -165,14 +165,14 @@ CASES = {
     "linear_pairs-trained-capacity-lengths": Case(
         lambda t: linear_pairs(t, lengths=t.lengths, max_active_tokens=3 * ROWS),
         TRAINED,
-        Counted(3, 3, 45, uploads=1),
+        Counted(3, 3, 43, uploads=1),
         Counted(2, 0, 0),
         on_host=("lengths",),
     ),
     "linear_pairs-trained-capacity-packed": Case(
         lambda t: packed_linear_pairs(t, max_active_tokens=3 * ROWS),
         TRAINED,
-        Counted(3, 3, 45, uploads=1),
+        Counted(3, 3, 40, uploads=1),
         Counted(2, 0, 0),
         on_host=("cu_seqlens",),
     ),
