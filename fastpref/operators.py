@@ -103,9 +103,9 @@ preference_bwd_ = _define(
 
 # hidden [tokens, H], weight [V, H], bias [V], adapter_a [r, H], adapter_b [V, r]
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? adapter_a, Tensor? adapter_b"
-# labels [tokens]; cu_seqlens [S + 1]; rows that are projected whether they count or not: kept [tokens], of which they
-# are the leading ones, kept_bounds [S + 1] of the sequences among them, on the host, and cu_seqlens the same on the
-# device; ref_hidden [tokens, H_ref] with its head
+# labels [tokens]; cu_seqlens [S + 1]; ref_hidden [tokens, H_ref] with its head. A caller that has chosen the rows to
+# project hands over kept [tokens], whose leading kept_bounds[S] entries are these rows, whether they count or not, and
+# kept_bounds [S + 1], on the host, where each sequence begins among them; cu_seqlens is then kept_bounds on the device
 _TOKENS = (
     "Tensor labels, Tensor? cu_seqlens, Tensor? kept, Tensor? kept_bounds, "
     "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias"
@@ -120,11 +120,11 @@ linear_logps_fwd = _define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fastpref._logps.linear_logps:_fwd",
 )
-# kept: whether linear_logps_fwd had some -> a gradient for each part of the head, empty where `needs` says that it is
-# not asked for
+# has_kept: whether linear_logps_fwd was handed kept rows -> a gradient for each part of the head, empty where `needs`
+# says that it is not asked for
 linear_logps_bwd = _define(
     f"linear_logps_bwd(Tensor grad, {_HEAD}, Tensor labels, Tensor logps, Tensor lse, Tensor index, Tensor bounds, "
-    f"{_TRANSFORM}, bool kept, bool[] needs, {_BUDGET}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_TRANSFORM}, bool has_kept, bool[] needs, {_BUDGET}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fastpref._logps.linear_logps:_bwd",
 )
 # ref_token_logps [tokens], ref_logps and scores [2B], rating_gap and scale_of_pair [B]; losses, loss_options and

@@ -5,8 +5,8 @@ on that data; one that mixes the two places raises, as it would with a GPU. Trit
 
 What counts: an op of torch that is no view and no bare allocation is a launch; one that is a copy and a change in one
 call is two. What CUDA makes of it inside (cub's passes, a memset) is not seen. A read is a value of the device on the
-host; an upload is a copy from there. The peak is the largest sum of bytes that are held at a time, without the inputs
-and what a product takes for itself.
+host; an upload is a copy from there, for which the host waits unless it is non_blocking. The peak is the largest sum of
+bytes that are held at a time, without the inputs and what a product takes for itself.
 """
 
 import contextlib
@@ -46,6 +46,7 @@ class Counted(NamedTuple):
     others: int  # torch's other launches
     reads: int = 0
     uploads: int = 0
+    waits: int = 0  # for uploads
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Counts:
     widest: int = 0  # elements of the largest tensor that a launch of torch's reads or writes
     reads: list[str] = field(default_factory=list)  # where
     uploads: list[str] = field(default_factory=list)
+    waits: list[str] = field(default_factory=list)  # for those of the uploads that are not non_blocking
     holders: Counter = field(default_factory=Counter)  # tensors over each memory that was allocated meanwhile
     held: int = 0
     peak: int = 0
@@ -79,7 +81,7 @@ class Counts:
         kernels = sum(n for name, n in self.ops.items() if name.endswith(("_kernel", "_cuda")))
         products = sum(n for name, n in self.ops.items() if name in PRODUCTS)
         others = sum(self.ops.values()) - kernels - products
-        return Counted(kernels, products, others, len(self.reads), len(self.uploads))
+        return Counted(kernels, products, others, len(self.reads), len(self.uploads), len(self.waits))
 
 
 class OnDevice(Tensor):
@@ -151,7 +153,8 @@ class _Counting(OpenOperators):
         made_nothing = all(isinstance(t, Tensor) and not t.numel() for t in tree_leaves(made))
         if (ours or result_is_ours) and not made_nothing:
             touched = [t.numel() for t in tree_leaves((plain_args, plain_kwargs, made)) if isinstance(t, Tensor)]
-            self._count(op, name, args, tensors, ours, result_is_ours, max(touched))
+            waits = not (kwargs.get("non_blocking") or (name == "copy_" and any(args[2:])))
+            self._count(op, name, args, tensors, ours, result_is_ours, max(touched), waits)
 
         def back(value):
             if not isinstance(value, Tensor):
@@ -166,11 +169,13 @@ class _Counting(OpenOperators):
 
         return tree_map(back, made)
 
-    def _count(self, op, name, args, tensors, ours, result_is_ours, width) -> None:
+    def _count(self, op, name, args, tensors, ours, result_is_ours, width, waits) -> None:
         counts, host = self.counts, [t for t in tensors if not isinstance(t, OnDevice) and t.dim()]
         if name in ("_to_copy", "copy_") and (host or not result_is_ours or not ours):
             where = counts.uploads if result_is_ours else counts.reads
             where.append(f"{name} at {place_of_call()}")
+            if result_is_ours and waits:
+                counts.waits.append(where[-1])
             return
         if host:
             shapes = [list(t.shape) for t in host]

@@ -113,7 +113,8 @@ def _preference_inputs(device, dtype, layout) -> tuple[Tensor, Tensor, dict]:
     logits = (torch.randn(2 * pairs, tokens, vocab, device=device) * 3).to(dtype)
     labels = torch.randint(0, vocab, (2 * pairs, tokens), device=device)
     labels[:, :2] = IGNORE
-    labels[1::2, -2:] = IGNORE  # the sequences of a pair differ in length
+    labels[:1, -2:] = IGNORE  # the first pair's rejected sequence is longer, the others' chosen ones
+    labels[pairs + 1 :, -2:] = IGNORE
     given = {"rating_gap": torch.rand(pairs, device=device)}
     if layout == "ref_logits":
         given["ref_logits"] = (logits.float() + torch.randn(logits.shape, device=device) / 10).to(dtype)

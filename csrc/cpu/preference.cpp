@@ -51,7 +51,8 @@ SequenceSums sum_sequence(Segment tokens, const int64_t* labels, int64_t ignore_
   return sums;
 }
 
-// Place of the first token behind `before` that count; behind the last token where there is none.
+// Returns the place, within the segment, of the token that counts and has exactly `before` such tokens before it; the
+// segment's length if there is none.
 int64_t place_behind(Segment tokens, const int64_t* labels, int64_t ignore_index, int64_t before) {
   for (int64_t t = tokens.begin; t < tokens.end; t++)
     if (labels[t] != ignore_index && before-- == 0) return t - tokens.begin;

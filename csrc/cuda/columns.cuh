@@ -42,7 +42,7 @@ __device__ inline T from_float(float x) {
 // How 16 bytes of logits are read, OFFSET bytes behind an address: past the first cache, which they would only pass
 // through, and by lines of the second one. The SASS has it as LDG.E.NA.LTC128B.
 
-// What no thread writes meanwhile, and another kernel may read next.
+// Reads what no thread writes meanwhile and another kernel may read next.
 struct ReadOnly {
   template <int OFFSET>
   __device__ uint4 at(const void* x) const {
@@ -54,8 +54,8 @@ struct ReadOnly {
   }
 };
 
-// What is not read again, and what this thread may overwrite: it leaves the second cache first. By a policy, which
-// costs two registers of the warp: ptxas refuses .L2::evict_first for less than 32 bytes.
+// Reads what nobody reads again and this thread may overwrite: the bytes leave the second cache first. A policy says
+// so, which costs the warp two registers, because ptxas refuses .L2::evict_first for less than 32 bytes.
 struct LastRead {
   uint64_t policy;
   __device__ LastRead() { asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy)); }

@@ -140,20 +140,21 @@ def _fwd_fake(
         *fwd_outputs(hidden, labels, stats),
         unit_grad=hidden.new_empty(hidden.shape if unit else 0),
         ref_logps=_ref_zeros(ref_hidden, labels),
-        index=labels.new_empty(labels.shape[0] + 1)[1:],  # as active_rows leaves it
+        # as active_rows leaves it
+        index=labels.new_empty(labels.shape[0] + 1)[1:] if kept is None else torch.empty_like(kept),
         bounds=torch.empty(0 if max_active_tokens >= 0 else bounds, dtype=torch.int64, device="cpu"),
     )
 
 
 def _bwd(
     grad, hidden, weight, bias, adapter_a, adapter_b, labels, logps, lse, index, bounds, temperature, softcap, scale,
-    ignore_index, kept, needs, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
+    ignore_index, has_kept, needs, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
 ):  # fmt: skip
     projection = Projection(hidden, weight, bias, adapter_a, adapter_b)
     transform = Transform(temperature, softcap, scale, ignore_index)
     budget = Budget(max_active_tokens, max_tile_bytes, logits_dtype, group, backend)
     with no_autocast(hidden.device), smaller_tile_advised(max_tile_bytes):
-        rows = Rows(index, bounds, labels, ignore_index, max_active_tokens, kept)
+        rows = Rows(index, bounds, labels, ignore_index, max_active_tokens, has_kept)
         head = Head(projection, transform, False, budget, Shard.of(group, weight))
         chunks = even_chunks(rows.count, head.tile_rows())
         gradients = Gradients(head, hidden, needs, rows, len(chunks))
@@ -167,7 +168,7 @@ def _bwd(
 
 def _bwd_fake(
     grad, hidden, weight, bias, adapter_a, adapter_b, labels, logps, lse, index, bounds, temperature, softcap, scale,
-    ignore_index, kept, needs, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
+    ignore_index, has_kept, needs, max_active_tokens, max_tile_bytes, logits_dtype, group, backend,
 ):  # fmt: skip
     return empty_gradients(Projection(hidden, weight, bias, adapter_a, adapter_b), needs)
 
@@ -200,7 +201,7 @@ class _LinearLogps(torch.autograd.Function):
         _logps, *others = found
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
-        ctx.done, ctx.kept = False, tokens.kept is not None
+        ctx.done, ctx.has_kept = False, tokens.kept is not None
         if ctx.unit:
             ctx.save_for_backward(anchor, outputs.unit_grad, tokens.labels)
         else:
@@ -220,7 +221,7 @@ class _LinearLogps(torch.autograd.Function):
             needs = list(ctx.needs_input_grad[: len(Projection._fields)])
             saved = ctx.saved_tensors  # read once: a second read raises under checkpointing
             with torch.no_grad():
-                gradients = linear_logps_bwd(grad, *saved, *ctx.transform, ctx.kept, needs, *ctx.budget)
+                gradients = linear_logps_bwd(grad, *saved, *ctx.transform, ctx.has_kept, needs, *ctx.budget)
             gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
             sources = saved[: len(needs)]
         return _autograd.pad_gradients(ctx, *_autograd.differentiable_once(gradients, grad, *sources))

@@ -61,6 +61,7 @@ from fastpref._logps.tile import (
     no_autocast,
     refuse_invalid,
     smaller_tile_advised,
+    stable_partition,
     take_rows,
 )
 from fastpref._logps.token_logps import check_call
@@ -410,7 +411,8 @@ def linear_preference_loss(
         shared_prefix: [B], how many leading labels the two sequences of a pair share. They add nothing to the gradient
             of a loss of the difference alone, and are left out, of log-probs, rewards and lengths too.
         max_active_tokens: capacity for the tokens that count; without it at most 2B + 1 integers are read from the
-            device. If more tokens count, the loss is NaN.
+            device. With it nothing is, and the call can be captured in a CUDA graph, where lengths and cu_seqlens must
+            be on the device: a copy from the host cannot be captured. If more tokens count, the loss is NaN.
         stats: as in token_logps, but for "lse".
         sequence_group: process group over which the tokens of every sequence are spread: sums are all-reduced, loss and
             metrics are the same on all ranks, gradients are those of the rank's own tokens. Labels must be aligned.
@@ -437,12 +439,14 @@ def linear_preference_loss(
     reducing = Reduction(reduction, pair_weights, num_items)
     data = PairData(ref_token_logps, ref_logps, rating_gap, scores)
     sequences = check_pairs("hidden", hidden, labels, objective, reducing, data, cu_seqlens, lengths)
+    if lengths is not None and _native.device_kind(lengths) != "cpu":
+        _checks.same_device("lengths", lengths, "hidden", labels)
     check_reference("hidden", labels, sequences, objective, data, "ref_hidden", ref_hidden)
     ref_hidden, ref_weight, ref_bias = _reference(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     _check_sequence_group(sequence_group, shift)
     _autograd.refuse_transforms("linear_preference_loss", hidden, weight, bias, a, b)
 
-    layout = _layout_there(labels, cu_seqlens, lengths, may_keep=max_active_tokens is None)
+    layout = _upload_layout(labels, cu_seqlens, lengths, may_keep=max_active_tokens is None)
     cu_seqlens, lengths, *kept, kept_bounds_there = layout
     if shared_prefix is not None:
         labels = _without_prefix(labels, shared_prefix, cu_seqlens, sequences, objective, ignore_index)
@@ -587,7 +591,7 @@ def _reference(hidden, weight, bias, ref_hidden, ref_weight, ref_bias):
     return ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach()
 
 
-class _Layout(NamedTuple):
+class _UploadedLayout(NamedTuple):
     """Integers where the labels are."""
 
     cu_seqlens: Tensor | None  # [sequences + 1]
@@ -597,27 +601,29 @@ class _Layout(NamedTuple):
     kept_bounds_there: Tensor | None = None  # the same, where the labels are
 
 
-def _layout_there(labels, cu_seqlens, lengths, may_keep: bool) -> _Layout:
+def _upload_layout(labels, cu_seqlens, lengths, may_keep: bool) -> _UploadedLayout:
     """The caller's cu_seqlens or lengths; and, where it was on the host and the labels are not, the rows between, which
-    may be kept whether they count or not: all in one upload."""
+    may be kept whether they count or not: all in one upload, which the host does not wait for."""
     given = lengths if cu_seqlens is None else cu_seqlens
     if given is None:
-        return _Layout(None, None)
-    if not may_keep or _native.device_kind(given) != "cpu" or _native.device_kind(labels) == "cpu":
-        there, kept = given.to(labels.device).long(), ()
-    else:
-        given = given.long()
-        if cu_seqlens is None:
-            inside = torch.arange(labels.shape[1], device=given.device) < given.unsqueeze(1)
-            index = torch.argsort(~inside.flatten(), stable=True)  # those inside come first
-            bounds = torch.nn.functional.pad(inside.sum(1).cumsum(0), (1, 0))
-        else:
-            index, bounds = torch.arange(labels.shape[0], device=given.device), given
+        return _UploadedLayout(None, None)
+    keeps = may_keep and _native.device_kind(given) == "cpu" and _native.device_kind(labels) != "cpu"
+    given = given.long()
+    if not keeps:
+        there, kept = given.to(labels.device, non_blocking=True), ()
+    elif cu_seqlens is None:
+        inside = torch.arange(labels.shape[1], device=given.device) < given.unsqueeze(1)
+        index, _ = stable_partition(inside.flatten())
+        bounds = torch.nn.functional.pad(inside.sum(1).cumsum(0), (1, 0))
         parts = index, bounds, given
         uploaded = torch.cat(parts).to(labels.device, non_blocking=True)
         index, bounds_there, there = uploaded.split([part.shape[0] for part in parts])
         kept = index, bounds, bounds_there
-    return _Layout(None, there, *kept) if cu_seqlens is None else _Layout(there, None, *kept)
+    else:
+        bounds = rising(given, labels.shape[0])
+        there = bounds.to(labels.device, non_blocking=True)
+        kept = torch.arange(labels.shape[0], device=labels.device), bounds, there
+    return _UploadedLayout(None, there, *kept) if cu_seqlens is None else _UploadedLayout(there, None, *kept)
 
 
 def _without_prefix(labels, shared_prefix, cu_seqlens, sequences, loss: Loss, ignore_index) -> Tensor:

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from fastpref import _autograd, _native, operators
 from fastpref._logps import preference_triton
-from fastpref._logps.pairs import Family, Loss, PairData, fused_backend, host_numbers, logistic_family
+from fastpref._logps.pairs import (
+    Family,
+    Loss,
+    PairData,
+    fused_backend,
+    host_numbers,
+    logistic_family,
+    serving_backend,
+)
 
 
 class PairResults(NamedTuple):
@@ -53,6 +61,8 @@ def write_pairs(
     bounds: [2 (end - begin) + 1] where the sequences begin among these rows, the chosen ones first. All floats are
     float32; data.ref_token_logps is of these rows, the rest of data and scale of all pairs.
     """
+    device = _native.device_kind(token_logps)
+    chosen = serving_backend("pair_epilogue", device, backend)
     gradient = torch.zeros_like(token_logps)  # of rows that are of no sequence
     tensors = {
         "token_logps": token_logps,
@@ -65,8 +75,7 @@ def write_pairs(
         "token_grad": gradient,
     }
     tensors = {name: t.contiguous() for name, t in tensors.items() if t is not None} | out._asdict()
-    device = _native.device_kind(token_logps)
-    if fused_backend(device, backend) == "triton":
+    if chosen == "triton":
         preference_triton.pair_epilogue(tensors, pairs, ignore_index, *family)
         return gradient
     core = _native._core

@@ -172,6 +172,15 @@ def fused_backend(device: str, backend: str) -> str | None:
     return next(serving, None)
 
 
+def serving_backend(op: str, device: str, backend: str) -> str:
+    """fused_backend, inside an operator: none serves a saved program on a machine that lacks what its own had."""
+    name = fused_backend(device, backend)
+    if name is None:
+        reasons = {name: reason(device) for name, reason in FUSED_BACKENDS.items() if backend in ("", name)}
+        raise RuntimeError(f"no backend of {op} serves {device} tensors here: {reasons}")
+    return name
+
+
 def host_numbers(values: Sequence[float]) -> Tensor:
     """Float64 on the host.
 

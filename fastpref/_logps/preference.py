@@ -37,6 +37,7 @@ from fastpref._logps.pairs import (
     logistic_family,
     pair_losses,
     preference_output,
+    serving_backend,
     stat_means,
     wanted_stats,
     wpo_log_weights,
@@ -259,10 +260,7 @@ class _Chosen(NamedTuple):
 
 def _choose(logits: Tensor, layout: _Layout, ignore_index: int, backend: str) -> _Chosen:
     device = _native.device_kind(logits)
-    name = fused_backend(device, backend)
-    if name is None:  # a saved program on a machine that lacks what its own had
-        reasons = {name: reason(device) for name, reason in _library.OPS["preference_loss"].items()}
-        raise RuntimeError(f"no backend of preference_fwd serves {device} tensors here: {reasons}")
+    name = serving_backend("preference_loss", device, backend)
     reads_aligned = name == "native" and device == "cpu"
     return _Chosen(name, layout.aligned(ignore_index) if reads_aligned else layout.contiguous())
 
@@ -271,6 +269,8 @@ def _fwd(
     logits, labels, cu_seqlens, lengths, shift, ref_logits, ref_token_logps, ref_logps, rating_gap, pair_weights,
     num_items, reduction, temperature, softcap, scale, ignore_index, stats, tail, numbers, drop_square, backend,
 ):  # fmt: skip
+    if tail and ref_logps is not None:
+        raise ValueError("tail needs the reference per token, got ref_logps")
     transform = Transform(temperature, softcap, scale, ignore_index)
     chosen, layout = _choose(logits, _Layout(labels, cu_seqlens, lengths, shift), ignore_index, backend)
     on_cpu = chosen == "native" and _native.device_kind(logits) == "cpu"

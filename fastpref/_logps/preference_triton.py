@@ -66,6 +66,19 @@ if triton is not None:
         slope += tl.where(square != 0.0, square * error, 0.0)
         return loss, beta * slope
 
+    @triton.jit
+    def _store_sums(logps, ratios, counted, ref_logps_ptr, logps_ptr, ratios_ptr, counted_ptr, sequence):
+        # of a sequence, from those of its lanes; -> log-ratio
+        logp = tl.sum(logps, 0)
+        ratio = tl.sum(ratios, 0)
+        if ref_logps_ptr is not None:
+            ratio = logp - tl.load(ref_logps_ptr + sequence).to(tl.float64)
+        ratio = ratio.to(tl.float32)
+        tl.store(logps_ptr + sequence, logp.to(tl.float32))
+        tl.store(ratios_ptr + sequence, ratio)
+        tl.store(counted_ptr + sequence, tl.sum(counted, 0).to(tl.int64))
+        return ratio
+
     @triton.jit(do_not_specialize=["rows", "tokens", "V", "shift", "ignore_index"])
     def _sequence_kernel(
         token_logps_ptr,  # [rows] fp32
@@ -114,13 +127,7 @@ if triton is not None:
                 log_sum_p2 += tl.load(value + rows.to(tl.int64), mask=counts, other=0.0).to(tl.float64)
                 mean_logit += tl.load(value + 2 * rows.to(tl.int64), mask=counts, other=0.0).to(tl.float64)
                 top1 += tl.load(value + 3 * rows.to(tl.int64), mask=counts, other=0.0).to(tl.float64)
-        logp = tl.sum(logps, 0)
-        ratio = tl.sum(ratios, 0)
-        if ref_logps_ptr is not None:
-            ratio = logp - tl.load(ref_logps_ptr + sequence).to(tl.float64)
-        tl.store(logps_ptr + sequence, logp.to(tl.float32))
-        tl.store(ratios_ptr + sequence, ratio.to(tl.float32))
-        tl.store(counted_ptr + sequence, tl.sum(counted, 0).to(tl.int64))
+        _store_sums(logps, ratios, counted, ref_logps_ptr, logps_ptr, ratios_ptr, counted_ptr, sequence)
         tl.store(invalid_ptr + sequence, tl.sum(invalid, 0))
         if stats_ptr is not None:
             sums = stat_sums_ptr + 4 * sequence
@@ -327,15 +334,7 @@ if triton is not None:
             logps += logp
             ratios += ratio
             counted += counts.to(tl.int32)
-        logp = tl.sum(logps, 0)
-        ratio = tl.sum(ratios, 0)
-        if ref_logps_ptr is not None:
-            ratio = logp - tl.load(ref_logps_ptr + sequence).to(tl.float64)
-        ratio = ratio.to(tl.float32)
-        tl.store(logps_ptr + sequence, logp.to(tl.float32))
-        tl.store(ratios_ptr + sequence, ratio)
-        tl.store(counted_ptr + sequence, tl.sum(counted, 0).to(tl.int64))
-        return ratio
+        return _store_sums(logps, ratios, counted, ref_logps_ptr, logps_ptr, ratios_ptr, counted_ptr, sequence)
 
     @triton.jit
     def _write_token_grad(token_grad_ptr, labels_ptr, begin, length, grad, ignore_index, BLOCK: tl.constexpr):
@@ -415,6 +414,8 @@ if triton is not None:
 
 _SEQUENCE_BLOCK, _SEQUENCE_THREADS = 1024, 256
 _BATCH_BLOCK, _BATCH_THREADS = 128, 128
+# Without contraction, whose default changes from one Triton to the next: margins are rounded as torch rounds them.
+_LAUNCH = {"num_stages": 1, "enable_fp_fusion": False}
 
 
 def _bits(number: float) -> int:
@@ -424,7 +425,6 @@ def _bits(number: float) -> int:
 
 def forward(logits, layout, pairs, reduction, transform: Transform, stats, family, out) -> None:
     """Fills `out`, of preference.py's _Outputs, from its _Layout, _PairInputs and _LogisticFamily."""
-    warp_size = _native.warp_size(logits)
     sequences, labels = layout.sequences(), layout.of_rows()
     rows = as_rows(logits)
     tokens = labels.labels.numel()
@@ -439,46 +439,8 @@ def forward(logits, layout, pairs, reduction, transform: Transform, stats, famil
         launch_forward(rows, labels, transform, outputs, reference, None if reference is None else ref_token_logps)
     ratios = rows.new_empty(sequences, dtype=torch.float32)
     invalid = rows.new_empty(sequences, dtype=torch.int32)
-    stat_sums = out.stat_sums if stats else None
-    # without contraction: margins are rounded as torch rounds them
-    options = {"num_stages": 1, "enable_fp_fusion": False}
-    of_sequences = {"BLOCK": _SEQUENCE_BLOCK, "num_warps": _SEQUENCE_THREADS // warp_size, **options}
-    labelled = labels.labels, layout.cu_seqlens, layout.lengths
-    sizes = tokens, layout.labels.shape[-1]
-    _native.launch_triton(
-        _sequence_kernel,
-        (sequences,),
-        out.token_logps,
-        ref_token_logps,
-        pairs.ref_logps,
-        values if stats else None,
-        *labelled,
-        out.logps,
-        ratios,
-        out.lengths,
-        invalid,
-        stat_sums,
-        *sizes,
-        rows.shape[-1],
-        int(layout.shift),
-        transform.ignore_index,
-        **of_sequences,
-    )
-    if len(out.tail):
-        _native.launch_triton(
-            _tail_kernel,
-            (sequences,),
-            out.token_logps,
-            ref_token_logps,
-            *labelled,
-            out.lengths,
-            out.tail,
-            out.tail_begin,
-            *sizes,
-            int(layout.shift),
-            transform.ignore_index,
-            **of_sequences,
-        )
+    references = ref_token_logps, pairs.ref_logps
+    _sum_sequences(layout, references, values if stats else None, rows.shape[-1], transform, ratios, invalid, out)
     *numbers, drop_square = family
     _native.launch_triton(
         _batch_kernel,
@@ -486,7 +448,7 @@ def forward(logits, layout, pairs, reduction, transform: Transform, stats, famil
         ratios,
         out.lengths,
         invalid,
-        stat_sums,
+        out.stat_sums if stats else None,
         pairs.rating_gap,
         pairs.pair_weights,
         pairs.num_items,
@@ -502,9 +464,54 @@ def forward(logits, layout, pairs, reduction, transform: Transform, stats, famil
         DROP_SQUARE=drop_square,
         REDUCTION=reduction,
         BLOCK=_BATCH_BLOCK,
-        num_warps=_BATCH_THREADS // warp_size,
+        num_warps=_BATCH_THREADS // _native.warp_size(logits),
+        **_LAUNCH,
+    )
+
+
+def _sum_sequences(layout, references, values, vocab: int, transform: Transform, ratios, invalid, out) -> None:
+    """Fills ratios [2B], invalid [2B] and what `out` has of sequences, tails where asked for.
+
+    references: ref_token_logps and ref_logps. values: [4, tokens] of the stats, or None.
+    """
+    labels, cu_seqlens, lengths, shift = layout
+    labelled, sizes = (labels, cu_seqlens, lengths), (labels.numel(), labels.shape[-1])
+    alignment = int(shift), transform.ignore_index
+    ref_token_logps, _ = references
+    grid = (layout.sequences(),)
+    num_warps = _SEQUENCE_THREADS // _native.warp_size(out.token_logps)
+    options = {"BLOCK": _SEQUENCE_BLOCK, "num_warps": num_warps, **_LAUNCH}
+    _native.launch_triton(
+        _sequence_kernel,
+        grid,
+        out.token_logps,
+        *references,
+        values,
+        *labelled,
+        out.logps,
+        ratios,
+        out.lengths,
+        invalid,
+        None if values is None else out.stat_sums,
+        *sizes,
+        vocab,
+        *alignment,
         **options,
     )
+    if len(out.tail):
+        _native.launch_triton(
+            _tail_kernel,
+            grid,
+            out.token_logps,
+            ref_token_logps,
+            *labelled,
+            out.lengths,
+            out.tail,
+            out.tail_begin,
+            *sizes,
+            *alignment,
+            **options,
+        )
 
 
 def pair_epilogue(
@@ -538,5 +545,5 @@ def pair_epilogue(
         DROP_SQUARE=drop_square,
         BLOCK=_SEQUENCE_BLOCK,
         num_warps=_SEQUENCE_THREADS // _native.warp_size(token_logps),
-        enable_fp_fusion=False,  # whose default changes from one Triton to the next
+        **_LAUNCH,
     )

@@ -36,10 +36,10 @@ class Rows:
     `overflow` tells, on the device, when there were too few.
     """
 
-    def __init__(self, index: Tensor, bounds: Tensor, labels: Tensor, ignore_index: int, capacity: int, kept: bool):
+    def __init__(self, index: Tensor, bounds: Tensor, labels: Tensor, ignore_index: int, capacity: int, has_kept: bool):
         self.index, self.bounds, self.padded = index, bounds.tolist(), capacity >= 0
         self.count = min(capacity, labels.shape[0]) if self.padded else self.bounds[-1]
-        self.ignore_index, self.unchecked = ignore_index, self.padded or kept
+        self.ignore_index, self.unchecked = ignore_index, self.padded or has_kept
         self.everything = not self.padded and self.count == labels.shape[0]
         self.labels = labels if self.everything else labels.index_select(0, index[: self.count])
         if self.padded:  # padding lies behind, and holds the index of a row that may well count
@@ -83,15 +83,22 @@ def active_rows(
     """
     if kept is not None:
         return kept.clone(), kept_bounds.clone(), cu_seqlens  # an operator returns none of its inputs
-    tokens = labels.shape[0]
-    counted = labels != ignore_index
-    before, index = (torch.zeros(tokens + 1, dtype=torch.int64, device=labels.device) for _ in range(2))
-    torch.cumsum(counted, 0, out=before[1:])
-    # a stable partition without asking how many there are: the others land on the first place, which is dropped
-    index.scatter_(0, before[1:] * counted, torch.arange(tokens, device=labels.device))
+    index, before = stable_partition(labels != ignore_index)
     ends = before[-1:] if cu_seqlens is None else before[cu_seqlens]
     on_host = [] if capacity >= 0 else _to_host(ends)
-    return index[1:], torch.tensor(on_host, dtype=torch.int64), ends
+    return index, torch.tensor(on_host, dtype=torch.int64), ends
+
+
+def stable_partition(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """index [N], of which the leading entries are where the mask holds, in order, and before [N + 1], how many of them
+    lie before each place. Nobody asks how many they are; what follows them in index has no meaning, but is in bounds.
+    """
+    places = mask.shape[0]
+    before, index = (torch.zeros(places + 1, dtype=torch.int64, device=mask.device) for _ in range(2))
+    torch.cumsum(mask, 0, out=before[1:])
+    # the others land on the first place, which is dropped
+    index.scatter_(0, before[1:] * mask, torch.arange(places, device=mask.device))
+    return index[1:], before
 
 
 # ---- vocabulary shards ----

@@ -93,9 +93,9 @@ def linear_pairs(t: Inputs, loss="sigmoid", **options) -> Tensor:
     ).loss
 
 
-def packed_linear_pairs(t: Inputs) -> Tensor:
+def packed_linear_pairs(t: Inputs, **options) -> Tensor:
     rows = t._replace(**{name: getattr(t, name).flatten(0, 1) for name in ("hidden", "labels", "ref_token_logps")})
-    return linear_pairs(rows, cu_seqlens=t.cu_seqlens)
+    return linear_pairs(rows, cu_seqlens=t.cu_seqlens, **options)
 
 
 class Case(NamedTuple):
@@ -160,7 +160,21 @@ CASES = {
         on_host=("lengths",),
     ),
     "linear_pairs-trained-packed": Case(
-        packed_linear_pairs, TRAINED, Counted(3, 3, 16, uploads=1), Counted(2, 0, 0), on_host=("cu_seqlens",)
+        packed_linear_pairs, TRAINED, Counted(3, 3, 17, uploads=1), Counted(2, 0, 0), on_host=("cu_seqlens",)
+    ),
+    "linear_pairs-trained-capacity-lengths": Case(
+        lambda t: linear_pairs(t, lengths=t.lengths, max_active_tokens=3 * ROWS),
+        TRAINED,
+        Counted(3, 3, 43, uploads=1),
+        Counted(2, 0, 0),
+        on_host=("lengths",),
+    ),
+    "linear_pairs-trained-capacity-packed": Case(
+        lambda t: packed_linear_pairs(t, max_active_tokens=3 * ROWS),
+        TRAINED,
+        Counted(3, 3, 40, uploads=1),
+        Counted(2, 0, 0),
+        on_host=("cu_seqlens",),
     ),
     "linear_pairs-trained-ref_hidden": Case(
         lambda t: linear_pairs(t, ref_hidden=t.hidden), TRAINED, Counted(4, 4, 26, reads=1), Counted(2, 0, 0)
@@ -215,7 +229,7 @@ def cost_of_a_group(loss: str, native: bool) -> Counted:
         return counted(lambda: linear_pairs(t._replace(**leaves), loss, max_tile_bytes=tile), native)[0]
 
     two, four = cost(2), cost(4)
-    assert two[3:] == four[3:] == (1, 0)
+    assert two[3:] == four[3:] == (1, 0, 0)
     return Counted(*((b - a) / 2 for a, b in zip(two, four, strict=True)))
 
 
@@ -320,7 +334,9 @@ def test_the_counter_counts():
     assert counts(lambda: bool((x > 0).any())) == Counted(0, 0, 2, reads=1)
     assert counts(lambda: x[x > 0]) == Counted(0, 0, 1, reads=1)
     assert counts(lambda: x.tolist()) == counts(x.cpu) == Counted(0, 0, 0, reads=1)
-    assert counts(lambda: host.to(x.device)) == Counted(0, 0, 0, uploads=1)
+    assert counts(lambda: host.to(x.device)) == counts(lambda: x.copy_(host)) == Counted(0, 0, 0, uploads=1, waits=1)
+    assert counts(lambda: host.to(x.device, non_blocking=True)) == Counted(0, 0, 0, uploads=1)
+    assert counts(lambda: x.copy_(host, non_blocking=True)) == Counted(0, 0, 0, uploads=1)
     for mixed in (lambda: x + host, lambda: torch.cat([x, host]), lambda: torch.where(host > 0, x, x)):
         with counting(), pytest.raises(RuntimeError, match="mixes tensors"):
             mixed()

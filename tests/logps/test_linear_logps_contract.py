@@ -26,7 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpref
 from fastpref._logps import tile
+from fastpref._logps.linear_logps import Tokens, gather_logps
+from fastpref._logps.tile import Budget, Projection
 from fastpref._logps.token_logps import ALL_STATS, token_logps_ref
+from fastpref._logps.transform import Transform
 
 
 @pytest.mark.parametrize("trained", [t for t in TRAINED if t != "score"])
@@ -476,6 +479,24 @@ def test_opcheck(place, dtype):
             if trained != "score":
                 logps.sum().backward()
     assert recorder.calls
+    for func, args, kwargs in recorder.calls:
+        torch.library.opcheck(func, args, kwargs)
+
+
+@pytest.mark.parametrize("trained", ["hidden", "all"])
+def test_opcheck_of_kept_rows(place, trained):
+    """Rows that the caller has chosen, some of which do not count."""
+    tensors, labels = make((21,), 12, 50, torch.float32, place.device)
+    leaves = {name: t.detach().requires_grad_(name in TRAINED[trained]) for name, t in tensors.items()}
+    kept, bounds = torch.arange(20, -1, -1, device=place.device), torch.tensor([0, 9, 15])
+    tokens = Tokens(labels, bounds.to(place.device), kept, bounds)
+    projection = Projection(leaves["hidden"], leaves["weight"], None, None, None)
+    budget = Budget(-1, 0, None, "", place.name)
+    with _Recorder() as recorder:
+        found = gather_logps(projection, tokens, Transform(1.0, None, 1.0, -100), True, budget)
+        found.logps.sum().backward()
+    assert torch.equal(found.index, kept) and torch.equal(found.bounds, bounds)
+    assert len(recorder.calls) == (1 if trained == "hidden" else 2)
     for func, args, kwargs in recorder.calls:
         torch.library.opcheck(func, args, kwargs)
 

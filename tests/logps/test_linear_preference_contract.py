@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from forced_cuda import devices
 from linear_preference_cases import (
     BUDGETS,
     HEAD,
@@ -29,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastpref
 from fastpref._logps import tile
+from fastpref._logps.sequences import rising
 from fastpref._logps.token_logps import STATS
 
 # ---- what a call may not do ----
@@ -546,6 +548,33 @@ def test_opcheck(which, options):
     assert ("linear_logps_bwd" in mode.seen) == (which == "recompute-head")
 
 
+@pytest.mark.parametrize("which", ["pair_resident", "unit", "recompute"])
+@pytest.mark.parametrize("capacity", [None, 18])
+def test_wrong_offsets_read_nothing_out_of_bounds_when_compiled(which, capacity):
+    """Offsets on the host, which a graph cannot look at, of tensors that are taken for CUDA's."""
+    torch._dynamo.reset()
+    trained, reduction = PLANS[which]
+    batch = make(pairs=10, tokens=1, dtype=torch.float32)
+    hidden, labels, reference = batch.hidden.flatten(0, 1), batch.labels.flatten(), -5 * torch.rand(20)
+
+    def step(hidden, weight, cu_seqlens):
+        return fastpref.linear_preference_loss(
+            hidden, weight, labels, ref_token_logps=reference, cu_seqlens=cu_seqlens, reduction=reduction,
+            max_active_tokens=capacity, backend="reference",
+        ).loss  # fmt: skip
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for wrong in ([0, 5, 10_000], [0, -7, 20], [3, 50, 4]):
+        leaf = leaves(batch._replace(hidden=hidden), trained)
+        with devices(lambda place: "cpu" if isinstance(place, Tensor) and place.dtype == torch.int32 else "cuda", None):
+            loss = compiled(*leaf.values(), torch.tensor(wrong, dtype=torch.int32))
+            loss.sum().backward()
+        bounds = rising(torch.tensor(wrong), 20)
+        if bounds[0] == 0:
+            torch.testing.assert_close(loss, step(*leaf.values(), bounds))
+        assert all(value.isfinite().all() for value in (loss, *(leaf[name].grad for name in trained)))
+
+
 def test_hooks_and_anomaly_mode():
     batch = make()
     _, expected = plain(batch, **batch.reference)
@@ -597,12 +626,14 @@ def test_host_copies_on_a_gpu(which, host_copies):
     torch.cuda.set_sync_debug_mode("error")
     try:
         fixed, _ = run(gpu, max_active_tokens=54, **options)
+        fixed_by_host, _ = run(gpu, lengths=lengths, max_active_tokens=54, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     by_host, _ = run(gpu, lengths=lengths, **options)
     assert not host_copies
     torch.testing.assert_close(fixed.loss, expected.loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(by_host.loss, by_device.loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(fixed_by_host.loss, by_device.loss, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.cuda

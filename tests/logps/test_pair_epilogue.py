@@ -12,7 +12,8 @@ from cases import Backend
 from torch import Tensor
 
 from fastpref._logps.pair_epilogue import PairResults, fused_family, write_pairs
-from fastpref._logps.pairs import Loss, PairData, pair_gradients
+from fastpref._logps.pairs import FUSED_BACKENDS, Family, Loss, PairData, pair_gradients
+from fastpref._logps.preference import _choose
 from fastpref._logps.sequences import Sequences
 
 IGNORED = -100
@@ -174,6 +175,20 @@ def test_extreme_log_ratios(on, extreme):
         torch.testing.assert_close(found.losses.double(), expected.losses, rtol=1e-5, atol=1e-5, equal_nan=True)
         rows = slice(int(case.bounds[1]), int(case.bounds[2]))  # the other pair's
         torch.testing.assert_close(gradient[rows].double(), true_gradient[rows], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("asked", ["", "native", "triton"])
+def test_a_machine_without_the_backend(monkeypatch, asked):
+    """As a saved program may find it; a backend that was asked for is not replaced by another."""
+    for name in FUSED_BACKENDS if not asked else [asked]:
+        monkeypatch.setitem(FUSED_BACKENDS, name, lambda device: "it is elsewhere")
+    case = make()
+    family = Family([0.1, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], False)
+    out, inputs = PairResults.empty(case.scale), (case.token_logps, case.labels, case.bounds, case.data, case.scale)
+    with pytest.raises(RuntimeError, match=r"no backend of pair_epilogue serves cpu tensors here: .*it is elsewhere"):
+        write_pairs(out, case.pairs, *inputs, IGNORED, family, asked)
+    with pytest.raises(RuntimeError, match=r"no backend of preference_loss serves cpu tensors here: .*it is elsewhere"):
+        _choose(torch.randn(2, 3, 4), None, IGNORED, asked)
 
 
 def test_who_takes_the_epilogue():

@@ -786,6 +786,14 @@ def test_opcheck(packed, backend):
     torch.library.opcheck(preference_bwd_, (*by_sequence, logits.contiguous(), *saved))
 
 
+def test_the_operator_has_no_tails_of_a_reference_by_sums():
+    logits, labels, _, _ = make()
+    numbers = torch.tensor([1.0, *[0.0] * 7], dtype=torch.float64)
+    layout, references, pair_data = (labels, None, None, False), (None, None, torch.rand(6)), (None, None, None, "none")
+    with pytest.raises(ValueError, match="tail needs the reference per token, got ref_logps"):
+        preference_fwd(logits, *layout, *references, *pair_data, 1.0, None, 1.0, -100, False, True, numbers, False, "")
+
+
 @pytest.mark.parametrize("loss", ["sigmoid", "rdpo", "ipo", "wpo", "ld_dpo", "aot", "kto", "orpo"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_without_graph_breaks(loss, packed):

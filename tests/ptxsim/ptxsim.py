@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -57,6 +58,7 @@ def library():
     lib.ptxsim_kernel_info.restype, lib.ptxsim_kernel_info.argtypes = ctypes.c_long, [module, text, text]
     if hasattr(lib, "ptxsim_replace"):  # with the CUDA runtime
         lib.ptxsim_replace.argtypes = [module]
+        lib.ptxsim_runtime_launches.restype = lib.ptxsim_runtime_memsets.restype = ctypes.c_long
     return lib
 
 
@@ -218,6 +220,12 @@ def replaced(module: Module):
         yield
     finally:
         library().ptxsim_replace(None)
+
+
+def runtime_calls() -> Counter:
+    """Launches and memsets through the CUDA runtime, so far."""
+    lib = library()
+    return Counter(launch=lib.ptxsim_runtime_launches(), memset=lib.ptxsim_runtime_memsets())
 
 
 def nvcc_ptx(source: Path, output: Path, *flags: str, arch: str = "sm_90") -> str:

@@ -173,7 +173,7 @@ def check(case: Case, found: Found, ulp: int = 0) -> None:
                 if value is not None:
                     close(stat, getattr(a, stat), value, 1e-5, 2e-5)
         elif name == "accuracy":
-            assert a == b
+            assert a == b, f"accuracy: {a} and {b} are not close"
         else:
             close(name, a, b, *((2e-6, 2e-6) if "logps" in name else (1e-4, 2e-5)))
     a, b = found.gradient.double(), expected.gradient
@@ -183,7 +183,19 @@ def check(case: Case, found: Found, ulp: int = 0) -> None:
     tiny = torch.finfo(found.gradient.dtype).tiny * torch.finfo(found.gradient.dtype).eps
     # a pair's coefficient may be a small difference: its error is one of the batch's largest
     few = relative * b.abs() + 1e-7 * largest + (1e-5 * b.abs().max() if b.numel() else 0) + tiny
-    assert (off <= few).all(), (off / largest).max()
+    assert (off <= few).all(), f"gradient: not close, {(off / largest).max()} of the row's largest off"
+
+
+def findings(case: Case, run: Callable) -> str:
+    """What the simulator says of a run; "wrong", and how, where its results are not the true ones."""
+    try:
+        check(case, run(case))
+    except ptxsim.Findings as finding:
+        return str(finding)
+    except AssertionError as error:
+        assert "not close" in str(error), error
+        return "wrong: " + str(error)
+    return "nothing"
 
 
 def equal_bits(a: Tensor, b: Tensor) -> bool:
@@ -416,9 +428,8 @@ def test_ref_logits_of_another_dtype(run):
 
 @pytest.mark.parametrize("loss", ["rdpo", "aot", "wpo", "ld_dpo"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_launch_forward_and_one_backward(core, layout, loss):
-    """Beside the memset of the tickets, and ld_dpo's second kernel in the forward; of the whole public call, and
-    without a host read."""
+def test_one_call_forward_and_one_backward(core, layout, loss):
+    """Of the core, by the whole public call, and without a host read."""
     case = make(layout=layout, int32=True, reference="ref_logits", loss=loss, stats=("entropy", "top1"))
     called = []
 
@@ -438,6 +449,20 @@ def test_one_launch_forward_and_one_backward(core, layout, loss):
     assert not counts.reads and not counts.uploads
     assert loss != "rdpo" or not counts.ops  # others: torch on vectors of the length of the batch
     assert counts.widest <= case.tensors["rating_gap"].numel() * 2
+
+
+@pytest.mark.parametrize("loss, kernels", [("rdpo", 1), ("ld_dpo", 2)])
+def test_what_the_calls_launch(core, loss, kernels):
+    """Beside the memset of the tickets; the second kernel sums the tails."""
+    case = make(layout="packed", reference="ref_logits", loss=loss)
+    logits = case.logits.detach().requires_grad_()
+    with simulated(Runner.others(case), {"logits": logits.detach(), "ref_logits": case.tensors["ref_logits"]}):
+        begin = ptxsim.runtime_calls()
+        loss = fastpref.preference_loss(logits, case.labels, **case.read()).loss
+        forward = ptxsim.runtime_calls()
+        torch.autograd.grad(loss, logits)
+    assert forward - begin == {"launch": kernels, "memset": 1}
+    assert ptxsim.runtime_calls() - forward == {"launch": 1}
 
 
 # ---- planted bugs ----
@@ -509,12 +534,7 @@ def test_planted(native, planted, bug):
             else:
                 stats = ("entropy",) if order == 3 else ()
                 case = make(2, 3, 20000, dtype=torch.bfloat16, ignored=0.2, gap=(0, 3)[order % 2], stats=stats)
-            try:
-                check(case, native(case))
-            except ptxsim.Findings as finding:
-                found.add(str(finding)[:300])
-            except AssertionError as error:
-                found.add("wrong: " + str(error)[:300])
+            found.add(findings(case, native)[:300])
     assert any(re.search(said, finding) for finding in found), found
 
 
@@ -556,14 +576,8 @@ def test_planted_in_the_tail(native, planted, bug):
     old, new, said = TAIL_BUGS[bug]
     case = long_tails()
     op = "token_logps.cu" if bug == "coefficients begin late" else "preference.cu"
-    found = "nothing"
     with ptxsim.replaced(planted(op, old, new)):
-        try:
-            check(case, native(case))
-        except ptxsim.Findings as finding:
-            found = str(finding)
-        except AssertionError as error:
-            found = "wrong: " + str(error)
+        found = findings(case, native)
     assert re.search(said, found), found
 
 
@@ -633,13 +647,7 @@ def test_planted_in_triton(triton_compiler, tmp_path, bug):
     case.tensors["rating_gap"][0] = math.nan
     if "lengths" in case.tensors:
         case.tensors["lengths"][:] = torch.tensor([3, 5, 4, 6])
-    found = "nothing"
-    try:
-        check(case, Runner(ptxsim_triton.Planted(triton_compiler, tmp_path, old, new))(case, upstream=1.7))
-    except ptxsim.Findings as finding:
-        found = str(finding)
-    except AssertionError as error:
-        found = "wrong: " + str(error)
+    found = findings(case, Runner(ptxsim_triton.Planted(triton_compiler, tmp_path, old, new)))
     assert re.search(said, found), found
 
 
@@ -729,5 +737,6 @@ def test_ledger_of_a_tail(run):
     case.tensors["lengths"][:] = torch.tensor([5000, 10])
     counts = ledgers(run, case)["preference_fwd_cuda" if native else "_tail_kernel"]
     of_tail = ptxsim.summary(counts, 5000)
-    assert of_tail["slots_per_element"] <= 200 and of_tail["bank_conflicts"] == 0, of_tail
+    most = 181 if native else 107  # 157 and 93 were measured
+    assert of_tail["slots_per_element"] <= most and of_tail["bank_conflicts"] == 0, of_tail
     assert of_tail["excess_sectors"] < 1.05, of_tail

@@ -30,6 +30,8 @@ long ptxsim_kernel_info(PtxModule*, const char* entry, const char* what);
 // Of the CUDA runtime (simcudart.cpp): launches run the module's kernels in place of those of the same name; NULL:
 // their own again. How many there are.
 int ptxsim_replace(PtxModule*);
+long ptxsim_runtime_launches(void);  // through that runtime, so far
+long ptxsim_runtime_memsets(void);
 #ifdef __cplusplus
 }
 #endif

@@ -63,6 +63,8 @@ int blocks_of_an_sm(const Function& f, size_t threads, size_t shared) {
   const long by_shared = shared_of_an_sm() / (f.info("shared") + long(shared) + kReserved);
   return int(std::min({by_threads, by_shared, long(kBlocksPerSm)}));
 }
+long launches, memsets;  // so far
+
 cudaError_t launch(const Function* f, dim3 grid, dim3 block, void** args, size_t shared, unsigned cluster = 0,
                    bool cooperative = false) {
   if (!f || !f->now.module)
@@ -80,6 +82,7 @@ cudaError_t launch(const Function* f, dim3 grid, dim3 block, void** args, size_t
     return fail(cudaErrorCooperativeLaunchTooLarge, "too many blocks for a cooperative launch");
   const PtxLaunch shape = {
       {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, unsigned(shared), cluster, cooperative};
+  launches++;
   if (ptxsim_launch(f->now.module, f->now.name.c_str(), &shape, args))
     return fail(cudaErrorIllegalAddress, ptxsim_report());
   return cudaSuccess;
@@ -95,6 +98,8 @@ std::string common_name(std::string s) {
 }  // namespace
 
 extern "C" {
+long ptxsim_runtime_launches() { return launches; }
+long ptxsim_runtime_memsets() { return memsets; }
 int ptxsim_replace(PtxModule* module) {
   int replaced = 0;
   for (auto& [host, f] : functions()) {
@@ -284,6 +289,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind
 cudaError_t cudaMemset(void* p, int value, size_t n) {
   const std::string wrong = ptxsim::unwritable(p, n);
   if (!wrong.empty()) return fail(cudaErrorInvalidValue, "cudaMemset: " + wrong);
+  memsets++;
   return memset(p, value, n), cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* p, int value, size_t n, cudaStream_t) { return cudaMemset(p, value, n); }
