@@ -403,7 +403,7 @@ def test_a_prompt_groups_only_where_it_is_asked_for(tmp_path, run):
     assert "note: all prompts are ranked together; --columns prompt=prompt gives every prompt scores of its own" in err
     code, summary, err, out = run("in.csv", ["--columns", "prompt=prompt"])
     assert code == 0 and summary["graphs"] == 4 and len(out) == 8
-    assert "each of the 4 prompts compares one pair of items" in err
+    assert "every prompt compares a single pair, so no ranking across pairs is possible; leave out prompt=" in err
 
 
 def test_unused_votes_are_counted_and_said(tmp_path, run):
@@ -447,7 +447,7 @@ def test_a_column_of_ties_beside_winners_is_used(tmp_path, run, name):
 def test_a_header_that_stands_again_is_refused(tmp_path, run, header):
     row = {2: "a,b", 4: "a,b,1,2", 3: "a,b,1"}[header.count(",") + 1]
     (tmp_path / "in.csv").write_text(f"{header}\n{row}\n{header}\n{row}\n")
-    assert run("in.csv")[2] == "fastpref denoise: in.csv:3: the header once more\n"
+    assert run("in.csv")[2] == "fastpref denoise: in.csv:3: this row repeats the header\n"
 
 
 def test_half_wins_are_votes(tmp_path, run):
@@ -656,3 +656,40 @@ def test_a_private_output_stays_private(tmp_path, run):
     (tmp_path / "private.csv").touch(0o600)
     main(["denoise", "in.csv", "private.csv"])
     assert (tmp_path / "private.csv").stat().st_mode & 0o777 == 0o600 and (tmp_path / "private.csv").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("header", "first", "name", "value"),
+    [
+        ("winner,loser", "a,b", "tie", True),
+        ("winner,loser", "a,b", "count", 3),
+        ("winner,loser", "a,b", "weight", 3),
+        ("i,j,wins_i,wins_j", "a,b,1,2", "ties", 4),
+        ("model_a,model_b,winner", "a,b,a", "weight", 3),
+        ("model_a,model_b,winner_model_a,winner_model_b", "a,b,1,0", "winner_tie", 0),
+    ],
+)
+def test_a_column_that_only_later_rows_have_is_never_passed_over(tmp_path, run, header, first, name, value):
+    rows = [header.split(","), first.split(",")]
+    row = {key: int(text) if text.isdigit() else text for key, text in zip(*rows, strict=True)}
+    (tmp_path / "a.csv").write_text(as_csv(rows))
+    (tmp_path / "b.csv").write_text(as_csv([[*rows[0], name], [*rows[1], value]]))
+    assert f"a.csv has no column {name}, found {', '.join(rows[0])}" in run("a.csv", "b.csv")[2]
+    assert f"a.csv has no column {name}" in run("b.csv", "a.csv")[2]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [row] * 5000 + [row | {name: value}]))
+    code, _, err, out = run("in.jsonl")
+    assert (code, out) == (2, None)
+    assert f"in.jsonl:5001: {name} is a column of this row and of none of the first: have such a row at the top" in err
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [row] * 5000 + [row | {name: None}]))
+    assert run("in.jsonl")[0] == 0
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row | {name: value}) + "\n" for _ in range(2)))
+    assert f"{name}" in run("in.jsonl")[1]["read_as"]
+
+
+def test_formulas_are_disarmed_in_long_strings(tmp_path, run):
+    names = ["=1+1", "+x", "plain"]
+    rows = [{"winner": a, "loser": b} for a in names for b in names if a != b]
+    schema = pyarrow.schema([("winner", pyarrow.large_string()), ("loser", pyarrow.large_string())])
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema), tmp_path / "in.parquet")
+    _, _, _, out = run("in.parquet", ["--csv-safe"])
+    assert sorted(row["item"] for row in out) == ["'+x", "'=1+1", "plain"]

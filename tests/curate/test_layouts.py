@@ -442,4 +442,107 @@ def test_a_system_message_stays_first(tmp_path):
 def test_a_header_that_comes_again_is_no_row(tmp_path):
     (tmp_path / "s.csv").write_text("prompt,chosen,rejected\np,x,y\nprompt,chosen,rejected\nq,x,y\n")
     samples = read_samples(tmp_path / "s.csv")
-    assert samples.prompts == 2 and [str(p) for p in samples.problems] == [f"{samples.path}:3: the header once more"]
+    assert samples.prompts == 2 and [str(p) for p in samples.problems] == [
+        f"{samples.path}:3: this row repeats the header"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "late"),
+    [
+        ({"chosen": [USER, *reply("x")], "rejected": [USER, *reply("y")], **SCORED}, {"prompt": "user"}),
+        ({"prompt": "p", "chosen": "x", "rejected": "y", **SCORED}, {"margin": 2}),
+        ({"prompt": "p", "chosen": "x", "rejected": "y", **SCORED}, {"prompt_id": "a"}),
+        ({"instruction": "p", "chosen": "x", "rejected": "y", **SCORED}, {"input": "i"}),
+        ({"prompt": "p", "responses": ["x", "y"], "scores": [1, 2]}, {"sources": ["m", "n"]}),
+        ({"prompt": "p", "responses": ["x", "y"], "scores": [1, 2]}, {"lengths": [3, 4]}),
+        ({"prompt": "p", "response": "x", "score": 1}, {"model": "m"}),
+    ],
+    ids=lambda value: "+".join(value),
+)
+def test_a_late_column_that_would_have_a_role_is_no_small_thing(tmp_path, monkeypatch, row, late):
+    monkeypatch.setattr(containers, "MOST_HEAD_ROWS", 2)
+    (name,) = late
+    read = read_samples(write_lines(tmp_path / "s.jsonl", [row | late] * 3))
+    assert (read.problems == [] and name in read.fields.roles.values()) or read.sources is not None
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", [row, row, row | late, row | {name: None, "other": 1}]))
+    assert [(p.row, p.reason.partition(" is ")[0]) for p in samples.problems] == [(3, name)]
+    table = tmp_path / "t.csv"  # a file of another container beside it changes nothing
+    if all(isinstance(value, str | int) for value in row.values()):
+        with open(table, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            writer.writeheader()
+            writer.writerow(row)
+        samples = read_samples([tmp_path / "s.jsonl", table])
+        assert [(p.row, p.reason.partition(" is ")[0]) for p in samples.problems] == [(3, name)]
+
+
+def test_a_late_margin_that_is_no_number_is_not_missed(tmp_path, monkeypatch):
+    monkeypatch.setattr(containers, "MOST_HEAD_ROWS", 2)
+    row = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    assert read_samples(write_lines(tmp_path / "s.jsonl", [row] * 2 + [row | {"margin": "theirs"}])).problems == []
+
+
+@pytest.mark.parametrize(("first", "strength"), [(None, [np.nan, 2]), ("N/A", [np.nan, 2]), ("theirs", None)])
+def test_margins_that_the_first_rows_lack(tmp_path, monkeypatch, first, strength):
+    monkeypatch.setattr(containers, "MOST_HEAD_ROWS", 1)
+    row = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    path = write_lines(tmp_path / "s.jsonl", [row | {"margin": first}, row | {"margin": 2 if strength else "mine"}])
+    samples = read_samples(path)
+    assert samples.problems == []
+    if strength is None:
+        assert samples.strength is None
+    else:
+        np.testing.assert_array_equal(samples.strength, strength)
+
+
+@pytest.mark.parametrize("layout", ["pairs", "swift", "ab"])
+def test_a_history_that_the_prompt_holds_is_not_there_twice(tmp_path, layout):
+    before = [USER, *reply("a")]
+    asked = {"role": "user", "content": "and?"}
+    sides = {
+        "pairs": {"chosen": [*before, asked, *reply("x")], "rejected": [*before, asked, *reply("y")]},
+        "swift": {"messages": [*before, asked, *reply("x")], "rejected_response": "y"},
+        "ab": {"prompt": [*before, asked], "response_a": "x", "response_b": "y", "label": "a"},
+    }[layout]
+    for system in ([], [SYSTEM]):
+        row = {name: [*system, *side] if isinstance(side, list) else side for name, side in sides.items()}
+        want = [*system, *before, asked]
+        for history in ([["user", "a"]], before, [*system, *before]):
+            path = write_lines(tmp_path / "s.jsonl", [row | {"history": history}])
+            assert list(texts(read_samples(path))) == [(want, [reply("x"), reply("y")])]
+    other = [{"role": "user", "content": "earlier"}, *reply("b")]
+    path = write_lines(tmp_path / "s.jsonl", [sides | {"history": other}])
+    assert list(texts(read_samples(path))) == [([*other, *before, asked], [reply("x"), reply("y")])]
+
+
+@pytest.mark.parametrize(("no", "yes"), [("0", "1"), ("False", "True"), ("false", " true"), ("0.0", "1.0"), (0, 1)])
+def test_votes_of_an_arena_are_numbers_however_they_are_written(tmp_path, no, yes):
+    names = ("winner_model_a", "winner_model_b", "winner_tie")
+    rows = [{**MODELS, **AB, **{name: yes if k == vote else no for k, name in enumerate(names)}} for vote in range(3)]
+    broken = [rows[0] | {"winner_tie": yes}, rows[0] | {"winner_model_a": no}, rows[0] | {"winner_model_a": "x"}]
+    broken.append(rows[0] | {"winner_tie": None})
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", rows + broken))
+    assert samples.counts == {"ties": 1} and [problem.row for problem in samples.problems] == [4, 5, 6, 7]
+    assert [responses for _, responses in texts(samples)] == [["x", "y"], ["y", "x"]]
+
+
+def test_sources_that_look_like_numbers_stay_names_in_csv(tmp_path):
+    (tmp_path / "s.csv").write_text("prompt,response,score,who\np,x,1,7\np,y,2,08\np,z,3,true\n")
+    samples = read_samples(tmp_path / "s.csv", source_field="who")
+    assert samples.problems == [] and samples.source_names == ["08", "7", "true"]
+    (tmp_path / "s.csv").write_text("prompt,chosen,rejected,who_chosen,who_rejected\np,x,y,7,8.0\n")
+    samples = read_samples(tmp_path / "s.csv", source_field="who")
+    assert samples.problems == [] and samples.source_names == ["7", "8.0"]
+    (tmp_path / "s.csv").write_text('prompt,responses,scores,who\np,"[""x"", ""y""]","[1, 2]","[""7"", ""8""]"\n')
+    assert read_samples(tmp_path / "s.csv", source_field="who").source_names == ["7", "8"]
+
+
+def test_numbers_of_csv_are_known_before_they_are_asked_for(tmp_path):
+    (tmp_path / "s.csv").write_text("prompt;response;good;nice\np;x;1,5;2\np;y;2,5;3\n")
+    with pytest.raises(InputError, match="numbers are in good, nice: name them by --scores good"):
+        read_samples(tmp_path / "s.csv")
+    samples = read_samples(tmp_path / "s.csv", score_fields=["good"])
+    assert samples.scores["good"].tolist() == [1.5, 2.5] and samples.beside["nice"].tolist() == [2, 3]
+    (tmp_path / "s.csv").write_text("prompt;chosen;rejected;margin\np;x;y;0,5\n")
+    assert read_samples(tmp_path / "s.csv").strength.tolist() == [0.5]

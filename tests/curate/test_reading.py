@@ -207,6 +207,6 @@ def test_parts_are_the_whole_file_in_order(tmp_path, monkeypatch, part, packed):
     assert [position for position, _ in found] == [0, *(k + 1 for k, c in enumerate(lines[:-1]) if c == ord("\n"))]
     assert [row for _, row in found if isinstance(row, dict)] == rows
     assert found[7][1] is None and isinstance(found[-1][1], ValueError)
-    assert [number for _, number, _ in reading.numbered_rows([source], None)] == [*range(1, 8), *range(9, 23)]
+    assert [number for _, number, _ in reading.placed_rows([source], None)] == [*range(1, 8), *range(9, 23)]
     second = next(p for p in cut if p.end > found[1][0])
     assert list(reading.part_rows(source, second, None, [found[1][0]])) == [found[1]]

@@ -109,6 +109,20 @@ def _choose(what: str, found: Sequence[str], layout: str | None, columns: dict[s
     raise InputError(f"{what}: its columns {_listed(found)} fit no layout ({layouts}); name them with --columns")
 
 
+def late_columns(choice: Choice, found: Sequence[str], columns: dict[str, str]) -> frozenset[str]:
+    """Returns the usual names of optional roles that nothing in the header has, and that would be read if it had.
+
+    Args:
+        choice: What `choose_layout` chose.
+        found: The columns that it chose by.
+        columns: What it was given as such.
+    """
+    layout = LAYOUTS[choice.layout]
+    usual = {own[role] for own in layout.names for role in layout.optional if role in own}
+    usual |= {name for _, name in layout.others}
+    return frozenset(name for name in usual.difference(found) if _fit(choice.layout, [*found, name], columns) != choice)
+
+
 def hint(name: str, found: Sequence[str]) -> str:
     """Returns "; the nearest is NAME", or nothing where none is near."""
     near = nearest(name, found)

@@ -84,8 +84,8 @@ def read_comparisons(table: Table, choice: Choice, what: str, found: list[str], 
         pairs = np.unique((prompt * len(names) + np.minimum(i, j)) * len(names) + np.maximum(i, j))
         if 1 < len(prompts) == len(pairs):
             warnings.append(
-                f"each of the {len(prompts)} prompts compares one pair of items, and scores compare only within a "
-                f"prompt: without prompt={columns['prompt']} all items have one ranking"
+                f"every prompt compares a single pair, so no ranking across pairs is possible; leave out "
+                f"prompt={columns['prompt']} to rank all items together"
             )
     elif "prompt" in found:
         notes.append("all prompts are ranked together; --columns prompt=prompt gives every prompt scores of its own")

@@ -82,19 +82,23 @@ def first_rows(source: Source) -> list[dict]:
         lines = [] if block is None else block.lines.split(b"\n")
         values = [json_value(line, k == 0) for k, line in enumerate(lines[:MOST_HEAD_ROWS])]
     else:
-        once = None  # of columns that are there twice nobody may ask
+        once = None  # columns that are there twice must not be asked for
         if source.container != "json-array":
             once = [name for name, count in Counter(column_names(source)).items() if count == 1]
         values = [row for _, row in itertools.islice(numbered_rows(source, once), HEAD_ROWS)]
     return [row for row in values if isinstance(row, dict)]
 
 
-def read_batches(source: Source, columns: Sequence[str] | None = None) -> Iterator[Batch]:
+def read_batches(
+    source: Source, columns: Sequence[str] | None = None, absent: frozenset[str] = frozenset()
+) -> Iterator[Batch]:
     """Reads the columns of a source in order.
 
     Args:
         source: From `find_sources`.
         columns: Names, all of which the batches have; in JSON a key that a row lacks is null. None: all.
+        absent: Further columns that would be wanted, and that `column_names` does not have: a later row of JSON must
+            not have them either.
 
     Raises:
         InputError: The source cannot be read, has no such column or has it twice, or a row is malformed; one line with
@@ -109,11 +113,13 @@ def read_batches(source: Source, columns: Sequence[str] | None = None) -> Iterat
     if source.container == "csv":
         return _csv_batches(source, columns)
     if source.container in ("json-lines", "json-array"):
-        return _json_batches(source, list(columns))
+        return _json_batches(source, list(columns), absent)
     return _arrow_batches(source, columns)
 
 
-def read_table(sources: Sequence[Source], columns: Sequence[str] | None = None) -> Table:
+def read_table(
+    sources: Sequence[Source], columns: Sequence[str] | None = None, absent: frozenset[str] = frozenset()
+) -> Table:
     """Reads the columns of all sources, one below the other. Arguments and errors are those of `read_batches`.
 
     Columns of numbers that are integers in one part and not in another become float64.
@@ -124,7 +130,7 @@ def read_table(sources: Sequence[Source], columns: Sequence[str] | None = None) 
     tables, numbers, counts = [], [], []
     for source in sources:
         counts.append(0)
-        for batch in read_batches(source, columns):
+        for batch in read_batches(source, columns, absent):
             tables.append(pyarrow.Table.from_batches([batch.table]))
             numbers.append(batch.numbers)
             counts[-1] += len(batch.numbers)
@@ -166,7 +172,7 @@ def as_numbers(table: Table, name: str) -> np.ndarray:
 
 
 def check_unique(source: Source, names: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raises InputError for wanted columns that a source has more than once: nobody can say which one is meant."""
+    """Raises InputError for wanted columns that a source has more than once: it is not known which one is meant."""
     if repeated := [name for name in dict.fromkeys(wanted) if list(names).count(name) > 1]:
         raise InputError(f"{source.name} has more than one column {', '.join(repeated)}")
 
@@ -254,8 +260,10 @@ def lines_with_repeats(lines: bytes, keys: Sequence[str]) -> set[int]:
     text = np.frombuffer(lines, np.uint8)
     ends = np.flatnonzero(text == ord(":"))
     ends = ends[ends > 0]
-    while (blank := (text[ends - 1] == ord(" ")) & (ends > 1)).any():
-        ends = ends - blank
+    ends = ends - (text[ends - 1] == ord(" "))
+    ends = ends[ends > 0]
+    for k in np.flatnonzero(text[ends - 1] == ord(" ")).tolist():  # more than one space, which is rare
+        ends[k] = _end_of_text(lines, int(ends[k]))
     line_feeds, repeated = None, set()
     for key in keys:
         token = json.dumps(key).encode()
@@ -267,6 +275,17 @@ def lines_with_repeats(lines: bytes, keys: Sequence[str]) -> set[int]:
             numbers = np.searchsorted(line_feeds, at)
             repeated.update(numbers[1:][numbers[1:] == numbers[:-1]].tolist())
     return repeated
+
+
+def _end_of_text(lines: bytes, end: int) -> int:
+    """Where the spaces before `end` begin, in a time that grows with their number."""
+    size = 64
+    while True:
+        begin = max(0, end - size)
+        length = len(lines[begin:end].rstrip(b" "))
+        if length or begin == 0:
+            return begin + length
+        size *= 2
 
 
 def without_repeats(line: bytes, value: dict) -> dict | ValueError:
@@ -308,13 +327,18 @@ def _json_or_reason(line: bytes, first: bool):
         return ValueError(f"not JSON: {error}")
 
 
-def _json_batches(source: Source, columns: list[str]) -> Iterator[Batch]:
+def _json_batches(source: Source, columns: list[str], absent: frozenset[str]) -> Iterator[Batch]:
     rows = json_rows(source)
     while block := list(itertools.islice(rows, ROWS)):
         for number, row in block:
             if not isinstance(row, dict):
                 reason = row if isinstance(row, ValueError) else f"a row must be an object, got {type(row).__name__}"
                 raise InputError(f"{source.name}:{number}: {reason}")
+            if late := [name for name in absent.intersection(row) if row[name] is not None]:
+                raise InputError(
+                    f"{source.name}:{number}: {late[0]} is a column of this row and of none of the first: have such a "
+                    "row at the top"
+                )
         numbers = [number for number, _ in block]
         if wrong := [name for name in columns if not _is_unicode(name)]:
             raise InputError(

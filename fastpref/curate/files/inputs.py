@@ -1,8 +1,9 @@
 """What one input is: its files, the layout that they have, and what is read of every row."""
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,12 +12,21 @@ import numpy as np
 from fastpref.curate.files.containers import check_unique, column_names, first_rows
 from fastpref.curate.files.grouping import group_rows
 from fastpref.curate.files.layouts import LAYOUTS, Resolved, nearest, resolve_layout
-from fastpref.curate.files.rows import PREFERENCE, Fields, column_of_row, is_number, score_fields, top_fields
+from fastpref.curate.files.rows import (
+    PREFERENCE,
+    Fields,
+    column_of_row,
+    decoded_cells,
+    is_number,
+    says_none,
+    score_fields,
+    top_fields,
+)
 from fastpref.curate.files.sources import Source, find_sources
 from fastpref.curate.files.table import RowProblem
 from fastpref.errors import InputError
 
-MOST_BESIDE = 3  # columns of numbers that nobody asked for
+MOST_BESIDE = 3  # columns of numbers that were not asked for
 _NO_SCORE = re.compile("len|token|count|size|words|char|time|seed|turn|_id$|^id$|index|logp|temperature", re.IGNORECASE)
 
 
@@ -45,6 +55,8 @@ class Inputs(NamedTuple):
     scored: bool  # whether the file has scores, or only says which response is preferred
     problems: list[RowProblem]  # of rows that are in no file of `files`
     numbers: np.ndarray | None  # int64 [rows of files], of grouped rows the line or row of the first
+    rows: int | None  # that were read and grouped; None where no rows were
+    counts: dict[str, int]  # of grouped rows: what is not handed on, by reason
 
 
 def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs:
@@ -56,7 +68,6 @@ def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs
     sources = find_sources(names)
     name = sources[0].name if len(sources) == 1 else f"{sources[0].name} and {len(sources) - 1} more"
     heads = [first_rows(source) for source in sources]
-    head = [row for rows in heads for row in rows]
     columns = list(
         dict.fromkeys(column for source, rows in zip(sources, heads, strict=True) for column in _names(source, rows))
     )
@@ -64,39 +75,67 @@ def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs
         resolved = Resolved("pools", dict(LAYOUTS["pools"].roles), ())
     else:
         resolved = resolve_layout(
-            name, columns, request.layout, request.columns, request.keep, _rare(sources, columns, head)
+            name, columns, request.layout, request.columns, request.keep, _rare(sources, columns, heads)
         )
     fields = Fields(
         None, request.source, request.length, resolved.layout, resolved.roles, resolved.carried, request.missing
     )
-    if all(source.container in ("json-lines", "json-array") for source in sources):
-        fields = fields._replace(known=tuple(columns))
+    if any(source.container in ("json-lines", "json-array") for source in sources):
+        fields = fields._replace(known=tuple(columns))  # which all rows of tables keep to
     _check_columns(sources, fields._replace(scores=request.scores))
-    if "strength" not in request.columns and not any(is_number(row.get(fields.roles.get("strength"))) for row in head):
-        fields.roles.pop("strength", None)  # a column of that name which says something else
-    cells = next((source.delimiter for source in sources if source.delimiter is not None), None)
-    scores = _scores(name, columns, head, fields._replace(cells=cells), request.scores)
+    head = [row for source, rows in zip(sources, heads, strict=True) for row in _decoded(source, rows, fields)]
+    if "strength" not in request.columns and _says_no_number(head, fields.roles.get("strength")):
+        del fields.roles["strength"]  # a column of that name which says something else
+    scores = _scores(name, columns, head, fields, request.scores)
     scored = scores != (PREFERENCE,)
-    fields = fields._replace(scores=scores, beside=_beside(head, columns, fields._replace(cells=cells), scores))
+    fields = fields._replace(scores=scores, beside=_beside(head, columns, fields, scores))
     read_as = f"{resolved}{_more_roles(fields, scored)}"
     formats = dict.fromkeys(source.description for source in sources if source.container == "csv")
     read_as = "; ".join([read_as, *formats])
     if fields.shape != "rows":
         files = tuple(sources)
-        return Inputs(name, files, files, fields, resolved.layout, read_as, scored, [], None)
+        return Inputs(name, files, files, fields, resolved.layout, read_as, scored, [], None, None, {})
     grouped = group_rows(name, sources, fields)
     fields = Fields(scores, carried=fields.carried, missing=fields.missing, beside=fields.beside)
     files = (grouped.source,)
     return Inputs(
-        name, tuple(sources), files, fields, resolved.layout, read_as, scored, grouped.problems, grouped.numbers
+        name,
+        tuple(sources),
+        files,
+        fields,
+        resolved.layout,
+        read_as,
+        scored,
+        grouped.problems,
+        grouped.numbers,
+        grouped.rows,
+        grouped.counts,
     )
 
 
-def _rare(sources, columns, head: list[dict]) -> list[str]:
+def _rare(sources, columns, heads: list[list[dict]]) -> list[str]:
     """Columns of JSON that fewer than half of the first rows have."""
     if any(source.container not in ("json-lines", "json-array") for source in sources):
         return []
+    head = [row for rows in heads for row in rows]
     return [name for name in columns if 2 * sum(name in row for row in head) < len(head)]
+
+
+def _decoded(source: Source, head: list[dict], fields: Fields) -> Iterator[dict]:
+    """The first rows as they are read; of CSV without those whose cells cannot be, which are bad rows later."""
+    if source.delimiter is None:
+        yield from head
+        return
+    for row in head:
+        with contextlib.suppress(ValueError):
+            yield decoded_cells(row, fields._replace(cells=source.delimiter))
+
+
+def _says_no_number(head: list[dict], name: str | None) -> bool:
+    """Whether a column says something, and never a number; a word for "none", such as N/A, says nothing."""
+    said = [row.get(name) for row in head if row.get(name) is not None]
+    said = [value for value in said if not (isinstance(value, str) and says_none(value))]
+    return bool(said) and not any(map(is_number, said))
 
 
 def _names(source: Source, head: list[dict]) -> list[str]:

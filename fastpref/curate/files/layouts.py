@@ -305,8 +305,9 @@ def resolve_layout(
     for role, aliases in MEANING.items():
         there = [name for name in names if _plain(name) in aliases and name not in roles.values()]
         if role not in columns and len(there) > 1:
+            meant = {"system": "system prompt", "history": "history"}[role]
             raise InputError(
-                f"{what} has {' and '.join(there)}: say which is the {role} by --columns {role}={there[0]}"
+                f"{what} has {' and '.join(there)}: say which is the {meant} by --columns {role}={there[0]}"
             )
         if column := columns.get(role) or next(iter(there), None):
             roles[role] = column
@@ -336,19 +337,6 @@ def changes_meaning(name: str) -> bool:
 
 def _plain(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.lower())
-
-
-def parse_columns(text: str) -> dict[str, str]:
-    """Returns role -> column from "ROLE=NAME,...". Raises ValueError for another text."""
-    found = {}
-    for part in text.split(","):
-        role, equals, name = part.partition("=")
-        if not (role and equals and name):
-            raise ValueError(f"must be ROLE=NAME,..., got {part!r} in {text!r}")
-        if role in found:
-            raise ValueError(f"must name a role once, got {role} twice in {text!r}")
-        found[role] = name
-    return found
 
 
 def roles_of(layout: Layout) -> list[str]:
