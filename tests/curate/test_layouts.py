@@ -349,7 +349,9 @@ def test_scores_that_are_not_there(tmp_path):
 def test_a_system_prompt_by_any_name(tmp_path, name):
     row = {"prompt": "user", "chosen": "x", "rejected": "y", name: "system"}
     assert next(texts(read_samples(write_lines(tmp_path / "s.jsonl", [row]))))[0] == [SYSTEM, USER]
-    with pytest.raises(InputError, match=f"has system_prompt and {name}: say which is the system by --columns system="):
+    with pytest.raises(
+        InputError, match=f"has system_prompt and {name}: say which is the system prompt by --columns system="
+    ):
         read_samples(write_lines(tmp_path / "s.jsonl", [{"system_prompt": "t"} | row]))
 
 

@@ -113,15 +113,15 @@ class _LeftOut(NamedTuple):
     other_values: Counter[str]  # by column
 
 
-_Pools: TypeAlias = Iterator[tuple[int, int, bytes]]  # order and number of the first row, and the pool, in order
+_Run: TypeAlias = Iterator[tuple[int, int, bytes]]  # order and number of the first row, and the pool, in order
 
 
-def _merged_pools(paths: list[str], fields: Fields, left_out: _LeftOut, split: int = 1) -> _Pools:
+def _merged_pools(paths: list[str], fields: Fields, left_out: _LeftOut, split: int = 1) -> _Run:
     """The pools of some partitions, each of which is let go before the next one is read."""
     return heapq.merge(*(_spilled(_pools(path, fields, left_out, split), f"{path}.pools") for path in paths))
 
 
-def _pools(path: str, fields: Fields, left_out: _LeftOut, split: int = 1) -> _Pools:
+def _pools(path: str, fields: Fields, left_out: _LeftOut, split: int = 1) -> _Run:
     """The pools of a partition, which is split once more where it came out too large for memory."""
     count = min(MOST_PARTITIONS, os.path.getsize(path) // PARTITION + 1)
     if count <= 2 or split > MOST_SPLITS:  # sizes scatter about the one that was aimed at
@@ -152,7 +152,7 @@ def _values_in(value) -> Iterator:
         yield from _values_in(item)
 
 
-def _pools_in_memory(path: str, fields: Fields, left_out: _LeftOut) -> _Pools:
+def _pools_in_memory(path: str, fields: Fields, left_out: _LeftOut) -> _Run:
     pools: dict[str, list] = {}
     with open(path, "rb") as file:
         for line in file:
@@ -185,7 +185,7 @@ def _pool(fields: Fields, text, further, responses, scores, beside) -> dict:
     return pool
 
 
-def _spilled(run: _Pools, path: str) -> _Pools:
+def _spilled(run: _Run, path: str) -> _Run:
     """The same from a file, so that a partition's rows are let go before the next one's are read."""
     with open(path, "wb") as file:
         for order, number, pool in run:
