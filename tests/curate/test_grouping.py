@@ -171,3 +171,13 @@ def test_partitions_of_parquet_go_by_what_it_unpacks_to(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", compression="zstd")
     (source,) = find_sources(tmp_path / "rows.parquet")
     assert os.path.getsize(source.path) < 1e6 < grouping._unpacked_size(source) < 4e6
+
+
+def test_names_of_columns_that_are_no_unicode(tmp_path):
+    row = {"prompt": "p", "response": "x", "score": 1}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{json.dumps(row)[:-1]}, "\\ud800quality": 3}}\n')
+    assert list(texts(read_samples(path))) == [("p", ["x"])]
+    path.write_text(f'{json.dumps(row)[:-1]}, "image\\ud800": "x.png"}}\n')
+    with pytest.raises(reading.InputError, match="holds a lone surrogate"):
+        read_samples(path)

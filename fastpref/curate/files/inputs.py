@@ -18,6 +18,7 @@ from fastpref.curate.files.rows import (
     column_of_row,
     decoded_cells,
     is_number,
+    is_unicode,
     says_none,
     score_fields,
     top_fields,
@@ -77,6 +78,8 @@ def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs
         resolved = resolve_layout(
             name, columns, request.layout, request.columns, request.keep, _rare(sources, columns, heads)
         )
+    if wrong := [column for column in resolved.carried if not is_unicode(column)]:
+        raise InputError(f"{name}: the column {wrong[0]!r} holds a lone surrogate, which is not Unicode text")
     fields = Fields(
         None, request.source, request.length, resolved.layout, resolved.roles, resolved.carried, request.missing
     )
@@ -192,6 +195,7 @@ def _beside(head, columns, fields: Fields, scores) -> tuple[str, ...]:
             name
             for name in columns
             if not _NO_SCORE.search(name)
+            and is_unicode(name)
             and all(isinstance(row.get(name), list) == (fields.shape == "pool") for row in head if name in row)
             and any(_holds_numbers(row.get(name)) for row in head)
         ]

@@ -752,13 +752,13 @@ def without_bad_unicode(row: Row, fields: Fields) -> Row:
     Raises:
         ValueError: It is the prompt, or no response is left.
     """
-    if not _is_unicode(row.prompt):
+    if not is_unicode(row.prompt):
         raise ValueError("prompt holds a lone surrogate, which is not Unicode text")
-    if wrong := [name for name, value in row.carried.items() if not _is_unicode([value])]:
+    if wrong := [name for name, value in row.carried.items() if not is_unicode([value])]:
         raise ValueError(f"{wrong[0]} holds a lone surrogate, which is not Unicode text")
     bad = {}
     for index, text in enumerate(row.responses):
-        if not _is_unicode(text):
+        if not is_unicode(text):
             bad[index] = f"responses[{index}] holds a lone surrogate, which is not Unicode text"
     if not bad:
         return row
@@ -768,7 +768,8 @@ def without_bad_unicode(row: Row, fields: Fields) -> Row:
     return _without_bad_responses(row._replace(responses=responses, bad=bad), fields)
 
 
-def _is_unicode(text: Text) -> bool:
+def is_unicode(text: Text) -> bool:
+    """Returns whether a text can be written, for it holds no lone surrogate."""
     if type(text) is str:
         if text.isascii():
             return True
