@@ -8,10 +8,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.files.containers import check_unique, column_names, first_rows
+from fastpref.curate.files.containers import check_marks, check_unique, column_names, first_rows
 from fastpref.curate.files.grouping import group_rows
-from fastpref.curate.files.layouts import LAYOUTS, Resolved, nearest, resolve_layout
-from fastpref.curate.files.rows import PREFERENCE, Fields, column_of_row, is_number, score_fields, top_fields
+from fastpref.curate.files.layouts import LAYOUTS, Resolved, is_unclear, nearest, resolve_layout
+from fastpref.curate.files.rows import (
+    PREFERENCE,
+    Fields,
+    column_of_row,
+    is_number,
+    number_columns,
+    score_fields,
+    sides_hold_prompt,
+    top_fields,
+)
 from fastpref.curate.files.sources import Source, find_sources
 from fastpref.curate.files.table import RowProblem
 from fastpref.errors import InputError
@@ -72,12 +81,19 @@ def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs
     if all(source.container in ("json-lines", "json-array") for source in sources):
         fields = fields._replace(known=tuple(columns))
     _check_columns(sources, fields._replace(scores=request.scores))
-    if "strength" not in request.columns and not any(is_number(row.get(fields.roles.get("strength"))) for row in head):
-        fields.roles.pop("strength", None)  # a column of that name which says something else
+    _check_unclear(name, fields, request, head)
+    for role, is_such in (("strength", is_number), ("source", lambda value: isinstance(value, str))):
+        values = [row.get(fields.roles.get(role)) for row in head]
+        if role not in request.columns and any(v is not None for v in values) and not any(map(is_such, values)):
+            fields.roles.pop(role, None)  # a column of that name which says something else
+    if 2 * sum(sides_hold_prompt(row, fields) for row in head) > len(head):
+        fields = fields._replace(prompt_in_sides=True)
     cells = next((source.delimiter for source in sources if source.delimiter is not None), None)
     scores = _scores(name, columns, head, fields._replace(cells=cells), request.scores)
     scored = scores != (PREFERENCE,)
     fields = fields._replace(scores=scores, beside=_beside(head, columns, fields._replace(cells=cells), scores))
+    for source in sources:
+        check_marks(source, number_columns(fields, columns))
     read_as = f"{resolved}{_more_roles(fields, scored)}"
     formats = dict.fromkeys(source.description for source in sources if source.container == "csv")
     read_as = "; ".join([read_as, *formats])
@@ -117,6 +133,18 @@ def _check_columns(sources: list[Source], fields: Fields) -> None:
                     f"{source.name} has no column {', '.join(missing)} for {fields.layout}, as {sources[0].name}; "
                     f"found {', '.join(names)}"
                 )
+
+
+def _check_unclear(name, fields: Fields, request: Request, head: list[dict]) -> None:
+    """Raises InputError where a column may belong to the prompt, and the caller does not say whether it does."""
+    for column in fields.carried:
+        there = any(isinstance(row.get(column), str | list | dict) and row[column] for row in head)
+        if there and is_unclear(column) and column not in {*request.keep, *request.columns.values()}:
+            role, place = ("input", "behind") if "prompt" in fields.roles else ("prompt", "as")
+            raise InputError(
+                f"{name}: {column} may be what the prompt is about: --columns {role}={column} reads it {place} the "
+                f"prompt, --keep {column} writes it beside the prompt"
+            )
 
 
 def _scores(name, columns, head, fields: Fields, asked) -> tuple[str, ...] | None:
@@ -171,4 +199,5 @@ def _more_roles(fields: Fields, scored: bool) -> str:
         [f"scores={'+'.join(fields.scores)}"] if scored and fields.scores else ["no scores"] if fields.scores else []
     )
     parts += [f"carried={'+'.join(fields.carried)}"] if fields.carried else []
+    parts += ["the prompt cut from both sides, which begin with it"] if fields.prompt_in_sides else []
     return "".join(f", {part}" for part in parts)
