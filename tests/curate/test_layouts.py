@@ -505,7 +505,9 @@ def test_a_passage_beside_a_prompt_is_asked_for(tmp_path, name):
     row = {"prompt": "p", "response": "x", "score": 1}
     rows = [row | {name: "one"}, row | {name: "other"}, row | {name: "one", "response": "y"}]
     path = write_lines(tmp_path / "s.jsonl", rows)
-    with pytest.raises(InputError, match=rf"--columns input={name} reads it behind the prompt, --keep {name} writes it"):
+    with pytest.raises(
+        InputError, match=rf"--columns input={name} reads it behind the prompt, --keep {name} writes it"
+    ):
         read_samples(path)
     samples = read_samples(path, keep=[name])
     assert samples.fields.carried == (name,)

@@ -615,7 +615,7 @@ def test_outputs_never_overwrite(samples):
         run(config_of(samples, output=str(samples)))
     with pytest.raises(InputError, match="would overwrite another output"):
         run(config_of(samples, write={"sft": str(samples.with_name("pairs.jsonl"))}))
-    with pytest.raises(InputError, match="pairs.jsonl.meta.json would overwrite another output"):
+    with pytest.raises(InputError, match=r"pairs\.jsonl\.meta\.json would overwrite another output"):
         run(config_of(samples, write={"bad_rows": str(samples.with_name("pairs.jsonl.meta.json"))}))
     assert len(read_lines(samples)) == PROMPTS
 

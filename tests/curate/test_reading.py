@@ -237,11 +237,11 @@ def spelled(value, repeated: list, share: float) -> str:
         if pairs and random.random() < share:
             pairs.insert(random.randint(0, len(pairs)), random.choice(pairs))
             repeated.append(pairs)
-        return "{%s}" % ", ".join(f"{spelled(k, [], 0)}{blank}:{spelled(v, repeated, share)}" for k, v in pairs)
+        return "{{{}}}".format(", ".join(f"{spelled(k, [], 0)}{blank}:{spelled(v, repeated, share)}" for k, v in pairs))
     if isinstance(value, list):
-        return "[%s]" % ", ".join(spelled(item, repeated, share) for item in value)
+        return "[{}]".format(", ".join(spelled(item, repeated, share) for item in value))
     if isinstance(value, str) and random.random() < 0.3:
-        return '"%s"' % "".join(f"\\u{ord(character):04x}" for character in value)
+        return '"{}"'.format("".join(f"\\u{ord(character):04x}" for character in value))
     return json.dumps(value, ensure_ascii=random.random() < 0.5)
 
 
@@ -252,7 +252,7 @@ def test_a_key_that_stands_twice_in_any_object_makes_a_bad_row(tmp_path, kind):
     found = [[] for _ in rows]
     lines = [spelled(row, repeated, 0.1) for row, repeated in zip(rows, found, strict=True)]
     assert 0 < sum(map(bool, found)) < len(rows)
-    text = "\n".join(lines) if kind == "lines" else "[%s]" % ",\n".join(lines)
+    text = "\n".join(lines) if kind == "lines" else "[{}]".format(",\n".join(lines))
     (tmp_path / "s.json").write_text(text, encoding="utf-8")
     (source,) = find_sources(tmp_path / "s.json")
     read = list(json_rows(source))

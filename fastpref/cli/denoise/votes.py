@@ -57,16 +57,16 @@ def read_comparisons(table: Table, choice: Choice, what: str, found: list[str], 
     names, (i, j) = index_names(*items)
     if (row := first_row(i == j)) is not None:
         raise InputError(f"{table.place(row)}: compares an item with itself: {names[int(i[row])]}")
-    warnings, notes, ties, back = [], [], 0.0, None
+    warnings, notes, tied, back = [], [], np.zeros(len(i)), None
     if layout in ("winners", "battles"):
         share = _shares(table, layout, columns)
         count = _counts(table, columns["count"]) if "count" in columns else np.ones(len(i))
-        value, back, ties = count * share, count * (1 - share), float(np.nansum(count[share == 0.5]))
+        value, back, tied = count * share, count * (1 - share), np.where(share == 0.5, count, 0)
     elif layout == "votes":
         value, back = (_counts(table, columns[role]) for role in ("wins_i", "wins_j"))
         if "ties" in columns:
             tied = _counts(table, columns["ties"])
-            value, back, ties = value + tied / 2, back + tied / 2, float(np.nansum(tied))
+            value, back = value + tied / 2, back + tied / 2
     else:
         value, too_large = measures_of(table, columns["value"])
         if too_large:
@@ -75,7 +75,8 @@ def read_comparisons(table: Table, choice: Choice, what: str, found: list[str], 
     huge = 0
     if back is not None:
         missing = np.isnan(value + back)
-        value, back, huge = np.where(missing, 0, value), np.where(missing, 0, back), int(missing.sum())
+        value, back, tied = (np.where(missing, 0, votes) for votes in (value, back, tied))
+        huge = int(missing.sum())
         if huge:
             warnings.append(f"{huge} of {len(i)} rows have a count of 1e30 or more, which is missing, and are not used")
     unused = int((np.isnan(value) if back is None else value + back == 0).sum())
@@ -98,6 +99,7 @@ def read_comparisons(table: Table, choice: Choice, what: str, found: list[str], 
     if "judge" in columns:
         judges, (judge,) = index_names(names_of(table, columns["judge"]))
     ordered = layout in ("battles", "votes")
+    ties = float(tied.sum())
     return Comparisons(i, j, value, back, prompt, names, prompts, judge, judges, ordered, unused, ties, warnings, notes)
 
 

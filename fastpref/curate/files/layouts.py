@@ -447,7 +447,12 @@ def _no_layout(what, names, tried, columns) -> str:
     layout = min(usable, key=distance)
     lacks = lacking(layout)
     # where nothing is called alike, the only column without a use may be meant
-    taken = {*_required(layout, columns).values(), *layout.scores, *FURTHER, *itertools.chain(*layout.optional.values())}
+    taken = {
+        *_required(layout, columns).values(),
+        *layout.scores,
+        *FURTHER,
+        *itertools.chain(*layout.optional.values()),
+    }
     unused = [name for name in names if name not in taken]
     other = unused if len(unused) == 1 else ["NAME"]
     flags = ",".join(f"{role}={(nearest(name, unused) or other)[0]}" for role, name in lacks)
