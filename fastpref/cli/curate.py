@@ -308,7 +308,10 @@ def _comma_separated(text) -> list[str]:
 
 
 def _numbers(text) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers, separated by commas, got {text!r}") from None
 
 
 def _number_or_text(text) -> float | str:

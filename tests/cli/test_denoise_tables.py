@@ -136,6 +136,12 @@ def test_thousands_are_not_taken_for_decimals(tmp_path, run, delimiter):
     assert code == 2 and "in.csv:3: wins_i m" in err and "got '6,000'" in err
 
 
+def test_a_dot_beside_decimal_commas_is_not_taken_for_a_decimal_one(tmp_path, run):
+    (tmp_path / "in.csv").write_text("i;j;wins_i;wins_j\na;b;6.000;2,5\nb;c;5;3\n")
+    code, _, err, _ = run("in.csv")
+    assert code == 2 and "in.csv:2: wins_i may be 6.000 or 6000, got '6.000'" in err
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
 def test_encodings_by_their_marks(tmp_path, run, encoding):
     text = ("\ufeff" if encoding.endswith("le") else "") + "winner,loser\r\nÅsa,Øyvind\r\nØyvind,Åsa\r\n"
@@ -545,6 +551,19 @@ def test_numbers_that_stand_for_missing_ones(tmp_path, run):
     assert code == 0 and "3 values of a size of 1e30 or more are taken as missing" in err
     for row in out:
         assert float(row["value"]) == pytest.approx((int(row["row"]) + 1) * (int(row["column"]) + 1), rel=1e-4)
+
+
+def test_counts_that_stand_for_missing_ones(tmp_path, run):
+    (tmp_path / "in.csv").write_text("i,j,wins_i,wins_j,ties\na,b,30,10,0\nb,c,1e30,2,3\nb,c,5,5,0\na,c,0,0,0\n")
+    code, summary, err, out = run("in.csv")
+    found = scores_of(out)
+    assert code == 0 and (summary["comparisons"], summary["unused"], summary["ties"]) == (2, 2, 0)
+    assert "1 of 4 rows have a count of 1e30 or more, which is missing" in err and "1 of 4 rows have no vote" in err
+    assert found["a"] - found["b"] == pytest.approx(np.log(3), abs=0.02)
+    assert found["b"] == pytest.approx(found["c"], abs=0.02)
+    (tmp_path / "in.csv").write_text("winner,loser,count\na,b,3.4e38\na,b,3\nb,a,3\n")
+    code, summary, err, out = run("in.csv")
+    assert summary["unused"] == 1 and scores_of(out) == pytest.approx({"a": 0, "b": 0}, abs=1e-6)
 
 
 # ---- what is printed and written

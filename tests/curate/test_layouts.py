@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -236,6 +237,7 @@ def test_what_is_said_of_how_it_is_read(tmp_path):
             {},
             "nearest is ab, which lacks label: name it with .*label=preference",
         ),
+        ("history response score", {}, "nearest is responses, which lacks prompt: name it with .*prompt=history"),
         ("prompt responses", {"keep": ("respones",)}, "no column 'respones', .*; nearest is 'responses'"),
     ],
 )
@@ -548,3 +550,81 @@ def test_numbers_of_csv_are_known_before_they_are_asked_for(tmp_path):
     assert samples.scores["good"].tolist() == [1.5, 2.5] and samples.beside["nice"].tolist() == [2, 3]
     (tmp_path / "s.csv").write_text("prompt;chosen;rejected;margin\np;x;y;0,5\n")
     assert read_samples(tmp_path / "s.csv").strength.tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "read"),
+    [
+        ("6.000", "2,5", "s.csv:3: score_chosen may be 6.000 or 6000, got '6.000'"),
+        ("6,000", "2.5", "s.csv:3: score_chosen may be 6.000 or 6000, got '6,000'"),
+        ("2", "-1,250", "s.csv:3: score_rejected may be -1.250 or -1250, got '-1,250'"),
+        ("6,000", "2,5", [6, 2.5]),
+        ("6.000", "2.5", [6, 2.5]),
+        ("0.500", "2,5", [0.5, 2.5]),
+    ],
+)
+def test_a_mark_of_thousands_is_not_taken_for_a_decimal_one(tmp_path, chosen, rejected, read):
+    row = f"7.000 or 2,5;7.000;7,25;{chosen};{rejected}"  # texts may be numbers
+    (tmp_path / "s.csv").write_text(f"prompt;chosen;rejected;score_chosen;score_rejected\np;x;y;1;1\n{row}\n")
+    if isinstance(read, list):
+        assert read_samples(tmp_path / "s.csv").scores["score"][2:].tolist() == read
+    else:
+        with pytest.raises(InputError, match=re.escape(read)):
+            read_samples(tmp_path / "s.csv")
+
+
+@pytest.mark.parametrize("separator", [", ", "\n "])  # of a list, and of an array of NumPy
+def test_messages_as_python_prints_them_are_no_text(tmp_path, separator):
+    said = f"[{separator.join(map(repr, [USER, *reply('x')]))}]"
+    with open(tmp_path / "s.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "chosen", "rejected"], ["p", said, "y"], ["p", "[{'x': 1}]", "y"]])
+    samples = read_samples(tmp_path / "s.csv")
+    assert list(texts(samples)) == [("p", ["[{'x': 1}]", "y"])]
+    assert [problem.reason for problem in samples.problems] == [
+        "chosen holds messages as Python prints them: write them as JSON, by json.dumps"
+    ]
+
+
+@pytest.mark.parametrize("prompt", ["\n\nHuman: hi\n\nAssistant:", "Why?"])
+def test_a_prompt_that_both_sides_repeat_is_cut(tmp_path, prompt):
+    whole = {"prompt": prompt, "chosen": f"{prompt} yes", "rejected": f"{prompt} no"}
+    plain = {"prompt": prompt, "chosen": " yes", "rejected": " no"}
+    word = {"prompt": "H", "chosen": "Hi", "rejected": "Hm"}
+    cut = "the prompt cut from both sides, which begin with it"
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", [whole, plain, whole, word, whole]))
+    expected = [(prompt, [" yes", " no"])] * 3 + [("H", ["Hi", "Hm"]), (prompt, [" yes", " no"])]
+    assert list(texts(samples)) == expected and samples.read_as.endswith(cut)
+    # a few replies may begin as their prompt does, but for a turn of the assistant
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", [plain, plain, whole]))
+    assert cut not in samples.read_as and samples.row.tolist() == ([1, 2] if "Assistant" in prompt else [1, 2, 3])
+    reasons = [problem.reason for problem in samples.problems]
+    assert reasons == ["both sides begin with the prompt, up to the assistant's turn, which most rows do not"] * (
+        "Assistant" in prompt
+    )
+    ab = {"prompt": prompt, "response_a": f"{prompt} no", "response_b": f"{prompt} yes", "label": "b"}
+    assert list(texts(read_samples(write_lines(tmp_path / "s.jsonl", [ab])))) == expected[:1]
+
+
+@pytest.mark.parametrize("name", ["context", "Passage", "background"])
+def test_a_passage_beside_a_prompt_is_asked_for(tmp_path, name):
+    row = {"prompt": "p", "response": "x", "score": 1}
+    rows = [row | {name: "one"}, row | {name: "other"}, row | {name: "one", "response": "y"}]
+    path = write_lines(tmp_path / "s.jsonl", rows)
+    with pytest.raises(
+        InputError, match=rf"--columns input={name} reads it behind the prompt, --keep {name} writes it"
+    ):
+        read_samples(path)
+    samples = read_samples(path, keep=[name])
+    assert samples.fields.carried == (name,)
+    assert list(texts(samples)) == [("p", ["x", "y"]), ("p", ["x"])]  # prompts about two passages are two
+    samples = read_samples(path, columns={"input": name})
+    assert list(texts(samples)) == [("p\none", ["x", "y"]), ("p\nother", ["x"])]
+    assert read_samples(write_lines(tmp_path / "s.jsonl", [row | {name: None}])).prompts == 1
+
+
+def test_a_model_that_is_no_text_is_no_source(tmp_path):
+    rows = [{"prompt": "p", "response": f"{k}", "score": k, "model": {"name": "m"}} for k in range(2)]
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", rows))
+    assert samples.problems == [] and samples.sources is None and "source" not in samples.read_as
+    rows = [row | {"model": "m"} for row in rows]
+    assert read_samples(write_lines(tmp_path / "s.jsonl", rows)).source_names == ["m"]

@@ -625,6 +625,8 @@ def test_outputs_never_overwrite(samples):
     ):
         with pytest.raises(InputError, match="would overwrite an input"):
             run(config_of(samples, **tables))
+    with pytest.raises(InputError, match=r"pairs\.jsonl\.meta\.json would overwrite another output"):
+        run(config_of(samples, write={"bad_rows": str(samples.with_name("pairs.jsonl.meta.json"))}))
     assert len(read_lines(samples)) == len(read_lines(other)) == PROMPTS
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from fastpref._whole_file import format_of
 from fastpref.cli.denoise import files
-from fastpref.cli.denoise.layouts import Choice, choose_layout, late_columns
+from fastpref.cli.denoise.layouts import NUMBER_ROLES, Choice, choose_layout, late_columns
 from fastpref.cli.denoise.options import COMPARISON_OPTIONS, MATRIX_OPTIONS, DenoiseOptions, check_ending
 from fastpref.errors import InputError
 
@@ -110,7 +110,7 @@ def _check_rank_free(matrix: np.ndarray, options: DenoiseOptions) -> None:
 
 def _table_input(options: DenoiseOptions, outputs) -> Input:
     from fastpref.cli.denoise import tables  # needs pyarrow
-    from fastpref.curate.files.containers import check_unique, column_names, read_table
+    from fastpref.curate.files.containers import check_marks, check_unique, column_names, read_table
     from fastpref.curate.files.sources import find_sources
 
     options.refuse(("array",), "a table")
@@ -133,6 +133,8 @@ def _table_input(options: DenoiseOptions, outputs) -> Input:
             check_ending("--flagged", options.flagged, tables.FORMATS)
         if choice.layout == "logits" and options.robust is False:
             raise InputError("--no-robust is for votes: it is maximum likelihood, which logits do not have")
+    for source in sources:
+        check_marks(source, [name for role, name in choice.columns.items() if role in NUMBER_ROLES])
     table = read_table(sources, list(choice.columns.values()), late_columns(choice, found, options.columns))
     read_as = f"read as {choice}"
     if (description := sources[0].description) not in ("CSV with ','", "JSON Lines", "Parquet"):

@@ -46,6 +46,7 @@ LAYOUTS = {
     "logits": Layout(("i", "j", "value"), ("prompt",), (_same("i", "j", "value"),)),
 }
 ROLES = sorted({role for layout in LAYOUTS.values() for role in (*layout.roles, *layout.optional)})
+NUMBER_ROLES = ("wins_i", "wins_j", "ties", "count", "value")
 
 
 class Choice(NamedTuple):

@@ -3,15 +3,15 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.files.containers import check_unique, column_names, first_rows
+from fastpref.curate.files.containers import check_marks, check_unique, column_names, first_rows
 from fastpref.curate.files.grouping import group_rows
-from fastpref.curate.files.layouts import LAYOUTS, Resolved, nearest, resolve_layout
+from fastpref.curate.files.layouts import LAYOUTS, Resolved, is_unclear, nearest, resolve_layout
 from fastpref.curate.files.rows import (
     PREFERENCE,
     Fields,
@@ -19,8 +19,10 @@ from fastpref.curate.files.rows import (
     decoded_cells,
     is_number,
     is_unicode,
+    number_columns,
     says_none,
     score_fields,
+    sides_hold_prompt,
     top_fields,
 )
 from fastpref.curate.files.sources import Source, find_sources
@@ -87,11 +89,17 @@ def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs
         fields = fields._replace(known=tuple(columns))  # which all rows of tables keep to
     _check_columns(sources, fields._replace(scores=request.scores))
     head = [row for source, rows in zip(sources, heads, strict=True) for row in _decoded(source, rows, fields)]
-    if "strength" not in request.columns and _says_no_number(head, fields.roles.get("strength")):
-        del fields.roles["strength"]  # a column of that name which says something else
+    _check_unclear(name, fields, request, head)
+    for role, is_such in (("strength", is_number), ("source", lambda value: isinstance(value, str))):
+        if role not in request.columns and _says_otherwise(head, fields.roles.get(role), is_such):
+            del fields.roles[role]  # a column of that name which says something else
+    if 2 * sum(sides_hold_prompt(row, fields) for row in head) > len(head):
+        fields = fields._replace(prompt_in_sides=True)
     scores = _scores(name, columns, head, fields, request.scores)
     scored = scores != (PREFERENCE,)
     fields = fields._replace(scores=scores, beside=_beside(head, columns, fields, scores))
+    for source in sources:
+        check_marks(source, number_columns(fields, columns))
     read_as = f"{resolved}{_more_roles(fields, scored)}"
     formats = dict.fromkeys(source.description for source in sources if source.container == "csv")
     read_as = "; ".join([read_as, *formats])
@@ -134,11 +142,11 @@ def _decoded(source: Source, head: list[dict], fields: Fields) -> Iterator[dict]
             yield decoded_cells(row, fields._replace(cells=source.delimiter))
 
 
-def _says_no_number(head: list[dict], name: str | None) -> bool:
-    """Whether a column says something, and never a number; a word for "none", such as N/A, says nothing."""
+def _says_otherwise(head: list[dict], name: str | None, is_such: Callable) -> bool:
+    """Whether a column says something, and never what is such; a word for "none", such as N/A, says nothing."""
     said = [row.get(name) for row in head if row.get(name) is not None]
     said = [value for value in said if not (isinstance(value, str) and says_none(value))]
-    return bool(said) and not any(map(is_number, said))
+    return bool(said) and not any(map(is_such, said))
 
 
 def _names(source: Source, head: list[dict]) -> list[str]:
@@ -159,6 +167,18 @@ def _check_columns(sources: list[Source], fields: Fields) -> None:
                     f"{source.name} has no column {', '.join(missing)} for {fields.layout}, as {sources[0].name}; "
                     f"found {', '.join(names)}"
                 )
+
+
+def _check_unclear(name, fields: Fields, request: Request, head: list[dict]) -> None:
+    """Raises InputError where a column may belong to the prompt, and the caller does not say whether it does."""
+    for column in fields.carried:
+        there = any(isinstance(row.get(column), str | list | dict) and row[column] for row in head)
+        if there and is_unclear(column) and column not in {*request.keep, *request.columns.values()}:
+            role, place = ("input", "behind") if "prompt" in fields.roles else ("prompt", "as")
+            raise InputError(
+                f"{name}: {column} may be what the prompt is about: --columns {role}={column} reads it {place} the "
+                f"prompt, --keep {column} writes it beside the prompt"
+            )
 
 
 def _scores(name, columns, head, fields: Fields, asked) -> tuple[str, ...] | None:
@@ -214,4 +234,5 @@ def _more_roles(fields: Fields, scored: bool) -> str:
         [f"scores={'+'.join(fields.scores)}"] if scored and fields.scores else ["no scores"] if fields.scores else []
     )
     parts += [f"carried={'+'.join(fields.carried)}"] if fields.carried else []
+    parts += ["the prompt cut from both sides, which begin with it"] if fields.prompt_in_sides else []
     return "".join(f", {part}" for part in parts)

@@ -19,7 +19,7 @@ from fastpref.curate.files.containers import (
     arrow_names,
     check_unique,
     json_value,
-    lines_with_repeats,
+    key_counts,
     open_parquet,
     python_rows,
     record_as_row,
@@ -125,12 +125,10 @@ def part_rows(source: Source, part: FilePart, fields: Fields | None, only=None) 
             lines = file.read(part.end - part.begin)
     errors = part.errors or {}
     if only is None:
-        position, repeated = part.begin, set() if fields is None else lines_with_repeats(lines, _top_keys(fields))
-        for number, line in enumerate(io.BytesIO(lines)):
+        position, split = part.begin, io.BytesIO(lines).readlines()
+        for line, count in zip(split, key_counts(lines, split), strict=True):
             value = ValueError(errors[position]) if position in errors else json_value(line, position == 0)
-            if number in repeated and isinstance(value, dict):
-                value = without_repeats(line, value)
-            yield position, value
+            yield position, without_repeats(line, value, count)
             position += len(line)
         return
     file = io.BytesIO(lines)
@@ -155,10 +153,6 @@ def valid_row(row, fields: Fields) -> Row:
     if isinstance(row, ValueError):
         raise row
     return parse_row(row, fields)
-
-
-def _top_keys(fields: Fields) -> list[str]:
-    return list(dict.fromkeys([*fields.roles.values(), *(fields.scores or ())]))
 
 
 def _wanted(source: Source, fields: Fields | None) -> list[str] | None:

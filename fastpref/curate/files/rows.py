@@ -49,6 +49,7 @@ class Fields(NamedTuple):
     beside: tuple[str, ...] = ()  # scores that were not asked for; a row need not have them
     known: tuple[str, ...] = ()  # all columns of the first rows of JSON; none: every row has the same
     cells: str | None = None  # the delimiter of CSV, where numbers and lists are text
+    prompt_in_sides: bool = False  # strings of both sides that begin with the prompt go on from it, and are cut
 
     @property
     def shape(self) -> str:
@@ -280,7 +281,7 @@ def _pair(row, fields: Fields) -> _Shape:
     if name is None or name not in row:
         prompt, *sides = _implicit_prompt(*sides)
     else:
-        prompt, *sides = _explicit_prompt(_with_input(row, fields), *sides)
+        prompt, *sides = _explicit_prompt(fields, _with_input(row, fields), *sides)
     return _published(row, fields, prompt, sides)
 
 
@@ -340,8 +341,16 @@ def _with_input(row, fields: Fields):
     return f"{prompt}\n{further}" if prompt else further
 
 
-def _explicit_prompt(prompt, chosen, rejected) -> tuple:
-    """The prompt and the sides without it: beside a prompt, sides may be whole conversations that hold it."""
+def _explicit_prompt(fields: Fields, prompt, chosen, rejected) -> tuple:
+    """The prompt and the sides without it: beside a prompt, sides may be whole conversations that hold it.
+
+    Strings are cut where most rows of the file say that their sides begin so, for a reply may begin as its prompt does.
+    """
+    if _begin_with(prompt, chosen, rejected):
+        if fields.prompt_in_sides:
+            return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+        if any(not prompt[turn.end() :].strip() for turn in _TURN_MARKS.finditer(prompt)):
+            raise ValueError("both sides begin with the prompt, up to the assistant's turn, which most rows do not")
     lists = [isinstance(side, list) for side in (chosen, rejected)]
     if prompt is None or not all(lists) or not (chosen and rejected):
         return prompt, chosen, rejected
@@ -360,6 +369,24 @@ def _explicit_prompt(prompt, chosen, rejected) -> tuple:
         if turns[end - len(asked) : end] == asked:
             return chosen[:end], chosen[end:], rejected[end:]
     raise ValueError("prompt is not what chosen and rejected begin with")
+
+
+def _begin_with(prompt, *sides) -> bool:
+    """Whether all are strings, and the sides begin with the prompt, not within a word."""
+    if not all(isinstance(text, str) and text for text in (prompt, *sides)):
+        return False
+    end = len(prompt)
+    return all(side.startswith(prompt) and not (side[end:] and side[end - 1 : end + 1].isalnum()) for side in sides)
+
+
+def sides_hold_prompt(row: dict, fields: Fields) -> bool:
+    """Returns whether both sides of a row of pairs are strings that begin with its prompt."""
+    roles = SIDES if fields.shape == "pair" else ("response_a", "response_b")
+    sides = [row.get(fields.roles.get(role)) for role in roles]
+    try:
+        return _begin_with(_with_input(row, fields), *sides)
+    except (KeyError, ValueError):
+        return False
 
 
 def _turn(message) -> tuple:
@@ -461,7 +488,7 @@ def _preferred(row, fields: Fields, first: bool, strength) -> _Shape:
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
             prompt, *sides = _from_turns(prompt, *sides)
         else:
-            prompt, *sides = _explicit_prompt(prompt, *sides)
+            prompt, *sides = _explicit_prompt(fields, prompt, *sides)
     order = (0, 1) if first else (1, 0)
 
     def column(name):
@@ -895,17 +922,18 @@ def _of_type(name, values, expected, *types):
 def decoded_cells(row: dict, fields: Fields) -> dict:
     """Returns a row of CSV with numbers and lists as such where the layout has them; texts stay, but for messages."""
     texts = {fields.roles[role] for role in _TEXT_ROLES if role in fields.roles}
-    kept = {*fields.carried, *(fields.roles[role] for role in _NAME_ROLES if role in fields.roles)}
-    named = _source_columns(fields.source, fields.shape)
+    kept = _kept_cells(fields)
     found = dict(row)
     for name, value in row.items():
-        if not isinstance(value, str) or name in kept or (name in named and name not in texts):
+        if not isinstance(value, str) or name in kept:
             continue
         if name in texts:
             if value.startswith("[{") and value.endswith("}]"):
                 found[name] = _decoded_messages(value)
             elif fields.layout == "sharegpt" and value.startswith("{"):
                 found[name] = _decoded_json(value)
+            if found[name] is value and _PYTHON_MESSAGES.match(value):
+                raise ValueError(f"{name} holds messages as Python prints them: write them as JSON, by json.dumps")
         elif value[:1] in "[{" and value[:1]:
             found[name] = _decoded_json(value)
         else:
@@ -915,6 +943,11 @@ def decoded_cells(row: dict, fields: Fields) -> dict:
         if len(sides) == 3 and all(isinstance(side, list) for side in sides.values()):  # an entry per turn
             found |= sides
     return found
+
+
+def _kept_cells(fields: Fields) -> set[str]:
+    named = _source_columns(fields.source, fields.shape)
+    return {*fields.carried, *named, *(fields.roles[role] for role in _NAME_ROLES if role in fields.roles)}
 
 
 @functools.cache
@@ -928,6 +961,14 @@ def _source_columns(source: str | None, shape: str) -> frozenset[str]:
     return frozenset(key for name in names for keys in (*_pair_keys(name), *_ab_keys(name)) for key in keys)
 
 
+def number_columns(fields: Fields, names) -> list[str]:
+    """Returns which columns of CSV `parse_row` may read as numbers."""
+    texts = {fields.roles[role] for role in _TEXT_ROLES if role in fields.roles}
+    numbers = top_fields(fields) - texts - _kept_cells(fields)
+    return [name for name in names if name in numbers]
+
+
+_PYTHON_MESSAGES = re.compile(r"\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
 _TEXT_ROLES = ("prompt", "response", "chosen", "rejected", "messages", "response_a", "response_b", "input", "system")
 _NAME_ROLES = ("prompt_id", "model_a", "model_b", "source")
 

@@ -50,11 +50,13 @@ class WriteOptions(Options):
 def check_outputs(config) -> None:
     """Raises InputError for files that cannot be written, or would overwrite another."""
     write = config.write
-    outputs = [path for path in (config.output, write.sft, write.test, write.bad_rows) if path is not None]
+    rows = [path for path in (config.output, write.sft, write.test) if path is not None]
+    beside = [files.path_of_metadata(path) for path in rows if not os.fspath(path).endswith(".parquet")]
+    outputs = [*rows, *beside, *([] if write.bad_rows is None else [write.bad_rows])]
     given = [path for name in (*config.inputs, *config.hygiene.decontaminate) for path in local_files(name)]
     inputs = {os.path.realpath(path) for path in (*given, config.read.implicit) if path is not None}
     for index, path in enumerate(outputs):
-        if path != write.bad_rows:
+        if path in rows:
             files.check_ending(path, write.format)
         _check_folder(path)
         if os.path.exists(path) and not os.path.isfile(path):
