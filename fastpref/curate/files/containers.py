@@ -283,7 +283,9 @@ def without_repeats(line: bytes, value, count: int):
 
     count: of the line, from `key_counts`. A value with as many keys has lost none; other lines are parsed once more.
     """
-    if type(value) is not dict or count == len(value) or count == _keys_within(value):
+    if type(value) is not dict or count == len(value):
+        return value
+    if count == _keys_of_messages(value) or count == _keys_within(value):
         return value
     repeated = []
 
@@ -297,6 +299,12 @@ def without_repeats(line: bytes, value, count: int):
     except RecursionError as error:
         return ValueError(f"not JSON: {error}")
     return ValueError(f"the key {repeated[0]!r} stands there more than once") if repeated else value
+
+
+def _keys_of_messages(value: dict) -> int:
+    """How many keys it and the objects in its lists have, but for what these hold: most rows end there."""
+    lists = [part for part in value.values() if type(part) is list]
+    return len(value) + sum([len(item) for part in lists for item in part if type(item) is dict])
 
 
 def _keys_within(value: dict) -> int:
