@@ -372,11 +372,11 @@ def _explicit_prompt(fields: Fields, prompt, chosen, rejected) -> tuple:
 
 
 def _begin_with(prompt, *sides) -> bool:
-    """Whether all are strings, and the sides begin with the prompt, not within a word."""
+    """Whether all are strings, and the sides begin with the prompt and go on, not within a word."""
     if not all(isinstance(text, str) and text for text in (prompt, *sides)):
         return False
     end = len(prompt)
-    return all(side.startswith(prompt) and not (side[end:] and side[end - 1 : end + 1].isalnum()) for side in sides)
+    return all(side.startswith(prompt) and side[end:] and not side[end - 1 : end + 1].isalnum() for side in sides)
 
 
 def sides_hold_prompt(row: dict, fields: Fields) -> bool:
