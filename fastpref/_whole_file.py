@@ -16,7 +16,7 @@ def format_of(path) -> str:
 
 
 @contextlib.contextmanager
-def whole_file(path) -> Iterator[Path]:
+def whole_file(path, like=None) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place at the end; an error or Ctrl-C leaves nothing of it.
 
     A link stays one, to the new file. A file that is replaced hands on its mode and, as far as the user may give files
@@ -25,6 +25,7 @@ def whole_file(path) -> Iterator[Path]:
 
     Args:
         path: of the output.
+        like: a file whose mode, owner and group it takes, where there is one, instead of those of the file it replaces.
 
     Yields:
         Path of the temporary file, which is there and empty.
@@ -40,16 +41,17 @@ def whole_file(path) -> Iterator[Path]:
                 raise InputError(f"cannot write {path}: it is a directory")
             if target.exists() and not target.is_file():  # /dev/null, which must not be replaced
                 raise InputError(f"cannot write {path}: it is not a regular file")
+            pattern = target if like is None or not os.path.exists(like) else Path(like)
             _make_folder(target.parent, made)
             # another name for every one: a process that was killed leaves its own behind
             name = os.fsdecode(os.fsencode(target.name)[:200])  # of the 255 bytes that a name may have
             temporary = target.with_name(f".{name}.{secrets.token_hex(4)}.part")
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _mode_while_writing(target)))
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _mode_while_writing(pattern)))
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from error
         yield temporary
         with open(temporary, "rb+") as file:
-            _take_after(target, file.fileno())
+            _take_after(pattern, file.fileno())
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:

@@ -127,7 +127,7 @@ def _add_reading_flags(group) -> None:
         dest="read.missing",
         type=_numbers,
         metavar="X,...",
-        help="scores that stand for none, such as -1; numbers of 1e30 and more always do",
+        help="scores that stand for none, such as -1; numbers of size 1e30 or more always do",
     )
     add(
         "--implicit",
@@ -152,7 +152,7 @@ def _add_cleaning_flags(group) -> None:
         dest="hygiene.apply",
         action="store_true",
         default=None,
-        help="also leave out repeated texts and contaminated prompts",
+        help="also leave out repeated texts, contaminated prompts and contradicted scores",
     )
     add(
         "--decontaminate",
@@ -308,7 +308,10 @@ def _comma_separated(text) -> list[str]:
 
 
 def _numbers(text) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers, separated by commas, got {text!r}") from None
 
 
 def _number_or_text(text) -> float | str:
@@ -433,9 +436,9 @@ def _hygiene(stage) -> str:
         )
         if stage[key]
     ]
-    if stage["contradicting"]:
+    if stage["contradicted"]:
         done = "left out" if stage["applied"] else "reported"
-        parts.append(f"{len(stage['contradicting'])} responses with contradicting scores, {done}")
+        parts.append(f"{stage['contradicted']} responses with contradicting scores, {done}")
     if stage["repeated_texts"]:
         most = stage["most_repeated"][0]
         source = f" ({most['source']})" if most["source"] is not None else ""

@@ -48,7 +48,7 @@ def main(argv=None) -> int:
 
 def _refuse(arguments, reason) -> int:
     """Says in one line why there is no result."""
-    with contextlib.suppress(OSError):  # nobody can be told
+    with contextlib.suppress(OSError):  # there is nothing left to write to
         print(f"{arguments.name}: {printable(' '.join(str(reason).split()))}", file=sys.stderr)
     return 2
 

@@ -22,6 +22,7 @@ class Flag(enum.IntFlag):
     DUPLICATE = 4  # the text of another response of its prompt, which stays
     REPEATED_TEXT = 8  # one text under many prompts
     CONTAMINATED = 16  # its prompt or text is in the banned file
+    CONTRADICTED = 32  # another score of it says the opposite; `hygiene` looks at one score, and never says so
 
 
 class RepeatedTexts(NamedTuple):

@@ -200,6 +200,73 @@ def select_pairs(
     return selection
 
 
+def published_pairs(
+    scores,
+    *,
+    offsets,
+    valid,
+    choosable=None,
+    strength=None,
+    min_chosen=None,
+    min_gap=None,
+    max_gap=None,
+    agree=False,
+) -> PairSelection:
+    """The two responses of every prompt as they were published, the first one chosen, where both are valid.
+
+    scores: [responses] float64, NaN where there is none; the bounds and `agree` go by them.
+    strength: [prompts] float64, the margin of a pair without scores, NaN where there is none; or None.
+    min_chosen, min_gap, max_gap: as of `select_pairs`. A quantile within a prompt of two is always met.
+    agree: pairs that their scores contradict are dropped.
+
+    There is no pool: the numbers that say where a response lies in it are NaN.
+    """
+    first = offsets[:-1]
+    two = np.diff(offsets) == 2
+    chosen, rejected = (np.where(two, first + k, 0) for k in (0, 1))
+    scores = {side: np.where(two, scores[at], np.nan) for side, at in (("chosen", chosen), ("rejected", rejected))}
+    margin = scores["chosen"] - scores["rejected"]
+    if strength is not None:
+        margin = np.where(np.isnan(margin), strength, margin)
+    bounds = parse_bounds(min_chosen=min_chosen, min_gap=min_gap, max_gap=max_gap)
+    reason = np.full(len(first), DropReason.KEPT, np.int8)
+    for which, why in (
+        (_beyond(margin, bounds.max_gap, np.greater), DropReason.LARGE_GAP),
+        (_beyond(margin, bounds.min_gap, np.less), DropReason.SMALL_GAP),
+        (_beyond(scores["chosen"], bounds.min_chosen, np.less), DropReason.LOW_CHOSEN),
+        ((margin < 0) & agree, DropReason.REVERSED),
+        (False if choosable is None else ~choosable[chosen], DropReason.NO_CHOOSABLE),
+        (~(two & valid[chosen] & valid[rejected]), DropReason.TOO_FEW),
+    ):
+        reason[which] = why
+    keep = reason == DropReason.KEPT
+    nan = np.full(len(first), math.nan)
+    return PairSelection(
+        chosen=np.where(keep, 0, -1),
+        rejected=np.where(keep, 1, -1),
+        keep=keep,
+        reason=reason,
+        **{f"score_{side}": np.where(keep, column, np.nan) for side, column in scores.items()},
+        z_chosen=nan,
+        z_rejected=nan,
+        rank_rejected=np.where(keep, 0, -1),
+        n_pool=np.diff(offsets),
+        mean=nan,
+        std=nan,
+        target=nan,
+        minimum=nan,
+        share_below_min=math.nan,
+        small_pools=0,
+        rule="published",
+        scale="raw",
+    )
+
+
+def _beyond(values, bound: "_Bound | None", compare) -> np.ndarray:
+    """Where a value is beyond a bound."""
+    return np.zeros(len(values), bool) if bound is None or bound.within else compare(values, bound.number)
+
+
 def small_pool(rejected, scale="raw", ddof=0) -> int:
     """The number of rewards up to which a rejected "mean-<k>std" is min, whatever the rewards are; 0: of no pool.
 

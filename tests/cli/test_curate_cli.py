@@ -295,6 +295,7 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(samples, capsys, arg
         (["--select", "0"], "must be positive and finite, got 0"),
         (["--select", "1.5"], "must be below 1 or a whole number, got 1.5"),
         (["--exclude", "all"], "invalid choice: 'all'"),
+        (["--missing", "abc"], "--missing: must be numbers, separated by commas, got 'abc'"),
         (["--workers", "0"], "must be at least 1, got 0"),
         (["--unknown"], "unrecognized arguments: --unknown (see fastpref curate --help)"),
         (["--rejectd", "min"], "unrecognized arguments: --rejectd min, nearest is --rejected (see fastpref curate --"),

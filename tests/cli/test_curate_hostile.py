@@ -91,6 +91,7 @@ def test_folders_are_made_and_modes_kept(samples):
     os.chmod("new/deep/pairs.jsonl", 0o600)
     assert curate("-o", "new/deep/pairs.jsonl") == 0
     assert os.stat("new/deep/pairs.jsonl").st_mode & 0o777 == 0o600
+    assert os.stat("new/deep/pairs.jsonl.meta.json").st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -136,6 +136,12 @@ def test_thousands_are_not_taken_for_decimals(tmp_path, run, delimiter):
     assert code == 2 and "in.csv:3: wins_i m" in err and "got '6,000'" in err
 
 
+def test_a_dot_beside_decimal_commas_is_not_taken_for_a_decimal_one(tmp_path, run):
+    (tmp_path / "in.csv").write_text("i;j;wins_i;wins_j\na;b;6.000;2,5\nb;c;5;3\n")
+    code, _, err, _ = run("in.csv")
+    assert code == 2 and "in.csv:2: wins_i may be 6.000 or 6000, got '6.000'" in err
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
 def test_encodings_by_their_marks(tmp_path, run, encoding):
     text = ("\ufeff" if encoding.endswith("le") else "") + "winner,loser\r\nÅsa,Øyvind\r\nØyvind,Åsa\r\n"
@@ -403,7 +409,7 @@ def test_a_prompt_groups_only_where_it_is_asked_for(tmp_path, run):
     assert "note: all prompts are ranked together; --columns prompt=prompt gives every prompt scores of its own" in err
     code, summary, err, out = run("in.csv", ["--columns", "prompt=prompt"])
     assert code == 0 and summary["graphs"] == 4 and len(out) == 8
-    assert "each of the 4 prompts compares one pair of items" in err
+    assert "every prompt compares a single pair, so no ranking across pairs is possible; leave out prompt=" in err
 
 
 def test_unused_votes_are_counted_and_said(tmp_path, run):
@@ -447,7 +453,7 @@ def test_a_column_of_ties_beside_winners_is_used(tmp_path, run, name):
 def test_a_header_that_stands_again_is_refused(tmp_path, run, header):
     row = {2: "a,b", 4: "a,b,1,2", 3: "a,b,1"}[header.count(",") + 1]
     (tmp_path / "in.csv").write_text(f"{header}\n{row}\n{header}\n{row}\n")
-    assert run("in.csv")[2] == "fastpref denoise: in.csv:3: the header once more\n"
+    assert run("in.csv")[2] == "fastpref denoise: in.csv:3: this row repeats the header\n"
 
 
 def test_half_wins_are_votes(tmp_path, run):
@@ -545,6 +551,19 @@ def test_numbers_that_stand_for_missing_ones(tmp_path, run):
     assert code == 0 and "3 values of a size of 1e30 or more are taken as missing" in err
     for row in out:
         assert float(row["value"]) == pytest.approx((int(row["row"]) + 1) * (int(row["column"]) + 1), rel=1e-4)
+
+
+def test_counts_that_stand_for_missing_ones(tmp_path, run):
+    (tmp_path / "in.csv").write_text("i,j,wins_i,wins_j,ties\na,b,30,10,0\nb,c,1e30,2,3\nb,c,5,5,0\na,c,0,0,0\n")
+    code, summary, err, out = run("in.csv")
+    found = scores_of(out)
+    assert code == 0 and (summary["comparisons"], summary["unused"], summary["ties"]) == (2, 2, 0)
+    assert "1 of 4 rows have a count of 1e30 or more, which is missing" in err and "1 of 4 rows have no vote" in err
+    assert found["a"] - found["b"] == pytest.approx(np.log(3), abs=0.02)
+    assert found["b"] == pytest.approx(found["c"], abs=0.02)
+    (tmp_path / "in.csv").write_text("winner,loser,count\na,b,3.4e38\na,b,3\nb,a,3\n")
+    code, summary, err, out = run("in.csv")
+    assert summary["unused"] == 1 and scores_of(out) == pytest.approx({"a": 0, "b": 0}, abs=1e-6)
 
 
 # ---- what is printed and written
@@ -656,3 +675,40 @@ def test_a_private_output_stays_private(tmp_path, run):
     (tmp_path / "private.csv").touch(0o600)
     main(["denoise", "in.csv", "private.csv"])
     assert (tmp_path / "private.csv").stat().st_mode & 0o777 == 0o600 and (tmp_path / "private.csv").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("header", "first", "name", "value"),
+    [
+        ("winner,loser", "a,b", "tie", True),
+        ("winner,loser", "a,b", "count", 3),
+        ("winner,loser", "a,b", "weight", 3),
+        ("i,j,wins_i,wins_j", "a,b,1,2", "ties", 4),
+        ("model_a,model_b,winner", "a,b,a", "weight", 3),
+        ("model_a,model_b,winner_model_a,winner_model_b", "a,b,1,0", "winner_tie", 0),
+    ],
+)
+def test_a_column_that_only_later_rows_have_is_never_passed_over(tmp_path, run, header, first, name, value):
+    rows = [header.split(","), first.split(",")]
+    row = {key: int(text) if text.isdigit() else text for key, text in zip(*rows, strict=True)}
+    (tmp_path / "a.csv").write_text(as_csv(rows))
+    (tmp_path / "b.csv").write_text(as_csv([[*rows[0], name], [*rows[1], value]]))
+    assert f"a.csv has no column {name}, found {', '.join(rows[0])}" in run("a.csv", "b.csv")[2]
+    assert f"a.csv has no column {name}" in run("b.csv", "a.csv")[2]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [row] * 5000 + [row | {name: value}]))
+    code, _, err, out = run("in.jsonl")
+    assert (code, out) == (2, None)
+    assert f"in.jsonl:5001: {name} is a column of this row and of none of the first: have such a row at the top" in err
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [row] * 5000 + [row | {name: None}]))
+    assert run("in.jsonl")[0] == 0
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row | {name: value}) + "\n" for _ in range(2)))
+    assert f"{name}" in run("in.jsonl")[1]["read_as"]
+
+
+def test_formulas_are_disarmed_in_long_strings(tmp_path, run):
+    names = ["=1+1", "+x", "plain"]
+    rows = [{"winner": a, "loser": b} for a in names for b in names if a != b]
+    schema = pyarrow.schema([("winner", pyarrow.large_string()), ("loser", pyarrow.large_string())])
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema), tmp_path / "in.parquet")
+    _, _, _, out = run("in.parquet", ["--csv-safe"])
+    assert sorted(row["item"] for row in out) == ["'+x", "'=1+1", "plain"]

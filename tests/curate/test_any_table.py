@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fastpref.curate import InputError, read_samples, texts
@@ -20,9 +20,8 @@ WORDS = st.text(
     st.sampled_from(list(" ,;|\t\"'\n\r\\aé😀\x00[{\x7f\u2028")) | st.characters(codec="utf-8"), max_size=12
 )
 CELLS = st.none() | WORDS | st.integers(1, 300_000).map(lambda size: "y" * (size if size % 5 == 0 else size % 50))
-# 1e308 and more: the ten digits of pandas may round up to no number
-FINITE = st.floats(-1e308, 1e308, allow_nan=False, exclude_min=True, exclude_max=True)
-NUMBERS = st.none() | FINITE | st.integers(-(2**53), 2**53).map(float)
+LARGEST = 1.7e308  # pandas writes 15 digits of a number in JSON, which make the largest of all infinite
+NUMBERS = st.none() | st.floats(-LARGEST, LARGEST) | st.integers(-(2**53), 2**53).map(float)
 NAMES = st.text(st.sampled_from(list(' ,;\t"abé')), min_size=1, max_size=6)
 
 
@@ -131,6 +130,8 @@ def test_what_is_written_is_read_or_refused_with_its_line(tmp_path_factory, writ
 def test_pairs_are_the_ones_that_were_written_and_none_is_lost(tmp_path_factory, writer, rows):
     names = ["prompt", "chosen", "rejected", "score_chosen"]
     rows = [dict(zip(names, row, strict=True)) for row in rows]
+    # what both sides go on from is cut from them
+    assume(not any(row["prompt"] and all((row[n] or "").startswith(row["prompt"]) for n in names[1:3]) for row in rows))
     path = tmp_path_factory.mktemp(
         "pairs"
     ) / f"pairs.{ {'csv tab': 'tsv'}.get(writer, writer.rpartition(' ')[2]) }".replace(" ;", "")

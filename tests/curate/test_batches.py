@@ -106,6 +106,10 @@ def test_the_other_shapes_of_rows(tmp_path):
     ]
     for rows, score in ((judged, "overall_score"), (rated, "score")):
         want = command(tmp_path, rows, score_field=score, rejected="min")
+        if rows is rated:  # sides are as they were published, and there is no pool
+            want = want.drop_columns(["z_chosen", "z_rejected", "rank_rejected"])
+            place = want.column_names.index("rule")
+            want = want.set_column(place, want.schema.field("rule"), pyarrow.array(["published"] * want.num_rows))
         table = pyarrow.Table.from_pylist(rows)
         assert want.num_rows >= 5
         assert pair_rows(table, score_field=score, rejected="min").equals(want)
@@ -257,3 +261,22 @@ def test_spark_gives_what_one_call_gives(tmp_path):
     found = parquet.read_table(tmp_path / "pairs.parquet").sort_by("prompt_id").to_pydict()
     want = pair_rows(table, score_field="scores", rejected="quantile:0.10").sort_by("prompt_id").to_pydict()
     assert len(want["prompt"]) > 50 and found == want
+
+
+def test_published_pairs_keep_their_sides_and_what_is_left_out_is_counted():
+    rows = [{"prompt": f"p{k}", "response_a": "x", "response_b": "y", "label": label, "score_a": a, "score_b": b}
+            for k, (label, a, b) in enumerate([("a", 1, 3), ("b", 1, 3), ("tie", 2, 2), ("a", 1e30, 0)])]  # fmt: skip
+    for batch in (columns_of(rows), pyarrow.Table.from_pylist(rows)):
+        with pytest.warns(UserWarning, match=r"^left out: 1 ties; 1 score of a size of 1e\+30 or more$"):
+            found = pair_rows(batch, score_field="score")
+        found = found if isinstance(found, dict) else found.to_pydict()
+        assert (found["chosen"], found["rejected"]) == (["x", "y", "x"], ["y", "x", "y"])
+        assert found["margin"] == [-2, 2, None] and set(found["rule"]) == {"published"}
+        assert not {"z_chosen", "rank_rejected"} & found.keys()
+    with pytest.warns(UserWarning):
+        assert pair_rows(columns_of(rows), score_field="score", min_gap=0)["chosen"] == ["y", "x"]
+    with pytest.raises(ValueError, match="rejected must be"):
+        pair_rows(columns_of(rows[:2]), score_field="score", rejected="worst")
+    pool = {"prompt": "p", "responses": ["x", None, "y"], "scores": [1.0, 2.0, 3.0]}
+    with pytest.warns(UserWarning, match=r"1 responses that cannot be read, the first: batch:1: resp.* is null"):
+        assert pair_rows(columns_of([pool]), rejected="min")["chosen"] == ["y"]

@@ -116,8 +116,12 @@ def test_kto_is_two_rows():
         ("llamafactory", row(prompt=[USER, USER]), "skips turns that do not alternate, and these are human, human"),
         ("llamafactory", row(prompt=[{"role": "critic", "content": ""}]), "knows no role 'critic'"),
         ("llamafactory", row(prompt=[USER, CALLED | {"content": "Wait."}, ANSWER]), "a tool call without text"),
-        ("swift", row(chosen=[SAID, USER, SAID]), "without a turn of the user"),
-        ("swift", row(prompt=[{"role": "user", "content": [{"type": "smell"}]}]), "knows no part of type 'smell'"),
+        ("swift", row(chosen=[SAID, USER, SAID]), "a user turn in the prompt and none in the responses"),
+        (
+            "swift",
+            row(prompt=[{"role": "user", "content": [{"type": "smell"}]}]),
+            "ms-swift knows no part of type 'smell'",
+        ),
     ],
 )
 def test_what_a_host_would_drop_is_refused(format, given, reason):

@@ -1,6 +1,7 @@
 """Rows per response become pools, wherever they stand, in bounded memory, and again when a run is resumed."""
 
 import json
+import os
 import random
 
 import numpy as np
@@ -9,6 +10,7 @@ from samples_cases import write_lines
 
 from fastpref.curate import CurateConfig, read_samples, run, select_pairs, texts, write_pairs
 from fastpref.curate.files import grouping, reading
+from fastpref.curate.files.sources import find_sources
 
 
 def scattered(prompts=40, seed=0):
@@ -132,3 +134,50 @@ def test_values_of_parquet_that_json_cannot_hold(tmp_path):
     pair = {"prompt": "p", "chosen": "x", "rejected": "y", "image": image}
     parquet.write_table(pyarrow.Table.from_pylist([pair]), tmp_path / "p.parquet")
     assert read_samples(tmp_path / "p.parquet").fields.carried == ("image",)
+
+
+def test_values_that_differ_within_a_prompt_are_counted(tmp_path):
+    row = {"score": 1, "kind": "a", "tools": None}
+    rows = [row | {"prompt": f"p{k // 3}", "response": f"{k}", "id": k, "note": k // 2} for k in range(6)]
+    samples = read_samples(write_lines(tmp_path / "rows.jsonl", rows), keep=["kind", "note"])
+    end = "that are not that of their prompt's first row"
+    assert samples.counts == {f"values of id {end}": 4, f"values of note {end}": 3} and samples.rows == 6
+
+
+@pytest.mark.parametrize("partition", [300, 5000])
+def test_partitions_that_come_out_too_large_are_split(tmp_path, monkeypatch, partition):
+    rows, pools = scattered(60)
+    rows += [{"prompt": "long", "response": f"{k}", "reward": 1, "model": "m"} for k in range(200)]  # in one partition
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    want = list(texts(read_samples(path)))
+    monkeypatch.setattr(grouping, "PARTITION", partition)
+    monkeypatch.setattr(grouping, "MOST_PARTITIONS", 3)
+    in_memory, names = grouping._pools_in_memory, []
+
+    def pools_in_memory(path, *rest):
+        names.append(os.path.basename(path))
+        return in_memory(path, *rest)
+
+    monkeypatch.setattr(grouping, "_pools_in_memory", pools_in_memory)
+    assert list(texts(read_samples(path))) == want and len(want) == len(pools) + 1
+    assert len(names) > 3 and max(name.count(".") for name in names) == grouping.MOST_SPLITS
+
+
+def test_partitions_of_parquet_go_by_what_it_unpacks_to(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{"prompt": f"p{k}", "response": "x" * 10_000 + str(k), "score": 1.0} for k in range(200)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", compression="zstd")
+    (source,) = find_sources(tmp_path / "rows.parquet")
+    assert os.path.getsize(source.path) < 1e6 < grouping._unpacked_size(source) < 4e6
+
+
+def test_names_of_columns_that_are_no_unicode(tmp_path):
+    row = {"prompt": "p", "response": "x", "score": 1}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{json.dumps(row)[:-1]}, "\\ud800quality": 3}}\n')
+    assert list(texts(read_samples(path))) == [("p", ["x"])]
+    path.write_text(f'{json.dumps(row)[:-1]}, "image\\ud800": "x.png"}}\n')
+    with pytest.raises(reading.InputError, match="holds a lone surrogate"):
+        read_samples(path)

@@ -8,6 +8,7 @@ import pytest
 
 from fastpref.curate import InputError
 from fastpref.curate.notices import NOTICES, SEVERITIES, Notice, by_severity
+from fastpref.curate.pipeline import stages
 from fastpref.curate.pipeline.config import config_from_table
 from fastpref.curate.pipeline.run import run
 
@@ -154,7 +155,7 @@ def test_defaults_do_not_warn(tmp_path):
     assert ids(warned) == ["rule-below-pool"]
 
 
-def test_contradicting_scores(tmp_path):
+def test_contradicting_scores(tmp_path, monkeypatch):
     rng = np.random.default_rng()
     given, wrong = [], {}
     for k in range(120):
@@ -185,6 +186,13 @@ def test_contradicting_scores(tmp_path):
         wrong.items()
     )
     assert applied.summary["responses_left_out"]["contradicted_score"] == len(listed)
+    monkeypatch.setattr(stages.hygiene, "MOST_LISTED", 3)  # the list is bounded, the count and what is left out are not
+    bounded, _ = curate(tmp_path, given, **options)
+    assert (bounded.summary["contradicted"], len(bounded.summary["contradicting"])) == (len(listed), 3)
+    said = f"{len(listed)} responses have two scores that contradict each other, {sum(chosen)} of them are the chosen"
+    assert bounded.notices[0].text.startswith(said)
+    bounded, _ = curate(tmp_path, given, **options, hygiene={"apply": True})
+    assert bounded.summary["responses_left_out"] == applied.summary["responses_left_out"]
 
 
 def test_marks_are_reported_and_prompts_with_one_response_counted(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -236,6 +237,7 @@ def test_what_is_said_of_how_it_is_read(tmp_path):
             {},
             "nearest is ab, which lacks label: name it with .*label=preference",
         ),
+        ("history response score", {}, "nearest is responses, which lacks prompt: name it with .*prompt=history"),
         ("prompt responses", {"keep": ("respones",)}, "no column 'respones', .*; nearest is 'responses'"),
     ],
 )
@@ -349,7 +351,9 @@ def test_scores_that_are_not_there(tmp_path):
 def test_a_system_prompt_by_any_name(tmp_path, name):
     row = {"prompt": "user", "chosen": "x", "rejected": "y", name: "system"}
     assert next(texts(read_samples(write_lines(tmp_path / "s.jsonl", [row]))))[0] == [SYSTEM, USER]
-    with pytest.raises(InputError, match=f"has system_prompt and {name}: say which is the system by --columns system="):
+    with pytest.raises(
+        InputError, match=f"has system_prompt and {name}: say which is the system prompt by --columns system="
+    ):
         read_samples(write_lines(tmp_path / "s.jsonl", [{"system_prompt": "t"} | row]))
 
 
@@ -442,4 +446,185 @@ def test_a_system_message_stays_first(tmp_path):
 def test_a_header_that_comes_again_is_no_row(tmp_path):
     (tmp_path / "s.csv").write_text("prompt,chosen,rejected\np,x,y\nprompt,chosen,rejected\nq,x,y\n")
     samples = read_samples(tmp_path / "s.csv")
-    assert samples.prompts == 2 and [str(p) for p in samples.problems] == [f"{samples.path}:3: the header once more"]
+    assert samples.prompts == 2 and [str(p) for p in samples.problems] == [
+        f"{samples.path}:3: this row repeats the header"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "late"),
+    [
+        ({"chosen": [USER, *reply("x")], "rejected": [USER, *reply("y")], **SCORED}, {"prompt": "user"}),
+        ({"prompt": "p", "chosen": "x", "rejected": "y", **SCORED}, {"margin": 2}),
+        ({"prompt": "p", "chosen": "x", "rejected": "y", **SCORED}, {"prompt_id": "a"}),
+        ({"instruction": "p", "chosen": "x", "rejected": "y", **SCORED}, {"input": "i"}),
+        ({"prompt": "p", "responses": ["x", "y"], "scores": [1, 2]}, {"sources": ["m", "n"]}),
+        ({"prompt": "p", "responses": ["x", "y"], "scores": [1, 2]}, {"lengths": [3, 4]}),
+        ({"prompt": "p", "response": "x", "score": 1}, {"model": "m"}),
+    ],
+    ids=lambda value: "+".join(value),
+)
+def test_a_late_column_that_would_have_a_role_is_no_small_thing(tmp_path, monkeypatch, row, late):
+    monkeypatch.setattr(containers, "MOST_HEAD_ROWS", 2)
+    (name,) = late
+    read = read_samples(write_lines(tmp_path / "s.jsonl", [row | late] * 3))
+    assert (read.problems == [] and name in read.fields.roles.values()) or read.sources is not None
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", [row, row, row | late, row | {name: None, "other": 1}]))
+    assert [(p.row, p.reason.partition(" is ")[0]) for p in samples.problems] == [(3, name)]
+    table = tmp_path / "t.csv"  # a file of another container beside it changes nothing
+    if all(isinstance(value, str | int) for value in row.values()):
+        with open(table, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            writer.writeheader()
+            writer.writerow(row)
+        samples = read_samples([tmp_path / "s.jsonl", table])
+        assert [(p.row, p.reason.partition(" is ")[0]) for p in samples.problems] == [(3, name)]
+
+
+def test_a_late_margin_that_is_no_number_is_not_missed(tmp_path, monkeypatch):
+    monkeypatch.setattr(containers, "MOST_HEAD_ROWS", 2)
+    row = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    assert read_samples(write_lines(tmp_path / "s.jsonl", [row] * 2 + [row | {"margin": "theirs"}])).problems == []
+
+
+@pytest.mark.parametrize(("first", "strength"), [(None, [np.nan, 2]), ("N/A", [np.nan, 2]), ("theirs", None)])
+def test_margins_that_the_first_rows_lack(tmp_path, monkeypatch, first, strength):
+    monkeypatch.setattr(containers, "MOST_HEAD_ROWS", 1)
+    row = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    path = write_lines(tmp_path / "s.jsonl", [row | {"margin": first}, row | {"margin": 2 if strength else "mine"}])
+    samples = read_samples(path)
+    assert samples.problems == []
+    if strength is None:
+        assert samples.strength is None
+    else:
+        np.testing.assert_array_equal(samples.strength, strength)
+
+
+@pytest.mark.parametrize("layout", ["pairs", "swift", "ab"])
+def test_a_history_that_the_prompt_holds_is_not_there_twice(tmp_path, layout):
+    before = [USER, *reply("a")]
+    asked = {"role": "user", "content": "and?"}
+    sides = {
+        "pairs": {"chosen": [*before, asked, *reply("x")], "rejected": [*before, asked, *reply("y")]},
+        "swift": {"messages": [*before, asked, *reply("x")], "rejected_response": "y"},
+        "ab": {"prompt": [*before, asked], "response_a": "x", "response_b": "y", "label": "a"},
+    }[layout]
+    for system in ([], [SYSTEM]):
+        row = {name: [*system, *side] if isinstance(side, list) else side for name, side in sides.items()}
+        want = [*system, *before, asked]
+        for history in ([["user", "a"]], before, [*system, *before]):
+            path = write_lines(tmp_path / "s.jsonl", [row | {"history": history}])
+            assert list(texts(read_samples(path))) == [(want, [reply("x"), reply("y")])]
+    other = [{"role": "user", "content": "earlier"}, *reply("b")]
+    path = write_lines(tmp_path / "s.jsonl", [sides | {"history": other}])
+    assert list(texts(read_samples(path))) == [([*other, *before, asked], [reply("x"), reply("y")])]
+
+
+@pytest.mark.parametrize(("no", "yes"), [("0", "1"), ("False", "True"), ("false", " true"), ("0.0", "1.0"), (0, 1)])
+def test_votes_of_an_arena_are_numbers_however_they_are_written(tmp_path, no, yes):
+    names = ("winner_model_a", "winner_model_b", "winner_tie")
+    rows = [{**MODELS, **AB, **{name: yes if k == vote else no for k, name in enumerate(names)}} for vote in range(3)]
+    broken = [rows[0] | {"winner_tie": yes}, rows[0] | {"winner_model_a": no}, rows[0] | {"winner_model_a": "x"}]
+    broken.append(rows[0] | {"winner_tie": None})
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", rows + broken))
+    assert samples.counts == {"ties": 1} and [problem.row for problem in samples.problems] == [4, 5, 6, 7]
+    assert [responses for _, responses in texts(samples)] == [["x", "y"], ["y", "x"]]
+
+
+def test_sources_that_look_like_numbers_stay_names_in_csv(tmp_path):
+    (tmp_path / "s.csv").write_text("prompt,response,score,who\np,x,1,7\np,y,2,08\np,z,3,true\n")
+    samples = read_samples(tmp_path / "s.csv", source_field="who")
+    assert samples.problems == [] and samples.source_names == ["08", "7", "true"]
+    (tmp_path / "s.csv").write_text("prompt,chosen,rejected,who_chosen,who_rejected\np,x,y,7,8.0\n")
+    samples = read_samples(tmp_path / "s.csv", source_field="who")
+    assert samples.problems == [] and samples.source_names == ["7", "8.0"]
+    (tmp_path / "s.csv").write_text('prompt,responses,scores,who\np,"[""x"", ""y""]","[1, 2]","[""7"", ""8""]"\n')
+    assert read_samples(tmp_path / "s.csv", source_field="who").source_names == ["7", "8"]
+
+
+def test_numbers_of_csv_are_known_before_they_are_asked_for(tmp_path):
+    (tmp_path / "s.csv").write_text("prompt;response;good;nice\np;x;1,5;2\np;y;2,5;3\n")
+    with pytest.raises(InputError, match="numbers are in good, nice: name them by --scores good"):
+        read_samples(tmp_path / "s.csv")
+    samples = read_samples(tmp_path / "s.csv", score_fields=["good"])
+    assert samples.scores["good"].tolist() == [1.5, 2.5] and samples.beside["nice"].tolist() == [2, 3]
+    (tmp_path / "s.csv").write_text("prompt;chosen;rejected;margin\np;x;y;0,5\n")
+    assert read_samples(tmp_path / "s.csv").strength.tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "read"),
+    [
+        ("6.000", "2,5", "s.csv:3: score_chosen may be 6.000 or 6000, got '6.000'"),
+        ("6,000", "2.5", "s.csv:3: score_chosen may be 6.000 or 6000, got '6,000'"),
+        ("2", "-1,250", "s.csv:3: score_rejected may be -1.250 or -1250, got '-1,250'"),
+        ("6,000", "2,5", [6, 2.5]),
+        ("6.000", "2.5", [6, 2.5]),
+        ("0.500", "2,5", [0.5, 2.5]),
+    ],
+)
+def test_a_mark_of_thousands_is_not_taken_for_a_decimal_one(tmp_path, chosen, rejected, read):
+    row = f"7.000 or 2,5;7.000;7,25;{chosen};{rejected}"  # texts may be numbers
+    (tmp_path / "s.csv").write_text(f"prompt;chosen;rejected;score_chosen;score_rejected\np;x;y;1;1\n{row}\n")
+    if isinstance(read, list):
+        assert read_samples(tmp_path / "s.csv").scores["score"][2:].tolist() == read
+    else:
+        with pytest.raises(InputError, match=re.escape(read)):
+            read_samples(tmp_path / "s.csv")
+
+
+@pytest.mark.parametrize("separator", [", ", "\n "])  # of a list, and of an array of NumPy
+def test_messages_as_python_prints_them_are_no_text(tmp_path, separator):
+    said = f"[{separator.join(map(repr, [USER, *reply('x')]))}]"
+    with open(tmp_path / "s.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "chosen", "rejected"], ["p", said, "y"], ["p", "[{'x': 1}]", "y"]])
+    samples = read_samples(tmp_path / "s.csv")
+    assert list(texts(samples)) == [("p", ["[{'x': 1}]", "y"])]
+    assert [problem.reason for problem in samples.problems] == [
+        "chosen holds messages as Python prints them: write them as JSON, by json.dumps"
+    ]
+
+
+@pytest.mark.parametrize("prompt", ["\n\nHuman: hi\n\nAssistant:", "Why?"])
+def test_a_prompt_that_both_sides_repeat_is_cut(tmp_path, prompt):
+    whole = {"prompt": prompt, "chosen": f"{prompt} yes", "rejected": f"{prompt} no"}
+    plain = {"prompt": prompt, "chosen": " yes", "rejected": " no"}
+    word = {"prompt": "H", "chosen": "Hi", "rejected": "Hm"}
+    cut = "the prompt cut from both sides, which begin with it"
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", [whole, plain, whole, word, whole]))
+    expected = [(prompt, [" yes", " no"])] * 3 + [("H", ["Hi", "Hm"]), (prompt, [" yes", " no"])]
+    assert list(texts(samples)) == expected and samples.read_as.endswith(cut)
+    # a few replies may begin as their prompt does, but for a turn of the assistant
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", [plain, plain, whole]))
+    assert cut not in samples.read_as and samples.row.tolist() == ([1, 2] if "Assistant" in prompt else [1, 2, 3])
+    reasons = [problem.reason for problem in samples.problems]
+    assert reasons == ["both sides begin with the prompt, up to the assistant's turn, which most rows do not"] * (
+        "Assistant" in prompt
+    )
+    ab = {"prompt": prompt, "response_a": f"{prompt} no", "response_b": f"{prompt} yes", "label": "b"}
+    assert list(texts(read_samples(write_lines(tmp_path / "s.jsonl", [ab])))) == expected[:1]
+
+
+@pytest.mark.parametrize("name", ["context", "Passage", "background"])
+def test_a_passage_beside_a_prompt_is_asked_for(tmp_path, name):
+    row = {"prompt": "p", "response": "x", "score": 1}
+    rows = [row | {name: "one"}, row | {name: "other"}, row | {name: "one", "response": "y"}]
+    path = write_lines(tmp_path / "s.jsonl", rows)
+    with pytest.raises(
+        InputError, match=rf"--columns input={name} reads it behind the prompt, --keep {name} writes it"
+    ):
+        read_samples(path)
+    samples = read_samples(path, keep=[name])
+    assert samples.fields.carried == (name,)
+    assert list(texts(samples)) == [("p", ["x", "y"]), ("p", ["x"])]  # prompts about two passages are two
+    samples = read_samples(path, columns={"input": name})
+    assert list(texts(samples)) == [("p\none", ["x", "y"]), ("p\nother", ["x"])]
+    assert read_samples(write_lines(tmp_path / "s.jsonl", [row | {name: None}])).prompts == 1
+
+
+def test_a_model_that_is_no_text_is_no_source(tmp_path):
+    rows = [{"prompt": "p", "response": f"{k}", "score": k, "model": {"name": "m"}} for k in range(2)]
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", rows))
+    assert samples.problems == [] and samples.sources is None and "source" not in samples.read_as
+    rows = [row | {"model": "m"} for row in rows]
+    assert read_samples(write_lines(tmp_path / "s.jsonl", rows)).source_names == ["m"]

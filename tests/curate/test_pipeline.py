@@ -615,7 +615,19 @@ def test_outputs_never_overwrite(samples):
         run(config_of(samples, output=str(samples)))
     with pytest.raises(InputError, match="would overwrite another output"):
         run(config_of(samples, write={"sft": str(samples.with_name("pairs.jsonl"))}))
-    assert len(read_lines(samples)) == PROMPTS
+    folder = samples.parent
+    other = folder / "held-out.jsonl"
+    other.write_bytes(samples.read_bytes())
+    for tables in (
+        {"input": str(folder / "samp*.jsonl"), "write": {"bad_rows": str(samples)}},
+        {"input": str(folder), "write": {"bad_rows": str(samples)}, "output": str(folder.parent / "pairs.jsonl")},
+        {"hygiene": {"decontaminate": [str(folder / "held-*.jsonl")]}, "write": {"bad_rows": str(other)}},
+    ):
+        with pytest.raises(InputError, match="would overwrite an input"):
+            run(config_of(samples, **tables))
+    with pytest.raises(InputError, match=r"pairs\.jsonl\.meta\.json would overwrite another output"):
+        run(config_of(samples, write={"bad_rows": str(samples.with_name("pairs.jsonl.meta.json"))}))
+    assert len(read_lines(samples)) == len(read_lines(other)) == PROMPTS
 
 
 def test_unusable_sources_are_said(tmp_path):

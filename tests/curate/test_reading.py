@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from samples_cases import CLEVER, GOOD, USER, write_lines
 
 from fastpref.curate import (
@@ -16,6 +17,7 @@ from fastpref.curate import (
     texts,
 )
 from fastpref.curate.files import reading
+from fastpref.curate.files.containers import json_rows, key_counts
 from fastpref.curate.files.sources import find_sources
 
 
@@ -207,6 +209,60 @@ def test_parts_are_the_whole_file_in_order(tmp_path, monkeypatch, part, packed):
     assert [position for position, _ in found] == [0, *(k + 1 for k, c in enumerate(lines[:-1]) if c == ord("\n"))]
     assert [row for _, row in found if isinstance(row, dict)] == rows
     assert found[7][1] is None and isinstance(found[-1][1], ValueError)
-    assert [number for _, number, _ in reading.numbered_rows([source], None)] == [*range(1, 8), *range(9, 23)]
+    assert [number for _, number, _ in reading.placed_rows([source], None)] == [*range(1, 8), *range(9, 23)]
     second = next(p for p in cut if p.end > found[1][0])
     assert list(reading.part_rows(source, second, None, [found[1][0]])) == [found[1]]
+
+
+PIECES = ["a", "b", ":", '":', '\\":', " : ", "\\", '"', "é", '{"a": 1}', "\t"]
+
+
+def random_value(depth=3):
+    kind = random.choice("tnld" if depth else "tn")
+    if kind == "d":
+        return {random_text(): random_value(depth - 1) for _ in range(random.randint(0, 4))}
+    if kind == "l":
+        return [random_value(depth - 1) for _ in range(random.randint(0, 4))]
+    return random_text() if kind == "t" else random.choice([None, True, 1, 2.5, -3])
+
+
+def random_text():
+    return "".join(random.choices(PIECES, k=random.randint(0, 4)))
+
+
+def spelled(value, repeated: list, share: float) -> str:
+    """As JSON, with white space and escapes as they come; keys that stand there twice go to the list."""
+    if isinstance(value, dict):
+        pairs, blank = list(value.items()), " \t"[random.random() < 0.2] * random.choice([0, 0, 1, 3, 9])
+        if pairs and random.random() < share:
+            pairs.insert(random.randint(0, len(pairs)), random.choice(pairs))
+            repeated.append(pairs)
+        return "{{{}}}".format(", ".join(f"{spelled(k, [], 0)}{blank}:{spelled(v, repeated, share)}" for k, v in pairs))
+    if isinstance(value, list):
+        return "[{}]".format(", ".join(spelled(item, repeated, share) for item in value))
+    if isinstance(value, str) and random.random() < 0.3:
+        return '"{}"'.format("".join(f"\\u{ord(character):04x}" for character in value))
+    return json.dumps(value, ensure_ascii=random.random() < 0.5)
+
+
+@pytest.mark.parametrize("kind", ["lines", "array"])
+def test_a_key_that_stands_twice_in_any_object_makes_a_bad_row(tmp_path, kind):
+    random.seed(torch.randint(2**31, ()).item())
+    rows = [{"row": k, "value": random_value()} for k in range(600)]
+    found = [[] for _ in rows]
+    lines = [spelled(row, repeated, 0.1) for row, repeated in zip(rows, found, strict=True)]
+    assert 0 < sum(map(bool, found)) < len(rows)
+    text = "\n".join(lines) if kind == "lines" else "[{}]".format(",\n".join(lines))
+    (tmp_path / "s.json").write_text(text, encoding="utf-8")
+    (source,) = find_sources(tmp_path / "s.json")
+    read = list(json_rows(source))
+    assert [number for number, _ in read] == list(range(1, len(rows) + 1))
+    for (_, value), row, repeated in zip(read, rows, found, strict=True):
+        assert isinstance(value, ValueError) and "more than once" in str(value) if repeated else value == row
+
+
+def test_the_keys_of_a_line_are_counted_without_its_texts():
+    rows = [{"prompt": 'say {"a": 1} : "b":', "n": {"x": 1}}, {}, {"é : ": [{"role": "user", "content": "\\"}]}]
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    assert key_counts(b"".join(lines), lines) == [3, 0, 3]
+    assert key_counts(b'{"a" \t : 1}', [b'{"a" \t : 1}']) == [1]

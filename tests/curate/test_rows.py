@@ -36,6 +36,14 @@ MALFORMED = [
         b'{"prompt": "p", "responses": ["a"], "scores": [1], "scores": [2]}',
         "the key 'scores' stands there more than once",
     ),
+    (
+        b'{"prompt": [{"role": "user", "content": "a", "content": "b"}], "responses": ["a"], "scores": [1]}',
+        "the key 'content' stands there more than once",
+    ),
+    (
+        b'{"prompt": "p", "responses": ["a"], "scores": [1], "s\\u0063ores": [2]}',
+        "the key 'scores' stands there more than once",
+    ),
     (GOOD | {"scores": [1.0, "1,234"]}, "scores[1] must be a number, got '1,234'"),
     (GOOD | {"scores": [1.0, "high"]}, "scores[1] must be a number, got 'high'"),
     (GOOD | {"scores": [1.0, True]}, "scores[1] must be a number, got True"),

@@ -1,11 +1,14 @@
 """Where data come from: files, globs, folders, stdin, addresses; and what is refused before it is opened."""
 
+import gc
 import gzip
 import io
 import json
 import os
+import pickle
 import sys
 import threading
+import time
 
 import pytest
 from samples_cases import GOOD, write_lines
@@ -237,3 +240,63 @@ def test_a_table_of_any_container_is_the_same(tmp_path):
         assert list(found.columns) == ["n", "i"] and found.columns["i"].to_pylist() == ["a", "b\nc", None]
         assert found.numbers.tolist() == ([2, 3, 5] if path.suffix == ".csv" else [1, 2, 3])
         assert found.place(1) == f"{path}:{found.numbers[1]}"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"splits": []}, "at least one of its splits"),
+        ([], "must be an object"),
+        (["train"], "must be an object"),
+        ({}, "at least one of its splits"),
+        ({"splits": "train"}, "at least one of its splits"),
+        ({"splits": [1]}, "an entry of its splits is no name"),
+        ({"splits": ["../.."]}, r"names a file outside its folder: \.\./\.\."),
+        ({"splits": [".."]}, "names a file outside its folder"),
+        ({"splits": ["a\0b"]}, "an entry of its splits is no name"),
+    ],
+    ids=str,
+)
+def test_a_list_of_splits_is_checked(tmp_path, content, said):
+    (tmp_path / "dataset_dict.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=said):
+        find_sources(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "files", [[], None, 7, ["data.arrow"], [{"name": "x"}], [{"filename": 3}], [{"filename": ".."}]]
+)
+def test_a_list_of_data_files_is_checked(tmp_path, files):
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": files}))
+    with pytest.raises(InputError, match=r"state\.json"):
+        find_sources(tmp_path)
+    for broken in ("[" * 100_000, "{"):
+        (tmp_path / "state.json").write_text(broken)
+        with pytest.raises(InputError, match=r"cannot read .*state\.json"):
+            find_sources(tmp_path)
+
+
+def test_copies_and_groups_are_there_as_long_as_the_samples(tmp_path, monkeypatch):
+    def files():
+        return sorted(os.listdir(sources.temporary_folder()))
+
+    gc.collect()
+    before = files()
+    content = write_lines(tmp_path / "s.jsonl", [{"prompt": "p", "response": "x", "score": 1}] * 2).read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    samples = read_samples("-")
+    assert len(files()) == len(before) + 2 and prompts(samples) == ["p"]
+    assert all(type(pickle.loads(pickle.dumps(source.path))) is str for source in samples.inputs)  # as workers have it
+    assert prompts(samples) == ["p"]
+    del samples
+    gc.collect()
+    assert files() == before
+
+
+@pytest.mark.parametrize("blanks", [1, 2, 100, 1 << 22])
+def test_blanks_before_a_colon_hide_no_repeat_and_take_no_time(tmp_path, blanks):
+    line = json.dumps(GOOD).encode()[:-1] + b', "scores"' + b" " * blanks + b": [2, 3]}"
+    begun = time.process_time()
+    samples = read_samples(write_lines(tmp_path / "s.jsonl", [GOOD, line, GOOD]), workers=1)
+    assert [(p.row, "'scores'" in p.reason) for p in samples.problems] == [(2, True)] and samples.prompts == 2
+    assert time.process_time() - begun < 5  # a step per blank took minutes

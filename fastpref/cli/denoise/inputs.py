@@ -7,7 +7,7 @@ import numpy as np
 
 from fastpref._whole_file import format_of
 from fastpref.cli.denoise import files
-from fastpref.cli.denoise.layouts import Choice, choose_layout
+from fastpref.cli.denoise.layouts import NUMBER_ROLES, Choice, choose_layout, late_columns
 from fastpref.cli.denoise.options import COMPARISON_OPTIONS, MATRIX_OPTIONS, DenoiseOptions, check_ending
 from fastpref.errors import InputError
 
@@ -110,15 +110,17 @@ def _check_rank_free(matrix: np.ndarray, options: DenoiseOptions) -> None:
 
 def _table_input(options: DenoiseOptions, outputs) -> Input:
     from fastpref.cli.denoise import tables  # needs pyarrow
-    from fastpref.curate.files.containers import check_unique, column_names, read_table
+    from fastpref.curate.files.containers import check_marks, check_unique, column_names, read_table
     from fastpref.curate.files.sources import find_sources
 
     options.refuse(("array",), "a table")
     sources = find_sources(options.inputs)
     _refuse_overwriting(outputs, [source.path for source in sources])
-    found = column_names(sources[0])
+    names = [column_names(source) for source in sources]
+    found = list(dict.fromkeys(name for header in names for name in header))
     choice = choose_layout(options.name, found, options.layout, options.columns)
-    check_unique(sources[0], found, list(choice.columns.values()))
+    for source, header in zip(sources, names, strict=True):
+        check_unique(source, header, [name for name in header if name in choice.columns.values()])
     if choice.layout == "triples":
         options.refuse(COMPARISON_OPTIONS, "triples, which are a matrix")
         wanted = options.output or "low-rank"
@@ -131,7 +133,9 @@ def _table_input(options: DenoiseOptions, outputs) -> Input:
             check_ending("--flagged", options.flagged, tables.FORMATS)
         if choice.layout == "logits" and options.robust is False:
             raise InputError("--no-robust is for votes: it is maximum likelihood, which logits do not have")
-    table = read_table(sources, list(choice.columns.values()))
+    for source in sources:
+        check_marks(source, [name for role, name in choice.columns.items() if role in NUMBER_ROLES])
+    table = read_table(sources, list(choice.columns.values()), late_columns(choice, found, options.columns))
     read_as = f"read as {choice}"
     if (description := sources[0].description) not in ("CSV with ','", "JSON Lines", "Parquet"):
         read_as += f" ({description})"

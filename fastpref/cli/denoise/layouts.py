@@ -46,6 +46,7 @@ LAYOUTS = {
     "logits": Layout(("i", "j", "value"), ("prompt",), (_same("i", "j", "value"),)),
 }
 ROLES = sorted({role for layout in LAYOUTS.values() for role in (*layout.roles, *layout.optional)})
+NUMBER_ROLES = ("wins_i", "wins_j", "ties", "count", "value")
 
 
 class Choice(NamedTuple):
@@ -107,6 +108,20 @@ def _choose(what: str, found: Sequence[str], layout: str | None, columns: dict[s
         raise InputError(f"{what}: its columns {_listed(found)} fit several layouts, choose with --layout: {names}")
     layouts = "; ".join(f"{name}: {', '.join(one.roles)}" for name, one in LAYOUTS.items())
     raise InputError(f"{what}: its columns {_listed(found)} fit no layout ({layouts}); name them with --columns")
+
+
+def late_columns(choice: Choice, found: Sequence[str], columns: dict[str, str]) -> frozenset[str]:
+    """Returns the usual names of optional roles that nothing in the header has, and that would be read if it had.
+
+    Args:
+        choice: What `choose_layout` chose.
+        found: The columns that it chose by.
+        columns: What it was given as such.
+    """
+    layout = LAYOUTS[choice.layout]
+    usual = {own[role] for own in layout.names for role in layout.optional if role in own}
+    usual |= {name for _, name in layout.others}
+    return frozenset(name for name in usual.difference(found) if _fit(choice.layout, [*found, name], columns) != choice)
 
 
 def hint(name: str, found: Sequence[str]) -> str:

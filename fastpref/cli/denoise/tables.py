@@ -111,7 +111,11 @@ def write_table(path, format: str, tables: Iterable[pyarrow.Table], csv_safe: bo
 
 
 def _without_formulas(table: pyarrow.Table) -> pyarrow.Table:
-    columns = [_quoted(column) if pyarrow.types.is_string(column.type) else column for column in table.columns]
+    is_a = pyarrow.types
+    columns = [
+        _quoted(column) if is_a.is_string(column.type) or is_a.is_large_string(column.type) else column
+        for column in table.columns
+    ]
     return pyarrow.table(columns, names=_plain_names(table.column_names))
 
 
@@ -121,7 +125,8 @@ def _quoted(column: pyarrow.ChunkedArray) -> pyarrow.ChunkedArray:
     risky = begins[0]
     for one in begins[1:]:
         risky = compute.or_(risky, one)
-    return compute.if_else(risky, compute.binary_join_element_wise("'", column, ""), column)
+    apostrophe, nothing = (pyarrow.scalar(text, column.type) for text in ("'", ""))
+    return compute.if_else(risky, compute.binary_join_element_wise(apostrophe, column, nothing), column)
 
 
 def _plain_names(names: Sequence[str]) -> list[str]:

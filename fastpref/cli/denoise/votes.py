@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow
 
 from fastpref.cli.denoise.layouts import Choice
-from fastpref.cli.denoise.tables import first_row, index_names, measures_of, names_of, near_twins
+from fastpref.cli.denoise.tables import HUGE, first_row, index_names, measures_of, names_of, near_twins
 from fastpref.curate.files.containers import Table, as_numbers
 from fastpref.curate.files.layouts import FIRST, SECOND, TIES
 from fastpref.errors import InputError
@@ -57,25 +57,31 @@ def read_comparisons(table: Table, choice: Choice, what: str, found: list[str], 
     names, (i, j) = index_names(*items)
     if (row := first_row(i == j)) is not None:
         raise InputError(f"{table.place(row)}: compares an item with itself: {names[int(i[row])]}")
-    warnings, notes, ties, back = [], [], 0.0, None
+    warnings, notes, tied, back = [], [], np.zeros(len(i)), None
     if layout in ("winners", "battles"):
         share = _shares(table, layout, columns)
         count = _counts(table, columns["count"]) if "count" in columns else np.ones(len(i))
-        value, back, ties = count * share, count * (1 - share), float(count[share == 0.5].sum())
+        value, back, tied = count * share, count * (1 - share), np.where(share == 0.5, count, 0)
     elif layout == "votes":
         value, back = (_counts(table, columns[role]) for role in ("wins_i", "wins_j"))
         if "ties" in columns:
             tied = _counts(table, columns["ties"])
-            value, back, ties = value + tied / 2, back + tied / 2, float(tied.sum())
+            value, back = value + tied / 2, back + tied / 2
     else:
-        value, huge = measures_of(table, columns["value"])
-        if huge:
-            warnings.append(f"{huge} values of a size of 1e30 or more are taken as missing")
+        value, too_large = measures_of(table, columns["value"])
+        if too_large:
+            warnings.append(f"{too_large} values of a size of 1e30 or more are taken as missing")
         _refuse_probabilities(value, what, layout_given)
-    silent = np.isnan(value) if back is None else value + back == 0
-    unused = int(silent.sum())
-    if unused:
-        warnings.append(_unused_said(unused, len(i), layout, columns, found))
+    huge = 0
+    if back is not None:
+        missing = np.isnan(value + back)
+        value, back, tied = (np.where(missing, 0, votes) for votes in (value, back, tied))
+        huge = int(missing.sum())
+        if huge:
+            warnings.append(f"{huge} of {len(i)} rows have a count of 1e30 or more, which is missing, and are not used")
+    unused = int((np.isnan(value) if back is None else value + back == 0).sum())
+    if unused > huge:
+        warnings.append(_unused_said(unused - huge, len(i), layout, columns, found))
     if twins := near_twins(names):
         warnings.append(f"the items {twins[0]!r} and {twins[1]!r} differ only in white space, and count as two")
     prompts, prompt = None, np.zeros(len(i), np.int64)
@@ -84,8 +90,8 @@ def read_comparisons(table: Table, choice: Choice, what: str, found: list[str], 
         pairs = np.unique((prompt * len(names) + np.minimum(i, j)) * len(names) + np.maximum(i, j))
         if 1 < len(prompts) == len(pairs):
             warnings.append(
-                f"each of the {len(prompts)} prompts compares one pair of items, and scores compare only within a "
-                f"prompt: without prompt={columns['prompt']} all items have one ranking"
+                f"every prompt compares a single pair, so no ranking across pairs is possible; leave out "
+                f"prompt={columns['prompt']} to rank all items together"
             )
     elif "prompt" in found:
         notes.append("all prompts are ranked together; --columns prompt=prompt gives every prompt scores of its own")
@@ -93,14 +99,16 @@ def read_comparisons(table: Table, choice: Choice, what: str, found: list[str], 
     if "judge" in columns:
         judges, (judge,) = index_names(names_of(table, columns["judge"]))
     ordered = layout in ("battles", "votes")
+    ties = float(tied.sum())
     return Comparisons(i, j, value, back, prompt, names, prompts, judge, judges, ordered, unused, ties, warnings, notes)
 
 
 def _counts(table: Table, column: str) -> np.ndarray:
+    """NaN for what is of a size of HUGE or more."""
     votes = as_numbers(table, column)
     if (row := first_row(~((votes >= 0) & (votes < np.inf)))) is not None:
         raise InputError(f"{table.place(row)}: {column} must be a finite count >= 0, got {votes[row]:g}")
-    return votes
+    return np.where(votes >= HUGE, np.nan, votes)
 
 
 def _shares(table: Table, layout: str, columns: dict[str, str]) -> np.ndarray:

@@ -26,7 +26,7 @@ from fastpref.curate.files.writing import (
     row_names,
     schema_of,
 )
-from fastpref.curate.pairs import select_pairs
+from fastpref.curate.pairs import published_pairs, select_pairs
 
 _SOURCES = ("sources", "completions", "source_chosen")  # columns that say where responses come from
 
@@ -51,9 +51,12 @@ def pair_rows(
         rejected_id, z_*, rank_rejected, n_pool, rule and scale. A prompt without a pair has no row.
     score_field: the field that is selected by; source_field, length_field, layout, columns: as in `read_samples`.
     format: of the texts, as in `write_pairs`.
-    on_bad_row: "error", or "drop" with a UserWarning that counts them.
+    on_bad_row: "error", or "drop" with a UserWarning that counts them. Ties, scores that stand for none and responses
+        that cannot be read are left out and counted by a UserWarning in either case.
     options: of `select_pairs`, but for those that look beyond a prompt: "min_of_<m>", which draws by its index in the
         whole dataset, and what on_degenerate does by the share of degenerate prompts in it (here "ignore" or "warn").
+        Pairs whose sides were published keep them: of the options min_chosen, min_gap and max_gap act on them. They
+        have no pool, and no columns z_* and rank_rejected.
 
     Raises ValueError for a row that is not as it should be, and for such options.
     """
@@ -74,12 +77,12 @@ def pair_rows(
             raise ValueError(message)
         warnings.warn(f"{message}; they are left out", UserWarning, stacklevel=2)
 
+    _warn_of_what_is_left_out(samples)
     if samples.sources is None and (source_field or not _names(batch).isdisjoint(_SOURCES)):
         # no row of this batch says, but those of others may: the columns must be there
         samples = replace(samples, sources=np.full(samples.responses, -1, np.int32))
 
-    selection = select_pairs(samples.scores[score_field], offsets=samples.offsets, **options)
-    pairs = selection.table() | {"rule": selection.rule, "scale": selection.scale}
+    pairs = _pairs_of(samples, score_field, options)
     known = pair_columns(samples, pairs)
     prompts, own = np.unique(pairs["prompt"], return_inverse=True)
     texts = [parse_row(rows[position], reading.fields_again(fields)) for position in samples.position[prompts].tolist()]
@@ -95,6 +98,31 @@ def pair_rows(
         return {name: [row[name] for row in found] for name in names}
     types = _types(found, known, format, conversational == {True} or _holds_messages(batch))
     return type(batch).from_arrays(arrays_of(found, types), schema=schema_of(types))
+
+
+def _warn_of_what_is_left_out(samples) -> None:
+    said = [f"{count} {reason}" for reason, count in samples.counts.items()]
+    if bad := samples.bad_responses:
+        said.append(f"{len(bad)} responses that cannot be read, the first: {bad[0]}")
+    if said:
+        warnings.warn(f"left out: {'; '.join(said)}", UserWarning, stacklevel=3)
+
+
+def _pairs_of(samples, score_field, options) -> dict[str, object]:
+    """Indices and numbers of the pairs, with their rule and scale."""
+    scores = samples.scores[score_field]
+    if not samples.published:
+        selection = select_pairs(scores, offsets=samples.offsets, **options)
+        return selection.table() | {"rule": selection.rule, "scale": selection.scale}
+    select_pairs(np.empty(0), offsets=np.zeros(1, np.int64), **options)  # to refuse what it knows no meaning of
+    bounds = {name: options.get(name) for name in ("min_chosen", "min_gap", "max_gap")}
+    valid = np.ones(samples.responses, bool)
+    selection = published_pairs(scores, offsets=samples.offsets, valid=valid, strength=samples.strength, **bounds)
+    pairs = selection.table() | {"rule": selection.rule, "scale": selection.scale}
+    if samples.strength is not None:
+        margin = pairs["score_chosen"] - pairs["score_rejected"]
+        pairs["margin"] = np.where(np.isnan(margin), samples.strength[pairs["prompt"]], margin)
+    return {name: column for name, column in pairs.items() if not name.startswith(("z_", "rank_"))}
 
 
 def _types(found, columns, format, conversational) -> dict[str, object]:

@@ -5,8 +5,10 @@ and Arrow are as the file has them, but for dictionaries, views and extensions, 
 not asked for are not parsed, so that nothing in them can go wrong.
 """
 
+import io
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -31,6 +33,9 @@ BUFFER = 1 << 20  # bytes of each Parquet column read at a time
 OBJECT_ROWS = 256  # of a batch that is made into Python objects
 MOST_HEAD_ROWS = 4096
 HEAD_ROWS = 256  # that are looked at before the others; of JSON Lines those of the first block
+MOST_BLANKS = 4  # between a key and its colon that are looked through
+
+_IS_BLANK = np.isin(np.arange(256), [*b" \t\r"])
 
 
 class Batch(NamedTuple):
@@ -82,19 +87,23 @@ def first_rows(source: Source) -> list[dict]:
         lines = [] if block is None else block.lines.split(b"\n")
         values = [json_value(line, k == 0) for k, line in enumerate(lines[:MOST_HEAD_ROWS])]
     else:
-        once = None  # of columns that are there twice nobody may ask
+        once = None  # columns that are there twice must not be asked for
         if source.container != "json-array":
             once = [name for name, count in Counter(column_names(source)).items() if count == 1]
         values = [row for _, row in itertools.islice(numbered_rows(source, once), HEAD_ROWS)]
     return [row for row in values if isinstance(row, dict)]
 
 
-def read_batches(source: Source, columns: Sequence[str] | None = None) -> Iterator[Batch]:
+def read_batches(
+    source: Source, columns: Sequence[str] | None = None, absent: frozenset[str] = frozenset()
+) -> Iterator[Batch]:
     """Reads the columns of a source in order.
 
     Args:
         source: From `find_sources`.
         columns: Names, all of which the batches have; in JSON a key that a row lacks is null. None: all.
+        absent: Further columns that would be wanted, and that `column_names` does not have: a later row of JSON must
+            not have them either.
 
     Raises:
         InputError: The source cannot be read, has no such column or has it twice, or a row is malformed; one line with
@@ -109,11 +118,13 @@ def read_batches(source: Source, columns: Sequence[str] | None = None) -> Iterat
     if source.container == "csv":
         return _csv_batches(source, columns)
     if source.container in ("json-lines", "json-array"):
-        return _json_batches(source, list(columns))
+        return _json_batches(source, list(columns), absent)
     return _arrow_batches(source, columns)
 
 
-def read_table(sources: Sequence[Source], columns: Sequence[str] | None = None) -> Table:
+def read_table(
+    sources: Sequence[Source], columns: Sequence[str] | None = None, absent: frozenset[str] = frozenset()
+) -> Table:
     """Reads the columns of all sources, one below the other. Arguments and errors are those of `read_batches`.
 
     Columns of numbers that are integers in one part and not in another become float64.
@@ -124,7 +135,7 @@ def read_table(sources: Sequence[Source], columns: Sequence[str] | None = None) 
     tables, numbers, counts = [], [], []
     for source in sources:
         counts.append(0)
-        for batch in read_batches(source, columns):
+        for batch in read_batches(source, columns, absent):
             tables.append(pyarrow.Table.from_batches([batch.table]))
             numbers.append(batch.numbers)
             counts[-1] += len(batch.numbers)
@@ -166,7 +177,7 @@ def as_numbers(table: Table, name: str) -> np.ndarray:
 
 
 def check_unique(source: Source, names: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raises InputError for wanted columns that a source has more than once: nobody can say which one is meant."""
+    """Raises InputError for wanted columns that a source has more than once: it is not known which one is meant."""
     if repeated := [name for name in dict.fromkeys(wanted) if list(names).count(name) > 1]:
         raise InputError(f"{source.name} has more than one column {', '.join(repeated)}")
 
@@ -227,58 +238,84 @@ def json_rows(source: Source) -> Iterator[tuple[int, object]]:
 
     Blank lines are no rows. A null is a ValueError, for a row must be an object.
     """
-    if source.container == "json-array":
-        for number, element in enumerate(json_elements(source), start=1):
-            yield number, json_value(element, False)
-        return
     number = 0
+    if source.container == "json-array":
+        elements = json_elements(source)
+        while text := b"".join([element + b"\n" for element in itertools.islice(elements, OBJECT_ROWS)]):
+            for row in _values_of_lines(text, False):
+                number += 1
+                yield number, row
+        return
     for block in line_blocks(source):
-        place, lines = block.begin, block.lines.split(b"\n")
-        rows = [json_value(line, place == 0 and k == 0) for k, line in enumerate(lines)]
-        keys = next((list(row) for row in rows if isinstance(row, dict)), [])
-        for k in lines_with_repeats(block.lines, keys):
-            if isinstance(rows[k], dict):
-                rows[k] = without_repeats(lines[k], rows[k])
-        for row in rows:
+        for row in _values_of_lines(block.lines, block.begin == 0):
             number += 1
             if row is not None:
                 yield number, row
-        number -= block.lines.endswith(b"\n")  # what follows the last line feed is the next block's
 
 
-def lines_with_repeats(lines: bytes, keys: Sequence[str]) -> set[int]:
-    """Returns the lines, from 0, that may hold a key twice: JSON allows it, and the last one would win unseen.
+def _values_of_lines(text: bytes, first: bool) -> Iterator:
+    lines = io.BytesIO(text).readlines()
+    for k, (line, count) in enumerate(zip(lines, key_counts(text, lines), strict=True)):
+        yield without_repeats(line, json_value(line, first and k == 0), count)
 
-    By the colons, of which texts have few: a search for the keys would take as long as parsing.
+
+def key_counts(text: bytes, lines: Sequence[bytes]) -> list[int]:
+    """Returns how many keys the objects of each line of a text hold, a repeated one as often as it stands there.
+
+    Counted are the quotes before colons, but for those that are escaped. It is too many where a string begins with a
+    colon, and never too few.
     """
-    text = np.frombuffer(lines, np.uint8)
-    ends = np.flatnonzero(text == ord(":"))
-    ends = ends[ends > 0]
-    while (blank := (text[ends - 1] == ord(" ")) & (ends > 1)).any():
-        ends = ends - blank
-    line_feeds, repeated = None, set()
-    for key in keys:
-        token = json.dumps(key).encode()
-        at = ends[ends >= len(token)]
-        for back, character in enumerate(reversed(token), start=1):
-            at = at[text[at - back] == character]
-        if len(at) > 1:
-            line_feeds = np.flatnonzero(text == ord("\n")) if line_feeds is None else line_feeds
-            numbers = np.searchsorted(line_feeds, at)
-            repeated.update(numbers[1:][numbers[1:] == numbers[:-1]].tolist())
-    return repeated
+    characters = np.frombuffer(text, np.uint8)
+    at = np.flatnonzero(characters == ord(":")) - 1
+    for _ in range(MOST_BLANKS):
+        if not (blank := _IS_BLANK[characters[at]]).any():
+            break
+        at = at - blank
+    at = at[at >= 2]  # before the first key there is a brace and a quote
+    at = at[(characters[at] == ord('"')) | _IS_BLANK[characters[at]]]
+    escaped = (characters[at - 1] == ord("\\")) & (characters[at - 2] != ord("\\"))
+    ends = np.cumsum(np.fromiter(map(len, lines), np.int64, len(lines)))
+    return np.diff(np.searchsorted(at[~escaped], ends), prepend=0).tolist()
 
 
-def without_repeats(line: bytes, value: dict) -> dict | ValueError:
-    """Returns the value of a line, or a ValueError where one of its objects holds a key twice."""
+def without_repeats(line: bytes, value, count: int):
+    """Returns the value of a line; a ValueError where one of its objects holds a key twice, of which the last one won.
+
+    count: of the line, from `key_counts`. A value with as many keys has lost none; other lines are parsed once more.
+    """
+    if type(value) is not dict or count == len(value):
+        return value
+    if count == _keys_of_messages(value) or count == _keys_within(value):
+        return value
     repeated = []
 
     def keep(pairs):
         names = [name for name, _ in pairs]
-        repeated.extend(name for name in names if names.count(name) > 1)
+        if len(set(names)) < len(names):
+            repeated.extend(name for name, often in Counter(names).items() if often > 1)
 
-    json.loads(line.decode("utf-8-sig"), object_pairs_hook=keep)
+    try:
+        json.loads(line.decode("utf-8-sig"), object_pairs_hook=keep, parse_int=str)
+    except RecursionError as error:
+        return ValueError(f"not JSON: {error}")
     return ValueError(f"the key {repeated[0]!r} stands there more than once") if repeated else value
+
+
+def _keys_of_messages(value: dict) -> int:
+    """How many keys it and the objects in its lists have, but for what these hold: most rows end there."""
+    lists = [part for part in value.values() if type(part) is list]
+    return len(value) + sum([len(item) for part in lists for item in part if type(item) is dict])
+
+
+def _keys_within(value: dict) -> int:
+    """How many keys it and the objects in it have."""
+    found, waiting = 0, [value]
+    for part in waiting:  # which grows
+        if type(part) is dict:
+            found += len(part)
+            part = part.values()
+        waiting += [item for item in part if type(item) in (dict, list)]
+    return found
 
 
 def json_value(line: bytes, first: bool):
@@ -308,13 +345,18 @@ def _json_or_reason(line: bytes, first: bool):
         return ValueError(f"not JSON: {error}")
 
 
-def _json_batches(source: Source, columns: list[str]) -> Iterator[Batch]:
+def _json_batches(source: Source, columns: list[str], absent: frozenset[str]) -> Iterator[Batch]:
     rows = json_rows(source)
     while block := list(itertools.islice(rows, ROWS)):
         for number, row in block:
             if not isinstance(row, dict):
                 reason = row if isinstance(row, ValueError) else f"a row must be an object, got {type(row).__name__}"
                 raise InputError(f"{source.name}:{number}: {reason}")
+            if late := [name for name in absent.intersection(row) if row[name] is not None]:
+                raise InputError(
+                    f"{source.name}:{number}: {late[0]} is a column of this row and of none of the first: have such a "
+                    "row at the top"
+                )
         numbers = [number for number, _ in block]
         if wrong := [name for name in columns if not _is_unicode(name)]:
             raise InputError(
@@ -380,17 +422,43 @@ def _csv_batches(source: Source, columns: list[str]) -> Iterator[Batch]:
         yield Batch(pyarrow.RecordBatch.from_arrays(arrays, names=columns), numbers)
 
 
+_DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*,\d+\s*")
+_THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2}[.,]\d{3}\s*")  # or a number with three decimals
+
+
+def check_marks(source: Source, columns: Sequence[str]) -> None:
+    """Raises InputError where a number of a CSV with ';', such as "6.000", may be six or six thousand.
+
+    Where some number has a comma that can only be decimal, a dot is none; elsewhere a comma may be either.
+
+    columns: of numbers.
+    """
+    if source.delimiter != ";":
+        return
+    records = csv_records(source)
+    _, header = next(records, (1, []))
+    places = [k for k, name in enumerate(header) if name in columns]
+    decimal, doubtful = False, {}
+    for number, record in records:
+        if isinstance(record, ValueError):
+            continue
+        for k in places:
+            if _THOUSANDS.fullmatch(record[k]):
+                doubtful.setdefault("," if "," in record[k] else ".", (number, header[k], record[k].strip()))
+            elif _DECIMAL_COMMA.fullmatch(record[k]):
+                decimal = True
+    if found := doubtful.get("." if decimal else ","):
+        number, name, text = found
+        one, other = (re.sub("[.,]", mark, text) for mark in (".", ""))
+        raise InputError(
+            f"{source.name}:{number}: {name} may be {one} or {other}, got {text!r}: write thousands without a mark"
+        )
+
+
 def _parsed_numbers(table: Table, name: str) -> np.ndarray:
     texts = table.columns[name]
     comma = np.array([source.delimiter == ";" for source in table.sources])[table.source]
     if comma.any():
-        doubtful = pyarrow.compute.match_substring_regex(texts, r"^\s*[+-]?\d{1,3}(,\d{3})+\s*$").fill_null(False)
-        if len(rows := np.flatnonzero(doubtful.to_numpy() & comma)):
-            said = texts[int(rows[0])].as_py()
-            raise InputError(
-                f"{table.place(int(rows[0]))}: {name} may be a decimal comma or thousands, got {said!r}: write such "
-                "numbers without the comma"
-            )
         with_comma = pyarrow.compute.replace_substring(texts, ",", ".", max_replacements=1)
         texts = pyarrow.compute.if_else(pyarrow.array(comma), with_comma, texts)
     texts = pyarrow.compute.utf8_trim_whitespace(texts)

@@ -85,7 +85,7 @@ def _openrlhf(row, rest) -> dict:
 def _llamafactory(row, rest) -> dict:
     if "tools" in rest:
         rest["tools"] = _json_string(rest["tools"], none="")
-    prompt = _sharegpt_turns(row, _with_media(row))
+    prompt = _sharegpt_turns(row, _with_media(row, "LLaMA-Factory"))
     if "completion" in row:
         turns = prompt + _sharegpt_turns(row, row["completion"])
         _check_turns(row, turns, last="gpt")
@@ -134,13 +134,13 @@ def _check_turns(row, turns, last) -> None:
 def _swift(row, rest) -> dict:
     if "tools" in rest:
         rest["tools"] = _json_string(rest["tools"], none=None)
-    prompt = _swift_messages(row, _with_media(row))
+    prompt = _swift_messages(row, _with_media(row, "ms-swift"))
     if "completion" in row:
         return {**_id(rest), "messages": prompt + _swift_messages(row, row["completion"]), **rest}
     chosen, rejected = (_swift_messages(row, row[side]) for side in ("chosen", "rejected"))
     asked = max((k for k, message in enumerate(prompt) if message["role"] == "user"), default=-1)
     if any(message["role"] == "user" for message in [*chosen, *rejected]) or asked < 0:
-        raise _refusal(row, "ms-swift takes responses without a turn of the user, after one of his")
+        raise _refusal(row, "ms-swift needs a user turn in the prompt and none in the responses")
     rejected = prompt[asked + 1 :] + rejected
     if len(rejected) == 1 and rejected[0]["role"] == "assistant":
         rejected = rejected[0]["content"]
@@ -243,10 +243,10 @@ def _plain_text(row, content, host) -> str:
     return "".join(found)
 
 
-def _with_media(row) -> list[dict]:
+def _with_media(row, host) -> list[dict]:
     """The messages of the prompt; media that no message places come first in what the user says first, as TRL does."""
     messages = row["prompt"]
-    texts = [_plain_text(row, message.get("content"), "it") for message in messages]
+    texts = [_plain_text(row, message.get("content"), host) for message in messages]
     missing = ""
     for name, mark in (("images", "<image>"), ("videos", "<video>"), ("audios", "<audio>")):
         media = row.get(name) or []

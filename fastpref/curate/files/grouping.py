@@ -5,26 +5,30 @@ key to as many temporary files as leave each small enough for memory; the pools 
 their prompts first appear.
 """
 
+import contextlib
+import hashlib
 import heapq
 import math
 import os
 import tempfile
-import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import orjson
 
-from fastpref.curate.files.containers import numbered_rows
+from fastpref.curate.files.containers import numbered_rows, open_parquet
+from fastpref.curate.files.layouts import is_context
 from fastpref.curate.files.rows import Fields, Row, context_of, parse_row, top_fields, without_bad_unicode
-from fastpref.curate.files.sources import Source, temporary_folder
+from fastpref.curate.files.sources import Source, reading_errors, temporary_file, temporary_folder
 from fastpref.curate.files.table import RowProblem
 from fastpref.curate.files.texts import as_json, prompt_digest
 
 PARTITION = 1 << 27  # bytes of rows that are grouped at a time
 UNPACKED = 8  # times the size of a packed file, about
-MOST_PARTITIONS = 256
+MOST_PARTITIONS = 256  # files that are open at a time
+MOST_SPLITS = 3  # times that a partition is split: rows of one prompt stay together, however many they are
 
 
 class Grouped(NamedTuple):
@@ -34,6 +38,7 @@ class Grouped(NamedTuple):
     numbers: np.ndarray  # int64 [pools], the line or row of the first
     problems: list[RowProblem]  # of rows that were left out
     rows: int  # that were read
+    counts: dict[str, int]  # values of carried columns that are in no pool, by what they are
 
 
 def group_rows(name: str, sources: Sequence[Source], fields: Fields) -> Grouped:
@@ -47,28 +52,37 @@ def group_rows(name: str, sources: Sequence[Source], fields: Fields) -> Grouped:
     Raises:
         InputError: A source cannot be read.
     """
-    size = sum(os.path.getsize(source.path) * (UNPACKED if source.packing else 1) for source in sources)
-    count = min(MOST_PARTITIONS, size // PARTITION + 1)
-    problems: list[RowProblem] = []
-    handle, path = tempfile.mkstemp(dir=temporary_folder(), suffix=".jsonl")
-    with open(handle, "wb") as out, tempfile.TemporaryDirectory(dir=temporary_folder()) as folder:
-        rows, paths = _partitioned(sources, fields, folder, count, problems)
-        runs = [_pools_of_partition(path, fields, problems) for path in paths]
-        runs = runs if count == 1 else [_spilled(run, f"{path}.pools") for run, path in zip(runs, paths, strict=True)]
+    count = min(MOST_PARTITIONS, sum(map(_unpacked_size, sources)) // PARTITION + 1)
+    left_out = _LeftOut([], Counter())
+    out, path = temporary_file(".jsonl")
+    with out, tempfile.TemporaryDirectory(dir=temporary_folder()) as folder:
+        rows, paths = _partitioned(sources, fields, folder, count, left_out.problems)
+        pools = _pools(paths[0], fields, left_out) if count == 1 else _merged_pools(paths, fields, left_out)
         numbers = []
-        for _, number, pool in heapq.merge(*runs):
+        for _, number, pool in pools:
             numbers.append(number)
             out.write(pool + b"\n")
+    problems, others = left_out
     problems.sort(key=lambda problem: (problem.path, problem.row))
-    return Grouped(Source(name, path, "json-lines"), np.array(numbers, np.int64), problems, rows)
+    counts = {f"values of {name} that are not that of their prompt's first row": n for name, n in others.items()}
+    return Grouped(Source(name, path, "json-lines"), np.array(numbers, np.int64), problems, rows, counts)
+
+
+def _unpacked_size(source: Source) -> int:
+    """Bytes of its rows, about: Parquet packs columns, which its row groups tell."""
+    if source.container == "parquet":
+        with reading_errors(source.name):
+            metadata = open_parquet(source).metadata
+            return sum(metadata.row_group(k).total_byte_size for k in range(metadata.num_row_groups))
+    return os.path.getsize(source.path) * (UNPACKED if source.packing else 1)
 
 
 def _partitioned(sources, fields, folder, count, problems) -> tuple[int, list[str]]:
     """Writes every row to the file of its key. Returns the number of rows, and the files."""
     paths = [os.path.join(folder, str(k)) for k in range(count)]
-    files = [open(path, "wb") for path in paths]  # noqa: SIM115
     wanted, order = top_fields(fields), 0
-    try:
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(path, "wb")) for path in paths]
         for source in sources:
             of_source = fields._replace(cells=source.delimiter)
             for number, value in numbered_rows(source, wanted):
@@ -82,11 +96,43 @@ def _partitioned(sources, fields, folder, count, problems) -> tuple[int, list[st
                 except ValueError as error:
                     problems.append(RowProblem(source.name, number, str(error)))
                     continue
-                files[zlib.crc32(key) % count].write(line + b"\n")
-    finally:
-        for file in files:
-            file.close()
+                files[_partition(key.hex(), 0, count)].write(line + b"\n")
     return order, paths
+
+
+def _partition(key: str, split: int, count: int) -> int:
+    """Which one of so many the rows of a key go to, independent of where they went in another split."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8, salt=bytes([split])).digest()
+    return int.from_bytes(digest, "big") % count
+
+
+class _LeftOut(NamedTuple):
+    """What is in no pool, as of `Grouped`."""
+
+    problems: list[RowProblem]
+    other_values: Counter[str]  # by column
+
+
+_Run: TypeAlias = Iterator[tuple[int, int, bytes]]  # order and number of the first row, and the pool, in order
+
+
+def _merged_pools(paths: list[str], fields: Fields, left_out: _LeftOut, split: int = 1) -> _Run:
+    """The pools of some partitions, each of which is let go before the next one is read."""
+    return heapq.merge(*(_spilled(_pools(path, fields, left_out, split), f"{path}.pools") for path in paths))
+
+
+def _pools(path: str, fields: Fields, left_out: _LeftOut, split: int = 1) -> _Run:
+    """The pools of a partition, which is split once more where it came out too large for memory."""
+    count = min(MOST_PARTITIONS, os.path.getsize(path) // PARTITION + 1)
+    if count <= 2 or split > MOST_SPLITS:  # sizes scatter about the one that was aimed at
+        return _pools_in_memory(path, fields, left_out)
+    parts = [f"{path}.{k}" for k in range(count)]
+    with open(path, "rb") as rows, contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(part, "wb")) for part in parts]
+        for line in rows:
+            files[_partition(orjson.loads(line)[3], split, count)].write(line)
+    os.remove(path)
+    return _merged_pools(parts, fields, left_out, split + 1)
 
 
 def _line(order: int, number: int, name: str, key: str, row: Row) -> bytes:
@@ -106,8 +152,7 @@ def _values_in(value) -> Iterator:
         yield from _values_in(item)
 
 
-def _pools_of_partition(path: str, fields: Fields, problems: list[RowProblem]) -> Iterator[tuple[int, int, bytes]]:
-    """Order and number of the first row, and the pool, of every prompt of a partition, in order."""
+def _pools_in_memory(path: str, fields: Fields, left_out: _LeftOut) -> _Run:
     pools: dict[str, list] = {}
     with open(path, "rb") as file:
         for line in file:
@@ -115,8 +160,11 @@ def _pools_of_partition(path: str, fields: Fields, problems: list[RowProblem]) -
             pool = pools.setdefault(key, [order, number, prompt, further, [], [], []])
             if pool[2] != prompt:
                 reason = f"another prompt than the first row of prompt_id {further[0]}"
-                problems.append(RowProblem(name, number, reason))
+                left_out.problems.append(RowProblem(name, number, reason))
                 continue
+            first = pool[3][1]
+            others = [name for name, value in further[1].items() if value != first[name] and not is_context(name)]
+            left_out.other_values.update(others)
             for column, value in zip(pool[4:], (response, scores, beside), strict=True):
                 column.append(value)
     for key in list(pools):
@@ -137,7 +185,7 @@ def _pool(fields: Fields, text, further, responses, scores, beside) -> dict:
     return pool
 
 
-def _spilled(run: Iterator[tuple[int, int, bytes]], path: str) -> Iterator[tuple[int, int, bytes]]:
+def _spilled(run: _Run, path: str) -> _Run:
     """The same from a file, so that a partition's rows are let go before the next one's are read."""
     with open(path, "wb") as file:
         for order, number, pool in run:

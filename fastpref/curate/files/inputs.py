@@ -1,22 +1,35 @@
 """What one input is: its files, the layout that they have, and what is read of every row."""
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.curate.files.containers import check_unique, column_names, first_rows
+from fastpref.curate.files.containers import check_marks, check_unique, column_names, first_rows
 from fastpref.curate.files.grouping import group_rows
-from fastpref.curate.files.layouts import LAYOUTS, Resolved, nearest, resolve_layout
-from fastpref.curate.files.rows import PREFERENCE, Fields, column_of_row, is_number, score_fields, top_fields
+from fastpref.curate.files.layouts import LAYOUTS, Resolved, is_unclear, nearest, resolve_layout
+from fastpref.curate.files.rows import (
+    PREFERENCE,
+    Fields,
+    column_of_row,
+    decoded_cells,
+    is_number,
+    is_unicode,
+    number_columns,
+    says_none,
+    score_fields,
+    sides_hold_prompt,
+    top_fields,
+)
 from fastpref.curate.files.sources import Source, find_sources
 from fastpref.curate.files.table import RowProblem
 from fastpref.errors import InputError
 
-MOST_BESIDE = 3  # columns of numbers that nobody asked for
+MOST_BESIDE = 3  # columns of numbers that were not asked for
 _NO_SCORE = re.compile("len|token|count|size|words|char|time|seed|turn|_id$|^id$|index|logp|temperature", re.IGNORECASE)
 
 
@@ -45,6 +58,8 @@ class Inputs(NamedTuple):
     scored: bool  # whether the file has scores, or only says which response is preferred
     problems: list[RowProblem]  # of rows that are in no file of `files`
     numbers: np.ndarray | None  # int64 [rows of files], of grouped rows the line or row of the first
+    rows: int | None  # that were read and grouped; None where no rows were
+    counts: dict[str, int]  # of grouped rows: what is not handed on, by reason
 
 
 def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs:
@@ -56,7 +71,6 @@ def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs
     sources = find_sources(names)
     name = sources[0].name if len(sources) == 1 else f"{sources[0].name} and {len(sources) - 1} more"
     heads = [first_rows(source) for source in sources]
-    head = [row for rows in heads for row in rows]
     columns = list(
         dict.fromkeys(column for source, rows in zip(sources, heads, strict=True) for column in _names(source, rows))
     )
@@ -64,39 +78,75 @@ def open_inputs(names: str | os.PathLike | Sequence, request: Request) -> Inputs
         resolved = Resolved("pools", dict(LAYOUTS["pools"].roles), ())
     else:
         resolved = resolve_layout(
-            name, columns, request.layout, request.columns, request.keep, _rare(sources, columns, head)
+            name, columns, request.layout, request.columns, request.keep, _rare(sources, columns, heads)
         )
+    if wrong := [column for column in resolved.carried if not is_unicode(column)]:
+        raise InputError(f"{name}: the column {wrong[0]!r} holds a lone surrogate, which is not Unicode text")
     fields = Fields(
         None, request.source, request.length, resolved.layout, resolved.roles, resolved.carried, request.missing
     )
-    if all(source.container in ("json-lines", "json-array") for source in sources):
-        fields = fields._replace(known=tuple(columns))
+    if any(source.container in ("json-lines", "json-array") for source in sources):
+        fields = fields._replace(known=tuple(columns))  # which all rows of tables keep to
     _check_columns(sources, fields._replace(scores=request.scores))
-    if "strength" not in request.columns and not any(is_number(row.get(fields.roles.get("strength"))) for row in head):
-        fields.roles.pop("strength", None)  # a column of that name which says something else
-    cells = next((source.delimiter for source in sources if source.delimiter is not None), None)
-    scores = _scores(name, columns, head, fields._replace(cells=cells), request.scores)
+    head = [row for source, rows in zip(sources, heads, strict=True) for row in _decoded(source, rows, fields)]
+    _check_unclear(name, fields, request, head)
+    for role, is_such in (("strength", is_number), ("source", lambda value: isinstance(value, str))):
+        if role not in request.columns and _says_otherwise(head, fields.roles.get(role), is_such):
+            del fields.roles[role]  # a column of that name which says something else
+    if 2 * sum(sides_hold_prompt(row, fields) for row in head) > len(head):
+        fields = fields._replace(prompt_in_sides=True)
+    scores = _scores(name, columns, head, fields, request.scores)
     scored = scores != (PREFERENCE,)
-    fields = fields._replace(scores=scores, beside=_beside(head, columns, fields._replace(cells=cells), scores))
+    fields = fields._replace(scores=scores, beside=_beside(head, columns, fields, scores))
+    for source in sources:
+        check_marks(source, number_columns(fields, columns))
     read_as = f"{resolved}{_more_roles(fields, scored)}"
     formats = dict.fromkeys(source.description for source in sources if source.container == "csv")
     read_as = "; ".join([read_as, *formats])
     if fields.shape != "rows":
         files = tuple(sources)
-        return Inputs(name, files, files, fields, resolved.layout, read_as, scored, [], None)
+        return Inputs(name, files, files, fields, resolved.layout, read_as, scored, [], None, None, {})
     grouped = group_rows(name, sources, fields)
     fields = Fields(scores, carried=fields.carried, missing=fields.missing, beside=fields.beside)
     files = (grouped.source,)
     return Inputs(
-        name, tuple(sources), files, fields, resolved.layout, read_as, scored, grouped.problems, grouped.numbers
+        name,
+        tuple(sources),
+        files,
+        fields,
+        resolved.layout,
+        read_as,
+        scored,
+        grouped.problems,
+        grouped.numbers,
+        grouped.rows,
+        grouped.counts,
     )
 
 
-def _rare(sources, columns, head: list[dict]) -> list[str]:
+def _rare(sources, columns, heads: list[list[dict]]) -> list[str]:
     """Columns of JSON that fewer than half of the first rows have."""
     if any(source.container not in ("json-lines", "json-array") for source in sources):
         return []
+    head = [row for rows in heads for row in rows]
     return [name for name in columns if 2 * sum(name in row for row in head) < len(head)]
+
+
+def _decoded(source: Source, head: list[dict], fields: Fields) -> Iterator[dict]:
+    """The first rows as they are read; of CSV without those whose cells cannot be, which are bad rows later."""
+    if source.delimiter is None:
+        yield from head
+        return
+    for row in head:
+        with contextlib.suppress(ValueError):
+            yield decoded_cells(row, fields._replace(cells=source.delimiter))
+
+
+def _says_otherwise(head: list[dict], name: str | None, is_such: Callable) -> bool:
+    """Whether a column says something, and never what is such; a word for "none", such as N/A, says nothing."""
+    said = [row.get(name) for row in head if row.get(name) is not None]
+    said = [value for value in said if not (isinstance(value, str) and says_none(value))]
+    return bool(said) and not any(map(is_such, said))
 
 
 def _names(source: Source, head: list[dict]) -> list[str]:
@@ -117,6 +167,18 @@ def _check_columns(sources: list[Source], fields: Fields) -> None:
                     f"{source.name} has no column {', '.join(missing)} for {fields.layout}, as {sources[0].name}; "
                     f"found {', '.join(names)}"
                 )
+
+
+def _check_unclear(name, fields: Fields, request: Request, head: list[dict]) -> None:
+    """Raises InputError where a column may belong to the prompt, and the caller does not say whether it does."""
+    for column in fields.carried:
+        there = any(isinstance(row.get(column), str | list | dict) and row[column] for row in head)
+        if there and is_unclear(column) and column not in {*request.keep, *request.columns.values()}:
+            role, place = ("input", "behind") if "prompt" in fields.roles else ("prompt", "as")
+            raise InputError(
+                f"{name}: {column} may be what the prompt is about: --columns {role}={column} reads it {place} the "
+                f"prompt, --keep {column} writes it beside the prompt"
+            )
 
 
 def _scores(name, columns, head, fields: Fields, asked) -> tuple[str, ...] | None:
@@ -153,6 +215,7 @@ def _beside(head, columns, fields: Fields, scores) -> tuple[str, ...]:
             name
             for name in columns
             if not _NO_SCORE.search(name)
+            and is_unicode(name)
             and all(isinstance(row.get(name), list) == (fields.shape == "pool") for row in head if name in row)
             and any(_holds_numbers(row.get(name)) for row in head)
         ]
@@ -171,4 +234,5 @@ def _more_roles(fields: Fields, scored: bool) -> str:
         [f"scores={'+'.join(fields.scores)}"] if scored and fields.scores else ["no scores"] if fields.scores else []
     )
     parts += [f"carried={'+'.join(fields.carried)}"] if fields.carried else []
+    parts += ["the prompt cut from both sides, which begin with it"] if fields.prompt_in_sides else []
     return "".join(f", {part}" for part in parts)

@@ -38,10 +38,12 @@ What a label says:
 
 Beside these, in every layout: system, system_prompt and the like (becomes the first message), history (the turns
 before), input (behind an instruction), tools, functions, documents, images, videos, audios, chat_template_kwargs and
-what else begins so (reach OUT as they are), prompt_id, id.
+what else begins so (reach OUT as they are), prompt_id, id. Text called context, passage, paragraph, article or
+background needs --keep NAME (reaches OUT as it is) or --columns input=NAME (goes behind the prompt).
 """
 
 import difflib
+import itertools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -234,7 +236,9 @@ _CONTEXT_BEGINNINGS = (
     "audio",
     "chattemplate",
     "system",
-)  # beginnings
+)
+# Text of these names may belong to a prompt or only be kept beside it: the caller must say.
+_UNCLEAR = ("context", "contexts", "passage", "passages", "paragraph", "paragraphs", "article", "background")
 FURTHER = {
     "prompt_id": ("prompt_id",),
     "lengths": ("lengths",),
@@ -305,8 +309,9 @@ def resolve_layout(
     for role, aliases in MEANING.items():
         there = [name for name in names if _plain(name) in aliases and name not in roles.values()]
         if role not in columns and len(there) > 1:
+            meant = {"system": "system prompt", "history": "history"}[role]
             raise InputError(
-                f"{what} has {' and '.join(there)}: say which is the {role} by --columns {role}={there[0]}"
+                f"{what} has {' and '.join(there)}: say which is the {meant} by --columns {role}={there[0]}"
             )
         if column := columns.get(role) or next(iter(there), None):
             roles[role] = column
@@ -326,7 +331,12 @@ def _carried(names, roles, columns, keep) -> list[str]:
 
 def is_context(name: str) -> bool:
     """Returns whether a column of this name changes what a prompt means: images, tools, documents and the like."""
-    return _plain(name).startswith(_CONTEXT_BEGINNINGS)
+    return _plain(name).startswith(_CONTEXT_BEGINNINGS) or is_unclear(name)
+
+
+def is_unclear(name: str) -> bool:
+    """Returns whether a column of this name may hold what the prompt is about, as a passage does."""
+    return _plain(name) in _UNCLEAR
 
 
 def changes_meaning(name: str) -> bool:
@@ -336,19 +346,6 @@ def changes_meaning(name: str) -> bool:
 
 def _plain(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.lower())
-
-
-def parse_columns(text: str) -> dict[str, str]:
-    """Returns role -> column from "ROLE=NAME,...". Raises ValueError for another text."""
-    found = {}
-    for part in text.split(","):
-        role, equals, name = part.partition("=")
-        if not (role and equals and name):
-            raise ValueError(f"must be ROLE=NAME,..., got {part!r} in {text!r}")
-        if role in found:
-            raise ValueError(f"must name a role once, got {role} twice in {text!r}")
-        found[role] = name
-    return found
 
 
 def roles_of(layout: Layout) -> list[str]:
@@ -438,7 +435,13 @@ def _no_layout(what, names, tried, columns) -> str:
     layout = min(usable, key=distance)
     lacks = lacking(layout)
     # where nothing is called alike, the only column without a use may be meant
-    unused = [name for name in names if name not in _required(layout, columns).values()]
+    taken = {
+        *_required(layout, columns).values(),
+        *layout.scores,
+        *FURTHER,
+        *itertools.chain(*layout.optional.values()),
+    }
+    unused = [name for name in names if name not in taken]
     other = unused if len(unused) == 1 else ["NAME"]
     flags = ",".join(f"{role}={(nearest(name, unused) or other)[0]}" for role, name in lacks)
     return (

@@ -76,7 +76,7 @@ def csv_records(source: Source) -> Iterator[tuple[int, list[str] | ValueError]]:
     than the header, or with bytes that are no UTF-8, is a ValueError.
 
     Raises:
-        InputError: The source cannot be read, or its quotes are such that nobody knows where records end.
+        InputError: The source cannot be read, or its quotes do not tell where records end.
     """
     broken = None
 
@@ -116,7 +116,7 @@ def csv_records(source: Source) -> Iterator[tuple[int, list[str] | ValueError]]:
         elif len(record) != len(header):
             record = ValueError(f"{len(record)} fields, where the header has {len(header)}")
         elif record == header:
-            record = ValueError("the header once more")
+            record = ValueError("this row repeats the header")
         yield begun, record
 
 

@@ -19,7 +19,7 @@ from fastpref.curate.files.containers import (
     arrow_names,
     check_unique,
     json_value,
-    lines_with_repeats,
+    key_counts,
     open_parquet,
     python_rows,
     record_as_row,
@@ -125,12 +125,10 @@ def part_rows(source: Source, part: FilePart, fields: Fields | None, only=None) 
             lines = file.read(part.end - part.begin)
     errors = part.errors or {}
     if only is None:
-        position, repeated = part.begin, set() if fields is None else lines_with_repeats(lines, _top_keys(fields))
-        for number, line in enumerate(io.BytesIO(lines)):
+        position, split = part.begin, io.BytesIO(lines).readlines()
+        for line, count in zip(split, key_counts(lines, split), strict=True):
             value = ValueError(errors[position]) if position in errors else json_value(line, position == 0)
-            if number in repeated and isinstance(value, dict):
-                value = without_repeats(line, value)
-            yield position, value
+            yield position, without_repeats(line, value, count)
             position += len(line)
         return
     file = io.BytesIO(lines)
@@ -139,7 +137,7 @@ def part_rows(source: Source, part: FilePart, fields: Fields | None, only=None) 
         yield position, json_value(file.readline(), position == 0)
 
 
-def numbered_rows(sources: Sequence[Source], fields: Fields) -> Iterator[tuple[str, int, object]]:
+def placed_rows(sources: Sequence[Source], fields: Fields) -> Iterator[tuple[str, int, object]]:
     """Name of the file, line or row from 1, and value of every row but blank lines."""
     number, file = 0, 0
     for part in parts(sources, fields):
@@ -155,10 +153,6 @@ def valid_row(row, fields: Fields) -> Row:
     if isinstance(row, ValueError):
         raise row
     return parse_row(row, fields)
-
-
-def _top_keys(fields: Fields) -> list[str]:
-    return list(dict.fromkeys([*fields.roles.values(), *(fields.scores or ())]))
 
 
 def _wanted(source: Source, fields: Fields | None) -> list[str] | None:
@@ -262,7 +256,9 @@ def _parts_of_batches(source: Source, found: Iterable, begin: int, total: int | 
             yield whole
             batches, begin, size = [], end, 0
     if batches:
-        yield part()
+        with reading_errors(source.name, begin + 1):
+            whole = part()
+        yield whole
 
 
 def _arrow_rows(source: Source, part: FilePart, fields, only) -> Iterator[tuple[int, object]]:
@@ -276,7 +272,7 @@ def _arrow_rows(source: Source, part: FilePart, fields, only) -> Iterator[tuple[
     for batch in batches:
         positions = np.arange(position, position + batch.num_rows)
         position += batch.num_rows
-        with reading_errors(source.name, int(position)):
+        with reading_errors(source.name, int(position) - batch.num_rows + 1):  # the first row of the batch
             if only is not None:
                 positions = positions[np.isin(positions, only)]
                 batch = batch.take(pyarrow.array(positions - position + batch.num_rows))
@@ -291,6 +287,7 @@ class Columns(NamedTuple):
     """As in Samples, of the rows of a part; sources are numbered within it, and rows from 1."""
 
     rows: int  # of the part, with blank lines and malformed rows; 0 where rows are numbered through the whole file
+    read: int  # without blank lines
     counts: np.ndarray  # int64 [prompts], responses
     scores: dict[str, np.ndarray]
     beside: dict[str, np.ndarray]
@@ -325,10 +322,11 @@ def columns_of(path, rows, fields: Fields, line_numbers: np.ndarray | None = Non
     strength, bad_responses, left_out = [], [], {}
     scores, beside = ({name: [] for name in names} for names in (fields.scores or (), fields.beside))
     codes: dict[str | None, int] = {None: -1}
-    number = count = 0
+    number = count = read = 0
     for count, (position, value) in enumerate(rows, start=1):
         if value is None:
             continue
+        read += 1
         number = count if line_numbers is None else int(line_numbers[count - 1])
         try:
             row, digests = _row_and_digests(value, fields)
@@ -358,6 +356,7 @@ def columns_of(path, rows, fields: Fields, line_numbers: np.ndarray | None = Non
     del codes[None]
     return Columns(
         rows=count if line_numbers is None else 0,
+        read=read,
         counts=np.array(counts, np.int64),
         scores={name: _known(name, np.array(values, np.float64), fields, left_out) for name, values in scores.items()},
         beside={name: np.array(values, np.float64) for name, values in beside.items()},
@@ -407,7 +406,7 @@ def joined_columns(path, parts: Iterable[Columns], fields: Fields, **known) -> S
     names = ("counts", "lengths", "text_hash", "blank", "truncated", "sources", "prompt_hash", "row", "position")
     gathered = {name: [] for name in (*names, "conversational", "strength")}
     tables = {"scores": {name: [] for name in fields.scores or ()}, "beside": {name: [] for name in fields.beside}}
-    rows, file, codes, said, left_out = 0, 0, {}, set(), {}
+    rows, read, file, codes, said, left_out = 0, 0, 0, {}, set(), {}
     problems = {"problems": [], "bad_responses": []}
     for part in parts:
         columns = part._asdict()
@@ -426,6 +425,7 @@ def joined_columns(path, parts: Iterable[Columns], fields: Fields, **known) -> S
         for reason, count in part.left_out.items():
             left_out[reason] = left_out.get(reason, 0) + count
         rows += part.rows
+        read += part.read
         for name, arrays in gathered.items():
             arrays.append(columns[name])
         for table, found in tables.items():
@@ -451,6 +451,7 @@ def joined_columns(path, parts: Iterable[Columns], fields: Fields, **known) -> S
         },
         "source_names": names,
         "fields": fields,
+        "rows": read,
         "counts": left_out,
         **problems,
         **columns,

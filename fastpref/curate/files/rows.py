@@ -14,7 +14,16 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeAlias
 
-from fastpref.curate.files.layouts import FIRST, LAYOUTS, PAIR_SHAPES, SECOND, TIES, changes_meaning, is_context
+from fastpref.curate.files.layouts import (
+    FIRST,
+    FURTHER,
+    LAYOUTS,
+    PAIR_SHAPES,
+    SECOND,
+    TIES,
+    changes_meaning,
+    is_context,
+)
 from fastpref.errors import InputError
 
 SIDES = ("chosen", "rejected")
@@ -37,9 +46,10 @@ class Fields(NamedTuple):
     roles: dict[str, str] = _POOL_ROLES  # role -> column
     carried: tuple[str, ...] = ()  # columns that reach the output as they are
     missing: tuple[float, ...] = ()  # scores that stand for none
-    beside: tuple[str, ...] = ()  # scores that nobody asked for; a row need not have them
+    beside: tuple[str, ...] = ()  # scores that were not asked for; a row need not have them
     known: tuple[str, ...] = ()  # all columns of the first rows of JSON; none: every row has the same
     cells: str | None = None  # the delimiter of CSV, where numbers and lists are text
+    prompt_in_sides: bool = False  # strings of both sides that begin with the prompt go on from it, and are cut
 
     @property
     def shape(self) -> str:
@@ -76,7 +86,7 @@ def parse_row(row, fields: Fields) -> Row:
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {type(row).__name__}")
     if fields.cells is not None:
-        row = _decoded_cells(row, fields)
+        row = decoded_cells(row, fields)
     if fields.known:
         _check_late_columns(row, fields)
     if fields.scores is None:
@@ -134,21 +144,32 @@ _known_columns = functools.cache(frozenset)
 
 
 def _check_late_columns(row: dict, fields: Fields) -> None:
-    """What changes the meaning of a row must not be left out because the first rows, which were looked at, lack it."""
+    """What would be read must not be left out because the first rows, which were looked at, lack it."""
     late = row.keys() - _known_columns(fields.known)
     if not late:
         return
     for name in late:
-        if changes_meaning(name) and row[name] not in (None, "", [], {}):
+        if (changes_meaning(name) or _has_a_role(name, row[name], fields)) and row[name] not in (None, "", [], {}):
             raise ValueError(f"{name} is a column of this row and of none of the first: have such a row at the top")
     if fields.scores == (PREFERENCE,) and any(_BASE.fullmatch(name) for name in late) and _scores_of_pairs(row, fields):
         raise ValueError("scores of the sides are in this row and in none of the first: have such a row at the top")
 
 
+def _has_a_role(name: str, value, fields: Fields) -> bool:
+    """Whether the layout would have read a column of that name as something that no other column is."""
+    if name == "input" and fields.roles.get("prompt") == "instruction":
+        return True
+    of_completions = fields.shape == "completions"  # whose other optional roles are within the completions
+    for role, aliases in (FURTHER if of_completions else LAYOUTS[fields.layout].optional | FURTHER).items():
+        if name in aliases and role not in fields.roles and role not in ("truncated", "finish_reason"):
+            return role != "strength" or is_number(value)  # truncated and finish_reason are read wherever they are
+    return False
+
+
 def score_fields(row, fields: Fields) -> tuple[str, ...] | None:
     """The score fields of a row where the caller named none; None where it has none.
 
-    Raises InputError where it has several, of which nobody knows which is meant.
+    Raises InputError where it has several, and it is not known which are meant.
     """
     if not isinstance(row, dict):
         return None
@@ -166,11 +187,9 @@ def score_fields(row, fields: Fields) -> tuple[str, ...] | None:
 
 
 def column_of_row(row: dict, fields: Fields, name: str) -> list | None:
-    """Returns one value per response, None where the row has no such field or is malformed."""
+    """Returns one value per response, None where the row has no such field or is malformed; cells are decoded."""
     try:
-        return _SHAPES[fields.shape](_decoded_cells(row, fields) if fields.cells is not None else row, fields).column(
-            name
-        )
+        return _SHAPES[fields.shape](row, fields).column(name)
     except ValueError:
         return None
 
@@ -262,7 +281,7 @@ def _pair(row, fields: Fields) -> _Shape:
     if name is None or name not in row:
         prompt, *sides = _implicit_prompt(*sides)
     else:
-        prompt, *sides = _explicit_prompt(_with_input(row, fields), *sides)
+        prompt, *sides = _explicit_prompt(fields, _with_input(row, fields), *sides)
     return _published(row, fields, prompt, sides)
 
 
@@ -299,10 +318,7 @@ def _scores_of_pairs(row, fields: Fields) -> tuple[str, ...] | None:
     found = []
     for name in names:
         keys = next((keys for keys in _pair_keys(name) if all(key in row for key in keys)), None)
-        values = [row[key] for key in keys or ()]
-        if fields.cells is not None:
-            values = [_decoded_number(value, fields.cells) for value in values]
-        if any(is_number(value) for value in values) and _SCORE_NAMES.search(name.lower()):
+        if any(is_number(row[key]) for key in keys or ()) and _SCORE_NAMES.search(name.lower()):
             found.append(name)
     for usual in ("score", "rating", "reward"):
         if usual in found:
@@ -325,8 +341,16 @@ def _with_input(row, fields: Fields):
     return f"{prompt}\n{further}" if prompt else further
 
 
-def _explicit_prompt(prompt, chosen, rejected) -> tuple:
-    """The prompt and the sides without it: beside a prompt, sides may be whole conversations that hold it."""
+def _explicit_prompt(fields: Fields, prompt, chosen, rejected) -> tuple:
+    """The prompt and the sides without it: beside a prompt, sides may be whole conversations that hold it.
+
+    Strings are cut where most rows of the file say that their sides begin so, for a reply may begin as its prompt does.
+    """
+    if _begin_with(prompt, chosen, rejected):
+        if fields.prompt_in_sides:
+            return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+        if any(not prompt[turn.end() :].strip() for turn in _TURN_MARKS.finditer(prompt)):
+            raise ValueError("both sides begin with the prompt, up to the assistant's turn, which most rows do not")
     lists = [isinstance(side, list) for side in (chosen, rejected)]
     if prompt is None or not all(lists) or not (chosen and rejected):
         return prompt, chosen, rejected
@@ -345,6 +369,24 @@ def _explicit_prompt(prompt, chosen, rejected) -> tuple:
         if turns[end - len(asked) : end] == asked:
             return chosen[:end], chosen[end:], rejected[end:]
     raise ValueError("prompt is not what chosen and rejected begin with")
+
+
+def _begin_with(prompt, *sides) -> bool:
+    """Whether all are strings, and the sides begin with the prompt and go on, not within a word."""
+    if not all(isinstance(text, str) and text for text in (prompt, *sides)):
+        return False
+    end = len(prompt)
+    return all(side.startswith(prompt) and side[end:] and not side[end - 1 : end + 1].isalnum() for side in sides)
+
+
+def sides_hold_prompt(row: dict, fields: Fields) -> bool:
+    """Returns whether both sides of a row of pairs are strings that begin with its prompt."""
+    roles = SIDES if fields.shape == "pair" else ("response_a", "response_b")
+    sides = [row.get(fields.roles.get(role)) for role in roles]
+    try:
+        return _begin_with(_with_input(row, fields), *sides)
+    except (KeyError, ValueError):
+        return False
 
 
 def _turn(message) -> tuple:
@@ -420,13 +462,20 @@ def _ab(row, fields: Fields) -> _Shape:
 
 
 def _arena_wins(row, fields: Fields) -> _Shape:
-    votes = [_value(row, fields, role) for role in ("wins_a", "wins_b", "tie")]
-    if sorted(map(str, votes)) not in (["0", "0", "1"], ["0.0", "0.0", "1.0"], ["False", "False", "True"]):
+    votes = [_vote(_value(row, fields, role)) for role in ("wins_a", "wins_b", "tie")]
+    if any(vote not in (0, 1) for vote in votes) or sum(votes) != 1:
         names = ", ".join(fields.roles[role] for role in ("wins_a", "wins_b", "tie"))
         raise ValueError(f"one of {names} must be 1 and the others 0, got {', '.join(map(str, votes))}")
     if votes[2]:
         raise Tie("ties")
     return _preferred(row, fields, bool(votes[0]), None)
+
+
+def _vote(value):
+    """As a number, where it is a text that says one, or true or false."""
+    if not isinstance(value, str):
+        return value
+    return {"true": 1, "false": 0}.get(value.strip().lower(), _number_in(value))
 
 
 def _preferred(row, fields: Fields, first: bool, strength) -> _Shape:
@@ -439,7 +488,7 @@ def _preferred(row, fields: Fields, first: bool, strength) -> _Shape:
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
             prompt, *sides = _from_turns(prompt, *sides)
         else:
-            prompt, *sides = _explicit_prompt(prompt, *sides)
+            prompt, *sides = _explicit_prompt(fields, prompt, *sides)
     order = (0, 1) if first else (1, 0)
 
     def column(name):
@@ -593,7 +642,9 @@ def _with_turns_before(prompt, responses, row, fields: Fields) -> tuple[Text, li
         prompt, responses = [{"role": "user", "content": prompt}], _as_replies(responses)
     history = _history(row.get(fields.roles.get("history")))
     begin = 1 if prompt[0]["role"] == "system" else 0
-    prompt = [*prompt[:begin], *history, *prompt[begin:]]
+    turns, before = ([_turn(message) for message in messages] for messages in (prompt, history))
+    if all(turns[at : at + len(before)] != before for at in (0, begin)):  # a whole conversation holds them already
+        prompt = [*prompt[:begin], *history, *prompt[begin:]]
     name = fields.roles.get("system")
     system = row.get(name)
     if system is None or system == "":
@@ -723,18 +774,18 @@ def _check_images(row: Row) -> None:
 def without_bad_unicode(row: Row, fields: Fields) -> Row:
     """Returns the row without texts that hold half a surrogate pair: JSON can spell it, and no UTF-8 file can hold it.
 
-    `parse_row` leaves this to whoever encodes the texts, which tells.
+    `parse_row` leaves this to the code that encodes the texts, where it shows.
 
     Raises:
         ValueError: It is the prompt, or no response is left.
     """
-    if not _is_unicode(row.prompt):
+    if not is_unicode(row.prompt):
         raise ValueError("prompt holds a lone surrogate, which is not Unicode text")
-    if wrong := [name for name, value in row.carried.items() if not _is_unicode([value])]:
+    if wrong := [name for name, value in row.carried.items() if not is_unicode([value])]:
         raise ValueError(f"{wrong[0]} holds a lone surrogate, which is not Unicode text")
     bad = {}
     for index, text in enumerate(row.responses):
-        if not _is_unicode(text):
+        if not is_unicode(text):
             bad[index] = f"responses[{index}] holds a lone surrogate, which is not Unicode text"
     if not bad:
         return row
@@ -744,7 +795,8 @@ def without_bad_unicode(row: Row, fields: Fields) -> Row:
     return _without_bad_responses(row._replace(responses=responses, bad=bad), fields)
 
 
-def _is_unicode(text: Text) -> bool:
+def is_unicode(text: Text) -> bool:
+    """Returns whether a text can be written, for it holds no lone surrogate."""
     if type(text) is str:
         if text.isascii():
             return True
@@ -790,7 +842,7 @@ def _scores(name, values, keys=None) -> list[float]:
 
 
 def _beside(values, count) -> list[float]:
-    """NaN for what is no number: nobody asked for it."""
+    """NaN for what is no number: it was not asked for."""
     if not isinstance(values, list) or len(values) != count:
         return [math.nan] * count
     return [
@@ -818,9 +870,14 @@ def _score(name, value) -> float:
 _NO_NUMBER = ("", "na", "n/a", "null", "none")
 
 
+def says_none(text: str) -> bool:
+    """Returns whether a text stands for a number that is not there, as "N/A" and "" do."""
+    return text.strip().lower() in _NO_NUMBER
+
+
 def _number_in(text: str) -> float | None:
     """The number that a text spells, NaN for a word that says there is none, None for another text."""
-    if text.strip().lower() in _NO_NUMBER:
+    if says_none(text):
         return math.nan
     try:
         return None if "_" in text else float(text)  # 1_000 is Python's alone
@@ -831,7 +888,7 @@ def _number_in(text: str) -> float | None:
 def is_number(value) -> bool:
     """Returns whether a value is a number, or a text that spells one."""
     if isinstance(value, str):
-        return _number_in(value) is not None and value.strip().lower() not in _NO_NUMBER
+        return _number_in(value) is not None and not says_none(value)
     return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
 
 
@@ -862,10 +919,10 @@ def _of_type(name, values, expected, *types):
 # ---- cells of CSV
 
 
-def _decoded_cells(row: dict, fields: Fields) -> dict:
-    """Texts as they are, but for messages in JSON; lists and numbers as such where the layout has them."""
+def decoded_cells(row: dict, fields: Fields) -> dict:
+    """Returns a row of CSV with numbers and lists as such where the layout has them; texts stay, but for messages."""
     texts = {fields.roles[role] for role in _TEXT_ROLES if role in fields.roles}
-    kept = {*fields.carried, *(fields.roles[role] for role in _NAME_ROLES if role in fields.roles)}
+    kept = _kept_cells(fields)
     found = dict(row)
     for name, value in row.items():
         if not isinstance(value, str) or name in kept:
@@ -875,6 +932,8 @@ def _decoded_cells(row: dict, fields: Fields) -> dict:
                 found[name] = _decoded_messages(value)
             elif fields.layout == "sharegpt" and value.startswith("{"):
                 found[name] = _decoded_json(value)
+            if found[name] is value and _PYTHON_MESSAGES.match(value):
+                raise ValueError(f"{name} holds messages as Python prints them: write them as JSON, by json.dumps")
         elif value[:1] in "[{" and value[:1]:
             found[name] = _decoded_json(value)
         else:
@@ -886,6 +945,30 @@ def _decoded_cells(row: dict, fields: Fields) -> dict:
     return found
 
 
+def _kept_cells(fields: Fields) -> set[str]:
+    named = _source_columns(fields.source, fields.shape)
+    return {*fields.carried, *named, *(fields.roles[role] for role in _NAME_ROLES if role in fields.roles)}
+
+
+@functools.cache
+def _source_columns(source: str | None, shape: str) -> frozenset[str]:
+    """The columns that hold the name of one source; of a pool a column holds a list of them."""
+    if shape == "rows":
+        return frozenset() if source is None else frozenset([source])
+    if shape in ("pool", "completions"):
+        return frozenset()
+    names = ("source", "model") if source is None else (source,)
+    return frozenset(key for name in names for keys in (*_pair_keys(name), *_ab_keys(name)) for key in keys)
+
+
+def number_columns(fields: Fields, names) -> list[str]:
+    """Returns which columns of CSV `parse_row` may read as numbers."""
+    texts = {fields.roles[role] for role in _TEXT_ROLES if role in fields.roles}
+    numbers = top_fields(fields) - texts - _kept_cells(fields)
+    return [name for name in names if name in numbers]
+
+
+_PYTHON_MESSAGES = re.compile(r"\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
 _TEXT_ROLES = ("prompt", "response", "chosen", "rejected", "messages", "response_a", "response_b", "input", "system")
 _NAME_ROLES = ("prompt_id", "model_a", "model_b", "source")
 

@@ -83,10 +83,13 @@ def read_samples(
 
     done = deque()
     known = {name: getattr(inputs, name) for name in ("inputs", "files", "layout", "read_as", "scored")}
+    if inputs.rows is not None:
+        known["rows"] = inputs.rows
     samples = reading.joined_columns(inputs.name, columns_of_parts(), inputs.fields, stamp=stamp, **known)
     if inputs.numbers is not None:
         samples.row[:] = inputs.numbers[samples.row - 1]
         samples.problems.extend(inputs.problems)
+        samples.counts.update(inputs.counts)
     reading.check_unchanged(samples)
     return samples
 
@@ -164,7 +167,7 @@ def read_scored_samples(path, score_field=None) -> ScoredSamples:
     score_field = next(iter(inputs.fields.scores or ()), None)
     prompts, responses, scores, problems = [], [], [], []
     fields = inputs.fields._replace(scores=inputs.fields.scores and (score_field,))
-    for path_of_row, number, row in reading.numbered_rows(inputs.files, fields):
+    for path_of_row, number, row in reading.placed_rows(inputs.files, fields):
         try:
             parsed = without_bad_unicode(reading.valid_row(row, fields), fields)
             if not isinstance(parsed.prompt, str):

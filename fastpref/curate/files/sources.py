@@ -1,7 +1,7 @@
 """Where data come from: the names that a user gives, as regular files whose container is known from their bytes.
 
 A name is a file, a glob, a folder (of data files, or one that `datasets` has saved), "-" for stdin, or an address with
-"://" that fsspec can open. What cannot be read twice is copied to a temporary file first, which goes with the process.
+"://" that fsspec can open. What cannot be read twice is copied to a temporary file first, which goes with its Source.
 """
 
 import codecs
@@ -18,6 +18,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
@@ -109,6 +110,16 @@ def find_sources(names: str | os.PathLike | Sequence) -> list[Source]:
     return [_examined(*file) for name in names for file in _files(os.fspath(name))]
 
 
+def local_files(name: str | os.PathLike) -> list[str]:
+    """Returns the paths of the files that a name stands for, but for those that are copied before they are read.
+
+    Raises:
+        InputError: A glob or a folder holds none.
+    """
+    name = os.fspath(name)
+    return [] if is_copied(name) else [path for _, path in _files(name)]
+
+
 def is_copied(name: str | os.PathLike) -> bool:
     """Whether what the name stands for is copied before it is read, so that a later run cannot find it again."""
     return os.fspath(name) == "-" or "://" in os.fspath(name)
@@ -175,18 +186,13 @@ def _files_of_folder(folder: str) -> list[str]:
     """The data files of a folder: those that `datasets` lists, else all below it by their endings."""
     splits = os.path.join(folder, "dataset_dict.json")
     if os.path.isfile(splits):
-        with reading_errors(splits), open(splits, "rb") as file:
-            names = json.load(file)["splits"]
+        names = _listed_names(splits, "splits")
         if len(names) != 1:
             raise InputError(f"{folder} holds the splits {', '.join(names)}: name one, as {folder}/{names[0]}")
         folder = os.path.join(folder, names[0])
     state = os.path.join(folder, "state.json")
     if os.path.isfile(state):
-        with reading_errors(state), open(state, "rb") as file:
-            held = [entry["filename"] for entry in json.load(file)["_data_files"]]
-        if inside := [name for name in held if os.path.basename(name) != name]:
-            raise InputError(f"{state} names a file outside its folder: {inside[0]}")
-        return [os.path.join(folder, name) for name in held]
+        return [os.path.join(folder, name) for name in _listed_names(state, "_data_files", "filename")]
     found = sorted(
         os.path.join(parent, name)
         for parent, folders, names in os.walk(folder)
@@ -203,6 +209,29 @@ def _files_of_folder(folder: str) -> list[str]:
         if len(kinds) > 1:
             raise InputError(f"{folder} holds {what}, {', '.join(sorted(kinds))}: name the files, or a glob in quotes")
     return found
+
+
+def _listed_names(path: str, key: str, entry: str | None = None) -> list[str]:
+    """The names in the folder of a JSON file that it lists under a key, each of them the `entry` of an object or alone.
+
+    Raises InputError where it lists none, or something else.
+    """
+    with reading_errors(path), open(path, "rb") as file:
+        try:
+            held = json.load(file)
+        except RecursionError as error:
+            raise InputError(f"cannot read {path}: it is too deeply nested") from error
+    names = held.get(key) if isinstance(held, dict) else None
+    if not isinstance(names, list) or not names:
+        raise InputError(f"cannot read {path}: it must be an object that lists at least one of its {key}")
+    if entry is not None:
+        names = [name.get(entry) if isinstance(name, dict) else None for name in names]
+    for name in names:
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise InputError(f"cannot read {path}: an entry of its {key} is no name")
+        if os.path.basename(name) != name or name in (os.curdir, os.pardir):
+            raise InputError(f"{path} names a file outside its folder: {name}")
+    return names
 
 
 def _kind(name: str) -> str | None:
@@ -249,10 +278,36 @@ def temporary_folder() -> str:
 _FOLDERS: list[tempfile.TemporaryDirectory] = []
 
 
+class TemporaryPath(str):
+    """The path of a file that is removed when nothing refers to this object any more, or the process ends.
+
+    In a worker's process it is a plain string, and the file is there as long as the parent needs it.
+    """
+
+    def __new__(cls, path: str):
+        self = super().__new__(cls, path)
+        weakref.finalize(self, _remove, path)
+        return self
+
+    def __reduce__(self):
+        return str, (str(self),)
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def temporary_file(suffix: str) -> tuple[BinaryIO, TemporaryPath]:
+    """Returns a new file, open for writing, and its path."""
+    handle, path = tempfile.mkstemp(dir=temporary_folder(), suffix=suffix)
+    return open(handle, "wb"), TemporaryPath(path)
+
+
 def _copied(name: str, file: BinaryIO) -> str:
     with reading_errors(name):
-        handle, path = tempfile.mkstemp(dir=temporary_folder(), suffix=(_kind(name) or "") if name != "-" else "")
-        with open(handle, "wb") as copy:
+        copy, path = temporary_file((_kind(name) or "") if name != "-" else "")
+        with copy:
             shutil.copyfileobj(file, copy, 1 << 20)
     return path
 

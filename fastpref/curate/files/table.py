@@ -50,6 +50,7 @@ class Samples:
     files: tuple[Source, ...] = ()  # those that are read: these, or one of pools that were grouped
     layout: str = "pools"
     read_as: str = ""  # the layout, and the columns of its roles
+    rows: int = 0  # that were read, blank lines aside
     scored: bool = True  # False: the scores only say which response is preferred
 
     @property

@@ -152,7 +152,7 @@ def read_metadata(path) -> dict | None:
 
             held = (parquet.read_schema(path).metadata or {}).get(METADATA)
         else:
-            held = Path(_beside(path)).read_bytes() if os.path.exists(_beside(path)) else None
+            held = Path(path_of_metadata(path)).read_bytes() if os.path.exists(path_of_metadata(path)) else None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     return None if held is None else json.loads(held)
@@ -406,7 +406,7 @@ def _sink(path, texts, types, metadata) -> Iterator:
     parquet = path.endswith(".parquet")
     with contextlib.ExitStack() as stack:
         if metadata is not None and not parquet:
-            beside = stack.enter_context(whole_file(_beside(path)))
+            beside = stack.enter_context(whole_file(path_of_metadata(path), like=path))
             # a name of a file may hold bytes that are no UTF-8: in a string of JSON they become its escapes
             text = json.dumps(metadata, indent=2, ensure_ascii=False) + "\n"
             beside.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -417,7 +417,7 @@ def _sink(path, texts, types, metadata) -> Iterator:
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     if metadata is None and not parquet:
-        Path(_beside(path)).unlink(missing_ok=True)  # that of rows which are no more
+        Path(path_of_metadata(path)).unlink(missing_ok=True)  # that of rows which are no more
 
 
 @contextlib.contextmanager
@@ -429,7 +429,8 @@ def _lines(path, name) -> Iterator:
         yield lambda lines: file.write(b"".join([line + b"\n" for line in lines]))
 
 
-def _beside(path) -> str:
+def path_of_metadata(path) -> str:
+    """Returns the file beside a file of JSON Lines in which its metadata stand."""
     return f"{path}.meta.json"
 
 

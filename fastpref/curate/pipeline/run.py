@@ -25,7 +25,7 @@ from fastpref.curate.pipeline.work import check_repeatable, fingerprint, load_sa
 from fastpref.curate.pipeline.write import check_outputs, write_outputs
 from fastpref.errors import InputError
 
-CONTRADICTIONS_SAID = 50  # by row and response; the summary has all of them
+CONTRADICTIONS_SAID = 50  # by row and response
 FEWEST_PAIRS = 20  # that say anything of length
 LONGEST_WINS = 0.9  # share of pairs told apart by length alone, beyond which accuracy on them measures style
 
@@ -180,7 +180,7 @@ def _warn_of_order(config) -> None:
 
 def _input_summary(samples) -> dict:
     if bad := len(samples.problems):
-        text = f"{bad} of {bad + samples.prompts} rows are left out, the first {samples.problems[0]}"
+        text = f"{bad} of {samples.rows} rows are left out, the first {samples.problems[0]}"
         warnings.warn(DataWarning("bad-rows", text), stacklevel=2)
     if bad_responses := len(samples.bad_responses):
         text = f"{bad_responses} responses are left out of their pools, the first {samples.bad_responses[0]}"
@@ -201,7 +201,7 @@ def _input_summary(samples) -> dict:
 def _pairs_summary(state) -> dict:
     kept = state.kept
     _warn_of_flags(state.flags, state.place("chosen")[kept])
-    contradicting = _contradicting_responses(state)
+    contradicted, contradicting = _contradicting_responses(state)
     if negative := int((state.margins()[kept] < 0).sum()):
         text = (
             f"the margin of {negative} of {int(kept.sum())} pairs is negative: their scores contradict their sides. "
@@ -221,32 +221,38 @@ def _pairs_summary(state) -> dict:
         "dropped": state.summaries["construct"]["dropped"] | _counts(PairReason, state.pairs["reason"]),
         "responses_left_out": _counts(LeftOut, state.left_out),
         "negative_margins": negative,
+        "contradicted": contradicted,
         "contradicting": contradicting,
         "length": as_json(lengths._asdict()),
         "resample": None if state.published else _worth_resampling(state),
     }
 
 
-def _contradicting_responses(state) -> list[dict]:
-    """The responses whose scores contradict each other, those that became chosen first; warns of them."""
-    found = state.summaries.get("hygiene", {}).get("contradicting", [])
-    if not found:
-        return []
-    chosen = set(state.place("chosen")[state.kept].tolist())
+def _contradicting_responses(state) -> tuple[int, list[dict]]:
+    """How many responses have scores that contradict each other, and those furthest apart, the chosen ones first.
+
+    Warns of them.
+    """
+    hygiene = state.summaries.get("hygiene", {})
+    count, found = hygiene.get("contradicted", 0), hygiene.get("contradicting", [])
+    if not count:
+        return 0, []
+    places = np.unique(state.place("chosen")[state.kept])
+    wins = int(np.count_nonzero(state.flags[places] & Flag.CONTRADICTED))
+    chosen = set(places.tolist())
     listed = [{name: value for name, value in row.items() if name != "index"} for row in found]
     for row, known in zip(listed, found, strict=True):
         row["chosen"] = known["index"] in chosen
     listed.sort(key=lambda row: not row["chosen"])
-    wins = sum(row["chosen"] for row in listed)
-    left_out = state.summaries["hygiene"]["applied"]
+    left_out = hygiene["applied"]
     text = (
-        f"{len(listed)} responses have two scores that contradict each other, {wins} of them are the chosen response"
+        f"{count} responses have two scores that contradict each other, {wins} of them are the chosen response"
         f"{'; they are left out' if left_out else ''}. Row and response: "
         + ", ".join(f"{row['row']}:{row['response']}" for row in listed[:CONTRADICTIONS_SAID])
-        + (", ..." if len(listed) > CONTRADICTIONS_SAID else "")
+        + (", ..." if count > CONTRADICTIONS_SAID else "")
     )
     warnings.warn(DataWarning("contradicting-scores-out" if left_out else "contradicting-scores", text), stacklevel=3)
-    return listed
+    return count, listed
 
 
 def _worth_resampling(state) -> dict:

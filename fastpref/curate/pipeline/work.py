@@ -32,6 +32,7 @@ _FACTS = (
     "problems",
     "bad_responses",
     "counts",
+    "rows",
     "layout",
     "read_as",
     "scored",

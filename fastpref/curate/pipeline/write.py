@@ -13,6 +13,7 @@ from fastpref._rating_scale import of_gaps
 from fastpref.curate import goals
 from fastpref.curate.files import writing as files
 from fastpref.curate.files.formats import FORMATS
+from fastpref.curate.files.sources import local_files
 from fastpref.curate.hygiene import split_of
 from fastpref.curate.notices import DataWarning
 from fastpref.curate.pipeline.options import Options, check_positive, choice
@@ -49,18 +50,21 @@ class WriteOptions(Options):
 def check_outputs(config) -> None:
     """Raises InputError for files that cannot be written, or would overwrite another."""
     write = config.write
-    outputs = [path for path in (config.output, write.sft, write.test, write.bad_rows) if path is not None]
-    given = (*config.inputs, config.read.implicit, *config.hygiene.decontaminate)
-    inputs = [path for path in given if path is not None]
+    rows = [path for path in (config.output, write.sft, write.test) if path is not None]
+    beside = [files.path_of_metadata(path) for path in rows if not os.fspath(path).endswith(".parquet")]
+    outputs = [*rows, *beside, *([] if write.bad_rows is None else [write.bad_rows])]
+    given = [path for name in (*config.inputs, *config.hygiene.decontaminate) for path in local_files(name)]
+    inputs = {os.path.realpath(path) for path in (*given, config.read.implicit) if path is not None}
     for index, path in enumerate(outputs):
-        if path != write.bad_rows:
+        if path in rows:
             files.check_ending(path, write.format)
         _check_folder(path)
         if os.path.exists(path) and not os.path.isfile(path):
             raise InputError(f"cannot write {path}: it is not a regular file")
-        for other in [*inputs, *outputs[:index]]:
-            if os.path.realpath(path) == os.path.realpath(other):
-                raise InputError(f"{path} would overwrite {'an input' if other in inputs else 'another output'}")
+        if os.path.realpath(path) in inputs:
+            raise InputError(f"{path} would overwrite an input")
+        if any(os.path.realpath(path) == os.path.realpath(other) for other in outputs[:index]):
+            raise InputError(f"{path} would overwrite another output")
 
 
 def _check_folder(path) -> None:
@@ -71,7 +75,7 @@ def _check_folder(path) -> None:
     if not os.path.isdir(folder):
         raise InputError(f"cannot write {path}: {folder} is not a folder")
     if not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write {path}: the folder {folder} must not be written")
+        raise InputError(f"cannot write {path}: the folder {folder} is not writable")
 
 
 def write_outputs(state: State, config, progress=None) -> tuple[dict, dict]:

@@ -1,6 +1,5 @@
 """Stage construct: the pairs of every prompt, by the distribution of its scores or as they were published."""
 
-import math
 import warnings
 from dataclasses import dataclass, replace
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from fastpref.curate.length import match_length
 from fastpref.curate.notices import DataWarning
-from fastpref.curate.pairs import DropReason, PairSelection, parse_bounds, select_pairs, small_pool
+from fastpref.curate.pairs import DropReason, PairSelection, published_pairs, select_pairs, small_pool
 from fastpref.curate.pipeline.options import Options, choice
 from fastpref.curate.pipeline.state import PairReason, State
 from fastpref.curate.routing import Route
@@ -111,7 +110,17 @@ def _said_of_labels(state, reversed_ones) -> dict:
 def picked_pairs(state: State, config, on_degenerate: str) -> PairSelection:
     """The pairs of the rule of this run, of the responses as they are now."""
     if state.published:
-        return _published_pairs(state, config)
+        return published_pairs(
+            state.score,
+            offsets=state.samples.offsets,
+            valid=state.usable,
+            choosable=state.choosable,
+            strength=state.samples.strength,
+            min_chosen=config.construct.min_chosen,
+            min_gap=config.construct.min_gap,
+            max_gap=config.construct.max_gap,
+            agree=config.construct.labels == "agree",
+        )
     options = config.construct
     return select_pairs(
         state.score,
@@ -129,53 +138,3 @@ def picked_pairs(state: State, config, on_degenerate: str) -> PairSelection:
         pairs_per_prompt=options.pairs_per_prompt,
         seed=config.seed,
     )
-
-
-def _published_pairs(state, config) -> PairSelection:
-    """The two sides of every prompt, where both take part; scores decide what the bounds and labels = agree drop."""
-    options, samples = config.construct, state.samples
-    first = samples.offsets[:-1]
-    two = np.diff(samples.offsets) == 2
-    chosen, rejected = (np.where(two, first + k, 0) for k in (0, 1))
-    scores = {side: np.where(two, state.score[at], np.nan) for side, at in (("chosen", chosen), ("rejected", rejected))}
-    margin = scores["chosen"] - scores["rejected"]
-    if samples.strength is not None:
-        margin = np.where(np.isnan(margin), samples.strength, margin)
-    reason = np.full(len(first), DropReason.KEPT, np.int8)
-    for which, why in (
-        (_beyond(margin, options.max_gap, np.greater, "max_gap"), DropReason.LARGE_GAP),
-        (_beyond(margin, options.min_gap, np.less, "min_gap"), DropReason.SMALL_GAP),
-        (_beyond(scores["chosen"], options.min_chosen, np.less, "min_chosen"), DropReason.LOW_CHOSEN),
-        ((margin < 0) & (options.labels == "agree"), DropReason.REVERSED),
-        (~state.choosable[chosen], DropReason.NO_CHOOSABLE),
-        (~(two & state.usable[chosen] & state.usable[rejected]), DropReason.TOO_FEW),
-    ):
-        reason[which] = why
-    keep = reason == DropReason.KEPT
-    nan = np.full(len(first), math.nan)
-    return PairSelection(
-        chosen=np.where(keep, 0, -1),
-        rejected=np.where(keep, 1, -1),
-        keep=keep,
-        reason=reason,
-        **{f"score_{side}": np.where(keep, column, np.nan) for side, column in scores.items()},
-        z_chosen=nan,
-        z_rejected=nan,
-        rank_rejected=np.where(keep, 0, -1),
-        n_pool=np.diff(samples.offsets),
-        mean=nan,
-        std=nan,
-        target=nan,
-        minimum=nan,
-        share_below_min=math.nan,
-        small_pools=0,
-        rule="published",
-        scale="raw",
-    )
-
-
-def _beyond(values, bound, compare, name) -> np.ndarray:
-    """Where a value is beyond a bound of the config; a quantile within a prompt of two is always met."""
-    bound = parse_bounds(**{name: bound})
-    bound = getattr(bound, name)
-    return np.zeros(len(values), bool) if bound is None or bound.within else compare(values, bound.number)

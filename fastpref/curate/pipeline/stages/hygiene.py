@@ -14,6 +14,8 @@ from fastpref.curate.pipeline.state import LeftOut, State
 from fastpref.curate.pools import per_prompt
 from fastpref.curate.suspects import find_contradictions, find_marks
 
+MOST_LISTED = 1000  # contradicting responses, those furthest apart; all of them are counted, and left out if asked for
+
 
 @dataclass(frozen=True)
 class HygieneOptions(Options):
@@ -46,7 +48,9 @@ def check_texts(state: State, config) -> State:
         reasons |= {Flag.REPEATED_TEXT: LeftOut.REPEATED_TEXT, Flag.CONTAMINATED: LeftOut.CONTAMINATED}
     for flag, reason in reasons.items():
         state = state.leave_out(found.reason & flag != 0, reason)
-    state, contradicting = _contradicting_scores(state, config)
+    contradicted, listed = _contradicting_scores(state, config)
+    if options.apply:
+        state = state.leave_out(contradicted, LeftOut.CONTRADICTED_SCORE)
     flagged = found.repeated
     worst = [
         {"prompts": int(n), "source": _source_name(samples, first), "characters": int(samples.lengths[first])}
@@ -60,11 +64,13 @@ def check_texts(state: State, config) -> State:
         "most_repeated": worst,
         "one_response": _prompts_with_one_response(samples),
         "marks": _marks(samples),
-        "contradicting": contradicting,
+        "contradicted": int(contradicted.sum()),
+        "contradicting": listed,
         "applied": options.apply,
     }
     scores = np.where(unscored, np.nan, found.scores) if state.published else found.scores
-    return replace(state, flags=found.reason).rescored(scores).with_summary("hygiene", summary)
+    flags = found.reason | np.where(contradicted, Flag.CONTRADICTED, 0).astype(np.uint8)
+    return replace(state, flags=flags).rescored(scores).with_summary("hygiene", summary)
 
 
 def _source_name(samples, response) -> str | None:
@@ -97,14 +103,16 @@ def _marks(samples) -> list[dict]:
     return marks
 
 
-def _contradicting_scores(state, config) -> tuple[State, list[dict]]:
-    """The responses whose first score another one contradicts, as the summary lists them; left out if asked for."""
+def _contradicting_scores(state, config) -> tuple[np.ndarray, list[dict]]:
+    """bool [responses], whose first score another one contradicts; and the worst of them, as the summary lists them."""
     samples, primary = state.samples, primary_field(state.samples, config)
+    contradicted = np.zeros(samples.responses, bool)
     if primary is None:
-        return state, []
+        return contradicted, []
     others = samples.scores | samples.beside
     columns = {primary.name: samples.scores[primary.name]} | others
     found = find_contradictions({name: np.where(state.valid, column, np.nan) for name, column in columns.items()})
+    contradicted[found.response] = True
     names, prompt = list(columns), per_prompt(samples.offsets)
     listed = [
         {
@@ -116,10 +124,6 @@ def _contradicting_scores(state, config) -> tuple[State, list[dict]]:
             "deviations": round(float(distance), 1),
             "index": int(response),
         }
-        for response, column, distance in zip(*found, strict=True)
+        for response, column, distance in zip(*(known[:MOST_LISTED] for known in found), strict=True)
     ]
-    if config.hygiene.apply:
-        which = np.zeros(samples.responses, bool)
-        which[found.response] = True
-        state = state.leave_out(which, LeftOut.CONTRADICTED_SCORE)
-    return state, listed
+    return contradicted, listed
