@@ -128,6 +128,7 @@ def refused(path, reason):
         (gzip.compress(gzip.compress(b"{}")), "not JSON|not UTF-8"),
         ('{"prompt": "p"}'.encode("utf-16-le"), "UTF-16 without a byte-order mark"),
     ],
+    ids=["zip", "bzip2", "xz", "numpy", "parquet-in-gzip", "gzip-in-gzip", "utf-16"],  # gzip writes the time
 )
 def test_other_containers_are_named(tmp_path, content, what):
     path = tmp_path / "samples.jsonl"
