@@ -245,6 +245,7 @@ def test_losses_of_parts_and_stats_are_those_of_the_reference(case, form, shift,
 
 
 @backends
+@pytest.mark.sanitize
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("layout", [{}, {"lengths": [3, 9, 0, 1, 9, 8]}, {"keep": [9, 0, 4, 9, 8, 2]}], ids=str)
 def test_tails_and_sums_of_stats_are_those_of_their_definition(layout, reference, backend, thin):
