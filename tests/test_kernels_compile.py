@@ -212,13 +212,14 @@ def most_registers(gate: Gate) -> int:
 
 
 # With stats of packed sequences, ptxas of some Tritons keeps two numbers of a row in memory, where a register more
-# would cost a block.
+# would cost a block; and ptxas of Triton 3.3 two numbers of the one program that reduces the batch.
 MAY_SPILL = ("sm_100", "sm_120")
 MOST_STACK = 32  # bytes, never in a loop over columns
 
 
 def is_in_registers(gate: Gate, usage: dict) -> bool:
-    if gate.case.target in MAY_SPILL and gate.kernel == "_token_logps_fwd_kernel" and "packed" in gate.case.name:
+    may_spill = gate.kernel in ("_token_logps_fwd_kernel", "_batch_kernel") and "packed" in gate.case.name
+    if gate.case.target in MAY_SPILL and may_spill:
         return usage["stack"] <= MOST_STACK and not usage["spills_in_loops"]
     return usage["stack"] == 0 and usage["spills"] == 0
 
