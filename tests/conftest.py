@@ -39,7 +39,9 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """One file, or one test, is not worth the seconds that workers take to start."""
+    """One file, or one test, is not worth the seconds that workers take to start. hypothesis draws by the seed, too."""
+    if config.getoption("hypothesis_seed", None) is None:
+        config.option.hypothesis_seed = str(SEED)
     here = "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist")
     one = len(config.args) == 1 and os.path.isfile(config.args[0].partition("::")[0])
     if not here and not one and config.option.numprocesses is None and config.option.dist == "no":
