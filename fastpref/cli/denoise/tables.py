@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fastpref.curate.files.containers import Table, as_numbers
+from fastpref.curate.files.rows import LARGEST_SCORE
 from fastpref.errors import InputError
 
 try:
@@ -17,7 +18,6 @@ except ImportError as error:
     raise InputError('tables need pyarrow: pip install "fastpref[cli]"') from error
 
 FORMATS = (".parquet", ".csv", ".jsonl")
-HUGE = 1e30  # sizes from which a number stands for a missing one, such as the smallest float32
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet would compute
 
 
@@ -38,9 +38,9 @@ def names_of(table: Table, column: str) -> pyarrow.ChunkedArray:
 
 
 def measures_of(table: Table, column: str) -> tuple[np.ndarray, int]:
-    """Returns a column as float64, NaN where missing, and how many entries of a size of HUGE and more are taken so."""
+    """Returns a column as float64, NaN where missing, and how many are so for a size of LARGEST_SCORE or more."""
     values = as_numbers(table, column)
-    huge = np.abs(values) >= HUGE  # infinity, too
+    huge = np.abs(values) >= LARGEST_SCORE  # infinity, too
     return np.where(huge, np.nan, values), int(huge.sum())
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow
 
 from fastpref.cli.denoise.layouts import Choice
-from fastpref.cli.denoise.tables import HUGE, first_row, index_names, measures_of, names_of, near_twins
+from fastpref.cli.denoise.tables import first_row, index_names, measures_of, names_of, near_twins
 from fastpref.curate.files.containers import Table, as_numbers
 from fastpref.curate.files.layouts import FIRST, SECOND, TIES
+from fastpref.curate.files.rows import LARGEST_SCORE
 from fastpref.errors import InputError
 
 # what the column `winner` of battles says, in lower case -> the share of i's win
@@ -104,11 +105,11 @@ def read_comparisons(table: Table, choice: Choice, what: str, found: list[str], 
 
 
 def _counts(table: Table, column: str) -> np.ndarray:
-    """NaN for what is of a size of HUGE or more."""
+    """NaN for what is of a size of LARGEST_SCORE or more."""
     votes = as_numbers(table, column)
     if (row := first_row(~((votes >= 0) & (votes < np.inf)))) is not None:
         raise InputError(f"{table.place(row)}: {column} must be a finite count >= 0, got {votes[row]:g}")
-    return np.where(votes >= HUGE, np.nan, votes)
+    return np.where(votes >= LARGEST_SCORE, np.nan, votes)
 
 
 def _shares(table: Table, layout: str, columns: dict[str, str]) -> np.ndarray:

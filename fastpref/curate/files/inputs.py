@@ -11,7 +11,7 @@ import numpy as np
 
 from fastpref.curate.files.containers import check_marks, check_unique, column_names, first_rows
 from fastpref.curate.files.grouping import group_rows
-from fastpref.curate.files.layouts import LAYOUTS, Resolved, is_unclear, nearest, resolve_layout
+from fastpref.curate.files.layouts import LAYOUTS, Resolved, is_unclear, nearest_hint, resolve_layout
 from fastpref.curate.files.rows import (
     PREFERENCE,
     Fields,
@@ -189,10 +189,8 @@ def _scores(name, columns, head, fields: Fields, asked) -> tuple[str, ...] | Non
             if fields.published and score in columns and base != score:
                 raise InputError(f"{name}: {score} is the score of one side; --scores {base} reads those of both")
             if head and score not in columns and not any(column_of_row(row, fields, score) is not None for row in head):
-                near = nearest(score, columns)
-                hint = f"; nearest is {near[0]!r}" if near else ""
-                found = ", ".join(columns)
-                raise InputError(f"{name} has no scores {score!r}, found {found}{hint}; name them by --scores")
+                found = f"{', '.join(columns)}{nearest_hint(score, columns)}"
+                raise InputError(f"{name} has no scores {score!r}, found {found}; name them by --scores")
         return tuple(asked)
     found = next((scores for row in head if (scores := score_fields(row, fields)) is not None), None)
     if found is not None or not head:

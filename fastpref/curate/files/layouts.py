@@ -373,10 +373,11 @@ def _check_request(what, names, layout, columns, keep) -> None:
         raise InputError(f"--columns must name a column for each role, got {repeated[0]!r} twice")
     for name in [*columns.values(), *keep]:
         if name not in names:
-            raise InputError(f"{what} has no column {name!r}, found {', '.join(names)}{_hint(name, names)}")
+            raise InputError(f"{what} has no column {name!r}, found {', '.join(names)}{nearest_hint(name, names)}")
 
 
-def _hint(name, names) -> str:
+def nearest_hint(name: str, names: Sequence[str]) -> str:
+    """Returns "; nearest is NAME" for a message, or nothing where none is near."""
     near = nearest(name, names)
     return f"; nearest is {near[0]!r}" if near else ""
 

@@ -846,7 +846,7 @@ def _beside(values, count) -> list[float]:
     if not isinstance(values, list) or len(values) != count:
         return [math.nan] * count
     return [
-        float(v) if isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e30 else math.nan
+        float(v) if isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < LARGEST_SCORE else math.nan
         for v in values
     ]
 
